@@ -1,0 +1,1 @@
+"""LightningDataModules of images; they know nothing of diffusion."""

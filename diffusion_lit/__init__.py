@@ -1,0 +1,2 @@
+"""diffusion-lit: training, sampling and measuring image diffusion models with PyTorch Lightning."""
+

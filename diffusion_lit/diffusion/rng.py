@@ -1,0 +1,68 @@
+"""Randomness that is a function of named keys, never of hidden state.
+
+Training draws are keyed by (seed, epoch, batch) and sampling draws by (seed + i), so that neither a restart, nor the
+batch size, nor the number of ranks changes what is drawn. A key is any tuple of integers and strings.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def keyed_seed(*key: int | str) -> int:
+    """Hashes a key to a seed.
+
+    Args:
+        key: Integers and strings that name the draw, for example `(seed, epoch, batch)`.
+
+    Returns:
+        A seed in [0, 2^63), the same on every machine; distinct keys give unrelated seeds.
+    """
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator whose stream is a function of the key and the kind of device alone.
+
+    Args:
+        key: As in `keyed_seed`.
+        device: Where the generator draws.
+
+    Returns:
+        A seeded `torch.Generator`.
+    """
+    return torch.Generator(device).manual_seed(keyed_seed(*key))
+
+
+class SeededNoise:
+    """Gaussian noise in which row i comes from a generator of its own.
+
+    It stands where samplers take `noise=torch.randn_like`: sample i then depends on its seed alone, whatever the batch
+    it sits in. Draws are made on the CPU, so that a GPU sees the same numbers.
+
+    Args:
+        seeds: One seed per row.
+    """
+
+    def __init__(self, seeds: Iterable[int]) -> None:
+        self.generators = [keyed_generator("sample", int(seed)) for seed in seeds]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Draws the next noise.
+
+        Args:
+            x: Any tensor of shape (B, ...), with B the number of seeds.
+
+        Returns:
+            Standard normal noise of x's shape, dtype and device, drawn in float32 (float64 where x is float64).
+
+        Raises:
+            ValueError: If x has another number of rows than there are seeds.
+        """
+        if x.shape[0] != len(self.generators):
+            raise ValueError(f"Noise for {x.shape[0]} samples was asked of {len(self.generators)} seeds; give one each.")
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = [torch.randn(x.shape[1:], generator=generator, dtype=dtype) for generator in self.generators]
+        return torch.stack(rows).to(device=x.device, dtype=x.dtype)
