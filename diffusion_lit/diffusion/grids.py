@@ -1,0 +1,288 @@
+"""Sampling grids: N noise levels that fall from sigma_max to sigma_min, and a 0 after them.
+
+A grid is `name(num_steps, scaling, *, sigma_min=None, sigma_max=None, **options)`, a float64 tensor of shape (N+1,);
+`GRIDS` is the table of them all. The range is by default the one that the model's scaling samples on.
+
+- karras: sigma^(1/rho) falls linearly (arXiv 2206.00364, eq. 5).
+- exponential: log sigma falls linearly; as the log-SNR is -2 log sigma here, this is log_snr too.
+- uniform_t: the time of the model's own path falls linearly.
+- leading, linspace, trailing: whole steps of the model's T-step schedule, spaced as DDPM's strided samplers do
+  (arXiv 2305.08891, table 2).
+
+Time is that of the model's schedule. A flow has sigma = t / (1 - t), and its steps are 1000 equal ones over the times
+that it is trained on. A model with neither, EDM's, borrows the linear schedule of DDPM, cut to the model's range.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.noise import LinearSchedule, Schedule, flow_time_to_sigma
+from diffusion_lit.diffusion.scaling import FlowScaling, Scaling, X0Scaling
+
+FLOW_STEPS = 1000
+
+
+class Grid(Protocol):
+    """The type of a grid function."""
+
+    def __call__(
+        self, num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+    ) -> Tensor:
+        """N+1 noise levels, falling to 0."""
+
+
+def karras(
+    num_steps: int,
+    scaling: Scaling,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+) -> Tensor:
+    """The grid of EDM: sigma^(1/rho) falls linearly.
+
+    Args:
+        num_steps: The number of steps N, at least 1.
+        scaling: The model's scaling, which knows its range.
+        sigma_min: The lowest level above 0; None is the model's.
+        sigma_max: The highest level; None is the model's.
+        rho: How densely low levels are sampled, above 0; 1 is linear in sigma.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If num_steps is below 1, the range is empty or rho is not above 0.
+
+    Source: arXiv 2206.00364, eq. 5.
+    """
+    if not rho > 0:
+        raise ValueError(f"The grid's rho is {rho}; give a number above 0, such as 7.")
+    low, high = _range(num_steps, scaling, sigma_min, sigma_max)
+    return _finish(_falling(high ** (1 / rho), low ** (1 / rho), num_steps) ** rho, low, high)
+
+
+def exponential(
+    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """The grid on which log sigma, and with it the log-SNR, changes linearly.
+
+    Args:
+        num_steps: The number of steps N, at least 1.
+        scaling: The model's scaling, which knows its range.
+        sigma_min: The lowest level above 0; None is the model's.
+        sigma_max: The highest level; None is the model's.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If num_steps is below 1 or the range is empty.
+
+    Source: arXiv 2206.00927 (uniform log-SNR steps).
+    """
+    low, high = _range(num_steps, scaling, sigma_min, sigma_max)
+    return _finish(_falling(math.log(high), math.log(low), num_steps).exp(), low, high)
+
+
+log_snr = exponential
+
+
+def uniform_t(
+    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """The grid on which the time of the model's path, of its schedule or its flow, falls linearly.
+
+    Args:
+        num_steps: The number of steps N, at least 1.
+        scaling: The model's scaling, which knows its range and its path.
+        sigma_min: The lowest level above 0; None is the model's.
+        sigma_max: The highest level; None is the model's.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If num_steps is below 1 or the range is empty.
+
+    Source: arXiv 2206.00364, table 1 (VP time steps); arXiv 2209.03003 (flow).
+    """
+    low, high = _range(num_steps, scaling, sigma_min, sigma_max)
+    path, low, high = _path(scaling, low, high)
+    return _finish(path.sigma(_falling(path.step(high), path.step(low), num_steps)), low, high)
+
+
+def leading(
+    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """Every (T // N)-th of T steps, from the first one on; the highest level stays below sigma_max.
+
+    Args:
+        num_steps: The number of steps N, from 2 to T.
+        scaling: The model's scaling, which knows its range and its path.
+        sigma_min: The lowest level above 0; None is the model's.
+        sigma_max: The highest level; None is the model's.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If num_steps is below 2 or above the steps within the range, or the range is empty.
+
+    Source: arXiv 2010.02502, appendix D.2 (linear); arXiv 2305.08891, table 2.
+    """
+    if num_steps == 1:
+        raise ValueError(
+            "The leading grid with num_steps 1 would start at the lowest noise level; give 2 or more, or trailing."
+        )
+    return _strided(
+        num_steps, scaling, sigma_min, sigma_max, lambda total: torch.arange(num_steps) * (total // num_steps)
+    )
+
+
+def linspace(
+    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """The steps nearest to N evenly spaced ones from the last of T to the first, both ends included.
+
+    Args:
+        num_steps: The number of steps N, from 1 to T.
+        scaling: The model's scaling, which knows its range and its path.
+        sigma_min: The lowest level above 0; None is the model's.
+        sigma_max: The highest level; None is the model's.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If num_steps is below 1 or above the steps within the range, or the range is empty.
+
+    Source: arXiv 2102.09672, section 4; arXiv 2305.08891, table 2.
+    """
+    return _strided(
+        num_steps, scaling, sigma_min, sigma_max, lambda total: _falling(total - 1, 0, num_steps).round().flip(0)
+    )
+
+
+def trailing(
+    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+) -> Tensor:
+    """Every (T / N)-th of T steps, from the last one down; the lowest level stays above sigma_min.
+
+    Args:
+        num_steps: The number of steps N, from 1 to T.
+        scaling: The model's scaling, which knows its range and its path.
+        sigma_min: The lowest level above 0; None is the model's.
+        sigma_max: The highest level; None is the model's.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If num_steps is below 1 or above the steps within the range, or the range is empty.
+
+    Source: arXiv 2305.08891, table 2.
+    """
+    return _strided(
+        num_steps,
+        scaling,
+        sigma_min,
+        sigma_max,
+        lambda total: (total / num_steps * torch.arange(1, num_steps + 1, dtype=torch.float64)).round() - 1,
+    )
+
+
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "karras": karras,
+    "exponential": exponential,
+    "uniform_t": uniform_t,
+    "log_snr": log_snr,
+    "leading": leading,
+    "linspace": linspace,
+    "trailing": trailing,
+}
+
+
+class _SchedulePath:
+    """The steps of a schedule as a continuous coordinate, from 0 at its lowest level to T - 1."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def step(self, sigma: float) -> float:
+        return float(self.schedule.sigma_to_t(torch.tensor(sigma, dtype=torch.float64)))
+
+    def sigma(self, step: Tensor) -> Tensor:
+        return self.schedule.t_to_sigma(step)
+
+
+class _FlowPath:
+    """Flow time t = sigma / (1 + sigma) in steps of 1 / FLOW_STEPS of the range from low to high."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.first, self.last = _flow_time(low), _flow_time(high)
+
+    def step(self, sigma: float) -> float:
+        return (_flow_time(sigma) - self.first) / (self.last - self.first) * (FLOW_STEPS - 1)
+
+    def sigma(self, step: Tensor) -> Tensor:
+        return flow_time_to_sigma(self.first + (self.last - self.first) * step / (FLOW_STEPS - 1))
+
+
+def _flow_time(sigma: float) -> float:
+    return sigma / (1 + sigma)
+
+
+def _path(scaling: Scaling, low: float, high: float) -> tuple[_SchedulePath | _FlowPath, float, float]:
+    """The model's path, and the part of [low, high] that it covers."""
+    if scaling.schedule is not None:
+        return _SchedulePath(scaling.schedule), low, high
+    if isinstance(scaling, FlowScaling | X0Scaling):
+        return _FlowPath(*scaling.sampling_range), low, high
+    schedule = LinearSchedule(1000)
+    return _SchedulePath(schedule), max(low, schedule.sigma_min), min(high, schedule.sigma_max)
+
+
+def _strided(
+    num_steps: int,
+    scaling: Scaling,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    spacing: Callable[[int], Tensor],
+) -> Tensor:
+    """Whole steps of the path within the range: `spacing(total)` picks N rising ones of 0 to total - 1."""
+    low, high = _range(num_steps, scaling, sigma_min, sigma_max)
+    path, low, high = _path(scaling, low, high)
+    first, last = math.ceil(path.step(low) - 1e-6), math.floor(path.step(high) + 1e-6)
+    total = last - first + 1
+    if num_steps > total:
+        raise ValueError(
+            f"num_steps is {num_steps}, but the schedule has {total} steps between {low} and {high}; give fewer."
+        )
+    steps = first + spacing(total).to(torch.float64)
+    return _finish(path.sigma(steps.flip(0)), low, high)
+
+
+def _range(num_steps: int, scaling: Scaling, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    """The checked range of a grid."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; give 1 or more.")
+    low = scaling.sampling_range[0] if sigma_min is None else sigma_min
+    high = scaling.sampling_range[1] if sigma_max is None else sigma_max
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"The grid's range is sigma_min {low} to sigma_max {high}; give 0 < sigma_min < sigma_max.")
+    return float(low), float(high)
+
+
+def _falling(start: float, stop: float, num_steps: int) -> Tensor:
+    """N evenly spaced float64 values from start to stop; the start alone where N is 1."""
+    return torch.linspace(start, stop, num_steps, dtype=torch.float64)
+
+
+def _finish(levels: Tensor, low: float, high: float) -> Tensor:
+    """Keeps rounding inside the range and appends the 0."""
+    return torch.cat([levels.clamp(low, high), levels.new_zeros(1)])

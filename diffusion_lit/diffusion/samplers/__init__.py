@@ -1,0 +1,65 @@
+"""Samplers: `heun(denoise, x, sigmas, *, noise=torch.randn_like, callback=None, **options) -> x`, one function each.
+
+`denoise(x, sigma) -> x0_hat` is any callable, x starts at `sigmas[0]` and the grid sigmas (N+1,) falls, for sampling to
+0. A positive end is accepted, and by a deterministic sampler a rising grid (inversion). `SAMPLERS` is the table of all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffusion_lit.diffusion.samplers.single_step import ddim, ddpm, euler, euler_ancestral, heun
+
+__all__ = ["SAMPLERS", "Sampler", "ddim", "ddpm", "euler", "euler_ancestral", "heun", "sampler_table"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One row of the table of samplers.
+
+    Args:
+        function: The sampler itself.
+        order: Its order of convergence to the probability-flow ODE; for a stochastic one, that of its noise-free form.
+        stochastic: Whether it draws noise with its default options.
+        calls_per_step: Its denoiser calls per step; None where step control decides. The step to level 0 takes one.
+        summary: What it is, in a line.
+    """
+
+    function: Callable[..., Tensor]
+    order: int
+    stochastic: bool
+    calls_per_step: int | None
+    summary: str
+
+    def nfe(self, num_steps: int) -> int | None:
+        """The denoiser calls of one sample on a grid of num_steps steps ending in 0; None where it is adaptive."""
+        return None if self.calls_per_step is None else self.calls_per_step * (num_steps - 1) + 1
+
+    @property
+    def nfe_formula(self) -> str:
+        """`nfe` as a formula in the number of steps N."""
+        if self.calls_per_step is None:
+            return "adaptive"
+        return "N" if self.calls_per_step == 1 else f"{self.calls_per_step}N - {self.calls_per_step - 1}"
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(ddpm, 1, True, 1, "ancestral sampling; variance posterior, beta or learned"),
+    "ddim": Sampler(ddim, 1, False, 1, "deterministic, or with eta a share of the posterior's noise"),
+    "euler": Sampler(euler, 1, False, 1, "Euler on the probability-flow ODE; ddim with eta 0"),
+    "euler_ancestral": Sampler(euler_ancestral, 1, True, 1, "ddim with eta 1; ddpm with the posterior variance"),
+    "heun": Sampler(heun, 2, False, 2, "Heun on the probability-flow ODE, EDM's; noise with S_churn"),
+}
+
+
+def sampler_table() -> str:
+    """The table of samplers as text: name, order, stochastic or not, NFE for N steps, and a line on each."""
+    rows = [("name", "order", "stochastic", "NFE for N steps", "")]
+    for name, sampler in SAMPLERS.items():
+        kind = "yes" if sampler.stochastic else "no"
+        rows.append((name, str(sampler.order), kind, sampler.nfe_formula, sampler.summary))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,99 @@
+"""What samplers share: the types of their arguments, the checks of a grid, the split of a step into drift and noise.
+
+A sampler moves x from `sigmas[0]` to `sigmas[-1]` in the coordinates x = x0 + sigma * n. Its state is carried in x's
+dtype, or in float32 where x has less precision, and its coefficients are Python floats, that is float64, so that a step
+costs no transfer to the device. The network is never called at sigma 0.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""Any `denoise(x, sigma) -> x0_hat`; sigma comes as a 0-d tensor or as one value per sample, shape (B,)."""
+
+Noise = Callable[[Tensor], Tensor]
+"""Any `noise(x)` that draws standard normal noise of x's shape."""
+
+Callback = Callable[[int, Tensor, Tensor, Tensor], object]
+"""Any `callback(step, x, x0_hat, sigma)`; it sees the state x of noise level sigma and the estimate made from it."""
+
+
+def begin(x: Tensor, sigmas: Tensor, *, stochastic: bool) -> tuple[Tensor, list[float]]:
+    """Checks a grid and prepares the state of a sampler.
+
+    Args:
+        x: The state at `sigmas[0]`, shape (B, ...).
+        sigmas: The grid, shape (N+1,), falling to 0 or to a positive end, or rising from a positive start.
+        stochastic: Whether the sampler adds noise on the way, which only a falling grid allows.
+
+    Returns:
+        The state in at least float32, and the grid as Python floats.
+
+    Raises:
+        ValueError: If the grid is none of the above, or if it rises where noise is added.
+    """
+    levels = [float(level) for level in sigmas.tolist()]
+    if len(levels) < 2:
+        raise ValueError(
+            f"A grid of {len(levels)} noise levels holds no step; give num_steps + 1 values, at least two."
+        )
+    if not all(math.isfinite(level) and level >= 0 for level in levels):
+        raise ValueError(f"The grid {levels} holds a negative or infinite noise level; give finite values from 0 up.")
+    falls = all(a > b for a, b in pairwise(levels))
+    rises = all(a < b for a, b in pairwise(levels))
+    if not (falls or rises):
+        raise ValueError(f"The grid {levels} neither falls nor rises strictly; give each noise level once, in order.")
+    if rises and levels[0] == 0:
+        raise ValueError(
+            "A rising grid starts at noise level 0, where no network is called; start it at sigma_min instead."
+        )
+    if rises and stochastic:
+        raise ValueError(
+            "A sampler that adds noise got a rising grid; invert with a deterministic one, such as ddim with eta 0."
+        )
+    return x.to(torch.promote_types(x.dtype, torch.float32)), levels
+
+
+def level_like(x: Tensor, level: float) -> Tensor:
+    """A noise level as the 0-d tensor that a denoiser is called with, of x's dtype and device."""
+    return x.new_full((), level)
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuses an option outside [low, high].
+
+    Args:
+        name: The option's name.
+        value: What was given.
+        low: The least value allowed.
+        high: The greatest value allowed.
+
+    Raises:
+        ValueError: If value is outside, or not a number.
+    """
+    if not low <= value <= high:
+        allowed = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+        raise ValueError(f"The option {name} is {value}; give {allowed}.")
+
+
+def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Splits a fall in noise into a deterministic step to a lower level and fresh noise back up.
+
+    Args:
+        sigma: The level that the step leaves.
+        sigma_next: The level that it reaches, below sigma (with eta 0 on either side).
+        eta: The share of noise, 0 (none) to 1 (that of the posterior q(x_next | x, x0)).
+
+    Returns:
+        `(sigma_down, sigma_up)` with sigma_down² + sigma_up² = sigma_next².
+
+    Source: arXiv 2010.02502, eq. 16, divided by sqrt(alpha_bar) of the next step.
+    """
+    if eta == 0:
+        return sigma_next, 0.0
+    sigma_up = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+    return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
