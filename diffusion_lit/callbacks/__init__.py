@@ -1,1 +1,9 @@
-"""Callbacks: averages of the weights, pictures and measurements while training."""
+"""Callbacks: the average of the weights, pictures and measurements while training."""
+
+from diffusion_lit.callbacks.checkpoint import LastCheckpoint
+from diffusion_lit.callbacks.ema import EMA
+from diffusion_lit.callbacks.noise_levels import LossByNoiseLevel
+from diffusion_lit.callbacks.progress import RunSummary, Throughput
+from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
+
+__all__ = ["EMA", "LastCheckpoint", "LossByNoiseLevel", "RunSummary", "SampleGrid", "Throughput", "Trajectory"]

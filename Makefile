@@ -1,0 +1,41 @@
+# The commands of this project; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 6006
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types board clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed ## create .venv and install the project into it
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, but $(PYTHON) is `$(PYTHON) --version`: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install ## train a diffusion model on handwritten digits, in minutes on a laptop
+	$(BIN)/lightning fit --config configs/edm_digits.yaml
+
+test: install ## run the tests
+	$(BIN)/python -m pytest -q
+
+test-slow: install ## run the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+lint: install ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## check types
+	$(BIN)/mypy
+
+board: install ## open TensorBoard over all runs: make board PORT=6006
+	$(BIN)/tensorboard --logdir runs --port $(PORT)
+
+clean: ## remove caches, not runs and not .venv
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -1,0 +1,47 @@
+"""The denoising error at fixed noise levels: where along the noise axis a model is good and where it still learns."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from diffusion_lit.diffusion.rng import keyed_generator
+from diffusion_lit.modules.base import DiffusionModule
+
+
+class LossByNoiseLevel(Callback):
+    """Logs the loss of the validation split at fixed noise levels as `loss_by_sigma/SIGMA`.
+
+    The noise is the same at every epoch. The loss is the training loss, so that levels compare by what training sees.
+
+    Args:
+        sigmas: Noise levels; those outside the range that the model was made for are left out.
+        batches: Number of validation batches that are used; 0 for never.
+    """
+
+    def __init__(self, sigmas: tuple[float, ...] = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0), batches: int = 2) -> None:
+        self.sigmas = sigmas
+        self.batches = batches
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: dict[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measures one batch at every level."""
+        if trainer.sanity_checking or batch_idx >= self.batches or not isinstance(pl_module, DiffusionModule):
+            return
+        image = batch["image"]
+        label = batch.get("label") if pl_module.num_classes else None
+        scaling = pl_module.denoiser.scaling
+        generator = keyed_generator("loss_by_sigma", batch_idx, trainer.global_rank, device=image.device)
+        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        for level in self.sigmas:
+            if scaling.sigma_min <= level <= scaling.sigma_max:
+                sigma = torch.full((len(image),), level, device=image.device)
+                loss = pl_module.loss(pl_module.denoiser, image, sigma, noise, label).mean()
+                pl_module.log(f"loss_by_sigma/{level:g}", loss, batch_size=len(image), sync_dist=True)

@@ -1,0 +1,76 @@
+"""What a run tells its user: images per second while it goes, and where everything lies when it ends."""
+
+import time
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+
+class Throughput(Callback):
+    """Logs training images per second, all ranks together, validation and pictures not counted."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._images = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock anew."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Counts, and logs at the trainer's interval."""
+        self._images += next(iter(batch.values())).shape[0] * trainer.world_size
+        if trainer._logger_connector.should_update_logs:
+            rate = self._images / (time.perf_counter() - self._since)
+            pl_module.log("train/images_per_second", rate, batch_size=1)
+            self._restart()
+
+
+class RunSummary(Callback):
+    """Prints, when training ends, what the run reached and where its pictures, checkpoints and logs lie."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the summary on rank 0."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        lines = ["", "The run is over."]
+        for label, value in self._figures(trainer):
+            lines.append(f"  {label + ':':<22}{value}")
+        for label, pattern in (
+            ("sample grid", "samples/*.png"),
+            ("trajectory", "trajectory/*.png"),
+            ("denoising animation", "trajectory/*.gif"),
+            ("checkpoint", "checkpoints/last.ckpt"),
+        ):
+            found = sorted(folder.glob(pattern))
+            if found:
+                lines.append(f"  {label + ':':<22}{_short(found[-1])}")
+        lines += [f"  {'everything else:':<22}{_short(folder)}", "  to see it in TensorBoard, run: make board", ""]
+        rank_zero_info("\n".join(lines))
+
+    def _figures(self, trainer: Trainer) -> list[tuple[str, str]]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = []
+        for name, value in metrics.items():
+            if name.startswith(("fid_", "fd_")) and not name.endswith("_floor"):
+                floor = metrics.get(f"{name}_floor")
+                beside = f" (real against real, the floor: {floor:.3g})" if floor is not None else ""
+                figures.append((name, f"{value:.3g}{beside}"))
+        if "val/loss" in metrics:
+            figures.append(("validation loss", f"{metrics['val/loss']:.4g}"))
+        return figures
+
+
+def _short(path: Path) -> str:
+    """The path from here where it lies below, as a user would type it."""
+    return str(path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,155 @@
+"""Pictures while training: a grid of samples that grow, and the way from noise to picture.
+
+Seeds and labels are fixed, so that the grids of different epochs show the same samples at different ages.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor
+
+from diffusion_lit.pictures import StepRecorder, grid_image, log_image, png_bytes, save_gif
+
+if TYPE_CHECKING:
+    from diffusion_lit.modules.base import DiffusionModule
+
+
+def run_folder(trainer: Trainer, name: str) -> Path:
+    """A folder under the run's own, made if need be.
+
+    Args:
+        trainer: The trainer, whose logger knows the run's folder.
+        name: Name of the folder.
+
+    Returns:
+        Its path.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Pictures(Callback):
+    """Draws samples with fixed seeds after validation; subclasses say which and how they are shown.
+
+    Args:
+        every: Draws at every n-th validation; 0 for never.
+        seed: Sample i has the seed `seed + i`.
+    """
+
+    def __init__(self, every: int = 1, seed: int = 0) -> None:
+        if every < 0:
+            raise ValueError(f"every is {every}; it must be 0 (never) or more.")
+        self.every = every
+        self.seed = seed
+        self.validations = 0
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws where it is due: rank 0 alone, with the average weights that validation uses."""
+        if trainer.sanity_checking or not hasattr(pl_module, "generate"):
+            return
+        self.validations += 1
+        if self.every and self.validations % self.every == 0 and trainer.is_global_zero:
+            self.show(trainer, cast("DiffusionModule", pl_module))
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of validations seen, which a resumed run counts on from."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restores the count."""
+        self.validations = state_dict["validations"]
+
+    def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
+        """Draws and shows the samples."""
+        raise NotImplementedError
+
+    def draw(self, module: "DiffusionModule", count: int, recorder: StepRecorder | None = None) -> Tensor:
+        """The first `count` samples, of classes 0, 1, 2, ... in turn where there are classes.
+
+        Args:
+            module: The model.
+            count: Number of samples.
+            recorder: Keeps each step where given.
+
+        Returns:
+            Samples (count, C, H, W) in [-1, 1].
+        """
+        labels = torch.arange(count) % module.num_classes if module.num_classes else None
+        seeds = range(self.seed, self.seed + count)
+        return module.generate(seeds, labels, callback=recorder)
+
+    def write(self, trainer: Trainer, tag: str, name: str, image: Image.Image, gif: bytes | None = None) -> None:
+        """Writes a picture under the run's folder and shows it in TensorBoard.
+
+        Args:
+            trainer: The trainer.
+            tag: TensorBoard's tag.
+            name: The file's name folder; the file is called by the training step.
+            image: The picture, or the frame that gives the size where `gif` is given.
+            gif: The bytes of an animation, written in the picture's stead.
+        """
+        if trainer.fast_dev_run:
+            return
+        encoded, ending = (gif, "gif") if gif is not None else (png_bytes(image), "png")
+        folder = run_folder(trainer, name)
+        (folder / f"step_{trainer.global_step:07d}.{ending}").write_bytes(encoded)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                log_image(logger.experiment, tag, encoded, image.size, trainer.global_step)
+
+
+class SampleGrid(Pictures):
+    """A grid of samples: one row per class where there are classes.
+
+    Args:
+        rows: Number of rows of an unconditional model's grid; a conditional one has a row per class, 10 at the most.
+        columns: Number of columns.
+        every: Draws at every n-th validation; 0 for never.
+        seed: Seed of the first sample.
+    """
+
+    def __init__(self, rows: int = 8, columns: int = 8, every: int = 1, seed: int = 0) -> None:
+        super().__init__(every, seed)
+        if rows < 1 or columns < 1:
+            raise ValueError(f"A sample grid of {rows} rows and {columns} columns has no samples; both must be at least 1.")
+        self.rows = rows
+        self.columns = columns
+
+    def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
+        """Draws the grid."""
+        rows = min(module.num_classes, 10) or self.rows
+        labels = torch.arange(rows).repeat_interleave(self.columns) if module.num_classes else None
+        samples = module.generate(range(self.seed, self.seed + rows * self.columns), labels)
+        self.write(trainer, "samples", "samples", grid_image(samples, self.columns))
+
+
+class Trajectory(Pictures):
+    """The way from noise to picture: a strip of x above x0_hat along the steps, and an animation.
+
+    Args:
+        count: Number of samples in the strip; the animation shows 16.
+        columns: Number of steps that the strip shows.
+        every: Draws at every n-th validation; 0 for never.
+        seed: Seed of the first sample.
+    """
+
+    def __init__(self, count: int = 4, columns: int = 10, every: int = 1, seed: int = 0) -> None:
+        super().__init__(every, seed)
+        if count < 1 or columns < 1:
+            raise ValueError(f"A trajectory of {count} samples and {columns} steps is empty; both must be at least 1.")
+        self.count = count
+        self.columns = columns
+
+    def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
+        """Draws the strip and the animation."""
+        recorder = StepRecorder(keep=max(self.count, 16))
+        self.draw(module, max(self.count, 16), recorder)
+        frames = recorder.frames(columns=4)
+        self.write(trainer, "trajectory/animation", "trajectory", frames[-1], save_gif(frames, None))
+        recorder.x = [x[: self.count] for x in recorder.x]
+        self.write(trainer, "trajectory/strip", "trajectory", recorder.strip(self.columns))

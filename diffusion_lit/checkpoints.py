@@ -1,0 +1,139 @@
+"""Checkpoints: files that describe themselves, read without executing anything they hold.
+
+A checkpoint made by `lightning fit` records the classes and arguments of its module and data, the average weights as
+`state_dict` and the raw ones as `current_model_state`. Reading goes through `torch.load(weights_only=True)` alone.
+"""
+
+import contextlib
+import io
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint's contents to the CPU, refusing anything but tensors and plain values.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Lightning's checkpoint dictionary.
+
+    Raises:
+        ValueError: If the file is missing, unreadable, truncated, not a checkpoint, or holds objects that only an unsafe
+            load would make.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a checkpoint file; give a file such as checkpoints/last.ckpt.")
+    if not path.exists():
+        raise ValueError(f"There is no checkpoint {path}; `lightning fit` writes them to runs/NAME/version_N/checkpoints/.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"The checkpoint {path} cannot be read: no permission.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError, OSError) as error:
+        if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
+            raise ValueError(
+                f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since that "
+                "would run code from the file."
+            ) from error
+        raise ValueError(f"{path} is not a readable checkpoint: it is damaged, truncated or another kind of file.") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is a PyTorch file but not a checkpoint of `lightning fit`: it has no `state_dict`.")
+    return checkpoint
+
+
+def load_module(path: str | Path) -> Any:
+    """Builds the LightningModule that a checkpoint describes, with its average weights, in eval mode.
+
+    Args:
+        path: The checkpoint file.
+
+    Returns:
+        The module, on the CPU.
+
+    Raises:
+        ValueError: As `read_checkpoint`, or if the file does not say which module made it.
+    """
+    import diffusion_lit.modules
+
+    checkpoint = read_checkpoint(path)
+    _described(checkpoint, "hyper_parameters", "module", path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = cast(LightningModule, _build(LightningModule, checkpoint, path))
+    return module.eval()
+
+
+def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
+    """Builds the LightningDataModule that a checkpoint was trained on.
+
+    Args:
+        path: The checkpoint file.
+        overrides: Arguments of the data module to replace, such as `root`.
+
+    Returns:
+        The data module, not yet prepared.
+
+    Raises:
+        ValueError: As `read_checkpoint`, or if the file does not say which data it was trained on.
+    """
+    import datamodules
+
+    checkpoint = read_checkpoint(path)
+    _described(checkpoint, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "data", path)
+    return cast(LightningDataModule, _build(LightningDataModule, checkpoint, path, **overrides))
+
+
+def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides: Any) -> Any:
+    """Lightning's own `load_from_checkpoint`, fed with what was read already, its failures told in a sentence."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            return base.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, **overrides)
+    except SystemExit as error:
+        reason = (said.getvalue().strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"The checkpoint {path} names something that cannot be built: {reason}") from error
+    except (RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"The checkpoint {path} does not fit the code that it names: {reason}") from error
+
+
+def _described(checkpoint: dict[str, Any], key: str, what: str, path: str | Path) -> None:
+    if "_class_path" not in checkpoint.get(key, {}):
+        raise ValueError(
+            f"The checkpoint {path} does not say which {what} class it belongs to; only checkpoints made by `lightning "
+            "fit` do. Build the objects in Python and load its `state_dict` into them."
+        )
+
+
+def find_last(run: Path) -> Path:
+    """The last checkpoint of a run's newest version that has one.
+
+    Args:
+        run: The run's folder, `runs/NAME`.
+
+    Returns:
+        The path of its `last.ckpt`.
+
+    Raises:
+        ValueError: If no version holds a last checkpoint.
+    """
+    versions = [folder for folder in run.glob("version_*") if re.fullmatch(r"version_\d+", folder.name)]
+    for folder in sorted(versions, key=lambda folder: int(folder.name.split("_")[1]), reverse=True):
+        last = folder / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            return last
+    raise ValueError(
+        f"There is nothing to continue: no version under {run} holds checkpoints/last.ckpt. Start the run without "
+        "--ckpt_path."
+    )

@@ -1,0 +1,217 @@
+"""Sampling from end to end: settings in, pictures out.
+
+A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Everything that generates (callbacks,
+`lightning sample`, evaluation, editing) goes through it, so that the same settings and seeds give the same pictures
+everywhere. Sample i depends on its own seed alone: the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a
+variance-preserving path, where x_T is standard normal, and n and every later draw come from the generator of that seed.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.denoiser import ClipX0, Denoiser
+from diffusion_lit.diffusion.grids import GRIDS
+from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance, Conditioned
+from diffusion_lit.diffusion.rng import SeededNoise
+from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.diffusion.scaling import Scaling
+
+StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn from a denoiser.
+
+    Args:
+        sampler: Name of a sampler, a key of `diffusion_lit.diffusion.SAMPLERS`.
+        num_steps: Number of steps N, at least 1.
+        grid: Name of a grid of noise levels, a key of `diffusion_lit.diffusion.GRIDS`.
+        sigma_min: Smallest noise level above 0 of the grid; by default that of the model.
+        sigma_max: Largest noise level of the grid, where sampling starts; by default that of the model.
+        cfg_scale: Classifier-free guidance, `uncond + cfg_scale * (cond - uncond)`: 1 is the plain conditional model, 0 the
+            unconditional one.
+        guidance_interval: Noise levels (lo, hi) within which guidance acts; everywhere when omitted (Kynkäänniemi 2024).
+        guidance_rescale: Share in [0, 1] of the rescaling of guided predictions (Lin 2023, section 3.4).
+        clip_x0: Threshold on predicted images: `none`, `static` (to [-1, 1]) or `dynamic` (a quantile, Saharia 2022).
+        sampler_options: Further arguments of the sampler, such as `{"S_churn": 40}` or `{"eta": 0.5}`.
+        grid_options: Further arguments of the grid, such as `{"rho": 7}`.
+
+    Raises:
+        ValueError: If a name is unknown, `num_steps` is below 1, or the range of noise levels is empty.
+    """
+
+    sampler: str = "heun"
+    num_steps: int = 18
+    grid: str = "karras"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    cfg_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    clip_x0: str = "none"
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    grid_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what no sampler could run."""
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _one_of("grid", self.grid, GRIDS)
+        _one_of("clip_x0", self.clip_x0, ("none", "static", "dynamic"))
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; sampling needs at least 1 step.")
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; give a rising range.")
+        known = {
+            name
+            for name, parameter in inspect.signature(SAMPLERS[self.sampler].function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("noise", "callback")
+        }
+        for option in self.sampler_options:
+            if option not in known:
+                allowed = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+                raise ValueError(f"The sampler {self.sampler!r} has no option {option!r}; {allowed}.")
+
+    def but(self, **changes: Any) -> "Sampling":
+        """The same settings with some replaced, `None` meaning unchanged.
+
+        Options of the sampler and of the grid belong to their name: they are dropped when the name changes.
+
+        Args:
+            changes: Fields and their new values.
+
+        Returns:
+            New settings.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        for name, options in (("sampler", "sampler_options"), ("grid", "grid_options")):
+            if changes.get(name, getattr(self, name)) != getattr(self, name):
+                changes.setdefault(options, {})
+        return replace(self, **changes)
+
+    def sigmas(self, scaling: Scaling) -> Tensor:
+        """The grid of noise levels for a model.
+
+        Args:
+            scaling: The model's prediction type, which knows the noise levels that it was trained on.
+
+        Returns:
+            Float64 noise levels of shape (N+1,), falling, ending in 0.
+        """
+        return GRIDS[self.grid](
+            self.num_steps, scaling, sigma_min=self.sigma_min, sigma_max=self.sigma_max, **self.grid_options
+        )
+
+    @property
+    def nfe(self) -> int:
+        """Denoiser calls per sample."""
+        return SAMPLERS[self.sampler].nfe(self.num_steps)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain values, for receipts.
+
+        Returns:
+            A dictionary that `Sampling(**record)` turns back; `nfe` is not in it.
+        """
+        return asdict(self)
+
+    def wrap(self, denoiser: Denoiser, labels: Tensor | None) -> Conditioned:
+        """The callable that the sampler sees: clipped, guided and bound to labels.
+
+        Args:
+            denoiser: The model.
+            labels: Class indices of shape (B,), or None for unconditional sampling.
+
+        Returns:
+            `denoise(x, sigma) -> x0_hat`.
+        """
+        model: Any = denoiser
+        if labels is not None:
+            interval = None if self.guidance_interval is None else tuple(self.guidance_interval)
+            model = ClassifierFreeGuidance(model, self.cfg_scale, interval=interval, rescale=self.guidance_rescale)
+        if self.clip_x0 != "none":
+            model = ClipX0(model, dynamic=self.clip_x0 == "dynamic")
+        return Conditioned(model, labels)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Draws one picture per seed.
+
+        Args:
+            denoiser: The model, in eval mode, on the device that shall do the work.
+            shape: Shape (C, H, W) of one picture.
+            seeds: One seed per picture; picture i is a function of `seeds[i]`, `labels[i]` and these settings alone.
+            labels: Class indices of shape (B,), or None for unconditional sampling.
+            callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
+
+        Returns:
+            Pictures x0 of shape (B, C, H, W), in [-1, 1] up to the model's own overshoot.
+
+        Raises:
+            ValueError: If a label is outside the model's classes, or the model has none.
+        """
+        device = next(denoiser.parameters()).device
+        labels = check_labels(labels, denoiser.num_classes, len(seeds))
+        if labels is not None:
+            labels = labels.to(device)
+        sigmas = self.sigmas(denoiser.scaling).to(device)
+        noise = SeededNoise(seeds)
+        start = sigmas[0].square().add(1).sqrt() if denoiser.scaling.variance_preserving else sigmas[0]
+        x = noise(torch.empty(len(seeds), *shape, device=device)) * start.float()
+        options = self._options(denoiser.scaling, sigmas)
+        sampler = SAMPLERS[self.sampler].function
+        return sampler(self.wrap(denoiser, labels), x, sigmas, noise=noise, callback=callback, **options)
+
+    def _options(self, scaling: Scaling, sigmas: Tensor) -> dict[str, Any]:
+        """The sampler's options, with churn kept below the largest trained noise level, which it would overstep."""
+        options = dict(self.sampler_options)
+        churn = options.get("S_churn", 0.0)
+        if churn and scaling.sigma_max < float("inf"):
+            gamma = min(churn / self.num_steps, 2**0.5 - 1)
+            ceiling = scaling.sigma_max / (1 + gamma)
+            options["S_tmax"] = min(options.get("S_tmax", float("inf")), ceiling)
+        return options
+
+
+def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor | None:
+    """Refuses labels that the model cannot take.
+
+    Args:
+        labels: Class indices of shape (B,), or None.
+        num_classes: Number of the model's classes, 0 for an unconditional model.
+        count: Number of samples B.
+
+    Returns:
+        The labels as int64, or None.
+
+    Raises:
+        ValueError: If there are labels and the model has no classes, a label is outside [0, num_classes), or their number
+            is not `count`.
+    """
+    if labels is None:
+        return None
+    if num_classes == 0:
+        raise ValueError("The model is unconditional and takes no labels; leave them out.")
+    if labels.shape != (count,):
+        raise ValueError(f"{count} samples need {count} labels, but labels have shape {tuple(labels.shape)}.")
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.numel():
+        raise ValueError(f"Label {int(outside[0])} is outside the model's classes 0 to {num_classes - 1}.")
+    return labels.long()
+
+
+def _one_of(what: str, name: str, table: Any) -> None:
+    if name not in table:
+        raise ValueError(f"There is no {what} {name!r}; choose one of {', '.join(table)}.")

@@ -1,0 +1,186 @@
+"""What every denoising LightningModule shares: keyed training draws, validation loss, sampling, optimizer.
+
+A training step is a function of the weights, the batch and the key (seed, epoch, batch): flips, noise levels, noise and label
+dropout are drawn for the whole global batch from one generator and each rank takes its rows, so that neither a restart
+nor the number of devices changes the training. What the network itself draws (dropout) is keyed by the rank too.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+
+from diffusion_lit.diffusion.denoiser import Denoiser
+from diffusion_lit.diffusion.generate import Sampling, StepCallback
+from diffusion_lit.diffusion.loss import DenoisingLoss
+from diffusion_lit.diffusion.noise import NoiseLevels
+from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
+from diffusion_lit.modules.optim import configure_optimizers
+
+
+class Draws(NamedTuple):
+    """The random part of one training step, this rank's rows of it."""
+
+    sigma: Tensor
+    noise: Tensor
+    label: Tensor | None
+
+
+class DiffusionModule(LightningModule):
+    """Trains a denoiser on pictures and samples from it.
+
+    Args:
+        denoiser: The model, `(x, sigma, label) -> x0_hat`.
+        noise_levels: Distribution that training draws sigma from.
+        loss: Denoising loss with its weight.
+        sampling: How pictures are drawn from the model unless told otherwise.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
+        label_dropout: Probability of training a sample with the null class, in [0, 1], so that guidance has an
+            unconditional branch (Ho & Salimans 2022).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        noise_levels: NoiseLevels,
+        loss: DenoisingLoss,
+        sampling: Sampling,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        label_dropout: float,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout is {label_dropout}; it is a probability between 0 and 1.")
+        self.denoiser = denoiser
+        self.noise_levels = noise_levels
+        self.loss = loss
+        self.sampling = sampling
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.label_dropout = label_dropout
+        self.class_names: list[str] = [str(index) for index in range(denoiser.num_classes)]
+        if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
+            self.save_hyperparameters()
+
+    @property
+    def net(self) -> nn.Module:
+        """The network inside the denoiser."""
+        return self.denoiser.net
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for an unconditional model."""
+        return self.denoiser.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the pictures that the model makes."""
+        return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        sampling: Sampling | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Draws one picture per seed.
+
+        Args:
+            seeds: One seed per picture.
+            labels: Class indices of shape (B,), or None for unconditional sampling.
+            sampling: Other settings than the module's own.
+            callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
+
+        Returns:
+            Pictures (B, C, H, W), in [-1, 1] up to the model's own overshoot.
+
+        Raises:
+            ValueError: If a label is outside the model's classes, or the model has none.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return (sampling or self.sampling).generate(self.denoiser, self.image_shape, seeds, labels, callback)
+        finally:
+            self.train(training)
+
+    def draw(self, label: Tensor | None, shape: torch.Size, *key: int | str) -> Draws:
+        """Draws noise levels, noise and label dropout for the global batch and takes this rank's rows.
+
+        Args:
+            label: This rank's class indices of shape (B,), or None.
+            shape: Shape (B, C, H, W) of this rank's batch.
+            key: Names the draw.
+
+        Returns:
+            This rank's rows: sigma (B,), noise (B, C, H, W), label (B,) with dropped ones set to the null class.
+        """
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        generator = keyed_generator(*key, device=self.device)
+        total = shape[0] * world
+        rows = slice(rank, None, world)
+        sigma = self.denoiser.scaling.clamp(self.noise_levels.sample(total, generator))[rows]
+        noise = torch.randn(total, *shape[1:], generator=generator, device=self.device)[rows]
+        if label is None or self.num_classes == 0:
+            return Draws(sigma, noise, None)
+        dropped = torch.rand(total, generator=generator, device=self.device)[rows] < self.label_dropout
+        return Draws(sigma, noise, label.masked_fill(dropped, self.num_classes))
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Keys what the network draws by itself."""
+        torch.manual_seed(keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The mean denoising loss of a batch `{"image": (B, C, H, W) in [-1, 1], "label": (B,)}`."""
+        image = batch["image"]
+        draws = self.draw(batch.get("label"), image.shape, "train", run_seed(), self.current_epoch, batch_idx)
+        loss = self.loss(self.denoiser, image, draws.sigma, draws.noise, draws.label).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the loss under draws that are the same at every epoch."""
+        self._held_out_loss("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the loss on the test split."""
+        self._held_out_loss("test", batch, batch_idx)
+
+    def _held_out_loss(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        image = batch["image"]
+        label = batch.get("label") if self.num_classes else None
+        draws = self.draw(None, image.shape, split, batch_idx)
+        loss = self.loss(self.denoiser, image, draws.sigma, draws.noise, label).mean()
+        self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One sample per picture of the batch, of the same class, its index as the seed; (B, C, H, W) in [-1, 1]."""
+        label = batch.get("label") if self.num_classes else None
+        return self.generate(batch["index"].tolist(), label)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, where there is one, the learning-rate schedule."""
+        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        names = getattr(datamodule, "class_names", None)
+        checkpoint["diffusion_lit"] = {"class_names": list(names or self.class_names), "seed": run_seed()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the names of the classes from the checkpoint."""
+        self.class_names = checkpoint.get("diffusion_lit", {}).get("class_names", self.class_names)
+
+
+def run_seed() -> int:
+    """The seed of the run: Lightning's `seed_everything`, 0 where none was set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))

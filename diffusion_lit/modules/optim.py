@@ -1,0 +1,89 @@
+"""Optimizer and learning-rate schedule from the YAML, and the schedule that the configs use."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+
+class Trapezoid(LambdaLR):
+    """Linear warm-up, a plateau, and a linear decay to 0 over the last part of the run.
+
+    Args:
+        optimizer: The optimizer whose learning rate it steers.
+        warmup_steps: Steps over which the learning rate rises from 0 to the optimizer's own.
+        decay_fraction: Share of the run, in [0, 1], over which it falls to 0 at the end.
+        total_steps: Length of the run in optimizer steps; the trainer's own length when omitted.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup_steps: int = 0,
+        decay_fraction: float = 0.0,
+        total_steps: int | None = None,
+    ) -> None:
+        if not 0 <= decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {decay_fraction}; it is a share of the run between 0 and 1.")
+        self.warmup_steps = warmup_steps
+        self.decay_fraction = decay_fraction
+        self.total_steps = total_steps
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """The learning rate at a step as a multiple of the optimizer's own.
+
+        Args:
+            step: Number of steps taken.
+
+        Returns:
+            A factor in [0, 1].
+        """
+        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.total_steps is None or self.decay_fraction == 0:
+            return rise
+        fall = (self.total_steps - step) / (self.decay_fraction * self.total_steps)
+        return rise * max(0.0, min(1.0, fall))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters alone: the rest comes from the config."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": self._last_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the counters."""
+        self.__dict__.update(state_dict)
+
+
+def configure_optimizers(
+    module: "LightningModule", optimizer: "OptimizerCallable", lr_scheduler: "LRSchedulerCallable | None"
+) -> Any:
+    """What a LightningModule's `configure_optimizers` returns.
+
+    Args:
+        module: The module; its trainable parameters are optimised.
+        optimizer: Makes the optimizer from parameters.
+        lr_scheduler: Makes the schedule from the optimizer; stepped each training step, `ReduceLROnPlateau` after each
+            validation by `val/loss`.
+
+    Returns:
+        Lightning's optimizer configuration.
+    """
+    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    if lr_scheduler is None:
+        return built
+    scheduler = lr_scheduler(built)
+    if isinstance(scheduler, Trapezoid) and scheduler.total_steps is None:
+        steps = module.trainer.estimated_stepping_batches
+        scheduler.total_steps = int(steps) if steps != float("inf") else None
+        if scheduler.total_steps is None and scheduler.decay_fraction:
+            raise ValueError(
+                "The learning rate is to decay at the end of the run, but the run has no end: set trainer.max_steps or "
+                "trainer.max_epochs, or the schedule's total_steps."
+            )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

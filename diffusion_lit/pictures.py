@@ -1,0 +1,155 @@
+"""Pictures: tensors in [-1, 1] to grids, PNG files, animated GIFs and TensorBoard."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Rounds pictures to bytes.
+
+    Args:
+        images: Pictures of any shape, values in [-1, 1]; what overshoots is clipped.
+
+    Returns:
+        The same shape in uint8 on the CPU, -1 as 0 and 1 as 255.
+    """
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
+    """Lays pictures out in rows.
+
+    Args:
+        images: Pictures (B, C, H, W) in [-1, 1] with 1 to 4 channels.
+        columns: Pictures per row.
+        scale: Whole factor by which pixels are enlarged; by default small pictures grow to about 64 pixels a side.
+
+    Returns:
+        The grid as a picture: grey or RGB (RGBA for 4 channels; of 2 channels the first is shown).
+    """
+    scale = scale or max(1, 64 // images.shape[-1])
+    pixels = to_uint8(images)
+    pixels = pixels[:, :1] if pixels.shape[1] == 2 else pixels
+    pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    grid = make_grid(pixels, nrow=columns, padding=max(1, scale // 2), pad_value=255).permute(1, 2, 0)
+    return Image.fromarray(grid.numpy())
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 4.0) -> bytes:
+    """Encodes an animated GIF that loops and rests on its last frame.
+
+    Args:
+        frames: Pictures of one size.
+        path: Where to write it; nowhere when None.
+        seconds: Length of the animation without the rest.
+
+    Returns:
+        The GIF's bytes.
+    """
+    durations = [max(20, int(1000 * seconds / len(frames)))] * len(frames)
+    durations[-1] += 1500
+    buffer = io.BytesIO()
+    palette = [frame.convert("RGB").quantize(256) if frame.mode != "L" else frame for frame in frames]
+    palette[0].save(buffer, "GIF", save_all=True, append_images=palette[1:], duration=durations, loop=0)
+    if path is not None:
+        path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def log_image(writer: SummaryWriter, tag: str, encoded: bytes, size: tuple[int, int], step: int) -> None:
+    """Shows an encoded picture, animated or not, in TensorBoard.
+
+    Args:
+        writer: TensorBoard's writer.
+        tag: The picture's name.
+        encoded: Bytes of a PNG or GIF file.
+        size: Width and height in pixels.
+        step: Training step that it belongs to.
+    """
+    image = Summary.Image(encoded_image_string=encoded, width=size[0], height=size[1], colorspace=3)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encodes a picture as PNG.
+
+    Args:
+        image: Any picture.
+
+    Returns:
+        The bytes of the file.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class StepRecorder:
+    """A sampler's callback that keeps x and x0_hat of each step.
+
+    Args:
+        keep: Number of pictures of the batch to keep.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.x: list[Tensor] = []
+        self.x0_hat: list[Tensor] = []
+        self.sigmas: list[float] = []
+
+    def __call__(self, step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
+        """Keeps one step.
+
+        Args:
+            step: Index of the step.
+            x: The noisy pictures (B, C, H, W) at noise level sigma.
+            x0_hat: The denoiser's predictions.
+            sigma: The noise level.
+        """
+        self.x.append(x[: self.keep].detach().float().cpu())
+        self.x0_hat.append(x0_hat[: self.keep].detach().float().cpu())
+        self.sigmas.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
+
+    def strip(self, columns: int = 10) -> Image.Image:
+        """For each picture kept, a row of x above a row of x0_hat, from noise to picture.
+
+        Args:
+            columns: At most so many steps are shown, evenly spread, first and last among them.
+
+        Returns:
+            The strip; x is scaled to unit variance, x / sqrt(1 + sigma^2), so that it can be seen.
+        """
+        steps = self._spread(columns)
+        rows = []
+        for index in range(self.x[0].shape[0]):
+            rows += [self._visible(step)[index] for step in steps]
+            rows += [self.x0_hat[step][index] for step in steps]
+        return grid_image(torch.stack(rows), columns=len(steps))
+
+    def frames(self, columns: int, most: int = 60) -> list[Image.Image]:
+        """One grid per step: the noisy pictures turn into samples.
+
+        Args:
+            columns: Pictures per row.
+            most: At most so many steps are shown.
+
+        Returns:
+            The frames, the last of them the finished predictions.
+        """
+        grids = [grid_image(self._visible(step), columns) for step in self._spread(most)]
+        return [*grids, grid_image(self.x0_hat[-1], columns)]
+
+    def _visible(self, step: int) -> Tensor:
+        return self.x[step] / (1 + self.sigmas[step] ** 2) ** 0.5
+
+    def _spread(self, most: int) -> list[int]:
+        count = min(most, len(self.x))
+        return sorted({round(index) for index in torch.linspace(0, len(self.x) - 1, count).tolist()})

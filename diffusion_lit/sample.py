@@ -1,0 +1,146 @@
+"""`lightning sample`: pictures from a checkpoint, which is all that it needs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.checkpoints import load_module
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.pictures import StepRecorder, grid_image, save_gif, to_uint8
+
+
+def sample(
+    ckpt_path: str,
+    num_samples: int = 64,
+    labels: str | None = None,
+    cfg_scale: float | None = None,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    grid: str | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    clip_x0: str | None = None,
+    sampler_options: dict[str, float | str | bool] | None = None,
+    grid_options: dict[str, float | str | bool] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    out: str = "out",
+    trajectory: bool = False,
+    device: str = "auto",
+) -> None:
+    """Draws pictures from a checkpoint.
+
+    Writes OUT/grid.png and OUT/samples.npz (`arr_0`: uint8 pictures N x H x W x C, and `labels`), and with --trajectory
+    OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is the same picture whatever the batch
+    size. What is not given is as the model was trained to be sampled. The average (EMA) weights are used.
+
+    Args:
+        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt.
+        num_samples: Number of pictures.
+        labels: Classes to draw: `all` (a row of the grid per class), or a list such as 3,3,7 that is repeated until there
+            are enough. Without it, a model with classes draws unconditionally, through its null class.
+        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the unconditional.
+        sampler: Name of the sampler; the table below lists them.
+        num_steps: Number of sampling steps.
+        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
+        sigma_min: Smallest noise level of the grid above 0.
+        sigma_max: Largest noise level of the grid.
+        clip_x0: Threshold on predicted pictures: none, static or dynamic.
+        sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
+        grid_options: Options of the grid, as JSON: '{"rho": 7}'.
+        guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
+        guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
+        seed: Seed of the first sample.
+        batch_size: Pictures drawn at a time; does not change them.
+        out: Folder for the results.
+        trajectory: Also draws how the first pictures came to be.
+        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+
+    Raises:
+        ValueError: If the checkpoint cannot be used or an option does not fit it.
+    """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1.")
+    module = load_module(ckpt_path).to(_device(device))
+    settings: Sampling = module.sampling.but(
+        cfg_scale=cfg_scale,
+        sampler=sampler,
+        num_steps=num_steps,
+        grid=grid,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        clip_x0=clip_x0,
+        sampler_options=sampler_options,
+        grid_options=grid_options,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+    )
+    classes = parse_labels(labels, num_samples, module.num_classes)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    recorder = StepRecorder(keep=min(16, num_samples)) if trajectory else None
+    batches: list[Tensor] = []
+    for start in tqdm(range(0, num_samples, batch_size), desc="sampling", unit="batch"):
+        rows = slice(start, min(start + batch_size, num_samples))
+        seeds = range(seed + rows.start, seed + rows.stop)
+        chosen = None if classes is None else classes[rows]
+        batches.append(module.generate(seeds, chosen, settings, recorder if start == 0 else None).cpu())
+    samples = torch.cat(batches)
+
+    columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
+    grid_image(samples, columns).save(folder / "grid.png")
+    arrays = {"arr_0": to_uint8(samples).permute(0, 2, 3, 1).numpy()}
+    if classes is not None:
+        arrays["labels"] = classes.numpy()
+    np.savez_compressed(folder / "samples.npz", **arrays)
+    if recorder is not None:
+        recorder.strip().save(folder / "trajectory.png")
+        save_gif(recorder.frames(columns=4), folder / "trajectory.gif")
+    print(f"{num_samples} samples, {settings.nfe} denoiser calls each, are in {folder}/: grid.png, samples.npz")
+
+
+def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | None:
+    """Classes from a command line.
+
+    Args:
+        labels: `all`, a list such as `3,3,7`, or None.
+        count: Number of samples.
+        num_classes: Number of the model's classes, 0 for an unconditional model.
+
+    Returns:
+        Class indices of shape (count,), or None. `all` gives every class the same number of samples, one class after
+        the other (the last ones fewer where it does not divide); a list is repeated.
+
+    Raises:
+        ValueError: If the text is no list of classes of the model.
+    """
+    if labels is None:
+        return None
+    if num_classes == 0:
+        raise ValueError(f"--labels {labels} was given, but the model is unconditional; leave --labels out.")
+    if labels == "all":
+        return torch.arange(num_classes).repeat_interleave(-(-count // num_classes))[:count]
+    try:
+        classes = [int(word) for word in labels.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--labels {labels} is neither `all` nor a list of classes such as 3,3,7.") from error
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"Label {label} is outside the model's classes 0 to {num_classes - 1}.")
+    return torch.tensor([classes[index % len(classes)] for index in range(count)])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {name!r} here; use auto, cpu or one that this machine has.") from error

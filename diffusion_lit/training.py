@@ -1,0 +1,207 @@
+"""`lightning fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults.
+
+What it adds: `configs/base.yaml` is read before every config; the run's NAME is that of the config file, and all that
+the run writes lies under `runs/NAME/version_N/`; the network's channels, size and classes come from the data; `--ckpt_path
+last` continues the newest version of this NAME; abbreviations are refused; and what a user got wrong is told in a sentence.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
+
+import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
+import diffusion_lit.modules  # noqa: F401
+from diffusion_lit.callbacks import (
+    EMA,
+    LastCheckpoint,
+    LossByNoiseLevel,
+    RunSummary,
+    SampleGrid,
+    Throughput,
+    Trajectory,
+)
+from diffusion_lit.checkpoints import find_last, read_checkpoint
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+LINKS = {
+    "data.image_shape": {
+        "model.init_args.net.init_args.in_channels": lambda shape: int(shape[0]),
+        "model.init_args.net.init_args.image_size": lambda shape: int(shape[-1]),
+    },
+    "data.num_classes": {"model.init_args.net.init_args.num_classes": int},
+}
+
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "ema": EMA,
+    "checkpoint": LastCheckpoint,
+    "sample_grid": SampleGrid,
+    "trajectory": Trajectory,
+    "loss_by_noise_level": LossByNoiseLevel,
+}
+
+
+class UserError(Exception):
+    """Something that a user can put right, told in one sentence."""
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser with errors of a sentence instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Prints the message without the usage, which runs to pages, and stops with status 2.
+
+        Args:
+            message: What is wrong.
+            ex: The exception behind it.
+
+        Raises:
+            SystemExit: Always.
+        """
+        print(f"lightning: {message}\nThe options are listed by --help; --print_config shows the configuration.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with base config, run names, links from data to network, and resumption by name."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--name`, the callbacks that every run has, and the links from the data to the network."""
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run, whose results go to runs/NAME/version_N; the config's file name by default.",
+        )
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        for source, targets in LINKS.items():
+            for target, compute in targets.items():
+                parser.link_arguments(source, target, compute_fn=compute, apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Finds `last` and reads the checkpoint's record; unlike Lightning's, it leaves the user's configuration alone."""
+        config = self.config[self.config["subcommand"]]
+        self._name_run(config)
+        path = config.get("ckpt_path")
+        if path is None:
+            return
+        logger = _logger(config)
+        if path == "last":
+            if logger is None:
+                raise UserError("--ckpt_path last looks for runs by name and needs the TensorBoard logger of base.yaml.")
+            path = find_last(Path(logger.save_dir) / logger.name)
+            config.ckpt_path = str(path)
+            if self.config["subcommand"] == "fit":
+                logger.version = int(path.parent.parent.name.split("_")[1])
+            print(f"Continuing from {path}")
+        self.recorded = read_checkpoint(path).get("hyper_parameters", {})
+
+    def _name_run(self, config: Namespace) -> None:
+        """Names the run after its config."""
+        if config.get("name") is None:
+            given = [str(file) for file in config.get("config") or []]
+            config.name = Path(given[-1]).stem if given else "run"
+        logger = _logger(config)
+        if logger is not None and logger.get("name") in (None, "lightning_logs"):
+            logger.name = config.name
+
+    def before_instantiate_classes(self) -> None:
+        """Keeps the interval of validation within the run, so that a short run is validated and drawn too."""
+        trainer = self.config[self.subcommand].trainer
+        if isinstance(trainer.val_check_interval, int) and 0 < (trainer.max_steps or -1) < trainer.val_check_interval:
+            trainer.val_check_interval = trainer.max_steps
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Adds the callbacks that have no options."""
+        always: list[Callback] = [Throughput(), RunSummary()]
+        if config.get("logger") is not False and not config.get("fast_dev_run"):
+            always.append(LearningRateMonitor(logging_interval="step"))
+        return super()._instantiate_trainer(config, [*callbacks, *always])
+
+    def after_instantiate_classes(self) -> None:
+        """Says aloud where the configuration contradicts the checkpoint, and refuses a network that cannot take its weights."""
+        recorded = _flat(getattr(self, "recorded", {}))
+        now = _flat(dict(self.model.hparams))
+        for key in sorted(recorded.keys() & now.keys()):
+            if recorded[key] != now[key] and not key.startswith("_"):
+                if key.startswith("net."):
+                    raise UserError(
+                        f"The checkpoint {self.config[self.subcommand].ckpt_path} was trained with model.{key} = {recorded[key]!r}, "
+                        f"but this run says {now[key]!r}; its weights do not fit. Use the configuration that it was trained with."
+                    )
+                rank_zero_warn(f"model.{key} is {now[key]!r} in this run and was {recorded[key]!r} in the checkpoint.")
+
+
+def _logger(config: Namespace) -> Any:
+    """The arguments of the TensorBoard logger of a configuration, or None where it has another."""
+    logger = config.trainer.get("logger")
+    if isinstance(logger, Namespace) and str(logger.get("class_path", "")).endswith("TensorBoardLogger"):
+        return logger.init_args
+    return None
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots, `init_args` left out."""
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, prefix if key == "init_args" else f"{prefix}{key}.")
+    return flat
+
+
+def run(args: list[str]) -> None:
+    """Runs `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        args: The command line, the subcommand first.
+
+    Raises:
+        SystemExit: With status 2 when the user got something wrong, 130 when interrupted.
+    """
+    _quiet()
+    defaults = {"default_config_files": [str(CONFIGS / "base.yaml")], "allow_abbrev": False}
+    sys.argv = ["lightning", *args]  # what LightningCLI and launchers of further ranks read
+    try:
+        CLI(
+            LightningModule,
+            LightningDataModule,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: dict(defaults) for name in ("fit", "validate", "test", "predict")} | {"allow_abbrev": False},
+            seed_everything_default=0,
+        )
+    except (UserError, ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("DIFFUSION_LIT_DEBUG"):
+            raise
+        print(f"lightning: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _quiet() -> None:
+    """Leaves out what Lightning says to advertise or to warn of what this project does on purpose."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )
+    for message in (
+        ".*is an instance of `nn.Module` and is already saved.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    torch.set_float32_matmul_precision("high")

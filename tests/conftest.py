@@ -1,0 +1,44 @@
+"""What many tests share: a clean working folder, small data in official layouts, one run of the command in this process."""
+
+import gzip
+import os
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def write_idx(folder, train=200, test=40, size=28, classes=10, compress=True, seed=0):
+    """Writes the four idx files of MNIST's layout with random pictures whose brightness tells their class."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    opener, ending = (gzip.open, ".gz") if compress else (open, "")
+    for part, count in (("train", train), ("t10k", test)):
+        labels = (np.arange(count) % classes).astype(np.uint8)
+        images = rng.integers(0, 20, (count, size, size)) + 20 * labels[:, None, None]
+        header = np.array([2051, count, size, size], dtype=">i4").tobytes()
+        with opener(folder / f"{part}-images-idx3-ubyte{ending}", "wb") as file:
+            file.write(header + images.astype(np.uint8).tobytes())
+        with opener(folder / f"{part}-labels-idx1-ubyte{ending}", "wb") as file:
+            file.write(np.array([2049, count], dtype=">i4").tobytes() + labels.tobytes())
+    return folder
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    return write_idx(tmp_path / "idx")
+
+
+@pytest.fixture
+def lightning(tmp_path, monkeypatch):
+    """Runs the command in this process, in an empty folder: `lightning("fit", "--config", ...)`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*args):
+        from diffusion_lit.cli import main
+
+        main([str(arg) for arg in args])
+
+    return run
