@@ -1,0 +1,257 @@
+"""The parts that the networks are built of: normalisation, attention, resampling and the embedding of the conditions.
+
+Everything acts on feature maps of shape (B, C, H, W). Two numerical rules hold throughout, so that the same network
+trains in float32 and under bf16 autocast:
+
+- statistics (the mean and variance of a group norm, the softmax of an attention) are accumulated in at least float32;
+- the embedding of the noise level, the class and the augmentation is computed in at least float32, outside autocast:
+  bfloat16 holds integers exactly only up to 256, so the steps 900 and 901 would be one step.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NoiseEmbeddingName = Literal["positional", "fourier", "none"]
+ResampleName = Literal["conv", "pool", "unshuffle", "block"]
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with at most 32 groups of at least 4 channels, safe in half precision.
+
+    At least 4 channels share a group, since a group of one channel would erase that channel's mean, and with it every
+    shift that a bias or an embedding added. The number of groups is the largest one within these bounds that divides
+    the channels.
+
+    Args:
+        channels: Channels of the feature map.
+        eps: Added to the variance.
+
+    Source: Wu & He 2018, arXiv 1803.08494.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        most = max(1, min(32, channels // 4))
+        super().__init__(next(g for g in range(most, 0, -1) if channels % g == 0), channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W); the statistics are in float32 or wider, the result has x's dtype."""
+        if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != "cpu":
+            # CUDA keeps the statistics of a bfloat16 input in bfloat16; the CPU kernel keeps them in float32.
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
+class Attention(nn.Module):
+    """Residual multi-head self-attention over the positions of a feature map: x + proj(softmax(q k^T / sqrt(d)) v).
+
+    Args:
+        channels: Channels of the feature map.
+        head_channels: Most channels that a head may have; each has the largest divisor of `channels` within this.
+        skip_scale: Factor on the sum of the input and the attention's result (DDPM++: sqrt(1/2)).
+
+    Source: Vaswani 2017, arXiv 1706.03762, eq. 1; in a U-Net Ho 2020, arXiv 2006.11239, appendix B.
+    """
+
+    def __init__(self, channels: int, head_channels: int = 64, skip_scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads = next(n for n in range(1, channels + 1) if channels % n == 0 and channels // n <= head_channels)
+        self.skip_scale = skip_scale
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mix the values: q, k, v of shape (B, heads, positions, d) to the same shape."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature map (B, C, H, W) with what each position gathered from all others added."""
+        height = x.shape[2]
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (t n d) h w -> t b n (h w) d", t=3, n=self.heads).unbind(0)
+        y = rearrange(self.attend(q, k, v), "b n (h w) d -> b (n d) h w", h=height)
+        return scaled_sum(x, self.proj(y), self.skip_scale)
+
+
+class LinearAttention(Attention):
+    """Self-attention whose cost grows linearly with the number of positions: softmax_d(q) (softmax_N(k)^T v).
+
+    The queries are normalised over the channels of a head and the keys over the positions, so that the d x d context
+    softmax_N(k)^T v is computed once for all queries. Suits the high resolutions where full attention, quadratic in
+    the positions, costs too much.
+
+    Source: Shen 2018, arXiv 1812.01243, eq. 4 with softmax normalisation.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mix the values: q, k, v of shape (B, heads, positions, d) to the same shape."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        context = k.softmax(dim=-2, dtype=wide).to(v.dtype).mT @ v
+        return q.softmax(dim=-1, dtype=wide).to(v.dtype) @ context
+
+
+class Conditioning(nn.Module):
+    """What a network is told beside the image (noise level, class, augmentation), as one vector per image.
+
+    The sum of three parts, silu(W2 silu(W1 (noise features + class row + augmentation features))). The noise features
+    of c_noise are cosines and sines:
+
+    - "positional": of c_noise / 10000^(i / (n - 1)), i = 0 .. n - 1, for steps t in [0, 1000) (Ho 2020);
+    - "fourier": of 2 pi f_i c_noise, with f_i the quantiles of |N(0, 1)|, for c_noise of the order of one, such as
+      ln(sigma) / 4 or a flow time in [0, 1] (Karras 2024, arXiv 2312.02696, appendix B, where the f_i are random);
+    - "none": there is no noise embedding, and c_noise is ignored.
+
+    Args:
+        features: Number of noise features, an even number.
+        channels: Length of the resulting vector.
+        noise_embedding: "positional", "fourier" or "none".
+        num_classes: Number of classes, 0 for none. Row `num_classes` of the table is the null class.
+        augment_dim: Length of the augmentation labels, 0 for none.
+    """
+
+    def __init__(
+        self, features: int, channels: int, noise_embedding: NoiseEmbeddingName, num_classes: int, augment_dim: int
+    ) -> None:
+        super().__init__()
+        if noise_embedding not in ("positional", "fourier", "none"):
+            raise ValueError(f'noise_embedding={noise_embedding!r} is not one of "positional", "fourier", "none".')
+        if features < 4 or features % 2:
+            raise ValueError(f"The noise embedding has {features} features; choose an even number of at least 4.")
+        self.features = features
+        self.noise_embedding = noise_embedding
+        self.num_classes = num_classes
+        self.augment_dim = augment_dim
+        self.label = nn.Embedding(num_classes + 1, features) if num_classes else None
+        self.augment = nn.Linear(augment_dim, features, bias=False) if augment_dim else None
+        self.hidden = nn.Linear(features, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def noise_features(self, noise: Tensor) -> Tensor:
+        """Cosines and sines of c_noise (B,), as (B, features) in float32 or wider."""
+        half = self.features // 2
+        dtype = torch.promote_types(noise.dtype, torch.float32)
+        steps = torch.arange(half, dtype=dtype, device=noise.device)
+        if self.noise_embedding == "positional":
+            frequency = torch.exp(steps * (-math.log(10000) / (half - 1)))
+        else:
+            frequency = torch.erfinv((steps + 0.5) / half) * (2 * math.pi * math.sqrt(2))
+        angle = noise.to(dtype)[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    def forward(self, noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+        """Embed noise (B,), label (B,) int64 or None, and augment (B, augment_dim) or None, as (B, channels).
+
+        Raises:
+            ValueError: A label or an augmentation label is given to a network that was built without.
+        """
+        if label is not None and self.label is None:
+            raise ValueError("A label was given to a network without classes; build it with num_classes or drop it.")
+        if augment is not None and self.augment is None:
+            raise ValueError("Augmentation labels were given to a network with augment_dim=0; set augment_dim.")
+        dtype = self.hidden.weight.dtype
+        with torch.autocast(noise.device.type, enabled=False):
+            if self.noise_embedding == "none":
+                x = noise.new_zeros((noise.shape[0], self.features), dtype=dtype)
+            else:
+                x = self.noise_features(noise).to(dtype)
+            if self.label is not None:
+                null = torch.full_like(noise, self.num_classes, dtype=torch.int64)
+                x = x + self.label(null if label is None else label)
+            if self.augment is not None and augment is not None:
+                x = x + self.augment(augment.to(dtype))
+            return F.silu(self.out(F.silu(self.hidden(x))))
+
+
+class Resample(nn.Module):
+    """Halve or double a feature map with a separable filter and no weights.
+
+    Down: convolve each channel with the normalised filter and keep every second position. Up: the transpose of it,
+    times 4, so that a constant map stays itself away from the border. The filter (1, 1) is 2x2 average pooling
+    downwards and nearest-neighbour upwards; (1, 3, 3, 1) is smoother.
+
+    Args:
+        direction: "down" or "up".
+        taps: The filter; an even number of positive values.
+
+    Raises:
+        ValueError: The number of taps is odd, or their sum is not positive.
+
+    Source: Zhang 2019, arXiv 1904.11486; in DDPM++ Song 2021, arXiv 2011.13456, appendix H.
+    """
+
+    taps: Tensor
+
+    def __init__(self, direction: Literal["down", "up"], taps: tuple[float, ...] = (1, 1)) -> None:
+        super().__init__()
+        if len(taps) < 2 or len(taps) % 2 or sum(taps) <= 0:
+            raise ValueError(f"resample_filter={tuple(taps)} needs an even number of taps with a positive sum: (1, 1).")
+        self.direction = direction
+        self.is_box = tuple(taps) == (1, 1)
+        row = torch.tensor(taps, dtype=torch.float32) / sum(taps)
+        self.register_buffer("taps", torch.outer(row, row), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, H / 2, W / 2) or (B, C, 2 H, 2 W) from (B, C, H, W)."""
+        if self.is_box:
+            return F.avg_pool2d(x, 2) if self.direction == "down" else F.interpolate(x, scale_factor=2.0)
+        channels = x.shape[1]
+        pad = len(self.taps) // 2 - 1
+        kernel = self.taps.to(x.dtype).expand(channels, 1, -1, -1)
+        if self.direction == "down":
+            return F.conv2d(x, kernel, stride=2, padding=pad, groups=channels)
+        return F.conv_transpose2d(x, kernel * 4, stride=2, padding=pad, groups=channels)
+
+
+def downsample(channels: int, kind: ResampleName, taps: tuple[float, ...] = (1, 1)) -> nn.Module:
+    """Return a layer (B, C, H, W) -> (B, C, H / 2, W / 2).
+
+    Args:
+        channels: Channels C.
+        kind: "conv" (3x3 convolution of stride 2), "pool" (the filter, no weights) or "unshuffle" (each 2x2 square of
+            positions becomes channels, then a 1x1 convolution; no position is lost).
+        taps: The filter of "pool".
+    """
+    if kind == "conv":
+        return nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+    if kind == "unshuffle":
+        return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, channels, 1))
+    return Resample("down", taps)
+
+
+def upsample(channels: int, kind: ResampleName, taps: tuple[float, ...] = (1, 1)) -> nn.Module:
+    """Return the counterpart of `downsample`, a layer (B, C, H, W) -> (B, C, 2 H, 2 W).
+
+    "conv" is nearest-neighbour and a 3x3 convolution, "unshuffle" a 1x1 convolution and a pixel shuffle.
+    """
+    if kind == "conv":
+        return nn.Sequential(Resample("up", taps), nn.Conv2d(channels, channels, 3, padding=1))
+    if kind == "unshuffle":
+        return nn.Sequential(nn.Conv2d(channels, 4 * channels, 1), nn.PixelShuffle(2))
+    return Resample("up", taps)
+
+
+def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+    """Mark a convolution for `initialise` to zero, so that its residual branch starts as nothing."""
+    layer.starts_at_zero = True  # type: ignore[assignment]
+    return layer
+
+
+def initialise(net: nn.Module) -> None:
+    """Draw the weights of every convolution and linear layer (Glorot uniform, zero bias), and zero the marked ones."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if getattr(layer, "starts_at_zero", False):
+                nn.init.zeros_(layer.weight)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def scaled_sum(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """Return (x + y) * scale, without the pass over memory that a factor of 1 would cost."""
+    return x + y if scale == 1.0 else (x + y) * scale

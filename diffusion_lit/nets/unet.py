@@ -1,0 +1,327 @@
+r"""The U-Net that predicts from a noisy image: residual blocks told the noise level, attention where maps are small.
+
+    image -> stem -> level 0 -> down -> level 1 -> ... -> middle -> ... -> level 1 -> up -> level 0 -> out
+                        \________________ skip connections (concatenated) ________________/
+
+One class holds the family that the field uses; its options span DDPM (Ho 2020), DDPM++ (Song 2021; Karras 2022), the
+adaptive group norm of ADM (Dhariwal & Nichol 2021) and a pixel-unshuffle stem, and presets.py names the settings of the
+papers. Each residual block computes
+
+    y   = conv0(silu(norm(x)))                        (after resampling, where the block resamples)
+    y   = (1 + scale(emb)) * norm(y) + shift(emb)     adaptive, or norm(y + shift(emb)) where adaptive_scale is off
+    out = (shortcut(x) + conv1(dropout(silu(y)))) * skip_scale
+
+and conv1, the attention's projection and the last convolution start at zero, so that a new network is the identity
+along its shortcuts and predicts zero.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion_lit.nets.layers import (
+    Attention,
+    Conditioning,
+    GroupNorm,
+    LinearAttention,
+    NoiseEmbeddingName,
+    Resample,
+    ResampleName,
+    downsample,
+    initialise,
+    scaled_sum,
+    upsample,
+    zero_init,
+)
+
+
+class ResBlock(nn.Module):
+    """Residual block of two 3x3 convolutions, modulated by the embedding.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        emb_channels: Length of the embedding, 0 for a block that is told nothing.
+        dropout: Probability of dropping an activation before the second convolution.
+        adaptive_scale: Modulate the normalised map by a scale and a shift (ADM), or add a shift before it (DDPM).
+        skip_scale: Factor on the sum of the two branches.
+        resample: A weightless resampling of both branches, whose shortcut is then always a 1x1 convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float = 0.0,
+        adaptive_scale: bool = True,
+        skip_scale: float = 1.0,
+        resample: Resample | None = None,
+    ) -> None:
+        super().__init__()
+        self.adaptive_scale = adaptive_scale
+        self.skip_scale = skip_scale
+        self.resample = resample
+        self.norm0 = GroupNorm(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive_scale else 1)) if emb_channels else None
+        self.norm1 = GroupNorm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        keeps = in_channels == out_channels and resample is None
+        self.shortcut = nn.Identity() if keeps else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        """Return (B, out_channels, H', W') from x (B, in_channels, H, W) and emb (B, emb_channels)."""
+        y = F.silu(self.norm0(x))
+        if self.resample is not None:
+            x, y = self.resample(x), self.resample(y)
+        y = self.modulate(self.conv0(y), emb)
+        y = self.conv1(self.dropout(F.silu(y)))
+        return scaled_sum(self.shortcut(x), y, self.skip_scale)
+
+    def modulate(self, y: Tensor, emb: Tensor | None) -> Tensor:
+        """Normalise y (B, C, H, W) under the embedding."""
+        if self.affine is not None:
+            params = self.affine(emb)[:, :, None, None].to(y.dtype)
+            if self.adaptive_scale:
+                scale, shift = params.chunk(2, dim=1)
+                return torch.addcmul(shift, self.norm1(y), scale + 1)
+            y = y + params
+        normalised: Tensor = self.norm1(y)
+        return normalised
+
+
+class Stage(nn.Module):
+    """A residual block and what stands behind it at the same resolution: attention, or nothing."""
+
+    def __init__(self, block: ResBlock, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, emb: Tensor | None) -> Tensor:
+        """Return the feature map after the block and the attention."""
+        x = self.block(x, emb)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """U-Net with noise, class and augmentation conditioning.
+
+    Args:
+        in_channels: Channels of the image, 1 or more.
+        image_size: Height and width of the images it is meant for. Other sizes work in `forward` if the levels divide
+            them; attention is placed by this one.
+        num_classes: Number of classes, 0 for an unconditional network. Label `num_classes` is the null class.
+        model_channels: Channels of the first level; level l has model_channels * channel_mult[l].
+        channel_mult: Width of each level; the number of entries is the number of levels.
+        num_blocks: Residual blocks per level on the way down; there is one more on the way up.
+        attention_resolutions: Sizes of the feature maps (behind the stem, so image_size / patch_size is the largest)
+            whose blocks are followed by self-attention; a size that no level has is without effect. The middle has
+            attention unless this is empty.
+        linear_attention_resolutions: The same, for attention of linear cost; suits the large feature maps.
+        head_channels: Most channels that an attention head may have.
+        dropout: Dropout probability in the residual blocks.
+        patch_size: Side of the squares of pixels that the stem folds into channels (pixel unshuffle); 1 for none. Each
+            doubling makes the network about four times cheaper.
+        noise_embedding: "positional" for c_noise = t in [0, 1000), "fourier" for ln(sigma) / 4 or a flow time, "none"
+            for a network that ignores c_noise.
+        out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
+        augment_dim: Length of the augmentation labels, 0 for none.
+        adaptive_scale: Modulate by scale and shift (ADM) or by shift alone (DDPM).
+        resample: "conv" (strided convolution down, nearest and convolution up), "pool" (average and nearest, no
+            weights), "unshuffle" (pixel unshuffle and shuffle with 1x1 convolutions) or "block" (a residual block whose
+            both branches are resampled).
+        resample_filter: Filter of "pool" and "block", and of the upsampling in "conv"; (1, 1) is average and nearest.
+        skip_scale: Factor on every residual sum: 1, or 0.7071 to keep the variance (DDPM++).
+        decoder_attention: On the way up, attention behind "all" blocks of a level (DDPM) or its "last" (DDPM++).
+
+    Raises:
+        ValueError: An argument is out of range, or the levels do not divide the image size.
+
+    Source: Ho 2020, arXiv 2006.11239, appendix B; Dhariwal & Nichol 2021, arXiv 2105.05233, section 3; Karras 2022,
+    arXiv 2206.00364, appendix F.2 and table 7.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int = 32,
+        num_classes: int = 0,
+        model_channels: int = 64,
+        channel_mult: tuple[int, ...] = (1, 2, 2),
+        num_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (8,),
+        linear_attention_resolutions: tuple[int, ...] = (),
+        head_channels: int = 32,
+        dropout: float = 0.0,
+        patch_size: int = 1,
+        noise_embedding: NoiseEmbeddingName = "positional",
+        out_channels: int | None = None,
+        augment_dim: int = 0,
+        adaptive_scale: bool = True,
+        resample: ResampleName = "conv",
+        resample_filter: tuple[float, ...] = (1, 1),
+        skip_scale: float = 1.0,
+        decoder_attention: Literal["all", "last"] = "all",
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        require_positive(
+            in_channels=in_channels,
+            image_size=image_size,
+            out_channels=out_channels,
+            model_channels=model_channels,
+            num_blocks=num_blocks,
+            patch_size=patch_size,
+            head_channels=head_channels,
+            levels=len(channel_mult),
+            channel_mult=min(channel_mult, default=1),
+        )
+        require_at_least_zero(num_classes=num_classes, augment_dim=augment_dim)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is not a probability in [0, 1).")
+        if resample not in ("conv", "pool", "unshuffle", "block"):
+            raise ValueError(f'resample={resample!r} is not one of "conv", "pool", "unshuffle", "block".')
+        if decoder_attention not in ("all", "last"):
+            raise ValueError(f'decoder_attention={decoder_attention!r} is not one of "all", "last".')
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.patch_size = patch_size
+        self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
+        require_divides(
+            self.size_multiple, image_size, image_size, "channel_mult has a smaller patch_size or fewer levels"
+        )
+
+        informed = noise_embedding != "none" or num_classes > 0 or augment_dim > 0
+        emb_channels = 4 * model_channels if informed else 0
+        self.conditioning = (
+            Conditioning(model_channels, emb_channels, noise_embedding, num_classes, augment_dim) if informed else None
+        )
+
+        def block(cin: int, cout: int, resample: Resample | None = None) -> ResBlock:
+            return ResBlock(cin, cout, emb_channels, dropout, adaptive_scale, skip_scale, resample)
+
+        def attention(channels: int, size: int) -> nn.Module | None:
+            if size in attention_resolutions:
+                return Attention(channels, head_channels, skip_scale)
+            if size in linear_attention_resolutions:
+                return LinearAttention(channels, head_channels, skip_scale)
+            return None
+
+        widths = [model_channels * mult for mult in channel_mult]
+        sizes = [image_size // patch_size // 2**level for level in range(len(widths))]
+        self.stem = nn.Conv2d(in_channels * patch_size**2, model_channels, 3, padding=1)
+        channels = model_channels
+        skips = [channels]
+        self.encoder = nn.ModuleList()
+        for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
+            if level:
+                if resample == "block":
+                    down: nn.Module = Stage(block(channels, channels, Resample("down", resample_filter)))
+                else:
+                    down = downsample(channels, resample, resample_filter)
+                self.encoder.append(down)
+                skips.append(channels)
+            for _ in range(num_blocks):
+                self.encoder.append(Stage(block(channels, width), attention(width, size)))
+                channels = width
+                skips.append(channels)
+
+        any_attention = bool(attention_resolutions or linear_attention_resolutions)
+        middle = Attention(channels, head_channels, skip_scale) if any_attention else None
+        self.middle = nn.ModuleList([Stage(block(channels, channels), middle), Stage(block(channels, channels))])
+
+        self.decoder = nn.ModuleList()
+        self.takes_skip: list[bool] = []
+        for level in reversed(range(len(widths))):
+            for index in range(num_blocks + 1):
+                attends = decoder_attention == "all" or index == num_blocks
+                self.decoder.append(
+                    Stage(
+                        block(channels + skips.pop(), widths[level]),
+                        attention(widths[level], sizes[level]) if attends else None,
+                    )
+                )
+                self.takes_skip.append(True)
+                channels = widths[level]
+            if level:
+                if resample == "block":
+                    up: nn.Module = Stage(block(channels, channels, Resample("up", resample_filter)))
+                else:
+                    up = upsample(channels, resample, resample_filter)
+                self.decoder.append(up)
+                self.takes_skip.append(False)
+        self.norm = GroupNorm(channels)
+        self.out = zero_init(nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1))
+        initialise(self)
+
+    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Predict from noisy images.
+
+        Args:
+            x: Images, shape (B, in_channels, H, W), H and W multiples of `size_multiple`.
+            noise: c_noise, shape (B,).
+            label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
+            augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
+
+        Returns:
+            The prediction, shape (B, out_channels, H, W).
+
+        Raises:
+            ValueError: The levels do not divide the image's size, the channels differ, or a condition is given that
+                the network was built without.
+        """
+        require_image(x, self.in_channels)
+        require_divides(self.size_multiple, x.shape[2], x.shape[3], "resize or pad the images, or change the levels")
+        if self.conditioning is not None:
+            emb = self.conditioning(noise, label, augment)
+        elif label is None and augment is None:
+            emb = None
+        else:
+            raise ValueError("This network was built without conditions; set num_classes or augment_dim.")
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
+        skips = [x]
+        for layer in self.encoder:
+            x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, emb)
+        for layer, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
+            if takes_skip:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
+        return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.patch_size)
+
+
+def require_positive(**values: int) -> None:
+    """Refuse any named value below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is too small; it must be at least 1.")
+
+
+def require_at_least_zero(**values: int) -> None:
+    """Refuse any named value below 0."""
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{name}={value} is negative; use 0 for none.")
+
+
+def require_image(x: Tensor, channels: int) -> None:
+    """Refuse anything but images with the network's channels."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"The network takes images of shape (B, {channels}, H, W), not {tuple(x.shape)}.")
+
+
+def require_divides(multiple: int, height: int, width: int, advice: str) -> None:
+    """Refuse an image whose height or width is not a multiple of what the levels divide by."""
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"Images of {height}x{width} do not divide by {multiple}, which this network's levels need: {advice}."
+        )
