@@ -9,9 +9,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffusion_lit.diffusion.samplers.adaptive import rk45
+from diffusion_lit.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
 from diffusion_lit.diffusion.samplers.single_step import ddim, ddpm, euler, euler_ancestral, heun
+from diffusion_lit.diffusion.samplers.unipc import unipc
 
-__all__ = ["SAMPLERS", "Sampler", "ddim", "ddpm", "euler", "euler_ancestral", "heun", "sampler_table"]
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "rk45",
+    "sampler_table",
+    "unipc",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,13 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, 1, False, 1, "Euler on the probability-flow ODE; ddim with eta 0"),
     "euler_ancestral": Sampler(euler_ancestral, 1, True, 1, "ddim with eta 1; ddpm with the posterior variance"),
     "heun": Sampler(heun, 2, False, 2, "Heun on the probability-flow ODE, EDM's; noise with S_churn"),
+    "dpmpp_2s_ancestral": Sampler(
+        dpmpp_2s_ancestral, 2, True, 2, "DPM-Solver++(2S), the posterior's noise after each step"
+    ),
+    "dpmpp_2m": Sampler(dpmpp_2m, 2, False, 1, "DPM-Solver++(2M): extrapolates from the step before"),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 2, True, 1, "SDE-DPM-Solver++(2M); dpmpp_2m with noise"),
+    "unipc": Sampler(unipc, 3, False, 1, "UniPC: predictor of two evaluations, corrected by the next"),
+    "rk45": Sampler(rk45, 5, False, None, "Dormand-Prince to a tolerance, step control per sample"),
 }
 
 

@@ -63,6 +63,20 @@ def level_like(x: Tensor, level: float) -> Tensor:
     return x.new_full((), level)
 
 
+def toward(x: Tensor, x0_hat: Tensor, ratio: float) -> Tensor:
+    """The exact step of the probability-flow ODE for a constant x0_hat, by which the distance to it shrinks to a ratio.
+
+    Args:
+        x: The state.
+        x0_hat: The estimate, of x's shape.
+        ratio: The level reached over the level left.
+
+    Returns:
+        x0_hat + ratio * (x - x0_hat); x0_hat itself at ratio 0.
+    """
+    return x0_hat + ratio * (x - x0_hat) if ratio > 0 else x0_hat
+
+
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Refuses an option outside [low, high].
 

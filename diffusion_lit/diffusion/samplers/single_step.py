@@ -23,6 +23,7 @@ from diffusion_lit.diffusion.samplers.common import (
     begin,
     check_range,
     level_like,
+    toward,
 )
 
 Split = Callable[[float, float], tuple[float, float]]
@@ -40,7 +41,7 @@ def _first_order(
         if callback is not None:
             callback(step, x, x0_hat, level)
         down, up = split(sigma, sigma_next)
-        x = x0_hat + (down / sigma) * (x - x0_hat)
+        x = toward(x, x0_hat, down / sigma)
         if up > 0:
             x = x + up * noise(x)
     return x.to(dtype)
@@ -194,7 +195,7 @@ def ddpm(
         if callback is not None:
             callback(step, x, x0_hat, level)
         down, up = ancestral_split(sigma, sigma_next, 1.0)
-        x = x0_hat + (down / sigma) * (x - x0_hat)
+        x = toward(x, x0_hat, down / sigma)
         if noisy:
             x = x + math.sqrt(variance_scale) * up * _beta_over_posterior(sigma, sigma_next) ** (v / 2) * noise(x)
     return x.to(dtype)
@@ -255,11 +256,11 @@ def heun(
         x0_hat = denoise(x, level)
         if callback is not None:
             callback(step, x, x0_hat, level)
-        slope = (x - x0_hat) / sigma
-        x_euler = x + (sigma_next - sigma) * slope
+        x_euler = toward(x, x0_hat, sigma_next / sigma)
         if sigma_next == 0:
-            x = x0_hat
+            x = x_euler
         else:
+            slope = (x - x0_hat) / sigma
             slope_next = (x_euler - denoise(x_euler, level_like(x, sigma_next))) / sigma_next
             x = x + (sigma_next - sigma) * 0.5 * (slope + slope_next)
     return x.to(dtype)
