@@ -6,7 +6,7 @@ In lambda = -log sigma, with h = lambda_t - lambda_s, the exact solution from le
 
 up to the order of the number of m_k, if sum_k w_k r_k^(j-1) = j! psi_(j+1) for each j, with psi_1 = expm1(-h) and
 psi_(j+1) = -psi_j / h - 1 / j!. The predictor takes the m_k of earlier steps; the corrector adds the one at t, which
-the next step needs anyway, so that it costs no call. A single weight is B(h) / 2: there the variants bh1 and bh2 differ.
+the next step needs anyway, so that it costs no call. A single weight is B(h) / 2, where bh1 and bh2 differ.
 """
 
 import math
@@ -33,9 +33,9 @@ def unipc(
     """UniPC with data prediction: a step is predicted, and corrected once the denoiser was called at its end.
 
     It converges with order + 1 (for order 3 but for its first step). The first steps have the order that the
-    evaluations so far allow. On a grid that ends in 0 the last steps count down to the first-order one that gives x0_hat;
-    on one that ends above it they keep their order, where diffusers counts down too, and the end itself is predicted, not
-    corrected.
+    evaluations so far allow. On a grid that ends in 0 the last steps count down to the first-order one, which gives
+    x0_hat; on one that ends above it they keep their order, where diffusers counts down too, and the end itself is
+    predicted, not corrected.
 
     Args:
         denoise: Any `denoise(x, sigma) -> x0_hat`.
