@@ -1,0 +1,242 @@
+"""Guidance: wrappers that push a denoiser's estimate away from a worse one, or towards a class.
+
+    classifier-free   D = D(x; sigma, null) + cfg_scale (D(x; sigma, label) - D(x; sigma, null))
+    autoguidance      D = D_guide(x; sigma, label) + scale (D(x; sigma, label) - D_guide(x; sigma, label))
+    classifier        D = D(x; sigma) + scale sigma^2 grad_x log p(label | x)
+
+A scale of 1 is the plain conditional model in the first two, and 0 the other branch; at 1 and 0 only that branch is
+evaluated. Guidance acts on x0_hat; since every prediction is linear in x0_hat at a given x, it is the same guidance on
+all. A guidance interval (low, high] of sigma leaves the plain conditional model outside, at its cost.
+
+Source of the interval: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
+from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, evaluate_plain
+
+Interval = tuple[float, float]
+
+
+def _check_interval(interval: Interval | None) -> None:
+    if interval is not None and not 0 <= interval[0] <= interval[1]:
+        raise ValueError(
+            f"The guidance interval is {interval}, but must be (low, high) with 0 <= low <= high, in sigma."
+        )
+
+
+def _scales(
+    scale: float | Tensor, sigma: Tensor | float, interval: Interval | None, x: Tensor, neutral: float
+) -> Tensor:
+    """The scale of each sample, shape (B,), neutral where sigma is outside the interval.
+
+    It stays on the CPU, where the branches to evaluate are chosen: without an interval no accelerator has to be waited
+    for.
+    """
+    scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+    if scales.shape not in ((), (len(x),)):
+        raise ValueError(
+            f"The guidance scale has shape {tuple(scales.shape)} for {len(x)} images; give one number, or one per image."
+        )
+    scales = scales.expand(len(x))
+    if interval is None:
+        return scales
+    levels = torch.as_tensor(sigma, device="cpu")
+    return torch.where((levels > interval[0]) & (levels <= interval[1]), scales, neutral)
+
+
+def _rows(sigma: Tensor | float, rows: Tensor) -> Tensor | float:
+    """Sigma of the given samples."""
+    return sigma[rows] if isinstance(sigma, Tensor) and sigma.ndim else sigma
+
+
+def _rescaled(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
+    """The guided estimate with its standard deviation moved towards the conditional one's."""
+    if rescale == 0:
+        return guided
+    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * per_sample(rescale * ratio + (1 - rescale), guided)
+
+
+class ClassifierFreeGuidance(DenoiserWrapper):
+    """Guidance of a conditional denoiser by itself without the label, in one batched forward.
+
+    Samples whose scale is 1, or whose sigma is outside the interval, are evaluated with their label only, those whose
+    scale is 0 without it only. Without labels it is the plain denoiser.
+
+    Args:
+        denoiser: A class-conditional denoiser with the attribute `num_classes`.
+        cfg_scale: One number, or a tensor: one for each sample of the batch, shape (B,), or with `per_class` one for
+            each class, shape (num_classes,).
+        interval: (low, high] of sigma where guidance acts; none means everywhere.
+        rescale: Share in [0, 1] by which the standard deviation of each guided x0_hat is drawn to that of the
+            conditional one, against over-exposure. The source rescales the network's output; x0_hat makes it the same
+            for every prediction type.
+        per_class: Whether `cfg_scale` is looked up by the label; the null class is not guided.
+
+    Raises:
+        ValueError: If an argument is out of range, or the denoiser is unconditional and the scale not 1.
+
+    Source: Ho and Salimans 2022 (arXiv 2207.12598), equation 6 with cfg_scale = w + 1; rescaling: Lin et al. 2023
+    (arXiv 2305.08891), equations 15 and 16.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        cfg_scale: float | Tensor = 1.0,
+        interval: Interval | None = None,
+        rescale: float = 0.0,
+        per_class: bool = False,
+    ) -> None:
+        super().__init__(denoiser)
+        _check_interval(interval)
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale is {rescale}, but must be in [0, 1]; 0.7 is the usual one, 0 is off.")
+        scales = torch.as_tensor(cfg_scale)
+        if self.num_classes == 0 and not bool((scales == 1).all()):
+            raise ValueError("An unconditional model has no classes to guide by; leave cfg_scale at 1.")
+        if per_class and scales.shape != (self.num_classes,):
+            raise ValueError(
+                f"A scale per class needs {self.num_classes} numbers, one per class, not shape {tuple(scales.shape)}."
+            )
+        self.cfg_scale, self.interval, self.rescale, self.per_class = cfg_scale, interval, rescale, per_class
+
+    def _scale_of(self, label: Tensor) -> float | Tensor:
+        """The scale of each label where there is one per class."""
+        if not self.per_class:
+            return self.cfg_scale
+        table = torch.as_tensor(self.cfg_scale, device=label.device)
+        return torch.cat([table, table.new_ones(1)])[label]
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates the branches that matter and combines them; see `DenoiserWrapper.transform`.
+
+        A learned variance is the conditional branch's, where that is evaluated.
+        """
+        if label is None:
+            return evaluate(x, sigma, None)
+        scale = _scales(self._scale_of(label), sigma, self.interval, x, neutral=1.0)
+        null = torch.full_like(label, self.num_classes)
+        if bool((scale == 1).all()):
+            return evaluate(x, sigma, label)
+        if bool((scale == 0).all()):
+            return evaluate(x, sigma, null)
+        with_label, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
+        rows = torch.cat([with_label, without])
+        outputs = evaluate(x[rows], _rows(sigma, rows), torch.cat([label[with_label], null[without]]))
+        merged = []
+        for index, output in enumerate(outputs):
+            shares = torch.split(output, [len(with_label), len(without)])
+            conditional, unconditional = (
+                output.new_zeros(len(x), *output.shape[1:]).index_copy(0, rows, share)
+                for rows, share in zip((with_label, without), shares, strict=True)
+            )
+            weight = per_sample(scale.to(x.device), x)
+            mixed = conditional
+            if index == 0:
+                mixed = unconditional + weight.to(output) * (conditional - unconditional)
+                mixed = _rescaled(mixed, conditional, self.rescale)
+            merged.append(torch.where(weight == 1, conditional, torch.where(weight == 0, unconditional, mixed)))
+        return tuple(merged)
+
+
+class Autoguidance(DenoiserWrapper):
+    """Guidance of a denoiser by a worse version of itself: a smaller network, an earlier checkpoint, or both.
+
+    Args:
+        denoiser: The good denoiser.
+        guide: The worse one, on the same images. It gets the same labels, or none where it is unconditional.
+        scale: One number, or one for each sample, shape (B,); 1 is the denoiser alone, 0 the guide alone.
+        interval: (low, high] of sigma where guidance acts; none means everywhere.
+
+    Raises:
+        ValueError: If the interval is out of order.
+
+    Source: Karras et al. 2024 (arXiv 2406.02507), equation 4.
+    """
+
+    def __init__(
+        self, denoiser: DenoiserLike, guide: DenoiserLike, scale: float | Tensor = 2.0, interval: Interval | None = None
+    ) -> None:
+        super().__init__(denoiser)
+        _check_interval(interval)
+        self.guide, self.scale, self.interval = guide, scale, interval
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates both denoisers where both matter; see `DenoiserWrapper.transform`."""
+        scale = _scales(self.scale, sigma, self.interval, x, neutral=1.0)
+        x0_hat, *rest = evaluate(x, sigma, label)
+        rows = (scale != 1).nonzero()[:, 0].to(x.device)
+        if len(rows) == 0:
+            return (x0_hat, *rest)
+        guide_label = None if label is None or getattr(self.guide, "num_classes", None) == 0 else label[rows]
+        (worse,) = evaluate_plain(self.guide)(x[rows], _rows(sigma, rows), guide_label)
+        weight = per_sample(scale.to(x.device)[rows].to(x0_hat.dtype), x)
+        return (x0_hat.index_copy(0, rows, worse + weight * (x0_hat[rows] - worse)), *rest)
+
+
+class ClassifierGuidance(DenoiserWrapper):
+    """Guidance of any denoiser by the gradient of an image classifier.
+
+    Labels choose the classifier's class; a denoiser that is conditional itself gets them too.
+
+    Args:
+        denoiser: Any denoiser; its gradient is needed unless `noisy`.
+        classifier: Gives logits (B, classes), in eval mode. It sees the denoised image, `classifier(x0_hat)` in [-1,
+            1], so that any classifier of images serves. With `noisy` it sees `classifier(x, sigma)`, x = x0 + sigma n
+            and sigma of shape (B,), and must have been trained on noisy images.
+        scale: One number, or one for each sample, shape (B,); 0 is the denoiser alone, 1 the exact posterior of a
+            perfect classifier of noisy images.
+        interval: (low, high] of sigma where guidance acts; none means everywhere.
+        noisy: Whether the classifier takes noisy images.
+
+    Raises:
+        ValueError: If the interval is out of order.
+
+    Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), equation 14; through the denoised image: Bansal et al. 2023
+    (arXiv 2302.07121), equation 5.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        classifier: Callable[..., Tensor],
+        scale: float | Tensor = 1.0,
+        interval: Interval | None = None,
+        noisy: bool = False,
+    ) -> None:
+        super().__init__(denoiser)
+        _check_interval(interval)
+        self.classifier, self.scale, self.interval, self.noisy = classifier, scale, interval, noisy
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates and follows the classifier where it acts; see `DenoiserWrapper.transform`."""
+        own_label = label if self.num_classes > 0 else None
+        if label is None:
+            return evaluate(x, sigma, None)
+        scale = _scales(self.scale, sigma, self.interval, x, neutral=0.0)
+        if bool((scale == 0).all()):
+            return evaluate(x, sigma, own_label)
+        levels = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        # Samplers and validation run without gradients, even in inference mode, whose tensors must be copied to take
+        # part.
+        with torch.inference_mode(False), torch.enable_grad():
+            x, levels, label = x.detach().clone().requires_grad_(), levels.clone(), label.clone()
+            outputs = evaluate(x, levels, None if own_label is None else label)
+            logits = self.classifier(x, levels) if self.noisy else self.classifier(outputs[0])
+            chosen = logits.log_softmax(1).gather(1, label[:, None])
+            (slope,) = torch.autograd.grad(chosen.sum(), x)
+        weight = per_sample(scale.to(x.device) * levels.double() ** 2, x).to(outputs[0])
+        x0_hat, *rest = (output.detach() for output in outputs)
+        return (x0_hat + weight * slope, *rest)

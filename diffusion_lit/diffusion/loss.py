@@ -1,0 +1,319 @@
+"""The one denoising loss, and what weighs it.
+
+    loss = weight(sigma) * mean over pixels of (D(x0 + sigma n; sigma) - x0)^2
+
+With weight 1 / c_out^2 this is each paper's own loss on the network's output: eps 1/s², v 1 + 1/s², flow ((1+s)/s)²,
+EDM (s²+sd²)/(s sd)². The prediction type, the distribution of sigma and the weight are three separate choices.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser, per_sample
+from diffusion_lit.diffusion.scaling import Scaling
+
+
+class LossWeight(nn.Module):
+    """How much the error at each noise level counts."""
+
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """Weighs errors.
+
+        Args:
+            error: Mean squared error of x0_hat for each sample, shape (B,).
+            sigma: Noise levels, shape (B,).
+            scaling: The prediction type.
+
+        Returns:
+            Weighted errors, shape (B,).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it weighs errors.")
+
+
+class PaperWeight(LossWeight):
+    """1 / c_out^2: the plain squared error of what the network predicts, which is each paper's own loss."""
+
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """Weighs errors; see `LossWeight.forward`."""
+        c_out = scaling.coefficients(sigma)[1]
+        return error / c_out**2
+
+
+class UnitWeight(LossWeight):
+    """1: the squared error of x0_hat itself."""
+
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """Weighs errors; see `LossWeight.forward`."""
+        return error
+
+
+class MinSNR(LossWeight):
+    """min(SNR, gamma) with SNR = 1 / sigma^2, whatever the prediction type.
+
+    On the network's own output this is min(SNR, gamma) for x0, / SNR for eps and / (SNR + 1) for v, as in the source.
+
+    Args:
+        gamma: Where the weight stops growing, positive.
+
+    Raises:
+        ValueError: If gamma is not positive.
+
+    Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        super().__init__()
+        if not gamma > 0:
+            raise ValueError(f"gamma is {gamma}, but must be positive; 5 is the usual one.")
+        self.gamma = gamma
+
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """Weighs errors; see `LossWeight.forward`."""
+        return error * (sigma**-2).clamp(max=self.gamma)
+
+
+class LearnedUncertainty(LossWeight):
+    """error / c_out^2 / exp(u) + u, with u(sigma) learned: the logarithm of the expected weighted error.
+
+    It makes every noise level contribute alike to the gradient. u is a linear map of random Fourier features of
+    ln(sigma) / 4 and starts at 0, where the loss is the plain one. The loss may become negative.
+
+    Args:
+        channels: Number of Fourier features.
+
+    Source: Karras et al. 2024 (arXiv 2312.02696), equations 14, 15 and 21.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+        self.coefficients = nn.Parameter(torch.zeros(channels))
+
+    def log_error(self, sigma: Tensor) -> Tensor:
+        """u: the learned logarithm of the mean of error / c_out^2 at each noise level.
+
+        Args:
+            sigma: Any shape, positive.
+
+        Returns:
+            Of sigma's shape.
+        """
+        angles = (sigma.log() / 4)[..., None] * self.frequencies + self.phases
+        # A product and a sum, since autocast would take a matrix product down to bf16.
+        log_error: Tensor = (angles.cos() * self.coefficients).sum(-1) * math.sqrt(2 / len(self.coefficients))
+        return log_error
+
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """Weighs errors; see `LossWeight.forward`."""
+        u = self.log_error(sigma)
+        return error / scaling.coefficients(sigma)[1] ** 2 * (-u).exp() + u
+
+
+class DenoisingLoss(nn.Module):
+    """Weighted squared error of the denoiser.
+
+    Args:
+        weight: The weight on the squared error of x0_hat; none means `PaperWeight`.
+    """
+
+    def __init__(self, weight: LossWeight | None = None) -> None:
+        super().__init__()
+        self.weight = PaperWeight() if weight is None else weight
+
+    def forward(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each sample.
+
+        Args:
+            denoiser: What is trained.
+            x0: Clean images, shape (B, C, H, W).
+            sigma: Noise levels, shape (B,); those outside the support of the scaling are moved to its edge.
+            noise: Standard normal, shape (B, C, H, W).
+            label: Class indices, shape (B,), or none.
+            augment: Augmentation labels, shape (B, augment_dim), or none.
+
+        Returns:
+            Shape (B,): the mean over pixels of the weighted squared error.
+        """
+        sigma = denoiser.scaling.clamp(sigma)
+        x0_hat = denoiser(x0 + per_sample(sigma, x0) * noise, sigma, label, augment=augment)
+        return self.weigh(x0_hat, x0, sigma, denoiser.scaling)
+
+    def weigh(self, x0_hat: Tensor, x0: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """The weighted error of an estimate.
+
+        Args:
+            x0_hat: Estimates, shape (B, C, H, W).
+            x0: Clean images, shape (B, C, H, W).
+            sigma: Noise levels, shape (B,).
+            scaling: The prediction type.
+
+        Returns:
+            Shape (B,).
+        """
+        error = (x0_hat - x0).square().flatten(1).mean(1)
+        weighted: Tensor = self.weight(error, sigma, scaling)
+        return weighted
+
+
+def _log_variances(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What one step of a schedule looks like in variance-preserving coordinates, computed in float64.
+
+    Args:
+        scaling: A prediction type with a schedule.
+        sigma: Noise levels, shape (B,).
+
+    Returns:
+        The logarithms of the posterior variance and of beta, the coefficient of x0 in the posterior mean, and whether
+        the step is the first of the chain, each (B,). The posterior variance of the first step is 0; the one of the
+        second step stands in its place, as in the sources' code.
+    """
+    schedule = scaling.schedule
+    if schedule is None:
+        raise ValueError(
+            f"HybridLoss needs the steps of a schedule, which {type(scaling).__name__} lacks; use EpsScaling."
+        )
+    sigma = sigma.double()
+    t = schedule.sigma_to_t(sigma)
+    first = t < 0.5
+    previous = torch.where(first, torch.zeros_like(t), schedule.t_to_sigma(t - 1))
+    beta = (sigma - previous) * (sigma + previous) / (1 + sigma**2)
+    clipped_sigma = torch.where(first, schedule.t_to_sigma(torch.ones_like(t)), sigma)
+    clipped_previous = torch.where(first, schedule.t_to_sigma(torch.zeros_like(t)), previous)
+    clipped_beta = (clipped_sigma - clipped_previous) * (clipped_sigma + clipped_previous) / (1 + clipped_sigma**2)
+    # (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) * beta_t, with 1 - alpha_bar = sigma^2 / (1 + sigma^2)
+    ratio = (clipped_previous / clipped_sigma) ** 2 * (1 + clipped_sigma**2) / (1 + clipped_previous**2)
+    # sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t)
+    x0_share = beta / (1 + previous**2).sqrt() * (1 + sigma**2) / sigma**2
+    return (ratio * clipped_beta).log(), beta.log(), x0_share, first
+
+
+def gaussian_kl(mean_difference: Tensor, log_variance_p: Tensor, log_variance_q: Tensor) -> Tensor:
+    """KL(p || q) of two normal distributions, in nats.
+
+    Args:
+        mean_difference: Difference of the means, any shape.
+        log_variance_p: Logarithm of the variance of p, broadcastable to it.
+        log_variance_q: Logarithm of the variance of q, broadcastable to it.
+
+    Returns:
+        Shape of `mean_difference`.
+    """
+    gap = log_variance_p - log_variance_q
+    return 0.5 * (gap.exp() - 1 - gap + mean_difference**2 * (-log_variance_q).exp())
+
+
+def discretised_gaussian_nll(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
+    """Negative log probability of a pixel's bin under a normal distribution, in nats.
+
+    The bins are centred on `levels` values from -1 to 1; the outermost ones reach to infinity.
+
+    Args:
+        x0: Pixels in [-1, 1], any shape.
+        mean: Of the same shape.
+        log_variance: Of the same shape.
+        levels: Number of values that a pixel can take.
+
+    Returns:
+        Of the same shape, positive.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), equation 13.
+    """
+    half_bin = 1 / (levels - 1)
+    precision = (-log_variance / 2).exp()
+    lower, upper = (x0 - half_bin - mean) * precision, (x0 + half_bin - mean) * precision
+    # In the upper tail both cumulative probabilities are 1 to rounding: mirrored, they are small and exact.
+    mirrored = lower + upper > 0
+    near, far = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
+    inner = log_near + torch.log(-torch.expm1((log_far - log_near).clamp(max=-torch.finfo(x0.dtype).tiny)))
+    edge = 1 - half_bin
+    log_probability = torch.where(
+        x0 < -edge, torch.special.log_ndtr(upper), torch.where(x0 > edge, torch.special.log_ndtr(-lower), inner)
+    )
+    return -log_probability
+
+
+class HybridLoss(DenoisingLoss):
+    """L_simple + vlb_weight * L_vlb, for networks that predict the variance of a step too.
+
+    L_vlb is the variational bound of the chain in bits per dimension: for each step the KL divergence of the reverse
+    step from the true posterior, for the first step the likelihood of the pixels in 256 levels. Its gradient reaches
+    the variance only; the mean learns from L_simple. A sample stands for all T steps, hence its term times T.
+
+    Args:
+        weight: The weight of L_simple on the squared error of x0_hat; none means `PaperWeight`.
+        vlb_weight: The weight of L_vlb, 0 or more.
+
+    Raises:
+        ValueError: If `vlb_weight` is negative.
+
+    Source: Nichol and Dhariwal 2021 (arXiv 2102.09672), equations 4 to 7, 15 and 16.
+    """
+
+    def __init__(self, weight: LossWeight | None = None, vlb_weight: float = 0.001) -> None:
+        super().__init__(weight)
+        if vlb_weight < 0:
+            raise ValueError(f"vlb_weight is {vlb_weight}, but must be 0 or more; 0.001 is the usual one.")
+        self.vlb_weight = vlb_weight
+
+    def forward(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each sample; see `DenoisingLoss.forward`.
+
+        Raises:
+            ValueError: If the denoiser predicts no variance, or its scaling has no schedule.
+        """
+        if not isinstance(denoiser, LearnedVarianceDenoiser):
+            raise ValueError("HybridLoss trains a predicted variance; use a LearnedVarianceDenoiser, or DenoisingLoss.")
+        sigma = denoiser.scaling.clamp(sigma)
+        x = x0 + per_sample(sigma, x0) * noise
+        x0_hat, v = denoiser.learned_variance(x, sigma, sigma, label, augment)
+        bound = self.bound(x0_hat.detach(), v, x0, sigma, denoiser.scaling)
+        return self.weigh(x0_hat, x0, sigma, denoiser.scaling) + self.vlb_weight * bound
+
+    def bound(self, x0_hat: Tensor, v: Tensor, x0: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+        """The estimate that each sample gives of the variational bound.
+
+        Args:
+            x0_hat: Estimates, shape (B, C, H, W).
+            v: Interpolation of the log variance between the posterior's (0) and beta (1), shape (B, C, H, W).
+            x0: Clean images, shape (B, C, H, W).
+            sigma: Noise levels, shape (B,).
+            scaling: A prediction type with a schedule.
+
+        Returns:
+            T times the term of the sample's step, in bits per dimension, shape (B,).
+
+        Raises:
+            ValueError: If the scaling has no schedule.
+        """
+        log_posterior, log_beta, x0_share, first = _log_variances(scaling, sigma)
+        log_posterior, log_beta, x0_share = (per_sample(c.to(x0_hat), x0) for c in (log_posterior, log_beta, x0_share))
+        log_variance = v * log_beta + (1 - v) * log_posterior
+        kl = gaussian_kl(x0_share * (x0 - x0_hat), log_posterior, log_variance)
+        # The mean of the first reverse step is x0_hat itself.
+        decoder = discretised_gaussian_nll(x0.to(x0_hat), x0_hat, log_variance)
+        nats = torch.where(per_sample(first, x0), decoder, kl).flatten(1).mean(1)
+        assert scaling.schedule is not None
+        return nats * (scaling.schedule.num_steps / math.log(2))

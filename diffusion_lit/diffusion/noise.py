@@ -1,0 +1,522 @@
+"""Noise levels: what a schedule is, and which noise levels training draws.
+
+A variance-preserving chain of T steps has `betas`, and
+
+    alpha_bar_t = prod_{s <= t} (1 - beta_s)          x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) n
+    sigma_t     = sqrt((1 - alpha_bar_t) / alpha_bar_t)   so that   x = x_t / sqrt(alpha_bar_t) = x0 + sigma_t n
+    log_snr_t   = log(alpha_bar_t / (1 - alpha_bar_t)) = -2 log sigma_t
+
+A flow path x_t = (1 - t) x0 + t n has sigma = t / (1 - t). A `Schedule` is one such table, read at any real t in
+between; `NoiseLevels` is a distribution of sigma. Tables are float64 on the CPU, so that both ends of them stay
+accurate.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOW_TIME_MIN = 1e-3
+FLOW_TIME_MAX = 1 - FLOW_TIME_MIN
+
+
+def betas_to_alpha_bar(betas: Tensor) -> Tensor:
+    """The share of signal variance that is left after each step.
+
+    Args:
+        betas: Shape (T,), each in (0, 1).
+
+    Returns:
+        Shape (T,), falling, in (0, 1). Source: Ho et al. 2020 (arXiv 2006.11239), equation 4.
+    """
+    return torch.log1p(-betas).cumsum(0).exp()
+
+
+def alpha_bar_to_betas(alpha_bar: Tensor) -> Tensor:
+    """Inverse of `betas_to_alpha_bar`.
+
+    Args:
+        alpha_bar: Shape (T,), falling, in (0, 1).
+
+    Returns:
+        Shape (T,), each in (0, 1).
+    """
+    log_alpha_bar = alpha_bar.log()
+    return -torch.expm1(torch.diff(log_alpha_bar, prepend=log_alpha_bar.new_zeros(1)))
+
+
+def alpha_bar_to_sigma(alpha_bar: Tensor) -> Tensor:
+    """Noise level in the coordinates x0 + sigma n.
+
+    Args:
+        alpha_bar: Any shape, in (0, 1].
+
+    Returns:
+        sqrt((1 - alpha_bar) / alpha_bar), of the same shape.
+    """
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def sigma_to_alpha_bar(sigma: Tensor) -> Tensor:
+    """Inverse of `alpha_bar_to_sigma`.
+
+    Args:
+        sigma: Any shape, 0 or more.
+
+    Returns:
+        1 / (1 + sigma^2), of the same shape.
+    """
+    return 1 / (1 + sigma**2)
+
+
+def betas_to_sigma(betas: Tensor) -> Tensor:
+    """Noise level after each step, accurate where alpha_bar is near 1 and where it is near 0.
+
+    Args:
+        betas: Shape (T,), each in (0, 1).
+
+    Returns:
+        Shape (T,), rising.
+    """
+    return torch.expm1(-torch.log1p(-betas).cumsum(0)).sqrt()
+
+
+def sigma_to_betas(sigma: Tensor) -> Tensor:
+    """Inverse of `betas_to_sigma`: beta_t = (sigma_t^2 - sigma_{t-1}^2) / (1 + sigma_t^2), with sigma_{-1} = 0.
+
+    Args:
+        sigma: Shape (T,), rising, positive.
+
+    Returns:
+        Shape (T,), each in (0, 1).
+    """
+    previous = torch.cat([sigma.new_zeros(1), sigma[:-1]])
+    return (sigma - previous) * (sigma + previous) / (1 + sigma**2)
+
+
+def sigma_to_log_snr(sigma: Tensor) -> Tensor:
+    """Logarithm of the signal-to-noise ratio 1 / sigma^2.
+
+    Args:
+        sigma: Any shape, positive.
+
+    Returns:
+        -2 log sigma, of the same shape. Source: Kingma et al. 2021 (arXiv 2107.00630), section 3.1.
+    """
+    return -2 * sigma.log()
+
+
+def log_snr_to_sigma(log_snr: Tensor) -> Tensor:
+    """Inverse of `sigma_to_log_snr`.
+
+    Args:
+        log_snr: Any shape.
+
+    Returns:
+        exp(-log_snr / 2), of the same shape.
+    """
+    return (-log_snr / 2).exp()
+
+
+def flow_time_to_sigma(t: Tensor) -> Tensor:
+    """Noise level of the straight path (1 - t) x0 + t n.
+
+    Args:
+        t: Any shape, in [0, 1).
+
+    Returns:
+        t / (1 - t), of the same shape.
+    """
+    return t / (1 - t)
+
+
+def sigma_to_flow_time(sigma: Tensor) -> Tensor:
+    """Inverse of `flow_time_to_sigma`.
+
+    Args:
+        sigma: Any shape, 0 or more.
+
+    Returns:
+        sigma / (1 + sigma), of the same shape.
+    """
+    return sigma / (1 + sigma)
+
+
+def _wide(value: Tensor | float) -> Tensor:
+    """The value in float64, or in float32 on Apple's GPUs, which have no float64."""
+    value = torch.as_tensor(value)
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+def _result_dtype(value: Tensor | float) -> torch.dtype:
+    """Conversions answer in the precision of their input, at least float32; integers and Python floats get float64."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return torch.float64
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+class Schedule:
+    """A variance-preserving noise schedule of T steps.
+
+    Subclasses say where the betas come from. Steps count from 0, so step t of this table is step t + 1 of Ho et al.
+    2020.
+
+    Args:
+        betas: Shape (T,), T at least 2, each in (0, 1).
+
+    Attributes:
+        num_steps: T.
+        betas: Shape (T,), float64.
+        alpha_bar: Shape (T,), float64, falling.
+        sigmas: Shape (T,), float64, rising.
+        sigma_min: The first of `sigmas`.
+        sigma_max: The last of `sigmas`.
+        sampling_range: (low, high), between which sampling grids run unless told otherwise.
+
+    Raises:
+        ValueError: If there are fewer than two betas or one lies outside (0, 1).
+    """
+
+    def __init__(self, betas: Tensor) -> None:
+        betas = betas.to(device="cpu", dtype=torch.float64)
+        if betas.ndim != 1 or len(betas) < 2:
+            raise ValueError(
+                f"A schedule needs a row of 2 betas or more, not shape {tuple(betas.shape)}; raise num_steps."
+            )
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(
+                f"Betas must lie strictly between 0 and 1, but run from {betas.min():.4g} to {betas.max():.4g}; "
+                "lower the betas, or take more steps where they are scaled by 1000 / num_steps."
+            )
+        self.num_steps = len(betas)
+        self.betas = betas
+        self.alpha_bar = betas_to_alpha_bar(betas)
+        self.sigmas = betas_to_sigma(betas)
+        self.sigma_min = float(self.sigmas[0])
+        self.sigma_max = float(self.sigmas[-1])
+        self.sampling_range = (self.sigma_min, self.sigma_max)
+        self._log_sigmas: dict[torch.device, Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_steps={self.num_steps}, sigma {self.sigma_min:.4g} to {self.sigma_max:.4g})"
+
+    def _table(self, device: torch.device) -> Tensor:
+        """Logarithms of `sigmas` on a device, moved there once."""
+        if device not in self._log_sigmas:
+            log_sigmas = self.sigmas.log()
+            self._log_sigmas[device] = log_sigmas.to(device=device, dtype=_wide(torch.empty(0, device=device)).dtype)
+        return self._log_sigmas[device]
+
+    def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
+        """The real-valued step at which the noise level is sigma, linear in log sigma between steps.
+
+        Args:
+            sigma: Any shape, in [sigma_min, sigma_max]; values outside get the nearest end (scalings refuse them
+                before).
+
+        Returns:
+            Of the same shape, in [0, T - 1]; float64 for float64 and Python floats, float32 otherwise.
+        """
+        log_sigma = _wide(sigma).log()
+        table = self._table(log_sigma.device)
+        upper = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, self.num_steps - 1)
+        low, high = table[upper - 1], table[upper]
+        t = (upper - 1 + (log_sigma - low) / (high - low)).clamp(0, self.num_steps - 1)
+        return t.to(_result_dtype(sigma))
+
+    def t_to_sigma(self, t: Tensor | float) -> Tensor:
+        """Inverse of `sigma_to_t`.
+
+        Args:
+            t: Any shape, integers or reals in [0, T - 1]; values outside get the nearest end.
+
+        Returns:
+            Of the same shape, in [sigma_min, sigma_max]; float32 for float32 and shorter, float64 otherwise.
+        """
+        position = _wide(t).clamp(0, self.num_steps - 1)
+        table = self._table(position.device)
+        lower = position.floor().clamp(max=self.num_steps - 2).long()
+        log_sigma = torch.lerp(table[lower], table[lower + 1], position - lower)
+        return log_sigma.exp().to(_result_dtype(t))
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 2:
+        raise ValueError(f"num_steps is {num_steps}, but a schedule needs at least 2 steps; 1000 is the usual number.")
+
+
+class LinearSchedule(Schedule):
+    """Betas that rise linearly.
+
+    With `rescale` they are multiplied by 1000 / num_steps, so that the last sigma is alike for every number of steps.
+
+    Args:
+        num_steps: T, at least 2 (at least 21 for the default betas with `rescale`).
+        beta_start: First beta of a chain of 1000 steps.
+        beta_end: Last beta of a chain of 1000 steps.
+        rescale: Whether to multiply the betas by 1000 / num_steps.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), section 4; the scaling: Nichol and Dhariwal 2021 (arXiv 2102.09672).
+    """
+
+    def __init__(
+        self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True
+    ) -> None:
+        _check_num_steps(num_steps)
+        scale = 1000 / num_steps if rescale else 1.0
+        super().__init__(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64) * scale)
+
+
+class ScaledLinearSchedule(Schedule):
+    """Betas whose square roots rise linearly, as in latent diffusion.
+
+    Args:
+        num_steps: T, at least 2.
+        beta_start: First beta of a chain of 1000 steps.
+        beta_end: Last beta of a chain of 1000 steps.
+        rescale: Whether to multiply the betas by 1000 / num_steps.
+
+    Source: the code of Rombach et al. 2022 (arXiv 2112.10752).
+    """
+
+    def __init__(
+        self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, rescale: bool = True
+    ) -> None:
+        _check_num_steps(num_steps)
+        scale = 1000 / num_steps if rescale else 1.0
+        roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64)
+        super().__init__(roots**2 * scale)
+
+
+def _betas_of(signal: Tensor, max_beta: float) -> Tensor:
+    """Betas of a curve of alpha_bar at T + 1 points from 1 downwards, each held at max_beta at most."""
+    return (1 - signal[1:] / signal[:-1]).clamp(max=max_beta)
+
+
+class CosineSchedule(Schedule):
+    """alpha_bar follows a squared cosine.
+
+    Args:
+        num_steps: T, at least 2.
+        s: Offset that keeps the first betas from vanishing.
+        max_beta: Largest beta, which only the last steps reach.
+
+    Source: Nichol and Dhariwal 2021 (arXiv 2102.09672), equation 17.
+    """
+
+    def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> None:
+        _check_num_steps(num_steps)
+        time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+        super().__init__(_betas_of(torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2, max_beta))
+
+
+class SigmoidSchedule(Schedule):
+    """alpha_bar follows a falling sigmoid, normalised to run from 1 to 0.
+
+    Args:
+        num_steps: T, at least 2.
+        start: Where on the sigmoid's axis the curve begins.
+        end: Where it ends, above `start`.
+        tau: Temperature, positive: smaller is steeper.
+        max_beta: Largest beta, which only the last steps reach.
+
+    Raises:
+        ValueError: If `end` is not above `start`, or `tau` is not positive.
+
+    Source: Jabri et al. 2022 (arXiv 2212.11972), equation 2; Chen 2023 (arXiv 2301.10972), algorithm 2.
+    """
+
+    def __init__(
+        self, num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    ) -> None:
+        _check_num_steps(num_steps)
+        if not (end > start and tau > 0):
+            raise ValueError(f"SigmoidSchedule needs start < end and tau > 0, not start={start}, end={end}, tau={tau}.")
+        time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+        curve = torch.sigmoid((start + (end - start) * time) / tau)
+        super().__init__(_betas_of((curve[-1] - curve) / (curve[-1] - curve[0]), max_beta))
+
+
+class ContinuousVP(Schedule):
+    """The variance-preserving diffusion in continuous time tau.
+
+    Its sigma(tau) = sqrt(exp(tau^2 (beta_max - beta_min) / 2 + tau beta_min) - 1) is exact at every tau, not a table's.
+    Step t of [0, T - 1] is tau = tau_min + (1 - tau_min) t / (T - 1); the table holds the whole steps.
+
+    Args:
+        beta_min: Rate at tau = 0, positive.
+        beta_max: Rate at tau = 1, at least `beta_min`.
+        num_steps: T, at least 2: the unit in which networks are told the time.
+        tau_min: Smallest time of training, in (0, 1).
+        tau_sampling: Smallest time of sampling by default, in [tau_min, 1).
+
+    Raises:
+        ValueError: If the rates or the times are out of order.
+
+    Source: Song et al. 2021 (arXiv 2011.13456), equation 32; times from Karras et al. 2022 (arXiv 2206.00364), table 1.
+    """
+
+    def __init__(
+        self,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        num_steps: int = 1000,
+        tau_min: float = 1e-5,
+        tau_sampling: float = 1e-3,
+    ) -> None:
+        _check_num_steps(num_steps)
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(f"ContinuousVP needs 0 < beta_min <= beta_max, not {beta_min} and {beta_max}.")
+        if not 0 < tau_min <= tau_sampling < 1:
+            raise ValueError(f"ContinuousVP needs 0 < tau_min <= tau_sampling < 1, not {tau_min} and {tau_sampling}.")
+        self.beta_min, self.beta_max, self.tau_min = beta_min, beta_max, tau_min
+        exponents = self._exponent(torch.linspace(tau_min, 1, num_steps, dtype=torch.float64))
+        super().__init__(-torch.expm1(-torch.diff(exponents, prepend=exponents.new_zeros(1))))
+        sampling_min = torch.expm1(self._exponent(torch.tensor(tau_sampling, dtype=torch.float64))).sqrt()
+        self.sampling_range = (float(sampling_min), self.sigma_max)
+
+    def _exponent(self, tau: Tensor) -> Tensor:
+        """-log alpha_bar at time tau."""
+        return tau * tau * (self.beta_max - self.beta_min) / 2 + tau * self.beta_min
+
+    def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
+        """As `Schedule.sigma_to_t`, in closed form."""
+        exponent = torch.log1p(_wide(sigma) ** 2)
+        root = (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * exponent).sqrt()
+        tau = 2 * exponent / (self.beta_min + root)
+        t = (tau - self.tau_min) / (1 - self.tau_min) * (self.num_steps - 1)
+        return t.clamp(0, self.num_steps - 1).to(_result_dtype(sigma))
+
+    def t_to_sigma(self, t: Tensor | float) -> Tensor:
+        """As `Schedule.t_to_sigma`, in closed form."""
+        position = _wide(t).clamp(0, self.num_steps - 1) / (self.num_steps - 1)
+        tau = self.tau_min + (1 - self.tau_min) * position
+        return torch.expm1(self._exponent(tau)).sqrt().to(_result_dtype(t))
+
+
+class NoiseLevels:
+    """The distribution that training draws sigma from."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws noise levels.
+
+        Args:
+            n: How many.
+            generator: Where every draw comes from; the result lies on its device.
+
+        Returns:
+            Shape (n,), float32, positive. Levels outside the support of a scaling are moved to its edge by the loss.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how noise levels are drawn.")
+
+
+class DiscreteUniform(NoiseLevels):
+    """Every step of a schedule equally often.
+
+    Args:
+        schedule: The steps to draw from.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), algorithm 1.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n of the schedule's sigmas; see `NoiseLevels.sample`."""
+        device = generator.device
+        t = torch.randint(self.schedule.num_steps, (n,), generator=generator, device=device)
+        return self.schedule.sigmas.to(device=device, dtype=torch.float32)[t]
+
+
+class UniformT(NoiseLevels):
+    """Time uniform over its whole range.
+
+    Args:
+        schedule: Real-valued steps of this schedule; none means the flow time t in [1e-3, 1 - 1e-3], sigma = t / (1 -
+            t).
+
+    Source: Song et al. 2021 (arXiv 2011.13456), equation 7; flow: Lipman et al. 2023 (arXiv 2210.02747).
+    """
+
+    def __init__(self, schedule: Schedule | None = None) -> None:
+        self.schedule = schedule
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n levels; see `NoiseLevels.sample`."""
+        uniform = torch.rand(n, generator=generator, device=generator.device)
+        if self.schedule is None:
+            return flow_time_to_sigma(FLOW_TIME_MIN + (FLOW_TIME_MAX - FLOW_TIME_MIN) * uniform)
+        return self.schedule.t_to_sigma(uniform * (self.schedule.num_steps - 1))
+
+
+class LogNormal(NoiseLevels):
+    """Logarithm of sigma normal.
+
+    Args:
+        P_mean: Mean of log sigma.
+        P_std: Standard deviation of log sigma, 0 or more.
+
+    Raises:
+        ValueError: If `P_std` is negative.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), table 1.
+    """
+
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2) -> None:
+        if P_std < 0:
+            raise ValueError(f"P_std is {P_std}, but a standard deviation is 0 or more; 1.2 is the usual one.")
+        self.P_mean, self.P_std = P_mean, P_std
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n levels; see `NoiseLevels.sample`."""
+        normal = torch.randn(n, generator=generator, device=generator.device)
+        return (self.P_mean + self.P_std * normal).exp()
+
+
+class LogitNormal(NoiseLevels):
+    """Logit of the flow time normal, so that times in the middle come more often; t is kept in [1e-3, 1 - 1e-3].
+
+    Since sigma = t / (1 - t), the logit of t is log sigma: this is `LogNormal` in the flow path's words, cut at its
+    ends.
+
+    Args:
+        mean: Mean of logit(t); above 0 favours noise.
+        std: Standard deviation of logit(t), 0 or more.
+
+    Raises:
+        ValueError: If `std` is negative.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        if std < 0:
+            raise ValueError(f"std is {std}, but a standard deviation is 0 or more; 1 is the usual one.")
+        self.mean, self.std = mean, std
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws n levels; see `NoiseLevels.sample`."""
+        logit = self.mean + self.std * torch.randn(n, generator=generator, device=generator.device)
+        limit = math.log(FLOW_TIME_MAX / FLOW_TIME_MIN)
+        return logit.clamp(-limit, limit).exp()
+
+
+class Constant(NoiseLevels):
+    """One noise level for all, for a denoiser of a single sigma and for measuring the loss at it.
+
+    Args:
+        sigma: The level, positive.
+
+    Raises:
+        ValueError: If sigma is not positive.
+    """
+
+    def __init__(self, sigma: float) -> None:
+        if not sigma > 0:
+            raise ValueError(f"sigma is {sigma}, but a noise level is positive; 0.5 suits images in [-1, 1].")
+        self.sigma = sigma
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Gives n times the same level; see `NoiseLevels.sample`."""
+        return torch.full((n,), self.sigma, device=generator.device)

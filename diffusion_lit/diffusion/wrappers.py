@@ -1,0 +1,170 @@
+"""Wrappers of a denoiser that are denoisers: what they share, bound labels, and clipped estimates.
+
+A wrapper changes x0_hat and nothing else, so that samplers never see what wraps. Guidance, in its own file, is of this
+kind.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
+from diffusion_lit.diffusion.scaling import Scaling
+
+Evaluate = Callable[[Tensor, "Tensor | float", "Tensor | None"], tuple[Tensor, ...]]
+"""One evaluation of a denoiser: (x, sigma, label) -> (x0_hat,) or (x0_hat, v)."""
+
+
+def evaluate_plain(denoiser: DenoiserLike) -> Evaluate:
+    """A denoiser as an `Evaluate` that gives x0_hat alone.
+
+    Args:
+        denoiser: Called with the label only where there is one, so that any `denoise(x, sigma)` fits.
+
+    Returns:
+        The evaluation.
+    """
+
+    def evaluate(x: Tensor, sigma: Tensor | float, label: Tensor | None) -> tuple[Tensor, ...]:
+        return (denoiser(x, sigma) if label is None else denoiser(x, sigma, label),)
+
+    return evaluate
+
+
+class DenoiserWrapper(nn.Module):
+    """What wraps a denoiser and is one.
+
+    A subclass says once, in `transform`, what becomes of an evaluation, and thereby wraps the plain estimate and, where
+    the wrapped denoiser has one, `learned_variance`; a wrapper of a denoiser without it has none either.
+
+    Args:
+        denoiser: Any callable (x, sigma, label) -> x0_hat.
+    """
+
+    def __init__(self, denoiser: DenoiserLike) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    @property
+    def scaling(self) -> Scaling:
+        """The prediction type of the wrapped denoiser."""
+        scaling: Scaling = self.denoiser.scaling  # type: ignore[attr-defined]
+        return scaling
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the wrapped denoiser, 0 where it does not say."""
+        return int(getattr(self.denoiser, "num_classes", 0))
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates and changes what comes back.
+
+        Args:
+            evaluate: The wrapped denoiser.
+            x: Shape (B, C, H, W).
+            sigma: Shape () or (B,).
+            label: Shape (B,), or none.
+
+        Returns:
+            (x0_hat,) or (x0_hat, v), as `evaluate` gave.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it does to a denoiser.")
+
+    def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Estimates the clean image.
+
+        Args:
+            x: Noisy image x0 + sigma n, shape (B, C, H, W).
+            sigma: Noise level, shape () or (B,).
+            label: Class indices, shape (B,), or none.
+
+        Returns:
+            x0_hat, shape (B, C, H, W).
+        """
+        return self.transform(evaluate_plain(self.denoiser), x, sigma, label)[0]
+
+    @property
+    def learned_variance(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The wrapped `LearnedVarianceDenoiser.learned_variance`, with what this wrapper does to x0_hat."""
+        inner: Any = self.denoiser.learned_variance  # type: ignore[attr-defined]
+
+        def learned_variance(
+            x: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, label: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
+            def evaluate(x: Tensor, sigma: Tensor | float, label: Tensor | None) -> tuple[Tensor, ...]:
+                both: tuple[Tensor, ...] = inner(x, sigma, sigma_next, label)
+                return both
+
+            return self.transform(evaluate, x, sigma, label)
+
+        return learned_variance
+
+
+class Conditioned(DenoiserWrapper):
+    """A denoiser with its labels bound: the `denoise(x, sigma)` that samplers take.
+
+    Args:
+        denoiser: Any denoiser.
+        label: Class indices, shape (B,), in the order of the batch that will be sampled; none for unconditional
+            sampling.
+    """
+
+    label: Tensor | None
+
+    def __init__(self, denoiser: DenoiserLike, label: Tensor | None = None) -> None:
+        super().__init__(denoiser)
+        self.register_buffer("label", label, persistent=False)
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates at the bound labels; see `DenoiserWrapper.transform`."""
+        if label is not None:
+            raise ValueError("A label was given to a denoiser whose labels are bound already; leave it out.")
+        return evaluate(x, sigma, self.label)
+
+
+class ClipX0(DenoiserWrapper):
+    """A denoiser whose estimates stay in the range of images.
+
+    Static: x0_hat is clamped to [-limit, limit]. Dynamic: with s the given percentile of |x0_hat| in each sample, and
+    at least `limit`, x0_hat is clamped to [-s, s] and multiplied by limit / s, which saturates less under strong
+    guidance.
+
+    Args:
+        denoiser: Any denoiser.
+        dynamic: Whether the threshold follows each sample.
+        percentile: Share of the pixels, in (0, 1], that a dynamic threshold leaves alone.
+        limit: Largest magnitude of an image, positive.
+
+    Raises:
+        ValueError: If `percentile` or `limit` is out of range.
+
+    Source: Saharia et al. 2022 (arXiv 2205.11487), section 2.3 and appendix A.2.
+    """
+
+    def __init__(
+        self, denoiser: DenoiserLike, dynamic: bool = False, percentile: float = 0.995, limit: float = 1.0
+    ) -> None:
+        super().__init__(denoiser)
+        if not 0 < percentile <= 1:
+            raise ValueError(f"The percentile is {percentile}, but must be a share in (0, 1]; 0.995 is the usual one.")
+        if not limit > 0:
+            raise ValueError(f"The limit is {limit}, but must be positive; it is 1 for images in [-1, 1].")
+        self.dynamic, self.percentile, self.limit = dynamic, percentile, limit
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates and clips x0_hat; see `DenoiserWrapper.transform`."""
+        x0_hat, *rest = evaluate(x, sigma, label)
+        if not self.dynamic:
+            return (x0_hat.clamp(-self.limit, self.limit), *rest)
+        # One row at a time: torch.quantile refuses more than 2^24 values.
+        extents = [torch.quantile(row.abs().flatten(), self.percentile) for row in x0_hat]
+        extent = per_sample(torch.stack(extents).clamp(min=self.limit), x0_hat)
+        return (x0_hat.clamp(-extent, extent) * (self.limit / extent), *rest)
