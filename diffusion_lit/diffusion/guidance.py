@@ -40,7 +40,7 @@ def _scales(
     scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
     if scales.shape not in ((), (len(x),)):
         raise ValueError(
-            f"The guidance scale has shape {tuple(scales.shape)} for {len(x)} images; give one number, or one per image."
+            f"The guidance scale has shape {tuple(scales.shape)} for {len(x)} images; give one number or one each."
         )
     scales = scales.expand(len(x))
     if interval is None:
