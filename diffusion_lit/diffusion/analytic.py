@@ -106,7 +106,7 @@ class GaussianMixtureDenoiser(nn.Module):
         return (self.means[label] + spread).reshape(num, *self.image_shape), label
 
     def _centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The image minus each mean along the principal axes, shape (B, K, D), and the variances along them, (1, K, D)."""
+        """The image minus each mean along the principal axes, (B, K, D), and the variances along them, (1, K, D)."""
         centred = x.to(torch.float64).flatten(1)[:, None] - self.means
         if self.axes is not None:
             centred = torch.einsum("bkd,kde->bke", centred, self.axes)
@@ -251,7 +251,7 @@ def _check_labels(label: Tensor, num_classes: int) -> Tensor:
 
 
 def _principal_axes(covariances: Tensor, count: int, size: int) -> tuple[Tensor, Tensor | None]:
-    """Variances along the principal axes, (K, D), and the axes as columns, (K, D, D), None where they are the pixels."""
+    """Variances along the principal axes, (K, D), and the axes as columns, (K, D, D); None: they are the pixels."""
     if covariances.shape not in ((count,), (count, size), (count, size, size)):
         raise ValueError(
             f"Covariances of shape {tuple(covariances.shape)} do not fit {count} means of {size} pixels; "

@@ -30,6 +30,11 @@ FOURTH = (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100,
 ERROR = tuple(fifth - fourth for fifth, fourth in zip((*STAGES[6], 0), FOURTH, strict=True))
 
 
+def root_mean_square(values: Tensor) -> Tensor:
+    """The root of the mean square of each sample's values, shape (B, ...) to (B,)."""
+    return values.flatten(1).square().mean(1).sqrt()
+
+
 class DormandPrince:
     """The Dormand-Prince 5(4) pair on dy/ds = slope(y, s), for a batch of independent initial-value problems.
 
@@ -40,6 +45,7 @@ class DormandPrince:
         rtol: Relative tolerance, above 0.
         atol: Absolute tolerance, above 0.
         max_steps: The most attempts from the start on.
+        norm: The size of an error in units of the tolerance, (B, ...) -> (B,); a step is accepted up to 1.
 
     Raises:
         ValueError: If a tolerance is not above 0.
@@ -48,12 +54,22 @@ class DormandPrince:
     Nørsett and Wanner, "Solving Ordinary Differential Equations I", section II.4.
     """
 
-    def __init__(self, slope: Slope, y: Tensor, start: float, *, rtol: float, atol: float, max_steps: int) -> None:
+    def __init__(
+        self,
+        slope: Slope,
+        y: Tensor,
+        start: float,
+        *,
+        rtol: float,
+        atol: float,
+        max_steps: int,
+        norm: Callable[[Tensor], Tensor] = root_mean_square,
+    ) -> None:
         for name, value in (("rtol", rtol), ("atol", atol)):
             if not value > 0:
                 raise ValueError(f"The option {name} is {value}; give a number above 0, such as 1e-5.")
         check_range("max_steps", max_steps, 1)
-        self.f, self.y, self.rtol, self.atol = slope, y, rtol, atol
+        self.f, self.y, self.rtol, self.atol, self.norm = slope, y, rtol, atol, norm
         self.attempts_left = max_steps
         self.s = y.new_full((y.shape[0],), start)
         self.step = self.s.abs() * 0.1
@@ -106,9 +122,8 @@ class DormandPrince:
         return self.y + _column(h, total) * total
 
     def _error(self, y: Tensor, difference: Tensor) -> Tensor:
-        """The root of the mean square of the difference in units of the tolerance, shape (B,)."""
-        scaled = difference / (self.atol + self.rtol * torch.maximum(y.abs(), self.y.abs()))
-        return scaled.flatten(1).square().mean(1).sqrt()
+        """The size of the difference in units of the tolerance, shape (B,)."""
+        return self.norm(difference / (self.atol + self.rtol * torch.maximum(y.abs(), self.y.abs())))
 
 
 def _column(value: Tensor, like: Tensor) -> Tensor:
