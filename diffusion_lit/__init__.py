@@ -1,2 +1,1 @@
 """diffusion-lit: training, sampling and measuring image diffusion models with PyTorch Lightning."""
-

@@ -33,7 +33,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a checkpoint file; give a file such as checkpoints/last.ckpt.")
     if not path.exists():
-        raise ValueError(f"There is no checkpoint {path}; `lightning fit` writes them to runs/NAME/version_N/checkpoints/.")
+        raise ValueError(
+            f"There is no checkpoint {path}; `lightning fit` writes them to runs/NAME/version_N/checkpoints/."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
@@ -44,7 +46,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since that "
                 "would run code from the file."
             ) from error
-        raise ValueError(f"{path} is not a readable checkpoint: it is damaged, truncated or another kind of file.") from error
+        raise ValueError(
+            f"{path} is not a readable checkpoint: it is damaged, truncated or another kind of file."
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is a PyTorch file but not a checkpoint of `lightning fit`: it has no `state_dict`.")
     return checkpoint

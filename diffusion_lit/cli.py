@@ -22,7 +22,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "sample": Command("diffusion_lit.sample", "sample", "draw pictures from a checkpoint"),
-    "evaluate": Command("diffusion_lit.evaluation.command", "evaluate", "measure a checkpoint: FID and more, with a receipt"),
+    "evaluate": Command(
+        "diffusion_lit.evaluation.command", "evaluate", "measure a checkpoint: FID and more, with a receipt"
+    ),
 }
 
 TRAINING = {

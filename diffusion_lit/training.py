@@ -68,7 +68,10 @@ class Parser(LightningArgumentParser):
         Raises:
             SystemExit: Always.
         """
-        print(f"lightning: {message}\nThe options are listed by --help; --print_config shows the configuration.", file=sys.stderr)
+        print(
+            f"lightning: {message}\nThe options are listed by --help; --print_config shows the configuration.",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 
@@ -99,7 +102,9 @@ class CLI(LightningCLI):
         logger = _logger(config)
         if path == "last":
             if logger is None:
-                raise UserError("--ckpt_path last looks for runs by name and needs the TensorBoard logger of base.yaml.")
+                raise UserError(
+                    "--ckpt_path last looks for runs by name and needs the TensorBoard logger of base.yaml."
+                )
             path = find_last(Path(logger.save_dir) / logger.name)
             config.ckpt_path = str(path)
             if self.config["subcommand"] == "fit":
@@ -182,7 +187,8 @@ def run(args: list[str]) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={name: dict(defaults) for name in ("fit", "validate", "test", "predict")} | {"allow_abbrev": False},
+            parser_kwargs={name: dict(defaults) for name in ("fit", "validate", "test", "predict")}
+            | {"allow_abbrev": False},
             seed_everything_default=0,
         )
     except (UserError, ValueError, FileNotFoundError, PermissionError) as error:

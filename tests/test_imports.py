@@ -16,7 +16,12 @@ RULES = {  # files under this folder may import of the project only these
     "diffusion_lit/diffusion": {"diffusion_lit.diffusion"},
     "diffusion_lit/nets": {"diffusion_lit.nets"},
     "datamodules": {"datamodules"},
-    "diffusion_lit/modules": {"diffusion_lit.diffusion", "diffusion_lit.nets", "diffusion_lit.modules", "diffusion_lit.evaluation"},
+    "diffusion_lit/modules": {
+        "diffusion_lit.diffusion",
+        "diffusion_lit.nets",
+        "diffusion_lit.modules",
+        "diffusion_lit.evaluation",
+    },
 }
 PROJECT = ("diffusion_lit", "datamodules", "experiments", "tests")
 

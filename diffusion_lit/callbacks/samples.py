@@ -116,7 +116,9 @@ class SampleGrid(Pictures):
     def __init__(self, rows: int = 8, columns: int = 8, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
         if rows < 1 or columns < 1:
-            raise ValueError(f"A sample grid of {rows} rows and {columns} columns has no samples; both must be at least 1.")
+            raise ValueError(
+                f"A sample grid of {rows} rows and {columns} columns has no samples; both must be at least 1."
+            )
         self.rows = rows
         self.columns = columns
 

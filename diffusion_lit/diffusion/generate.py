@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.denoiser import ClipX0, Denoiser
+from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS
-from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance, Conditioned
+from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.scaling import Scaling
+from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned
 
 StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -66,7 +67,9 @@ class Sampling:
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}; sampling needs at least 1 step.")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; give a rising range.")
+            raise ValueError(
+                f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; give a rising range."
+            )
         known = {
             name
             for name, parameter in inspect.signature(SAMPLERS[self.sampler].function).parameters.items()

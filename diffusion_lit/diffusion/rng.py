@@ -62,7 +62,9 @@ class SeededNoise:
             ValueError: If x has another number of rows than there are seeds.
         """
         if x.shape[0] != len(self.generators):
-            raise ValueError(f"Noise for {x.shape[0]} samples was asked of {len(self.generators)} seeds; give one each.")
+            raise ValueError(
+                f"Noise for {x.shape[0]} samples was asked of {len(self.generators)} seeds; give one each."
+            )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = [torch.randn(x.shape[1:], generator=generator, dtype=dtype) for generator in self.generators]
         return torch.stack(rows).to(device=x.device, dtype=x.dtype)

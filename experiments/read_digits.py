@@ -1,0 +1,84 @@
+"""Can the digits that a model draws be read, and are they as varied as real ones?
+
+Draws the same number of each class without guidance and asks a support vector machine, trained on the real training digits,
+what it reads. Variety is the recall of Kynkäänniemi 2019 (arXiv 1904.06991) on raw pixels: the share of held-out digits that lie
+among the samples, beside the share that lie among as many training digits.
+
+    python -m experiments.read_digits --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import CLI
+from sklearn.svm import SVC
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from datamodules import Digits
+from diffusion_lit.checkpoints import load_module
+from diffusion_lit.pictures import grid_image, to_uint8
+
+
+def read_digits(ckpt_path: str, per_class: int = 100, seed: int = 0, out: str = "runs/studies/read_digits") -> dict[str, float]:
+    """Draws digits, reads them, and measures their variety.
+
+    Args:
+        ckpt_path: Checkpoint of a class-conditional model of `datamodules.Digits`.
+        per_class: Samples per class.
+        seed: Seed of the first sample.
+        out: Folder for grid.png and figures.json.
+
+    Returns:
+        The figures that it prints.
+    """
+    module = load_module(ckpt_path)
+    data = Digits(batch_size=1)
+    data.prepare_data()
+    data.setup()
+    labels = torch.arange(10).repeat_interleave(per_class)
+    sampling = module.sampling.but(cfg_scale=1.0)
+    samples = torch.cat(
+        [
+            module.generate(range(seed + start, seed + start + per_class), labels[start : start + per_class], sampling)
+            for start in range(0, len(labels), per_class)
+        ]
+    )
+    real, names = flat(data.reference_images("train")), np.asarray(data.reference_labels("train"))
+    held_out, held_out_names = flat(data.reference_images("val")), np.asarray(data.reference_labels("val"))
+    reader = SVC(gamma=0.001 * (16 / 255) ** 2).fit(real, names)
+    drawn = flat(to_uint8(samples))
+    figures = {
+        "read as intended": float(reader.score(drawn, labels.numpy())),
+        "held-out digits read": float(reader.score(held_out, held_out_names)),
+        **variety(drawn, held_out, real),
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = (torch.arange(10)[:, None] * per_class + torch.arange(min(per_class, 20))).flatten()
+    grid_image(samples[first], columns=min(per_class, 20)).save(folder / "grid.png")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    for name, value in figures.items():
+        print(f"{name:<46}{value:.3f}")
+    return figures
+
+
+def flat(images: torch.Tensor) -> np.ndarray:
+    """Pictures (N, C, H, W) as float rows (N, C*H*W) in 0 to 255."""
+    return np.asarray(images).reshape(len(images), -1).astype(np.float64)
+
+
+def variety(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> dict[str, float]:
+    """Precision and recall against held-out digits, of the samples and of as many training digits."""
+    figures = {}
+    for name, rows in (("samples", samples), ("training digits", train[: len(samples)])):
+        features = torch.from_numpy(rows), torch.from_numpy(held_out)
+        found = prc_features_to_metric(*features, prc_neighborhood=3, prc_batch_size=1000, verbose=False)
+        figures[f"precision of {name}"] = float(found["precision"])
+        figures[f"recall by {name}"] = float(found["recall"])
+    return figures
+
+
+if __name__ == "__main__":
+    CLI(read_digits, as_positional=False)
