@@ -1,9 +1,11 @@
 """The mathematics of diffusion, in the coordinates x = x0 + sigma * n; torch only."""
 
+from diffusion_lit.diffusion.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
+from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.loss import (
     DenoisingLoss,
     HybridLoss,
@@ -28,7 +30,21 @@ from diffusion_lit.diffusion.noise import (
     UniformT,
 )
 from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator, keyed_seed
-from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.diffusion.samplers import (
+    SAMPLERS,
+    Sampler,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s_ancestral,
+    euler,
+    euler_ancestral,
+    heun,
+    rk45,
+    sampler_table,
+    unipc,
+)
 from diffusion_lit.diffusion.scaling import EDMScaling, EpsScaling, FlowScaling, Scaling, VScaling, X0Scaling
 from diffusion_lit.diffusion.views import as_eps, as_score, as_v, as_velocity, as_x0
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
@@ -49,11 +65,15 @@ __all__ = [
     "DenoisingLoss",
     "DiscreteUniform",
     "EDMScaling",
+    "EmpiricalDenoiser",
     "EpsScaling",
     "FlowScaling",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
     "HybridLoss",
     "LearnedUncertainty",
     "LearnedVarianceDenoiser",
+    "Likelihood",
     "LinearSchedule",
     "LogNormal",
     "LogitNormal",
@@ -61,6 +81,7 @@ __all__ = [
     "MinSNR",
     "NoiseLevels",
     "PaperWeight",
+    "Sampler",
     "Sampling",
     "ScaledLinearSchedule",
     "Scaling",
@@ -76,6 +97,17 @@ __all__ = [
     "as_v",
     "as_velocity",
     "as_x0",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral",
+    "euler",
+    "euler_ancestral",
+    "heun",
     "keyed_generator",
     "keyed_seed",
+    "rk45",
+    "sampler_table",
+    "unipc",
 ]
