@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.scaling import Scaling
 
 DenoiserLike = Callable[..., Tensor]
@@ -96,14 +97,16 @@ class Denoiser(nn.Module):
         return x.dtype if parameter is None else parameter.dtype
 
     def _noise_level(self, x: Tensor, sigma: Tensor | float, trusted: bool) -> Tensor:
-        sigma = sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+        sigma = sigma if isinstance(sigma, Tensor) else widen(sigma)
         if sigma.shape not in ((), (len(x),)):
             raise ValueError(
                 f"sigma has shape {tuple(sigma.shape)} for a batch of {len(x)} images; give one level, or one for each."
             )
         if not trusted:
             self.scaling.check(sigma)
-        return sigma.to(x.device)
+        if x.device.type == "mps":  # which has no float64
+            sigma = sigma.to(x.dtype)
+        return sigma.to(x.device, non_blocking=True)
 
     def _check_label(self, x: Tensor, label: Tensor | None, trusted: bool) -> Tensor | None:
         if label is None:

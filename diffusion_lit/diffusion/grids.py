@@ -20,7 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.noise import LinearSchedule, Schedule, flow_time_to_sigma
+from diffusion_lit.diffusion.conversions import flow_time_to_sigma
+from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
 from diffusion_lit.diffusion.scaling import FlowScaling, Scaling, X0Scaling
 
 FLOW_STEPS = 1000

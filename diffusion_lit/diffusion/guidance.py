@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, evaluate_plain
 
@@ -45,7 +46,7 @@ def _scales(
     scales = scales.expand(len(x))
     if interval is None:
         return scales
-    levels = torch.as_tensor(sigma, device="cpu")
+    levels = widen(sigma).cpu()
     return torch.where((levels > interval[0]) & (levels <= interval[1]), scales, neutral)
 
 
@@ -122,6 +123,7 @@ class ClassifierFreeGuidance(DenoiserWrapper):
         """
         if label is None:
             return evaluate(x, sigma, None)
+        label = label.to(x.device)
         scale = _scales(self._scale_of(label), sigma, self.interval, x, neutral=1.0)
         null = torch.full_like(label, self.num_classes)
         if bool((scale == 1).all()):
@@ -131,6 +133,7 @@ class ClassifierFreeGuidance(DenoiserWrapper):
         with_label, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
         rows = torch.cat([with_label, without])
         outputs = evaluate(x[rows], _rows(sigma, rows), torch.cat([label[with_label], null[without]]))
+        weight = per_sample(scale.to(outputs[0].dtype).to(x.device), x)
         merged = []
         for index, output in enumerate(outputs):
             shares = torch.split(output, [len(with_label), len(without)])
@@ -138,10 +141,9 @@ class ClassifierFreeGuidance(DenoiserWrapper):
                 output.new_zeros(len(x), *output.shape[1:]).index_copy(0, rows, share)
                 for rows, share in zip((with_label, without), shares, strict=True)
             )
-            weight = per_sample(scale.to(x.device), x)
             mixed = conditional
             if index == 0:
-                mixed = unconditional + weight.to(output) * (conditional - unconditional)
+                mixed = unconditional + weight * (conditional - unconditional)
                 mixed = _rescaled(mixed, conditional, self.rescale)
             merged.append(torch.where(weight == 1, conditional, torch.where(weight == 0, unconditional, mixed)))
         return tuple(merged)
@@ -159,7 +161,7 @@ class Autoguidance(DenoiserWrapper):
     Raises:
         ValueError: If the interval is out of order.
 
-    Source: Karras et al. 2024 (arXiv 2406.02507), equation 4.
+    Source: Karras et al. 2024 (arXiv 2406.02507), section 3.
     """
 
     def __init__(
@@ -180,7 +182,7 @@ class Autoguidance(DenoiserWrapper):
             return (x0_hat, *rest)
         guide_label = None if label is None or getattr(self.guide, "num_classes", None) == 0 else label[rows]
         (worse,) = evaluate_plain(self.guide)(x[rows], _rows(sigma, rows), guide_label)
-        weight = per_sample(scale.to(x.device)[rows].to(x0_hat.dtype), x)
+        weight = per_sample(scale.to(x0_hat.dtype).to(x.device)[rows], x)
         return (x0_hat.index_copy(0, rows, worse + weight * (x0_hat[rows] - worse)), *rest)
 
 
@@ -203,7 +205,7 @@ class ClassifierGuidance(DenoiserWrapper):
         ValueError: If the interval is out of order.
 
     Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), equation 14; through the denoised image: Bansal et al. 2023
-    (arXiv 2302.07121), equation 5.
+    (arXiv 2302.07121), section 3.1.
     """
 
     def __init__(
@@ -228,7 +230,8 @@ class ClassifierGuidance(DenoiserWrapper):
         scale = _scales(self.scale, sigma, self.interval, x, neutral=0.0)
         if bool((scale == 0).all()):
             return evaluate(x, sigma, own_label)
-        levels = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        levels = widen(sigma).to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
+        label = label.to(x.device)
         # Samplers and validation run without gradients, even in inference mode, whose tensors must be copied to take
         # part.
         with torch.inference_mode(False), torch.enable_grad():
@@ -237,6 +240,6 @@ class ClassifierGuidance(DenoiserWrapper):
             logits = self.classifier(x, levels) if self.noisy else self.classifier(outputs[0])
             chosen = logits.log_softmax(1).gather(1, label[:, None])
             (slope,) = torch.autograd.grad(chosen.sum(), x)
-        weight = per_sample(scale.to(x.device) * levels.double() ** 2, x).to(outputs[0])
+        weight = per_sample(scale.to(outputs[0].dtype).to(x.device) * levels**2, x)
         x0_hat, *rest = (output.detach() for output in outputs)
         return (x0_hat + weight * slope, *rest)

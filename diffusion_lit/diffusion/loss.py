@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser, per_sample
 from diffusion_lit.diffusion.scaling import Scaling
 
@@ -83,7 +84,7 @@ class LearnedUncertainty(LossWeight):
     Args:
         channels: Number of Fourier features.
 
-    Source: Karras et al. 2024 (arXiv 2312.02696), equations 14, 15 and 21.
+    Source: Karras et al. 2024 (arXiv 2312.02696), equations 14 to 16 and 21.
     """
 
     frequencies: Tensor
@@ -169,8 +170,15 @@ class DenoisingLoss(nn.Module):
         return weighted
 
 
-def _log_variances(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What one step of a schedule looks like in variance-preserving coordinates, computed in float64.
+def _beta_and_posterior(sigma: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Beta and the posterior variance of the step between two noise levels, in variance-preserving coordinates."""
+    beta = (sigma - previous) * (sigma + previous) / (1 + sigma**2)
+    noise, previous_noise = (level**2 / (1 + level**2) for level in (sigma, previous))  # 1 - alpha_bar
+    return beta, previous_noise / noise * beta
+
+
+def _reverse_step(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The true reverse step from a noise level to the one before, in variance-preserving coordinates and float64.
 
     Args:
         scaling: A prediction type with a schedule.
@@ -183,22 +191,16 @@ def _log_variances(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     schedule = scaling.schedule
     if schedule is None:
-        raise ValueError(
-            f"HybridLoss needs the steps of a schedule, which {type(scaling).__name__} lacks; use EpsScaling."
-        )
-    sigma = sigma.double()
+        raise ValueError(f"HybridLoss needs a schedule, and this {type(scaling).__name__} has none; use EpsScaling.")
+    sigma = widen(sigma)
     t = schedule.sigma_to_t(sigma)
     first = t < 0.5
     previous = torch.where(first, torch.zeros_like(t), schedule.t_to_sigma(t - 1))
-    beta = (sigma - previous) * (sigma + previous) / (1 + sigma**2)
-    clipped_sigma = torch.where(first, schedule.t_to_sigma(torch.ones_like(t)), sigma)
-    clipped_previous = torch.where(first, schedule.t_to_sigma(torch.zeros_like(t)), previous)
-    clipped_beta = (clipped_sigma - clipped_previous) * (clipped_sigma + clipped_previous) / (1 + clipped_sigma**2)
-    # (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) * beta_t, with 1 - alpha_bar = sigma^2 / (1 + sigma^2)
-    ratio = (clipped_previous / clipped_sigma) ** 2 * (1 + clipped_sigma**2) / (1 + clipped_previous**2)
-    # sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t)
-    x0_share = beta / (1 + previous**2).sqrt() * (1 + sigma**2) / sigma**2
-    return (ratio * clipped_beta).log(), beta.log(), x0_share, first
+    beta, posterior = _beta_and_posterior(sigma, previous)
+    start, second = (schedule.t_to_sigma(torch.full_like(t, step)) for step in (0, 1))
+    posterior = torch.where(first, _beta_and_posterior(second, start)[1], posterior)
+    x0_share = beta * (1 + sigma**2) / sigma**2 / (1 + previous**2).sqrt()
+    return posterior.log(), beta.log(), x0_share, first
 
 
 def gaussian_kl(mean_difference: Tensor, log_variance_p: Tensor, log_variance_q: Tensor) -> Tensor:
@@ -308,7 +310,7 @@ class HybridLoss(DenoisingLoss):
         Raises:
             ValueError: If the scaling has no schedule.
         """
-        log_posterior, log_beta, x0_share, first = _log_variances(scaling, sigma)
+        log_posterior, log_beta, x0_share, first = _reverse_step(scaling, sigma)
         log_posterior, log_beta, x0_share = (per_sample(c.to(x0_hat), x0) for c in (log_posterior, log_beta, x0_share))
         log_variance = v * log_beta + (1 - v) * log_posterior
         kl = gaussian_kl(x0_share * (x0 - x0_hat), log_posterior, log_variance)

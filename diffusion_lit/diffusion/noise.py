@@ -1,14 +1,9 @@
-"""Noise levels: what a schedule is, and which noise levels training draws.
+"""Noise schedules, and the distributions of sigma that training draws from.
 
-A variance-preserving chain of T steps has `betas`, and
-
-    alpha_bar_t = prod_{s <= t} (1 - beta_s)          x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) n
-    sigma_t     = sqrt((1 - alpha_bar_t) / alpha_bar_t)   so that   x = x_t / sqrt(alpha_bar_t) = x0 + sigma_t n
-    log_snr_t   = log(alpha_bar_t / (1 - alpha_bar_t)) = -2 log sigma_t
-
-A flow path x_t = (1 - t) x0 + t n has sigma = t / (1 - t). A `Schedule` is one such table, read at any real t in
-between; `NoiseLevels` is a distribution of sigma. Tables are float64 on the CPU, so that both ends of them stay
-accurate.
+A `Schedule` of T steps is a table of noise levels in the coordinates x = x0 + sigma n, with its betas and alpha_bar as
+`conversions` relates them; it is read at any real step t between 0 and T - 1, linear in log sigma between the steps.
+Tables are float64 on the CPU, so that both ends of them stay accurate. `NoiseLevels` is a distribution of sigma for
+training.
 """
 
 import math
@@ -16,136 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-FLOW_TIME_MIN = 1e-3
-FLOW_TIME_MAX = 1 - FLOW_TIME_MIN
-
-
-def betas_to_alpha_bar(betas: Tensor) -> Tensor:
-    """The share of signal variance that is left after each step.
-
-    Args:
-        betas: Shape (T,), each in (0, 1).
-
-    Returns:
-        Shape (T,), falling, in (0, 1). Source: Ho et al. 2020 (arXiv 2006.11239), equation 4.
-    """
-    return torch.log1p(-betas).cumsum(0).exp()
-
-
-def alpha_bar_to_betas(alpha_bar: Tensor) -> Tensor:
-    """Inverse of `betas_to_alpha_bar`.
-
-    Args:
-        alpha_bar: Shape (T,), falling, in (0, 1).
-
-    Returns:
-        Shape (T,), each in (0, 1).
-    """
-    log_alpha_bar = alpha_bar.log()
-    return -torch.expm1(torch.diff(log_alpha_bar, prepend=log_alpha_bar.new_zeros(1)))
-
-
-def alpha_bar_to_sigma(alpha_bar: Tensor) -> Tensor:
-    """Noise level in the coordinates x0 + sigma n.
-
-    Args:
-        alpha_bar: Any shape, in (0, 1].
-
-    Returns:
-        sqrt((1 - alpha_bar) / alpha_bar), of the same shape.
-    """
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-def sigma_to_alpha_bar(sigma: Tensor) -> Tensor:
-    """Inverse of `alpha_bar_to_sigma`.
-
-    Args:
-        sigma: Any shape, 0 or more.
-
-    Returns:
-        1 / (1 + sigma^2), of the same shape.
-    """
-    return 1 / (1 + sigma**2)
-
-
-def betas_to_sigma(betas: Tensor) -> Tensor:
-    """Noise level after each step, accurate where alpha_bar is near 1 and where it is near 0.
-
-    Args:
-        betas: Shape (T,), each in (0, 1).
-
-    Returns:
-        Shape (T,), rising.
-    """
-    return torch.expm1(-torch.log1p(-betas).cumsum(0)).sqrt()
-
-
-def sigma_to_betas(sigma: Tensor) -> Tensor:
-    """Inverse of `betas_to_sigma`: beta_t = (sigma_t^2 - sigma_{t-1}^2) / (1 + sigma_t^2), with sigma_{-1} = 0.
-
-    Args:
-        sigma: Shape (T,), rising, positive.
-
-    Returns:
-        Shape (T,), each in (0, 1).
-    """
-    previous = torch.cat([sigma.new_zeros(1), sigma[:-1]])
-    return (sigma - previous) * (sigma + previous) / (1 + sigma**2)
-
-
-def sigma_to_log_snr(sigma: Tensor) -> Tensor:
-    """Logarithm of the signal-to-noise ratio 1 / sigma^2.
-
-    Args:
-        sigma: Any shape, positive.
-
-    Returns:
-        -2 log sigma, of the same shape. Source: Kingma et al. 2021 (arXiv 2107.00630), section 3.1.
-    """
-    return -2 * sigma.log()
-
-
-def log_snr_to_sigma(log_snr: Tensor) -> Tensor:
-    """Inverse of `sigma_to_log_snr`.
-
-    Args:
-        log_snr: Any shape.
-
-    Returns:
-        exp(-log_snr / 2), of the same shape.
-    """
-    return (-log_snr / 2).exp()
-
-
-def flow_time_to_sigma(t: Tensor) -> Tensor:
-    """Noise level of the straight path (1 - t) x0 + t n.
-
-    Args:
-        t: Any shape, in [0, 1).
-
-    Returns:
-        t / (1 - t), of the same shape.
-    """
-    return t / (1 - t)
-
-
-def sigma_to_flow_time(sigma: Tensor) -> Tensor:
-    """Inverse of `flow_time_to_sigma`.
-
-    Args:
-        sigma: Any shape, 0 or more.
-
-    Returns:
-        sigma / (1 + sigma), of the same shape.
-    """
-    return sigma / (1 + sigma)
-
-
-def _wide(value: Tensor | float) -> Tensor:
-    """The value in float64, or in float32 on Apple's GPUs, which have no float64."""
-    value = torch.as_tensor(value)
-    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+from diffusion_lit.diffusion.conversions import (
+    FLOW_TIME_MAX,
+    FLOW_TIME_MIN,
+    betas_to_alpha_bar,
+    betas_to_sigma,
+    flow_time_to_sigma,
+    widen,
+)
 
 
 def _result_dtype(value: Tensor | float) -> torch.dtype:
@@ -204,7 +77,7 @@ class Schedule:
         """Logarithms of `sigmas` on a device, moved there once."""
         if device not in self._log_sigmas:
             log_sigmas = self.sigmas.log()
-            self._log_sigmas[device] = log_sigmas.to(device=device, dtype=_wide(torch.empty(0, device=device)).dtype)
+            self._log_sigmas[device] = log_sigmas.to(device=device, dtype=widen(torch.empty(0, device=device)).dtype)
         return self._log_sigmas[device]
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
@@ -217,7 +90,7 @@ class Schedule:
         Returns:
             Of the same shape, in [0, T - 1]; float64 for float64 and Python floats, float32 otherwise.
         """
-        log_sigma = _wide(sigma).log()
+        log_sigma = widen(sigma).log()
         table = self._table(log_sigma.device)
         upper = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, self.num_steps - 1)
         low, high = table[upper - 1], table[upper]
@@ -233,7 +106,7 @@ class Schedule:
         Returns:
             Of the same shape, in [sigma_min, sigma_max]; float32 for float32 and shorter, float64 otherwise.
         """
-        position = _wide(t).clamp(0, self.num_steps - 1)
+        position = widen(t).clamp(0, self.num_steps - 1)
         table = self._table(position.device)
         lower = position.floor().clamp(max=self.num_steps - 2).long()
         log_sigma = torch.lerp(table[lower], table[lower + 1], position - lower)
@@ -323,7 +196,7 @@ class SigmoidSchedule(Schedule):
     Raises:
         ValueError: If `end` is not above `start`, or `tau` is not positive.
 
-    Source: Jabri et al. 2022 (arXiv 2212.11972), equation 2; Chen 2023 (arXiv 2301.10972), algorithm 2.
+    Source: Jabri et al. 2022 (arXiv 2212.11972), section 3; Chen 2023 (arXiv 2301.10972), algorithm 1.
     """
 
     def __init__(
@@ -381,7 +254,7 @@ class ContinuousVP(Schedule):
 
     def sigma_to_t(self, sigma: Tensor | float) -> Tensor:
         """As `Schedule.sigma_to_t`, in closed form."""
-        exponent = torch.log1p(_wide(sigma) ** 2)
+        exponent = torch.log1p(widen(sigma) ** 2)
         root = (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * exponent).sqrt()
         tau = 2 * exponent / (self.beta_min + root)
         t = (tau - self.tau_min) / (1 - self.tau_min) * (self.num_steps - 1)
@@ -389,7 +262,7 @@ class ContinuousVP(Schedule):
 
     def t_to_sigma(self, t: Tensor | float) -> Tensor:
         """As `Schedule.t_to_sigma`, in closed form."""
-        position = _wide(t).clamp(0, self.num_steps - 1) / (self.num_steps - 1)
+        position = widen(t).clamp(0, self.num_steps - 1) / (self.num_steps - 1)
         tau = self.tau_min + (1 - self.tau_min) * position
         return torch.expm1(self._exponent(tau)).sqrt().to(_result_dtype(t))
 
@@ -444,10 +317,12 @@ class UniformT(NoiseLevels):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws n levels; see `NoiseLevels.sample`."""
-        uniform = torch.rand(n, generator=generator, device=generator.device)
+        uniform = widen(torch.rand(n, generator=generator, device=generator.device))
         if self.schedule is None:
-            return flow_time_to_sigma(FLOW_TIME_MIN + (FLOW_TIME_MAX - FLOW_TIME_MIN) * uniform)
-        return self.schedule.t_to_sigma(uniform * (self.schedule.num_steps - 1))
+            sigma = flow_time_to_sigma(FLOW_TIME_MIN + (FLOW_TIME_MAX - FLOW_TIME_MIN) * uniform)
+        else:
+            sigma = self.schedule.t_to_sigma(uniform * (self.schedule.num_steps - 1))
+        return sigma.float()
 
 
 class LogNormal(NoiseLevels):

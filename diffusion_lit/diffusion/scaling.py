@@ -19,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.noise import FLOW_TIME_MAX, FLOW_TIME_MIN, Schedule, sigma_to_flow_time
+from diffusion_lit.diffusion.conversions import FLOW_TIME_MAX, FLOW_TIME_MIN, sigma_to_flow_time, widen
+from diffusion_lit.diffusion.noise import Schedule
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -74,7 +75,7 @@ class Scaling:
         Raises:
             ValueError: If a sigma is outside the support.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64) if not isinstance(sigma, Tensor) else sigma
+        sigma = sigma if isinstance(sigma, Tensor) else widen(sigma)
         self.check(sigma)
         return self.coefficients(sigma.to(torch.promote_types(sigma.dtype, torch.float32)))
 
@@ -89,7 +90,7 @@ class Scaling:
         """
         if torch.compiler.is_compiling():  # a value cannot be looked at inside a compiled graph
             return
-        slack = max(1e-6, 4 * torch.finfo(sigma.dtype).eps) if sigma.is_floating_point() else 1e-6
+        slack = max(1e-4, 4 * torch.finfo(sigma.dtype).eps) if sigma.is_floating_point() else 1e-4
         low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
         inside = (sigma >= low) & (sigma <= high) & (sigma > 0) & (sigma < math.inf)
         if not bool(inside.all()):

@@ -17,8 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.diffusion.conversions import flow_time_to_sigma, widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
-from diffusion_lit.diffusion.noise import Schedule, flow_time_to_sigma
+from diffusion_lit.diffusion.noise import Schedule
 from diffusion_lit.diffusion.wrappers import evaluate_plain
 
 PATHS = ("ve", "vp", "flow")
@@ -76,8 +77,8 @@ class View(nn.Module):
             The prediction, shape (B, C, H, W).
         """
         image = image.to(torch.promote_types(image.dtype, torch.float32))
-        levels = self._sigma(torch.as_tensor(time, device=image.device))
-        sigma = per_sample(levels, image).to(image)
+        levels = self._sigma(widen(time)).to(image)
+        sigma = per_sample(levels, image)
         shrink = {"ve": torch.ones_like(sigma), "vp": 1 / (1 + sigma**2).sqrt(), "flow": 1 / (1 + sigma)}[self.path]
         x = image / shrink
         (x0_hat,) = evaluate_plain(self.denoiser)(x, levels, label)
