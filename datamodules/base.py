@@ -1,0 +1,277 @@
+"""What every data module shares: one shape of batches, keyed order, sharding, and what a model needs to know.
+
+A batch is `{"image": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), "label": int64 (B,)}` on the training
+device, the last only where there are classes. Pictures stay uint8 until their batch is made: x = u / 127.5 - 1.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from datamodules.feed import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
+
+SPLITS = ("train", "val", "test")
+DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by default
+
+
+class ImageDataModule(LightningDataModule):
+    """Base of the data modules: a subclass says how a split is read, and the shape and classes of its pictures.
+
+    Args:
+        batch_size: Pictures per training step over all ranks.
+        num_workers: Processes that read ahead from an array on disk; sets in memory need none.
+        use_labels: Whether batches carry the class, and the model is made conditional.
+        random_flip: Whether half of the training pictures are mirrored, drawn anew at each epoch.
+        on_device: Whether the pictures live on the training device; by default they do on a GPU when they take less
+            than a quarter of its free memory.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        use_labels: bool = True,
+        random_flip: bool = False,
+        on_device: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it counts pictures per step and must be at least 1.")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 0 (read in the training process) or more.")
+        self.save_hyperparameters(logger=False)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.use_labels = use_labels
+        self.random_flip = random_flip
+        self.on_device = on_device
+        self._splits: dict[str, Split] = {}
+        self._moved: dict[str, Tensor] = {}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the pictures."""
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class; empty where there are no labels."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 where there are no labels."""
+        return len(self.class_names)
+
+    def read(self, split: str) -> Split:
+        """Reads a split from memory or disk; called once per split, after `prepare_data`.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            Its pictures and classes.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads what the stage needs.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None for all.
+        """
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        for split in needed.get(stage or "", SPLITS):
+            self.split(split)
+
+    def split(self, name: str) -> Split:
+        """A split, read at the first call.
+
+        Args:
+            name: "train", "val" or "test".
+
+        Returns:
+            Its pictures and classes, the latter None where labels are not used.
+
+        Raises:
+            ValueError: If there is no such split, or it holds no picture.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"There is no split {name!r}; choose one of {', '.join(SPLITS)}.")
+        if name not in self._splits:
+            images, labels = self.read(name)
+            self._splits[name] = Split(images, labels if self.use_labels else None)
+        return self._splits[name]
+
+    def reference_images(self, split: str) -> Array:
+        """The pictures of a split as evaluation compares with: un-augmented.
+
+        Args:
+            split: "train", "val", "test", or several joined by "+", such as "train+val".
+
+        Returns:
+            A uint8 tensor or memory-mapped array (N, C, H, W).
+        """
+        parts = [self.split(name).images for name in split.split("+")]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts])
+
+    def reference_labels(self, split: str) -> Tensor | None:
+        """The classes of a split.
+
+        Args:
+            split: As for `reference_images`.
+
+        Returns:
+            An int64 tensor (N,), or None where there are no labels.
+        """
+        parts = [labels for name in split.split("+") if (labels := self.split(name).labels) is not None]
+        return torch.cat(parts) if parts else None
+
+    def fingerprint(self, split: str) -> str:
+        """What a split holds, as a SHA-256 over its shape, pixels and labels.
+
+        Args:
+            split: As for `reference_images`.
+
+        Returns:
+            64 hexadecimal digits; any change of a picture, of the transform or of the order changes them.
+        """
+        digest = hashlib.sha256()
+        for name in split.split("+"):
+            images, labels = self.split(name)
+            digest.update(repr(tuple(images.shape)).encode())
+            for start in range(0, len(images), 4096):
+                digest.update(np.ascontiguousarray(np.asarray(images[start : start + 4096])).tobytes())
+            if labels is not None:
+                digest.update(labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    def train_dataloader(self) -> TrainLoader:
+        """Keyed random batches of the training split.
+
+        Raises:
+            ValueError: If the batch does not divide over the ranks, or is larger than the split.
+        """
+        count = len(self.split("train").images)
+        if count < self.batch_size:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, but the training split has {count} pictures, so that no whole batch "
+                f"fits; choose at most {count}."
+            )
+        loader = TrainLoader(augment=self._augment, **self._feed("train"))
+        loader.trainer = self.trainer
+        return loader
+
+    def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
+        """The validation split in order; an empty list where nothing is held out."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader | list[EvalLoader]:
+        """The test split in order."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> EvalLoader | list[EvalLoader]:
+        """The test split in order."""
+        return self._eval_loader("test")
+
+    def augment(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
+        """Augments a training batch: mirrors half of the pictures where `random_flip` is on.
+
+        Everything is drawn for the whole global batch of `batch_size` pictures, of which each rank takes its rows.
+
+        Args:
+            images: This rank's pictures, uint8 (B, C, H, W).
+            generator: Keyed by (seed, epoch, batch).
+            rows: This rank's rows of the global batch.
+
+        Returns:
+            Augmented pictures, uint8 (B, C, H, W).
+        """
+        if not self.random_flip:
+            return images
+        mirrored = (torch.rand(self.batch_size, generator=generator) < 0.5)[rows].to(images.device)
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+    def _augment(self, images: Tensor, key: Key) -> Tensor:
+        world, rank = self._ranks()
+        generator = keyed_generator("augment", run_seed(), key.epoch, key.batch)
+        return self.augment(images, generator, slice(rank, None, world))
+
+    def _eval_loader(self, name: str) -> EvalLoader | list[EvalLoader]:
+        count, (world, _) = len(self.split(name).images), self._ranks()
+        if count == 0:
+            return []
+        if count < world:
+            raise ValueError(f"The {name} split has {count} pictures for {world} ranks; use at most {count} ranks.")
+        return EvalLoader(**self._feed(name))
+
+    def _feed(self, name: str) -> dict[str, Any]:
+        """The arguments of a loader over a split."""
+        world, rank = self._ranks()
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        split = self.split(name)
+        if device.type != "cpu" and self._lives_on(device, split.images):
+            if name not in self._moved:
+                self._moved[name] = _to_device(split.images, device)
+            split = split._replace(images=self._moved[name])
+        return {
+            "split": split,
+            "batch_size": self.batch_size,
+            "world": world,
+            "rank": rank,
+            "num_workers": 0 if isinstance(split.images, Tensor) else self.num_workers,
+            "device": device,
+        }
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks, and this one."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _lives_on(self, device: torch.device, images: Array) -> bool:
+        """Whether an array is to live on the training device."""
+        if self.on_device is not None:
+            return self.on_device
+        if device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(device)
+        return images.nbytes <= DEVICE_SHARE * free
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Frees the training device.
+
+        Args:
+            stage: The stage that ended.
+        """
+        self._moved.clear()
+
+
+def held_out(count: int, val_size: int) -> dict[str, Tensor]:
+    """Splits training images into those to train on and a fixed random part to validate on.
+
+    Args:
+        count: Number of official training images.
+        val_size: Images to hold out; a tenth where there are fewer than ten times as many.
+
+    Returns:
+        Rows of "train" and of "val", each rising; the same for every run.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    size = min(val_size, count // 10)
+    return {"val": order[:size].sort().values, "train": order[size:].sort().values}
+
+
+def _to_device(images: Array, device: torch.device, rows: int = 8192) -> Tensor:
+    """Copies an array to a device piece by piece, so that one on disk need not fit in memory twice."""
+    moved = torch.empty(tuple(images.shape), dtype=torch.uint8, device=device)
+    for start in range(0, len(images), rows):
+        piece = images[start : start + rows]
+        moved[start : start + rows] = (
+            piece.to(device) if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))
+        )
+    return moved

@@ -1,0 +1,50 @@
+"""Downloads through torchvision, verified by checksum, that leave nothing half-written behind."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+from torchvision.datasets.utils import download_url
+
+
+def download(urls: Sequence[str], name: str, checksum: str, folder: Path) -> Path:
+    """Downloads one file from the first address that has it.
+
+    Args:
+        urls: Where the file may be found, the preferred one first.
+        name: The file's name.
+        checksum: Its MD5, in hexadecimal digits.
+        folder: Where it goes; it appears there whole and verified or not at all.
+
+    Returns:
+        The file.
+
+    Raises:
+        RuntimeError: If no address has the file as it should be.
+    """
+    errors = []
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+        for url in urls:
+            rank_zero_info(f"Downloading {url}")
+            try:
+                download_url(url, scratch, filename=name, md5=checksum)
+            except Exception as error:  # torchvision lets through whatever the network raises; try the next address
+                errors.append(f"{url}: {first_line(error)}")
+            else:
+                os.replace(Path(scratch) / name, folder / name)
+                return folder / name
+    raise RuntimeError("; ".join(errors))
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The first line of its message, or the name of its class.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
