@@ -9,12 +9,14 @@ trains in float32 and under bf16 autocast:
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diffusion_lit.nets.checks import require_one_of
 
 NoiseEmbeddingName = Literal["positional", "fourier", "none"]
 ResampleName = Literal["conv", "pool", "unshuffle", "block"]
@@ -29,14 +31,13 @@ class GroupNorm(nn.GroupNorm):
 
     Args:
         channels: Channels of the feature map.
-        eps: Added to the variance.
 
     Source: Wu & He 2018, arXiv 1803.08494.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int) -> None:
         most = max(1, min(32, channels // 4))
-        super().__init__(next(g for g in range(most, 0, -1) if channels % g == 0), channels, eps=eps)
+        super().__init__(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, H, W); the statistics are in float32 or wider, the result has x's dtype."""
@@ -97,8 +98,9 @@ class LinearAttention(Attention):
 class Conditioning(nn.Module):
     """What a network is told beside the image (noise level, class, augmentation), as one vector per image.
 
-    The sum of three parts, silu(W2 silu(W1 (noise features + class row + augmentation features))). The noise features
-    of c_noise are cosines and sines:
+    silu(W2 silu(W1 (noise features + labels))) with labels_join "before" (EDM), and
+    silu(W2 silu(W1 noise features) + labels) with "after" (ADM, DiT), where labels is the class's row of a table plus a
+    linear map of the augmentation labels. The noise features of c_noise are cosines and sines:
 
     - "positional": of c_noise / 10000^(i / (n - 1)), i = 0 .. n - 1, for steps t in [0, 1000) (Ho 2020);
     - "fourier": of 2 pi f_i c_noise, with f_i the quantiles of |N(0, 1)|, for c_noise of the order of one, such as
@@ -111,22 +113,30 @@ class Conditioning(nn.Module):
         noise_embedding: "positional", "fourier" or "none".
         num_classes: Number of classes, 0 for none. Row `num_classes` of the table is the null class.
         augment_dim: Length of the augmentation labels, 0 for none.
+        labels_join: Whether class and augmentation join "before" or "after" the two linear layers.
     """
 
     def __init__(
-        self, features: int, channels: int, noise_embedding: NoiseEmbeddingName, num_classes: int, augment_dim: int
+        self,
+        features: int,
+        channels: int,
+        noise_embedding: NoiseEmbeddingName,
+        num_classes: int,
+        augment_dim: int,
+        labels_join: Literal["before", "after"] = "before",
     ) -> None:
         super().__init__()
-        if noise_embedding not in ("positional", "fourier", "none"):
-            raise ValueError(f'noise_embedding={noise_embedding!r} is not one of "positional", "fourier", "none".')
+        require_one_of("noise_embedding", noise_embedding, get_args(NoiseEmbeddingName))
         if features < 4 or features % 2:
             raise ValueError(f"The noise embedding has {features} features; choose an even number of at least 4.")
         self.features = features
         self.noise_embedding = noise_embedding
         self.num_classes = num_classes
         self.augment_dim = augment_dim
-        self.label = nn.Embedding(num_classes + 1, features) if num_classes else None
-        self.augment = nn.Linear(augment_dim, features, bias=False) if augment_dim else None
+        self.labels_join = labels_join
+        width = features if labels_join == "before" else channels
+        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
         self.hidden = nn.Linear(features, channels)
         self.out = nn.Linear(channels, channels)
 
@@ -158,12 +168,18 @@ class Conditioning(nn.Module):
                 x = noise.new_zeros((noise.shape[0], self.features), dtype=dtype)
             else:
                 x = self.noise_features(noise).to(dtype)
-            if self.label is not None:
-                null = torch.full_like(noise, self.num_classes, dtype=torch.int64)
-                x = x + self.label(null if label is None else label)
-            if self.augment is not None and augment is not None:
-                x = x + self.augment(augment.to(dtype))
-            return F.silu(self.out(F.silu(self.hidden(x))))
+            if self.labels_join == "before":
+                return F.silu(self.out(F.silu(self.hidden(self.add_labels(x, label, augment)))))
+            return F.silu(self.add_labels(self.out(F.silu(self.hidden(x))), label, augment))
+
+    def add_labels(self, x: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+        """Add the class's row and the augmentation's features to x (B, D)."""
+        if self.label is not None:
+            null = torch.full((x.shape[0],), self.num_classes, device=x.device)
+            x = x + self.label(null if label is None else label)
+        if self.augment is not None and augment is not None:
+            x = x + self.augment(augment.to(x.dtype))
+        return x
 
 
 class Resample(nn.Module):

@@ -15,12 +15,19 @@ and conv1, the attention's projection and the last convolution start at zero, so
 along its shortcuts and predicts zero.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion_lit.nets.checks import (
+    require_image,
+    require_image_size,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+)
 from diffusion_lit.nets.layers import (
     Attention,
     Conditioning,
@@ -181,21 +188,19 @@ class UNet(nn.Module):
             levels=len(channel_mult),
             channel_mult=min(channel_mult, default=1),
         )
-        require_at_least_zero(num_classes=num_classes, augment_dim=augment_dim)
+        require_not_negative(num_classes=num_classes, augment_dim=augment_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} is not a probability in [0, 1).")
-        if resample not in ("conv", "pool", "unshuffle", "block"):
-            raise ValueError(f'resample={resample!r} is not one of "conv", "pool", "unshuffle", "block".')
-        if decoder_attention not in ("all", "last"):
-            raise ValueError(f'decoder_attention={decoder_attention!r} is not one of "all", "last".')
+        require_one_of("resample", resample, get_args(ResampleName))
+        require_one_of("decoder_attention", decoder_attention, ("all", "last"))
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.image_size = image_size
         self.num_classes = num_classes
         self.patch_size = patch_size
         self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
-        require_divides(
-            self.size_multiple, image_size, image_size, "channel_mult has a smaller patch_size or fewer levels"
+        require_image_size(
+            image_size, self.size_multiple, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult"
         )
 
         informed = noise_embedding != "none" or num_classes > 0 or augment_dim > 0
@@ -277,8 +282,7 @@ class UNet(nn.Module):
             ValueError: The levels do not divide the image's size, the channels differ, or a condition is given that
                 the network was built without.
         """
-        require_image(x, self.in_channels)
-        require_divides(self.size_multiple, x.shape[2], x.shape[3], "resize or pad the images, or change the levels")
+        require_image(x, self.in_channels, self.size_multiple)
         if self.conditioning is not None:
             emb = self.conditioning(noise, label, augment)
         elif label is None and augment is None:
@@ -297,31 +301,3 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.patch_size)
-
-
-def require_positive(**values: int) -> None:
-    """Refuse any named value below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is too small; it must be at least 1.")
-
-
-def require_at_least_zero(**values: int) -> None:
-    """Refuse any named value below 0."""
-    for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name}={value} is negative; use 0 for none.")
-
-
-def require_image(x: Tensor, channels: int) -> None:
-    """Refuse anything but images with the network's channels."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"The network takes images of shape (B, {channels}, H, W), not {tuple(x.shape)}.")
-
-
-def require_divides(multiple: int, height: int, width: int, advice: str) -> None:
-    """Refuse an image whose height or width is not a multiple of what the levels divide by."""
-    if height % multiple or width % multiple:
-        raise ValueError(
-            f"Images of {height}x{width} do not divide by {multiple}, which this network's levels need: {advice}."
-        )

@@ -1,0 +1,189 @@
+"""DiT: a transformer over patches of the noisy image, modulated by the noise level and the class through adaLN-Zero.
+
+The image is cut into squares of patch_size pixels, each a token with a fixed sine-cosine code of its place. With
+(shift, scale, gate) computed from the embedding of the conditions, and LN a layer norm without parameters, a block is
+
+    x = x + gate_1 * attention((1 + scale_1) * LN(x) + shift_1)
+    x = x + gate_2 * mlp((1 + scale_2) * LN(x) + shift_2)
+
+The layers that compute shift, scale and gate start at zero, so that each block starts as the identity, and so does the
+last layer, so that a new network predicts zero.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion_lit.nets.checks import require_image, require_image_size, require_not_negative, require_positive
+from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName
+
+
+def position_code(height: int, width: int, channels: int) -> Tensor:
+    """Sine-cosine code of the places of a grid, shape (height * width, channels), row by row.
+
+    A quarter of the channels each for sin and cos of the column, and sin and cos of the row, at frequencies
+    10000^(-i / n), i = 0 .. n - 1.
+
+    Source: Peebles & Xie 2023, arXiv 2212.09748, section 3.2, after Vaswani 2017, arXiv 1706.03762, section 3.5.
+    """
+    quarter = channels // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    columns = torch.arange(width).repeat(height)[:, None] * frequency
+    rows = torch.arange(height).repeat_interleave(width)[:, None] * frequency
+    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1).float()
+
+
+class DiTBlock(nn.Module):
+    """Attention and a two-layer perceptron over the tokens, both gated (adaLN-Zero).
+
+    Args:
+        channels: Width of the tokens.
+        num_heads: Attention heads; must divide `channels`.
+        mlp_ratio: Width of the perceptron's hidden layer, as a multiple of `channels`.
+    """
+
+    def __init__(self, channels: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        hidden = round(channels * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, channels))
+        self.modulation = nn.Linear(channels, 6 * channels)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Return the tokens (B, N, channels) after the block, under emb (B, channels)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=-1)
+        y = torch.addcmul(shift1, self.norm(x), scale1 + 1)
+        q, k, v = rearrange(self.qkv(y), "b n (t h d) -> t b h n d", t=3, h=self.num_heads).unbind(0)
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        x = torch.addcmul(x, gate1, self.proj(y))
+        y = torch.addcmul(shift2, self.norm(x), scale2 + 1)
+        return torch.addcmul(x, gate2, self.mlp(y))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with noise, class and augmentation conditioning.
+
+    Args:
+        in_channels: Channels of the image, or of the latent.
+        image_size: Height and width of the images it is meant for; others work in `forward` if the patches divide them.
+        num_classes: Number of classes, 0 for an unconditional network. Label `num_classes` is the null class.
+        patch_size: Side of a patch in pixels; must divide the image size. Halving it makes four times as many tokens.
+        hidden_channels: Width of the tokens, a multiple of 4 and of `num_heads`.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the perceptrons, as a multiple of `hidden_channels`.
+        noise_embedding: "positional" for c_noise = t in [0, 1000), "fourier" for ln(sigma) / 4 or a flow time, "none"
+            for a network that ignores c_noise.
+        out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
+        augment_dim: Length of the augmentation labels, 0 for none.
+
+    Raises:
+        ValueError: An argument is out of range, or the patches do not divide the image size.
+
+    Source: Peebles & Xie 2023, arXiv 2212.09748, section 3 and table 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int = 32,
+        num_classes: int = 0,
+        patch_size: int = 2,
+        hidden_channels: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        noise_embedding: NoiseEmbeddingName = "positional",
+        out_channels: int | None = None,
+        augment_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        require_positive(
+            in_channels=in_channels,
+            image_size=image_size,
+            out_channels=out_channels,
+            patch_size=patch_size,
+            hidden_channels=hidden_channels,
+            depth=depth,
+            num_heads=num_heads,
+        )
+        require_not_negative(num_classes=num_classes, augment_dim=augment_dim)
+        require_image_size(image_size, patch_size, f"patch_size={patch_size}")
+        if hidden_channels % 4 or hidden_channels % num_heads:
+            raise ValueError(
+                f"hidden_channels={hidden_channels} must be a multiple of 4 and of num_heads={num_heads}: change one."
+            )
+        if mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio={mlp_ratio} must be positive; the paper's is 4.")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.patch_size = patch_size
+        self.stem = nn.Linear(in_channels * patch_size**2, hidden_channels)
+        self.conditioning = Conditioning(
+            256, hidden_channels, noise_embedding, num_classes, augment_dim, labels_join="after"
+        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_channels, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(hidden_channels, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(hidden_channels, 2 * hidden_channels)
+        self.out = nn.Linear(hidden_channels, out_channels * patch_size**2)
+        grid = image_size // patch_size
+        self.register_buffer("place", position_code(grid, grid, hidden_channels), persistent=False)
+        self.initialise()
+
+    place: Tensor
+
+    def initialise(self) -> None:
+        """Draw the weights as the paper does: Glorot uniform, embeddings of deviation 0.02, adaLN and output zero."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        for layer in self.conditioning.modules():
+            if isinstance(layer, nn.Linear | nn.Embedding):
+                nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, DiTBlock | DiT):
+                nn.init.zeros_(layer.modulation.weight)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Predict from noisy images.
+
+        Args:
+            x: Images, shape (B, in_channels, H, W), H and W multiples of `patch_size`.
+            noise: c_noise, shape (B,).
+            label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
+            augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
+
+        Returns:
+            The prediction, shape (B, out_channels, H, W).
+
+        Raises:
+            ValueError: The patches do not divide the image's size, the channels differ, or a condition is given that
+                the network was built without.
+        """
+        require_image(x, self.in_channels, self.patch_size)
+        height, width = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        emb = self.conditioning(noise, label, augment)
+        p = self.patch_size
+        x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+        x = x + self.places(height, width).to(x)
+        for block in self.blocks:
+            x = block(x, emb)
+        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=-1)
+        x = self.out(torch.addcmul(shift, self.norm(x), scale + 1))
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+    def places(self, height: int, width: int) -> Tensor:
+        """The code of each place of a grid of patches: stored for the image size, computed for any other."""
+        if height == width == self.image_size // self.patch_size:
+            return self.place
+        return position_code(height, width, self.place.shape[1])
