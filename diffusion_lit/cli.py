@@ -1,15 +1,15 @@
 """The command, installed as `lightning` and as `diffusion-lit`.
 
-`fit`, `validate`, `test` and `predict` are LightningCLI's: a YAML says which module, data and trainer. The other commands
-need a checkpoint alone and are functions, whose arguments and docstrings are their command line and help. Heavy imports
-wait until a command needs them, so that help is instant.
+`fit`, `validate`, `test` and `predict` are LightningCLI's: a YAML says which module, data and trainer. The other
+commands need a checkpoint alone and are functions, whose arguments and docstrings are their command line and help. Heavy
+imports wait until a command needs them, so that help is instant.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -33,8 +33,6 @@ TRAINING = {
     "test": "measure the loss on the test split",
     "predict": "draw a sample for each test picture",
 }
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def help_text() -> str:
@@ -74,15 +72,35 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run_function(command: Command, args: list[str]) -> None:
-    """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence."""
+    """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence.
+
+    A module may have a function `help_notes` whose text closes the help.
+    """
+    from argparse import RawDescriptionHelpFormatter
     from importlib import import_module
 
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    function: Callable[..., Any] = getattr(import_module(command.module), command.function)
-    parser = ArgumentParser(prog=f"lightning {args[0]}", allow_abbrev=False, description=_summary(function))
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the lines of description and notes as they are."""
+
+    class Parser(ArgumentParser):
+        """Errors without the page of usage."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            _stop(f"{message}\nThe options are listed by: lightning {args[0]} --help")
+
+    module = import_module(command.module)
+    function: Callable[..., Any] = getattr(module, command.function)
+    parser = Parser(
+        prog=f"lightning {args[0]}",
+        allow_abbrev=False,
+        description=_summary(function),
+        epilog=getattr(module, "help_notes", str)(),
+        formatter_class=Formatter,
+    )
     parser.add_function_arguments(function, fail_untyped=True)
-    options = parser.parse_args(args[1:])
+    options = parser.parse_args(_spell_out_flags(args[1:], function))
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         function(**parser.instantiate_classes(options).as_dict())
@@ -92,11 +110,21 @@ def _run_function(command: Command, args: list[str]) -> None:
         _stop("Interrupted.", status=130)
 
 
+def _spell_out_flags(args: list[str], function: Callable[..., Any]) -> list[str]:
+    """Lets a boolean option stand alone: `--trajectory` is `--trajectory=true`."""
+    flags = {f"--{name}" for name, default in inspect.signature(function).parameters.items() if default.annotation is bool}
+    following = [*args[1:], ""]
+    return [
+        f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
+
+
 def _summary(function: Callable[..., Any]) -> str:
     """A docstring up to its arguments."""
     return (function.__doc__ or "").split("Args:")[0].strip()
 
 
-def _stop(message: str, status: int = 2) -> None:
+def _stop(message: str, status: int = 2) -> NoReturn:
     print(f"lightning: {message}", file=sys.stderr)
     raise SystemExit(status)

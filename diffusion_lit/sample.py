@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.pictures import StepRecorder, grid_image, save_gif, to_uint8
 
 
@@ -42,9 +43,10 @@ def sample(
     Args:
         ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt.
         num_samples: Number of pictures.
-        labels: Classes to draw: `all` (a row of the grid per class), or a list such as 3,3,7 that is repeated until there
-            are enough. Without it, a model with classes draws unconditionally, through its null class.
-        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the unconditional.
+        labels: Classes to draw: `all` (a row of the grid per class), or a list such as 3,3,7 that is repeated until
+            there are enough. Without it, a model with classes draws unconditionally, through its null class.
+        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the
+            unconditional one.
         sampler: Name of the sampler; the table below lists them.
         num_steps: Number of sampling steps.
         grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
@@ -102,7 +104,13 @@ def sample(
     if recorder is not None:
         recorder.strip().save(folder / "trajectory.png")
         save_gif(recorder.frames(columns=4), folder / "trajectory.gif")
-    print(f"{num_samples} samples, {settings.nfe} denoiser calls each, are in {folder}/: grid.png, samples.npz")
+    calls = "as many denoiser calls as each needs" if settings.nfe is None else f"{settings.nfe} denoiser calls each"
+    print(f"{num_samples} samples, {calls}, are in {folder}/: grid.png, samples.npz")
+
+
+def help_notes() -> str:
+    """The table of samplers, which closes the command's help."""
+    return sampler_table()
 
 
 def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | None:

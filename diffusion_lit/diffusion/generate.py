@@ -111,8 +111,8 @@ class Sampling:
         )
 
     @property
-    def nfe(self) -> int:
-        """Denoiser calls per sample."""
+    def nfe(self) -> int | None:
+        """Denoiser calls per sample; None for an adaptive sampler, which makes as many as it needs."""
         return SAMPLERS[self.sampler].nfe(self.num_steps)
 
     def record(self) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""The command, run in this process: every config, every kind of wrong input, resume, and sampling from a checkpoint alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+EXPERIMENTS = [path for path in CONFIGS if path.name != "base.yaml"]
+DIGITS = next(path for path in CONFIGS if path.name == "edm_digits.yaml")
+
+TINY = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.callbacks=[]",
+    "--model.init_args.net.init_args.model_channels=16",
+    "--model.init_args.sampling.num_steps=2",
+    "--data.init_args.batch_size=16",
+    "--sample_grid.columns=2",
+    "--trajectory.count=1",
+]
+
+
+def stopped(capsys, run, *args, status=2):
+    """Runs a command that must stop, and returns the one sentence that it says."""
+    with pytest.raises(SystemExit) as caught:
+        run(*args)
+    assert caught.value.code == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture
+def checkpoint(lightning, tmp_path):
+    """A tiny digits model after two steps."""
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=2")
+    return tmp_path / "runs/edm_digits/version_0/checkpoints/last.ckpt"
+
+
+def test_help_needs_nothing_and_lists_every_command(lightning, capsys):
+    for words in ([], ["--help"], ["-h"]):
+        lightning(*words)
+        text = capsys.readouterr().out
+        for command in ("fit", "validate", "test", "predict", "sample", "evaluate"):
+            assert f"\n  {command} " in text
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_config_says_what_it_is_and_repeats_no_base(config):
+    head = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert f"lightning fit --config configs/{config.name}" in text
+    for word in ("Cost:", "Expect:"):
+        assert word in text
+    base, own = (yaml.safe_load(path.read_text()) for path in (CONFIGS[0].parent / "base.yaml", config))
+    repeated = [key for key, value in own["trainer"].items() if base["trainer"].get(key) == value]
+    assert not repeated
+
+
+def test_a_run_leaves_everything_in_its_folder(lightning, tmp_path, capsys):
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=3")
+    run = tmp_path / "runs/edm_digits/version_0"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["runs"]
+    for path in ("config.yaml", "checkpoints/last.ckpt", "samples/step_0000003.png", "trajectory/step_0000003.png"):
+        assert (run / path).is_file(), path
+    assert Image.open(run / "trajectory/step_0000003.gif").n_frames > 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"samples", "trajectory/strip", "trajectory/animation"} <= set(tags["images"])
+    assert {"val/loss", "loss_by_sigma/1"} <= set(tags["scalars"])
+    said = capsys.readouterr()
+    assert "checkpoints/last.ckpt" in said.out + said.err
+
+
+def test_the_network_takes_its_shape_from_the_data(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    net = content["hyper_parameters"]["net"]["init_args"]
+    assert (net["in_channels"], net["image_size"], net["num_classes"]) == (1, 8, 10)
+    assert content["diffusion_lit"]["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_sampling_needs_the_checkpoint_alone(lightning, checkpoint, tmp_path, capsys):
+    (tmp_path / "elsewhere.ckpt").write_bytes(checkpoint.read_bytes())
+    lightning(
+        *["sample", "--ckpt_path", tmp_path / "elsewhere.ckpt", "--num_samples=20", "--labels=all", "--cfg_scale=1.5"],
+        *["--sampler=heun", "--num_steps=3", "--seed=5", "--batch_size=7", "--out", tmp_path / "out", "--trajectory"],
+    )
+    arrays = np.load(tmp_path / "out/samples.npz")
+    assert arrays["arr_0"].shape == (20, 8, 8, 1)
+    assert arrays["arr_0"].dtype == np.uint8
+    assert arrays["labels"].tolist() == [label for label in range(10) for _ in range(2)]
+    grid, strip = Image.open(tmp_path / "out/grid.png"), Image.open(tmp_path / "out/trajectory.png")
+    assert grid.height > 4 * grid.width  # ten rows of two
+    assert strip.size[0] > 0
+    assert Image.open(tmp_path / "out/trajectory.gif").n_frames >= 3
+
+    lightning(
+        *["sample", "--ckpt_path", checkpoint, "--num_samples=3", "--labels=0,0,1", "--cfg_scale=1.5", "--sampler=heun"],
+        *["--num_steps=3", "--seed=5", "--batch_size=64", "--out", tmp_path / "again"],
+    )
+    again = np.load(tmp_path / "again/samples.npz")
+    assert np.abs(again["arr_0"].astype(int) - arrays["arr_0"][:3].astype(int)).max() <= 1
+    assert again["labels"].tolist() == [0, 0, 1]
+
+
+def test_the_last_checkpoint_is_continued_in_the_same_folder(lightning, checkpoint, tmp_path, capsys):
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=5", "--ckpt_path=last")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    assert not (tmp_path / "runs/edm_digits/version_1").exists()
+
+
+def test_a_resumed_run_ends_in_the_same_weights(lightning, checkpoint, tmp_path):
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--name=whole")
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--name=half")
+    # the second run is cut after two steps by continuing from the checkpoint of its first validation
+    lightning(
+        *["fit", "--config", DIGITS, *TINY, "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--name=cut"],
+        "--model.lr_scheduler=null",
+    )
+    lightning(
+        *["fit", "--config", DIGITS, *TINY, "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--name=cut"],
+        *["--model.lr_scheduler=null", "--ckpt_path=last"],
+    )
+    lightning(
+        *["fit", "--config", DIGITS, *TINY, "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--name=unbroken"],
+        "--model.lr_scheduler=null",
+    )
+    states = {
+        name: torch.load(tmp_path / f"runs/{name}/version_0/checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole", "half", "cut", "unbroken")
+    }
+    for one, other in (("whole", "half"), ("cut", "unbroken")):
+        for key in ("state_dict", "current_model_state"):
+            for name, value in states[one][key].items():
+                assert torch.equal(value, states[other][key][name]), (one, other, key, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.max_step=3"], "max_step"),
+        (["--trainer.max_epoch=3"], "max_epoch"),
+        (["--model.init_args.net.init_args.model_chanels=8"], "model_chanels"),
+        (["--trainer.max_steps=many"], "max_steps"),
+        (["--data.init_args.batch_size=small"], "batch_size"),
+        (["--model.init_args.prediction=noise"], "prediction"),
+        (["--model.class_path=diffusion_lit.modules.EMD"], "EMD"),
+        (["--ckpt_path=last", "--name=never_run"], "nothing to continue"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--model.init_args.sampling.sampler=huen"], "huen"),
+        (["--ema.decay=2"], "decay"),
+        (["--data.init_args.batch_size=100000"], "batch_size"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_a_user_gets_wrong_is_named(lightning, capsys, options, message):
+    assert message in stopped(capsys, lightning, "fit", "--config", DIGITS, *TINY, "--trainer.max_steps=1", *options)
+
+
+def test_a_wrong_key_in_the_yaml_is_named(lightning, tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text(DIGITS.read_text().replace("optimizer:", "optimiser:"))
+    assert "optimiser" in stopped(capsys, lightning, "fit", "--config", tmp_path / "typo.yaml")
+    (tmp_path / "typo.yaml").write_text(DIGITS.read_text().replace("num_samples:", "num_sample:"))
+    said = stopped(capsys, lightning, "fit", "--config", tmp_path / "typo.yaml")
+    assert "num_sample" in said
+    assert "missing.yaml" in stopped(capsys, lightning, "fit", "--config", tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels=10"], "Label 10 is outside the model's classes 0 to 9"),
+        (["--labels=cat"], "neither `all` nor a list of classes"),
+        (["--sampler=huen"], "no sampler 'huen'"),
+        (["--num_steps=0"], "num_steps is 0"),
+        (["--sigma_min=3", "--sigma_max=2"], "sigma_min 3.0 is not below sigma_max 2.0"),
+        (["--sampler=ddim", '--sampler_options={"eta": -1}'], "eta"),
+        (["--num_samples=0"], "num_samples is 0"),
+        (["--num_step=3"], "num_step"),
+        (["--device=cuda:77"], "no device 'cuda:77'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_sample_cannot_do_is_told(lightning, checkpoint, capsys, options, message):
+    assert message in stopped(capsys, lightning, "sample", "--ckpt_path", checkpoint, "--out=o", *options)
+
+
+def test_unknown_commands_and_checkpoints_are_told(lightning, capsys, tmp_path):
+    assert "no command 'train'" in stopped(capsys, lightning, "train")
+    assert "There is no checkpoint" in stopped(capsys, lightning, "sample", "--ckpt_path=x.ckpt")
+
+
+def test_a_checkpoint_of_another_network_is_refused(lightning, checkpoint, capsys):
+    said = stopped(
+        capsys,
+        lightning,
+        *["fit", "--config", DIGITS, *TINY, "--trainer.max_steps=4", "--ckpt_path=last"],
+        "--model.init_args.net.init_args.model_channels=32",
+    )
+    assert "model_channels = 16" in said
+    assert "says 32" in said
