@@ -1,1 +1,16 @@
 """Feature extractors, metrics and receipts."""
+
+from diffusion_lit.evaluation.features import ClassifierFeatures, FeatureExtractor, Features, MissingWeights, Pixels
+from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
+
+__all__ = [
+    "CLIP",
+    "VGG",
+    "ClassifierFeatures",
+    "DINOv2",
+    "FeatureExtractor",
+    "Features",
+    "Inception",
+    "MissingWeights",
+    "Pixels",
+]

@@ -1,9 +1,9 @@
 """A small convolutional classifier, whose penultimate activations are features to measure pictures with.
 
 A 5x5 stem that halves pictures of 16 pixels and more, two stages of 3x3 convolutions with batch norm that halve them
-again, an average over quarters, and two linear layers: `features(x)` is what the first gives after its non-linearity,
-`forward(x)` the logits that the second makes of it. It is as small as tells garments and digits apart well, so that
-measuring costs little beside sampling.
+again, an average over quarters, and two linear layers with a ReLU between: `features(x)` is what the first gives before
+the ReLU, so that none is dead, and `forward(x)` the logits that the second makes of it. It is as small as tells
+garments and digits apart well, so that measuring costs little beside sampling.
 """
 
 import torch
@@ -74,7 +74,7 @@ class ConvClassifier(nn.Module):
         self.head = nn.Linear(feature_dim, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """The penultimate activations.
+        """The penultimate layer, before its ReLU.
 
         Args:
             x: Pictures (B, C, H, W) in [-1, 1].
@@ -84,7 +84,8 @@ class ConvClassifier(nn.Module):
         """
         x = self.stages(x)
         pooled = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
-        return torch.relu(self.project(pooled))
+        made: Tensor = self.project(pooled)
+        return made
 
     def logits(self, features: Tensor) -> Tensor:
         """What the last layer makes of features.
@@ -95,7 +96,7 @@ class ConvClassifier(nn.Module):
         Returns:
             Unnormalised log-probabilities of the classes, (B, num_classes).
         """
-        logits: Tensor = self.head(self.dropout(features))
+        logits: Tensor = self.head(self.dropout(torch.relu(features)))
         return logits
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""The Fréchet distance while training: `lightning evaluate`'s own code at a small number of samples.
+
+The figure is called by its extractor and its number of samples, `fid_inception_5k`, and beside it stands
+`fid_inception_5k_floor`, the same of real pictures against real pictures.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.callbacks.ema import EMA
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
+from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
+from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.pictures import to_uint8
+
+
+class FID(Callback):
+    """Measures the Fréchet distance of samples to the training pictures at validation.
+
+    The samples have fixed seeds and come from the average (EMA) weights; ranks share the work. To keep the best
+    checkpoint, add `lightning.pytorch.callbacks.ModelCheckpoint` with `monitor: fid_inception_5k` (the metric's name;
+    it is printed at the start).
+
+    Args:
+        extractor: What pictures are compared by.
+        num_samples: Number of samples; part of the metric's name, since figures at other numbers do not compare.
+        every_n_epochs: Measures at the first validation and then when so many epochs have passed, and at the end.
+        batch_size: Samples drawn at a time on each rank; does not change them.
+        seed: Seed of the first sample.
+        split: Split of the data that samples are compared with.
+        strict: Stops the run when the extractor's weights cannot be had, instead of training without the metric.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        num_samples: int = 1000,
+        every_n_epochs: int = 1,
+        batch_size: int = 100,
+        seed: int = 0,
+        split: str = "train",
+        strict: bool = False,
+    ) -> None:
+        if num_samples < 2 or batch_size < 1 or every_n_epochs < 1:
+            raise ValueError(
+                f"FID with num_samples {num_samples}, batch_size {batch_size} and every_n_epochs {every_n_epochs} "
+                "cannot be measured; they must be at least 2, 1 and 1."
+            )
+        self.extractor = extractor
+        self.num_samples = num_samples
+        self.every_n_epochs = every_n_epochs
+        self.batch_size = batch_size
+        self.seed = seed
+        self.split = split
+        self.strict = strict
+        self._prepared = False
+        self._available = False
+        self._reference: Reference | None = None  # on rank 0 alone
+        self._floor: tuple[float, int] | None = None
+        self._measured_epoch: int | None = None
+
+    @property
+    def tag(self) -> str:
+        """Name of the metric, such as `fid_inception_5k`."""
+        return f"{self.extractor.metric}_{short_count(self.num_samples)}"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gets the extractor and the reference, or says that there will be no such metric."""
+        self._prepare(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for `lightning validate`."""
+        self._prepare(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures where it is due."""
+        if trainer.sanity_checking or not self._available or not self._due(trainer):
+            return
+        _check_average(trainer)
+        made = self._generated(trainer, pl_module)
+        value = torch.zeros((), device=pl_module.device)
+        if self._reference is not None:
+            value += frechet_distance(Statistics.of(made.features), self._reference.statistics)
+        value = trainer.strategy.broadcast(value)
+        self._measured_epoch = trainer.current_epoch
+        pl_module.log(self.tag, value, prog_bar=True, rank_zero_only=False, batch_size=1)
+        if self._floor is not None:
+            floor, count = self._floor
+            name = f"{self.extractor.metric}_{short_count(count)}_floor"
+            pl_module.log(name, torch.tensor(floor, device=pl_module.device), batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """When it was last measured."""
+        return {"measured_epoch": self._measured_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores when it was last measured."""
+        self._measured_epoch = state_dict["measured_epoch"]
+
+    def _due(self, trainer: Trainer) -> bool:
+        if self._measured_epoch is None or trainer.state.fn != "fit":
+            return True
+        last = trainer.global_step >= trainer.max_steps > 0 or trainer.current_epoch + 1 == trainer.max_epochs
+        return last or trainer.current_epoch - self._measured_epoch >= self.every_n_epochs
+
+    def _prepare(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Loads the extractor, on rank 0 first, which alone keeps the reference; once."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if trainer.fast_dev_run:
+            self.num_samples = min(self.num_samples, max(4, trainer.world_size))
+        if trainer.world_size > self.num_samples:
+            raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
+        data: Any = getattr(trainer, "datamodule", None)
+        problem = None
+        if not hasattr(pl_module, "generate") or not hasattr(data, "reference_images"):
+            problem = f"{type(pl_module).__name__} on {type(data).__name__} has no pictures to compare"
+        else:
+            for turn in (0, 1):  # rank 0 fills the caches that the others then read
+                if (trainer.global_rank == 0) == (turn == 0):
+                    try:
+                        self.extractor.load(data)
+                    except MissingWeights as error:
+                        problem = str(error)
+                trainer.strategy.barrier()
+        self._available = trainer.strategy.reduce_boolean_decision(problem is None)
+        if not self._available:
+            self._do_without(trainer, problem or "another rank could not load the extractor.")
+            return
+        if trainer.is_global_zero:
+            self._measure_reference(trainer, pl_module, data)
+        self._floor = trainer.strategy.broadcast(self._floor)
+        trainer.strategy.barrier()
+
+    def _do_without(self, trainer: Any, problem: str) -> None:
+        """Stops, or says once that the run goes on without the metric."""
+        if self.strict:
+            raise ValueError(f"{self.tag} cannot be measured, and strict is set: {problem}")
+        monitors = [
+            callback
+            for callback in trainer.callbacks
+            if isinstance(callback, ModelCheckpoint) and callback.monitor == self.tag
+        ]
+        for callback in monitors:
+            callback.save_top_k = 0
+        also = " and keeps no best checkpoint by it" if monitors else ""
+        rank_zero_warn(f"This run trains without {self.tag}{also}: {problem}")
+
+    def _measure_reference(self, trainer: Any, pl_module: LightningModule, data: Any) -> None:
+        """The reference and the floor, from the cache or computed now."""
+        self.extractor.to(pl_module.device)
+        limit = 64 if trainer.fast_dev_run else None
+        held_out = "val" if "val" not in self.split else "test"
+        with tqdm(desc=f"{self.extractor.name} features of real pictures", unit="img", leave=False, delay=2) as bar:
+            self._reference = reference_of(data, self.split, self.extractor, self.batch_size, limit, bar.update)
+            other: Features | None = None
+            if len(data.reference_images(held_out)) > 0:
+                other = reference_of(data, held_out, self.extractor, self.batch_size, limit, bar.update).features
+        self._floor = real_against_real(self._reference, other, self.num_samples)
+        if self._floor is None:
+            rank_zero_info(f"Measuring {self.tag}; there are too few pictures for its real-against-real floor.")
+        else:
+            floor, count = self._floor
+            rank_zero_info(f"Measuring {self.tag}; real pictures against real ones get {floor:.4g} at {count:,}.")
+        warning = too_few(self.num_samples, self._reference.statistics.mu.shape[0])
+        if warning and not trainer.fast_dev_run:
+            rank_zero_warn(f"{self.tag}: {warning}")
+
+    def _generated(self, trainer: Trainer, pl_module: Any) -> Features:
+        """Features of all samples in the order of their seeds; rank r draws samples r, r + world, ..."""
+        world, rank = trainer.world_size, trainer.global_rank
+        self.extractor.to(pl_module.device)
+        labels = draw_labels(range(self.seed, self.seed + self.num_samples), _class_frequencies(trainer, pl_module))
+        mine = torch.arange(rank, self.num_samples, world)
+        parts = []
+        for rows in torch.split(mine, self.batch_size):
+            seeds = (rows + self.seed).tolist()
+            samples = pl_module.generate(seeds, None if labels is None else labels[rows])
+            parts.append(self.extractor.features(to_uint8(samples)).features)
+        features = torch.cat(parts)
+        if world == 1:
+            return Features(features)
+        whole = torch.zeros(-(-self.num_samples // world), features.shape[1], device=pl_module.device)
+        whole[: len(mine)] = features.to(whole)
+        gathered = pl_module.all_gather(whole).transpose(0, 1).flatten(0, 1)
+        return Features(gathered[: self.num_samples].cpu())
+
+
+def _class_frequencies(trainer: Any, pl_module: Any) -> Tensor | None:
+    """Class shares of the training pictures."""
+    return class_frequencies(trainer.datamodule, pl_module.num_classes)
+
+
+def _check_average(trainer: Any) -> None:
+    """Refuses to measure raw weights where an average is kept."""
+    for callback in trainer.callbacks:
+        if not isinstance(callback, WeightAveraging) or callback._average_model is None:
+            continue
+        if not (isinstance(callback, EMA) and callback._swapped):
+            raise ValueError(
+                f"The run keeps an average of its weights by {type(callback).__name__}, which is not in place when FID "
+                "measures; use diffusion_lit.callbacks.EMA."
+            )

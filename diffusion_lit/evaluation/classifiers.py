@@ -1,0 +1,174 @@
+"""Classifiers to measure with: read from a checkpoint, or trained on the spot.
+
+The training on the spot is short and a function of the data alone: AdamW with a one-cycle learning rate over
+`IMAGES_SEEN` training pictures, order and initial weights from a fixed key, on the CPU. Its result is kept as a
+safetensors file under a key of the data's fingerprint and the recipe.
+"""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
+from diffusion_lit.evaluation.features import ImageSource, MissingWeights, take
+from diffusion_lit.nets.classifier import ConvClassifier
+
+IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 pictures
+MOST_EPOCHS = 20
+BATCH_SIZE = 128
+LEARNING_RATE = 4e-3
+RECIPE = f"v1: {IMAGES_SEEN} images or {MOST_EPOCHS} epochs, batch {BATCH_SIZE}, AdamW {LEARNING_RATE}, one cycle"
+
+
+def cache_folder() -> Path:
+    """Where things are kept that take time to make: DIFFUSION_LIT_CACHE, else the user's cache folder.
+
+    Returns:
+        The folder, which need not exist.
+    """
+    given = os.environ.get("DIFFUSION_LIT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-lit"
+
+
+def classifier_from_checkpoint(path: Path) -> ConvClassifier:
+    """Reads a classifier trained by `lightning fit --config configs/classifier_NAME.yaml`.
+
+    Args:
+        path: The checkpoint file.
+
+    Returns:
+        The network in eval mode, on the CPU.
+
+    Raises:
+        MissingWeights: If there is no such file.
+        ValueError: If the file is no checkpoint of a classifier.
+    """
+    from diffusion_lit.checkpoints import read_checkpoint
+
+    if not path.exists():
+        raise MissingWeights(
+            f"There is no classifier {path}; train it with lightning fit --config configs/classifier_NAME.yaml, or "
+            "leave ckpt_path out to train a small one on the spot."
+        )
+    checkpoint = read_checkpoint(path)
+    if "classifier" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of a Classifier; give one of configs/classifier_NAME.yaml.")
+    network = ConvClassifier(**checkpoint["classifier"])
+    state = {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
+
+
+def classifier_of(data: ImageSource) -> ConvClassifier:
+    """The data set's own classifier, from the cache or trained now.
+
+    Args:
+        data: The data set, set up; its training split is used.
+
+    Returns:
+        The network in eval mode, on the CPU.
+
+    Raises:
+        MissingWeights: If the data set has no labels to learn from.
+    """
+    labels = training_labels(data)
+    if labels is None:
+        raise MissingWeights(
+            "The data set has no labels to train a classifier on; choose the extractor pixels or inception, or give a "
+            "classifier's ckpt_path."
+        )
+    channels, size, _ = data.image_shape
+    network = _fresh(channels, size, int(labels.max()) + 1)
+    key = sha256(json.dumps([RECIPE, network.config, data.fingerprint("train")], sort_keys=True).encode()).hexdigest()
+    path = cache_folder() / "classifiers" / f"{key[:32]}.safetensors"
+    if not _read(network, path, key):
+        train_classifier(network, data.reference_images("train"), labels)
+        _write(network, path, key)
+    return network.eval().requires_grad_(False)
+
+
+def training_labels(data: ImageSource) -> Tensor | None:
+    """The classes of the training pictures, also where the model at hand is to be trained without them.
+
+    Args:
+        data: The data set, set up.
+
+    Returns:
+        Class indices int64 (N,), or None where the data set has none.
+    """
+    labels = data.reference_labels("train")
+    read = getattr(data, "read", None)
+    if labels is None and read is not None:
+        labels = read("train")[1]
+    return labels
+
+
+def _fresh(channels: int, size: int, num_classes: int) -> ConvClassifier:
+    """A new network from a fixed key, leaving the process's own random state alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed_seed("classifier", "weights"))
+        return ConvClassifier(channels, size, max(2, num_classes))
+
+
+@torch.enable_grad()
+def train_classifier(network: ConvClassifier, images: Any, labels: Tensor) -> None:
+    """Trains a classifier in place, the same way each time.
+
+    Args:
+        network: The network, without dropout, since its draws would not be keyed.
+        images: Array-like uint8 pictures (N, C, H, W).
+        labels: Their classes, int64 (N,).
+    """
+    count, batch = len(labels), min(BATCH_SIZE, len(labels))
+    steps = max(1, min(IMAGES_SEEN, MOST_EPOCHS * count) // batch)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
+    generator = keyed_generator("classifier", "order")
+    network.train().requires_grad_(True)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in tqdm(range(steps), desc="training a classifier to measure with", leave=False, delay=1):
+        if len(order) < batch:
+            order = torch.randperm(count, generator=generator)
+        rows, order = order[:batch].sort().values, order[batch:]
+        pictures = take(images, rows).float() / 127.5 - 1
+        loss = nn.functional.cross_entropy(network(pictures), labels[rows], label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    network.eval()
+
+
+def _read(network: ConvClassifier, path: Path, key: str) -> bool:
+    """Loads weights from the cache; False where there are none, or others."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            if (file.metadata() or {}).get("key") != key:
+                return False
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except Exception:  # a truncated or foreign file in a cache is a miss, whatever the reader calls it
+        return False
+    return True
+
+
+def _write(network: ConvClassifier, path: Path, key: str) -> None:
+    """Keeps weights in the cache, whole or not at all; a cache that cannot be written is done without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(network.state_dict(), part, metadata={"key": key})
+        part.replace(path)
+    except OSError:
+        return

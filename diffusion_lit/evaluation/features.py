@@ -1,0 +1,323 @@
+"""Feature extractors: what pictures are compared by.
+
+A distance between distributions of pictures is one between distributions of features, so that its value means nothing
+without the extractor's name, its weights' hash and what is done to a picture before it goes in. All extractors take
+uint8 pictures (N, C, H, W) in [0, 255] and give float32 features (N, d), computed in full float32 arithmetic.
+
+`Pixels` and `ClassifierFeatures` are here; torch-fidelity's networks (Inception, CLIP, VGG, DINOv2) in `fidelity`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class ImageSource(Protocol):
+    """What evaluation asks of a data module that is prepared and set up."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a picture."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for none."""
+
+    def reference_images(self, split: str) -> Any:
+        """The pictures of a split, array-like uint8 (N, C, H, W)."""
+
+    def reference_labels(self, split: str) -> Tensor | None:
+        """Their classes, int64 (N,), or None."""
+
+    def fingerprint(self, split: str) -> str:
+        """A hash of all that determines the pictures."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor makes of pictures.
+
+    Args:
+        features: Float32 features of shape (N, d).
+        logits: Logits of shape (N, k) of the extractor's own classes, or None where it has none.
+    """
+
+    features: Tensor
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Features":
+        return Features(self.features[rows], None if self.logits is None else self.logits[rows])
+
+    @staticmethod
+    def cat(parts: Sequence["Features"]) -> "Features":
+        """Joins features along the pictures.
+
+        Args:
+            parts: At least one, all of the same extractor.
+
+        Returns:
+            The features of all pictures, in order.
+        """
+        logits = [part.logits for part in parts if part.logits is not None]
+        return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
+
+
+class MissingWeights(ValueError):
+    """The weights of an extractor are not here and cannot be had; the message says how to get them."""
+
+
+class FeatureExtractor(ABC):
+    """Turns uint8 pictures into features. Light to make: weights are read, downloaded or trained by `load`.
+
+    Attributes:
+        name: Part of the name of every figure that is computed with it.
+        transform: What is done to a picture before the network sees it, in words, for receipts.
+    """
+
+    name: str
+    transform: str
+
+    @abstractmethod
+    def load(self, data: ImageSource | None = None) -> None:
+        """Gets the weights, once; further calls do nothing.
+
+        Args:
+            data: The data set, set up, for an extractor that is trained on it.
+
+        Raises:
+            MissingWeights: If the weights cannot be had.
+        """
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module | None:
+        """The loaded network, or None where there is nothing to load."""
+
+    @abstractmethod
+    def compute(self, images: Tensor) -> Features:
+        """Features of checked uint8 pictures (N, C, H, W) on the network's device."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the Fréchet distance: `fid_inception`, by which the field means Inception alone, else `fd_NAME`."""
+        return f"{'fid' if self.name == 'inception' else 'fd'}_{self.name}"
+
+    def to(self, device: torch.device | str) -> "FeatureExtractor":
+        """Moves the network.
+
+        Args:
+            device: Where the features shall be computed.
+
+        Returns:
+            The extractor itself.
+        """
+        if self.network is not None:
+            self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Features of one batch.
+
+        Args:
+            images: Pictures (N, C, H, W), uint8 in [0, 255], on any device.
+
+        Returns:
+            The features on the CPU.
+
+        Raises:
+            ValueError: If the pictures are not uint8, look scaled to 0 to 1, or the network is in training mode.
+        """
+        check_pixels(images)
+        network = self.network
+        device = images.device
+        if network is not None:
+            if any(module.training for module in network.modules()):
+                raise ValueError(
+                    f"The extractor {self.name} is in training mode, where its batch statistics would change the "
+                    "features; call eval() on its network."
+                )
+            device = next(network.parameters()).device
+        with full_precision():
+            made = self.compute(images.to(device))
+        logits = None if made.logits is None else made.logits.float().cpu()
+        return Features(made.features.float().cpu(), logits)
+
+    def extract(self, images: Any, batch_size: int = 64, progress: Callable[[int], object] | None = None) -> Features:
+        """Features of any number of pictures.
+
+        Args:
+            images: Array-like of uint8 pictures (N, C, H, W), such as a tensor or a memory map.
+            batch_size: Pictures at a time; does not change the features but for floating-point rounding.
+            progress: Called with the number of pictures after each batch.
+
+        Returns:
+            The features on the CPU, in the order of the pictures.
+
+        Raises:
+            ValueError: As `features`, or if there are no pictures.
+        """
+        if len(images) == 0:
+            raise ValueError("There are no pictures to compute features of; check the split and the folder.")
+        parts = []
+        for start in range(0, len(images), batch_size):
+            batch = torch.as_tensor(images[start : start + batch_size])
+            parts.append(self.features(batch))
+            if progress is not None:
+                progress(len(batch))
+        return Features.cat(parts)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this extractor from any other, for receipts and keys of caches.
+
+        Returns:
+            Its name, the hash of its weights and what it does to a picture.
+        """
+        weights = None if self.network is None else weights_hash(self.network.state_dict())
+        return {"name": self.name, "weights_sha256": weights, "transform": self.transform}
+
+
+class Pixels(FeatureExtractor):
+    """The raw pixels in [0, 1], flattened: a distance that needs no network and sees no content."""
+
+    name = "pixels"
+    transform = "uint8 / 255, flattened"
+
+    def load(self, data: ImageSource | None = None) -> None:
+        """Nothing to load."""
+
+    @property
+    def network(self) -> nn.Module | None:
+        """None."""
+        return None
+
+    def compute(self, images: Tensor) -> Features:
+        """The pixels, C * H * W features."""
+        return Features(images.flatten(1).float() / 255)
+
+
+class ClassifierFeatures(FeatureExtractor):
+    """Penultimate layer of a small classifier of the data set at hand, for pictures that Inception never saw.
+
+    With `ckpt_path` it is one trained by `lightning fit --config configs/classifier_NAME.yaml`; without, a small one is
+    trained on the spot from the data set's own training pictures, in seconds to a minute, the same each time, and kept
+    in the user's cache. Distances compare only under the same weights, whose hash is in every receipt.
+
+    Args:
+        ckpt_path: Checkpoint of a `diffusion_lit.modules.Classifier`, or None.
+        name: Name in the metrics' names.
+    """
+
+    transform = "uint8 / 127.5 - 1"
+
+    def __init__(self, ckpt_path: str | None = None, name: str = "classifier") -> None:
+        self.ckpt_path = ckpt_path
+        self.name = name
+        self._network: nn.Module | None = None
+
+    def load(self, data: ImageSource | None = None) -> None:
+        """Reads the checkpoint, or finds or trains the data set's own classifier."""
+        if self._network is not None:
+            return
+        from diffusion_lit.evaluation.classifiers import classifier_from_checkpoint, classifier_of
+
+        if self.ckpt_path is not None:
+            self._network = classifier_from_checkpoint(Path(self.ckpt_path))
+        elif data is None:
+            raise MissingWeights("The classifier has neither a checkpoint nor data to train on; give it ckpt_path.")
+        else:
+            self._network = classifier_of(data)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The classifier."""
+        return self._network
+
+    def compute(self, images: Tensor) -> Features:
+        """Features and logits.
+
+        Raises:
+            ValueError: If the pictures have another shape than those that the classifier was trained on.
+        """
+        network: Any = self._network
+        if network is None:
+            raise ValueError("The classifier is not loaded; call load() first.")
+        expected = (network.in_channels, network.image_size, network.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"The classifier was trained on pictures of shape {expected} and was given {tuple(images.shape[1:])}; "
+                "use one that was trained on this data set."
+            )
+        features = network.features(images.float() / 127.5 - 1)
+        return Features(features, network.logits(features))
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuses what is not a batch of pictures in [0, 255].
+
+    Args:
+        images: To be uint8 of shape (N, C, H, W).
+
+    Raises:
+        ValueError: If it has another dtype or shape, or its values are 0 and 1, as of pictures in [0, 1].
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"Pictures are {images.dtype}; extractors take uint8 in [0, 255]: round (x + 1) * 127.5.")
+    if images.dim() != 4:
+        raise ValueError(f"Pictures have shape {tuple(images.shape)}; extractors take (N, C, H, W).")
+    if len(images) and int(images.max()) == 1:
+        raise ValueError("Pictures have values 0 and 1 only, as if scaled to [0, 1]; extractors take [0, 255].")
+
+
+def take(images: Any, rows: Tensor) -> Tensor:
+    """Some pictures of an array-like.
+
+    Args:
+        images: A tensor or an array (N, C, H, W), such as a memory map.
+        rows: Indices int64 (B,), rising for a memory map's sake.
+
+    Returns:
+        The pictures (B, C, H, W) as a tensor.
+    """
+    return images[rows] if isinstance(images, Tensor) else torch.as_tensor(images[rows.numpy()])
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """A hash of weights that does not depend on how they were stored.
+
+    Args:
+        state: Names and tensors.
+
+    Returns:
+        Hexadecimal SHA-256 over names, types, shapes and bytes.
+    """
+    digest = sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Full float32 within: no TF32, no autocast, so that features do not depend on the settings of a training run."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

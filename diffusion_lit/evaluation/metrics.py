@@ -1,0 +1,245 @@
+"""Distances between distributions of features, by torch-fidelity's own functions.
+
+Fréchet distance (Heusel 2017, arXiv 1706.08500): `|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))` of the Gaussians with
+the features' means and covariances. Kernel distance (Bińkowski 2018, arXiv 1801.01401): the unbiased squared MMD under
+the kernel `(x.y / d + 1)^3`, averaged over random subsets. Precision and recall (Kynkäänniemi 2019, arXiv 1904.06991):
+the share of generated features within the reference's k-nearest-neighbour balls, and the other way round. Inception
+score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statistics are taken in float64.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from diffusion_lit.evaluation.features import FeatureExtractor, Features
+
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+NEIGHBOURS = 3
+ISC_SPLITS = 10
+SUBSET_SEED = 2020  # torch-fidelity's own, for KID's subsets and the order of the Inception score's splits
+CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of features.
+
+    Args:
+        mu: Float64 mean of shape (d,).
+        sigma: Float64 unbiased covariance of shape (d, d).
+    """
+
+    mu: np.ndarray[Any, np.dtype[np.float64]]
+    sigma: np.ndarray[Any, np.dtype[np.float64]]
+
+    @staticmethod
+    def of(features: Tensor) -> "Statistics":
+        """Takes the statistics of features.
+
+        Args:
+            features: Features of shape (N, d), N at least 2.
+
+        Returns:
+            Their statistics.
+
+        Raises:
+            ValueError: If there are fewer than 2 or some are not finite.
+        """
+        if len(features) < 2:
+            raise ValueError(f"A covariance needs at least 2 pictures, not {len(features)}; raise num_samples.")
+        if not torch.isfinite(features).all():
+            raise ValueError(
+                "Some features are not finite: the model or the extractor makes NaN; look at its pictures."
+            )
+        made = fid_features_to_statistics(features.double())
+        return Statistics(made["mu"], np.atleast_2d(made["sigma"]))
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """The Fréchet distance of two Gaussians.
+
+    Args:
+        first: One mean and covariance.
+        second: The other.
+
+    Returns:
+        The squared distance, 0 for equal ones.
+
+    Raises:
+        ValueError: If they have different dimensions.
+    """
+    if first.mu.shape != second.mu.shape:
+        raise ValueError(
+            f"Statistics of {first.mu.shape[0]} and {second.mu.shape[0]} features cannot be compared; both must come "
+            "from the same extractor."
+        )
+    made = fid_statistics_to_metric(vars(first), vars(second), verbose=False)
+    return float(made["frechet_inception_distance"])
+
+
+def kernel_distance(generated: Tensor, reference: Tensor) -> float:
+    """The kernel distance, averaged over subsets.
+
+    Args:
+        generated: Features (N, d).
+        reference: Features (M, d).
+
+    Returns:
+        The squared MMD; values slightly below 0 are possible, since the estimate is unbiased.
+    """
+    made = kid_features_to_metric(
+        generated.double(),
+        reference.double(),
+        kid_subsets=KID_SUBSETS,
+        kid_subset_size=kid_subset_size(len(generated), len(reference)),
+        rng_seed=SUBSET_SEED,
+        verbose=False,
+    )
+    return float(made["kernel_inception_distance_mean"])
+
+
+def kid_subset_size(generated: int, reference: int) -> int:
+    """Size of the kernel distance's subsets: torch-fidelity's 1,000 where there are enough pictures.
+
+    Args:
+        generated: Number of generated pictures.
+        reference: Number of reference pictures.
+
+    Returns:
+        The size.
+    """
+    return min(KID_SUBSET_SIZE, generated, reference)
+
+
+def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Precision and recall by k-nearest-neighbour balls, k = 3.
+
+    Args:
+        generated: Features (N, d).
+        reference: Features (M, d).
+
+    Returns:
+        Precision and recall, each in [0, 1].
+
+    Raises:
+        ValueError: If either has no more than k pictures.
+    """
+    if min(len(generated), len(reference)) <= NEIGHBOURS:
+        raise ValueError(f"Precision and recall need more than {NEIGHBOURS} pictures on each side.")
+    made = prc_features_to_metric(
+        generated.double(),
+        reference.double(),
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=CHUNK,
+        save_cpu_ram=len(generated) * len(reference) > CHUNK**2,  # the same result in less memory
+        verbose=False,
+    )
+    return float(made["precision"]), float(made["recall"])
+
+
+def inception_score(logits: Tensor) -> float:
+    """The Inception score, the mean over splits.
+
+    Args:
+        logits: Logits of shape (N, k).
+
+    Returns:
+        The score, between 1 and k.
+    """
+    splits = min(ISC_SPLITS, len(logits))
+    return float(isc_features_to_metric(logits, splits, True, SUBSET_SEED)["inception_score_mean"])
+
+
+def compute_metrics(
+    extractor: FeatureExtractor,
+    generated: Features,
+    reference: Features | None,
+    statistics: Statistics | None = None,
+) -> dict[str, float]:
+    """All figures of one set of generated pictures.
+
+    Args:
+        extractor: What made the features; its name goes into the figures' names.
+        generated: Features of the generated pictures.
+        reference: Features of the reference, or None where only its statistics are known.
+        statistics: The reference's statistics; taken from `reference` when omitted.
+
+    Returns:
+        Figures by name: the Fréchet distance, and as far as there is what they need the kernel distance, precision,
+        recall and the Inception score.
+
+    Raises:
+        ValueError: If neither the reference's features nor its statistics are given.
+    """
+    if statistics is None:
+        if reference is None:
+            raise ValueError("Give the reference's features or its statistics.")
+        statistics = Statistics.of(reference.features)
+    name = extractor.name
+    figures = {extractor.metric: frechet_distance(Statistics.of(generated.features), statistics)}
+    if reference is not None:
+        kernel = "kid" if name == "inception" else "kd"
+        figures[f"{kernel}_{name}"] = kernel_distance(generated.features, reference.features)
+        if min(len(generated), len(reference)) > NEIGHBOURS:
+            precision, recall = precision_recall(generated.features, reference.features)
+            figures |= {f"precision_{name}": precision, f"recall_{name}": recall}
+    if generated.logits is not None:
+        figures[f"isc_{name}"] = inception_score(generated.logits)
+    return figures
+
+
+def too_few(count: int, dimension: int) -> str | None:
+    """What to say where there are too few pictures for a covariance.
+
+    Args:
+        count: Number of pictures.
+        dimension: Number of features d.
+
+    Returns:
+        A warning, or None where there are more pictures than features.
+    """
+    if count > dimension:
+        return None
+    return (
+        f"{count:,} pictures against {dimension:,} features: the covariance has rank {count - 1:,} at the most, and "
+        "the Fréchet distance is biased upwards by much; compare it only at the same number, and look at the kernel "
+        "distance."
+    )
+
+
+def short_count(count: int) -> str:
+    """A number of pictures as it stands in a metric's name: 5000 as `5k`.
+
+    Args:
+        count: At least 1.
+
+    Returns:
+        Its short form, exact.
+    """
+    if count % 1_000_000 == 0:
+        return f"{count // 1_000_000}m"
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation.
+
+    Args:
+        values: At least one.
+
+    Returns:
+        The mean, and the standard deviation or None for a single value.
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

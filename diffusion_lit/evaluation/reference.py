@@ -1,0 +1,252 @@
+"""The real side of a distance: features and statistics of a split, kept under a key of all that determines them.
+
+The key holds the data's fingerprint (its pixels, or its files and transform), split, number and shape of the pictures,
+and the extractor with the hash of its weights. A file in the cache carries its key and is used only when it is the one
+asked for. `real_against_real` gives the floor: what a perfect model would get from the same number of pictures.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion_lit.diffusion.rng import keyed_generator
+from diffusion_lit.evaluation.classifiers import cache_folder
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, take
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated pictures are compared with.
+
+    Args:
+        statistics: Mean and covariance of the features.
+        features: The features, or None where only the statistics are known.
+        count: Number of pictures, or None where the file does not say.
+        labels: Classes int64 (N,) of the pictures, or None.
+        record: All that determines it, for receipts.
+    """
+
+    statistics: Statistics
+    features: Features | None
+    count: int | None
+    labels: Tensor | None
+    record: dict[str, Any]
+
+
+def reference_of(
+    data: ImageSource,
+    split: str,
+    extractor: FeatureExtractor,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Reference:
+    """Features and statistics of a split, from the cache or computed now.
+
+    Args:
+        data: The data set, set up.
+        split: "train", "val", "test", or several joined by "+".
+        extractor: A loaded extractor.
+        batch_size: Pictures at a time.
+        limit: Takes that many pictures, chosen by a fixed key; all by default.
+        progress: Called with the number of pictures after each batch.
+
+    Returns:
+        The reference.
+
+    Raises:
+        ValueError: If the pictures do not have the shape that the data set says, or look scaled to 0 to 1.
+    """
+    images = data.reference_images(split)
+    labels = data.reference_labels(split)
+    total = len(images)
+    if total and tuple(images.shape[1:]) != tuple(data.image_shape):
+        raise ValueError(
+            f"The pictures of {split} have shape {tuple(images.shape[1:])}, but the data set says "
+            f"{tuple(data.image_shape)}; the reference must be resized as the training pictures are."
+        )
+    if limit is not None and limit < total:
+        rows = torch.randperm(total, generator=keyed_generator("reference", split))[:limit].sort().values
+        images, labels = take(images, rows), None if labels is None else labels[rows]
+    record = reference_record(data, split, extractor, len(images))
+    path = cache_folder() / "references" / f"{key_of(record)[:32]}.safetensors"
+    features = read_features(path, record)
+    if features is None:
+        features = extractor.extract(images, batch_size, progress)
+        write_features(path, features, record)
+    return Reference(Statistics.of(features.features), features, len(features), labels, record)
+
+
+def reference_record(data: ImageSource, split: str, extractor: FeatureExtractor, count: int) -> dict[str, Any]:
+    """All that determines the features of a split.
+
+    Args:
+        data: The data set, set up.
+        split: As in `reference_of`.
+        extractor: A loaded extractor.
+        count: Number of pictures.
+
+    Returns:
+        Plain values.
+    """
+    return {
+        "format": FORMAT,
+        "dataset": type(data).__name__,
+        "split": split,
+        "count": count,
+        "image_shape": list(data.image_shape),
+        "fingerprint": data.fingerprint(split),
+        "extractor": extractor.identity(),
+        "torch_fidelity": version("torch-fidelity"),
+    }
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """The hash of a record.
+
+    Args:
+        record: Plain values.
+
+    Returns:
+        Hexadecimal SHA-256 of its canonical JSON.
+    """
+    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_features(path: Path, features: Features, record: dict[str, Any], **more: Tensor) -> None:
+    """Writes features with their record, whole or not at all; a folder that cannot be written is done without.
+
+    Args:
+        path: The .safetensors file.
+        features: The features.
+        record: What determines them.
+        more: Further tensors to keep.
+    """
+    tensors = {"features": features.features.contiguous(), **more}
+    if features.logits is not None:
+        tensors["logits"] = features.logits.contiguous()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(tensors, part, metadata={"record": json.dumps(record, sort_keys=True)})
+        part.replace(path)
+    except OSError:
+        return
+
+
+def read_features(path: Path, record: dict[str, Any]) -> Features | None:
+    """Reads features written under the same record.
+
+    Args:
+        path: The .safetensors file.
+        record: What must have determined them.
+
+    Returns:
+        The features, or None where the file is missing, damaged or belongs to another record.
+    """
+    tensors = read_tensors(path, record)
+    return None if tensors is None else Features(tensors["features"], tensors.get("logits"))
+
+
+def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Reads all tensors of a file written under the same record.
+
+    Args:
+        path: The .safetensors file.
+        record: What must have determined them.
+
+    Returns:
+        The tensors by name, or None where the file is missing, damaged or belongs to another record.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            if (file.metadata() or {}).get("record") != json.dumps(record, sort_keys=True):
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # a truncated or foreign file in a cache is a miss, whatever the reader calls it
+        return None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two disjoint sets of real pictures for the floor.
+
+    Args:
+        drawn: Features of the pictures that stand for generated ones.
+        rest: Statistics of those that they are compared with.
+        reference: Features of the latter, or None where only the statistics are known.
+    """
+
+    drawn: Features
+    rest: Statistics
+    reference: Features | None
+
+
+def real_pairs(reference: Reference, held_out: Features | None, count: int, blocks: int = 1) -> list[Pair]:
+    """Disjoint real sets that show what a perfect model would get.
+
+    Held-out pictures against the reference where there are `count` of them; else `count` pictures of both together
+    against all others, as long as these are at least half as many; else the held-out pictures there are.
+
+    Args:
+        reference: The reference.
+        held_out: Features of real pictures that are not in it, or None.
+        count: Number of generated pictures.
+        blocks: At most so many pairs, whose drawn sets are disjoint.
+
+    Returns:
+        The pairs; empty where there are too few real pictures for any.
+    """
+    spare = 0 if held_out is None else len(held_out)
+    if held_out is not None and spare >= count:
+        order = torch.randperm(spare, generator=keyed_generator("floor"))
+        return [
+            Pair(held_out[order[block * count : (block + 1) * count]], reference.statistics, reference.features)
+            for block in range(min(blocks, spare // count))
+        ]
+    if reference.features is not None:
+        pool = reference.features if held_out is None else Features.cat([reference.features, held_out])
+        if len(pool) - count >= max(count / 2, 2):
+            order = torch.randperm(len(pool), generator=keyed_generator("floor"))
+            pairs = []
+            for block in range(min(blocks, len(pool) // count)):
+                chosen = torch.zeros(len(pool), dtype=torch.bool)
+                chosen[order[block * count : (block + 1) * count]] = True
+                pairs.append(Pair(pool[chosen], Statistics.of(pool[~chosen].features), pool[~chosen]))
+            return pairs
+    if held_out is not None and spare >= 2:
+        return [Pair(held_out, reference.statistics, reference.features)]
+    return []
+
+
+def real_against_real(reference: Reference, held_out: Features | None, count: int) -> tuple[float, int] | None:
+    """The floor of the Fréchet distance.
+
+    Args:
+        reference: The reference.
+        held_out: Features of real pictures that are not in it, or None.
+        count: Number of generated pictures.
+
+    Returns:
+        The distance and the number of pictures it was taken at, which is `count` where there are enough; None where
+        there are too few.
+    """
+    pairs = real_pairs(reference, held_out, count)
+    if not pairs:
+        return None
+    return frechet_distance(Statistics.of(pairs[0].drawn.features), pairs[0].rest), len(pairs[0].drawn)

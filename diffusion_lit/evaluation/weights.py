@@ -1,0 +1,101 @@
+"""Weights from outside: fetched once, checked by hash, and read without running what is in the file."""
+
+import pickle
+import urllib.request
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.evaluation.features import MissingWeights
+
+TIMEOUT = 15.0
+
+
+def hub_folder() -> Path:
+    """Where PyTorch keeps downloaded weights, shared with torch-fidelity and torchvision.
+
+    Returns:
+        The folder, which need not exist.
+    """
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def fetch(url: str, name: str, sha256_prefix: str, what: str, option: str) -> Path:
+    """A file from PyTorch's cache, downloaded if it is not there.
+
+    Args:
+        url: Where it is published.
+        name: Its name in the cache.
+        sha256_prefix: How its SHA-256 begins.
+        what: What the weights are, for messages.
+        option: How the user names a local file instead, for messages.
+
+    Returns:
+        Its path.
+
+    Raises:
+        MissingWeights: If it is not in the cache and cannot be downloaded.
+        ValueError: If its hash is another.
+    """
+    path = hub_folder() / name
+    if not path.exists():
+        try:
+            _download(url, path)
+        except OSError as error:
+            raise MissingWeights(
+                f"The weights of {what} are not at {path} and could not be downloaded ({error}). On a machine with "
+                f"internet, download {url} and put it there, or name the file with {option}."
+            ) from error
+    with path.open("rb") as file:
+        digest = sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if not digest.hexdigest().startswith(sha256_prefix):
+        raise ValueError(f"{path} is not the file published at {url}: its hash differs. Delete it and try again.")
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    """Downloads to a file beside the goal, and moves it there when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as source, part.open("wb") as target:
+        total = int(source.headers.get("Content-Length", 0)) or None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {path.name}") as bar:
+            while block := source.read(1 << 20):
+                target.write(block)
+                bar.update(len(block))
+    part.replace(path)
+
+
+def read_state(path: Path, what: str) -> dict[str, Tensor]:
+    """Reads a state dict that holds tensors and nothing else.
+
+    Args:
+        path: A .safetensors file, or one written by `torch.save`.
+        what: What the weights are, for messages.
+
+    Returns:
+        Names and tensors, on the CPU.
+
+    Raises:
+        MissingWeights: If there is no such file.
+        ValueError: If it is damaged, or holds objects that only an unsafe load would make.
+    """
+    if not path.is_file():
+        raise MissingWeights(f"There is no file {path} with the weights of {what}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        unsafe = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        reason = "it holds objects that only running code would make" if unsafe else "it is damaged or of another kind"
+        raise ValueError(f"{path} was not read as weights of {what}: {reason}. Give a plain state dict.") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a plain state dict of {what}: it holds more than names and tensors.")
+    return state
