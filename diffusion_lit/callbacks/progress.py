@@ -63,8 +63,8 @@ class RunSummary(Callback):
         figures = []
         for name, value in metrics.items():
             if name.startswith(("fid_", "fd_")) and not name.endswith("_floor"):
-                floor = metrics.get(f"{name}_floor")
-                beside = f" (real against real, the floor: {floor:.3g})" if floor is not None else ""
+                floors = [key for key in metrics if key.endswith("_floor") and key.startswith(name.rsplit("_", 1)[0])]
+                beside = "".join(f"; real against real, {key}: {metrics[key]:.3g}" for key in floors)
                 figures.append((name, f"{value:.3g}{beside}"))
         if "val/loss" in metrics:
             figures.append(("validation loss", f"{metrics['val/loss']:.4g}"))
