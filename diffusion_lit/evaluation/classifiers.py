@@ -5,20 +5,18 @@ The training on the spot is short and a function of the data alone: AdamW with a
 safetensors file under a key of the data's fingerprint and the recipe.
 """
 
-import json
 import os
-from hashlib import sha256
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.evaluation.features import ImageSource, MissingWeights, take
+from diffusion_lit.evaluation.store import key_of, read_tensors, write_tensors
 from diffusion_lit.nets.classifier import ConvClassifier
 
 IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 pictures
@@ -89,11 +87,15 @@ def classifier_of(data: ImageSource) -> ConvClassifier:
         )
     channels, size, _ = data.image_shape
     network = _fresh(channels, size, int(labels.max()) + 1)
-    key = sha256(json.dumps([RECIPE, network.config, data.fingerprint("train")], sort_keys=True).encode()).hexdigest()
-    path = cache_folder() / "classifiers" / f"{key[:32]}.safetensors"
-    if not _read(network, path, key):
+    record = {"recipe": RECIPE, "network": network.config, "fingerprint": data.fingerprint("train")}
+    path = cache_folder() / "classifiers" / f"{key_of(record)[:32]}.safetensors"
+    kept = read_tensors(path, record)
+    if kept is not None:
+        network.load_state_dict(kept)
+    else:
         train_classifier(network, data.reference_images("train"), labels)
-        _write(network, path, key)
+        with suppress(OSError):  # a cache that cannot be written is done without
+            write_tensors(path, network.state_dict(), record)
     return network.eval().requires_grad_(False)
 
 
@@ -147,28 +149,3 @@ def train_classifier(network: ConvClassifier, images: Any, labels: Tensor) -> No
         optimizer.step()
         schedule.step()
     network.eval()
-
-
-def _read(network: ConvClassifier, path: Path, key: str) -> bool:
-    """Loads weights from the cache; False where there are none, or others."""
-    if not path.exists():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            if (file.metadata() or {}).get("key") != key:
-                return False
-            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except Exception:  # a truncated or foreign file in a cache is a miss, whatever the reader calls it
-        return False
-    return True
-
-
-def _write(network: ConvClassifier, path: Path, key: str) -> None:
-    """Keeps weights in the cache, whole or not at all; a cache that cannot be written is done without."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(network.state_dict(), part, metadata={"key": key})
-        part.replace(path)
-    except OSError:
-        return

@@ -58,6 +58,10 @@ class Features:
     def __getitem__(self, rows: slice | Tensor) -> "Features":
         return Features(self.features[rows], None if self.logits is None else self.logits[rows])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, as they are stored."""
+        return {"features": self.features} | ({} if self.logits is None else {"logits": self.logits})
+
     @staticmethod
     def cat(parts: Sequence["Features"]) -> "Features":
         """Joins features along the pictures.

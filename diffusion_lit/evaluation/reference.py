@@ -5,24 +5,20 @@ and the extractor with the hash of its weights. A file in the cache carries its 
 asked for. `real_against_real` gives the floor: what a perfect model would get from the same number of pictures.
 """
 
-import json
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.classifiers import cache_folder
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, take
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.store import key_of, read_tensors, write_tensors
 
 FORMAT = 1
 
@@ -83,10 +79,13 @@ def reference_of(
         images, labels = take(images, rows), None if labels is None else labels[rows]
     record = reference_record(data, split, extractor, len(images))
     path = cache_folder() / "references" / f"{key_of(record)[:32]}.safetensors"
-    features = read_features(path, record)
-    if features is None:
+    kept = read_tensors(path, record)
+    if kept is not None:
+        features = Features(kept["features"], kept.get("logits"))
+    else:
         features = extractor.extract(images, batch_size, progress)
-        write_features(path, features, record)
+        with suppress(OSError):  # a cache that cannot be written is done without
+            write_tensors(path, features.tensors(), record)
     return Reference(Statistics.of(features.features), features, len(features), labels, record)
 
 
@@ -112,74 +111,6 @@ def reference_record(data: ImageSource, split: str, extractor: FeatureExtractor,
         "extractor": extractor.identity(),
         "torch_fidelity": version("torch-fidelity"),
     }
-
-
-def key_of(record: dict[str, Any]) -> str:
-    """The hash of a record.
-
-    Args:
-        record: Plain values.
-
-    Returns:
-        Hexadecimal SHA-256 of its canonical JSON.
-    """
-    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def write_features(path: Path, features: Features, record: dict[str, Any], **more: Tensor) -> None:
-    """Writes features with their record, whole or not at all; a folder that cannot be written is done without.
-
-    Args:
-        path: The .safetensors file.
-        features: The features.
-        record: What determines them.
-        more: Further tensors to keep.
-    """
-    tensors = {"features": features.features.contiguous(), **more}
-    if features.logits is not None:
-        tensors["logits"] = features.logits.contiguous()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, part, metadata={"record": json.dumps(record, sort_keys=True)})
-        part.replace(path)
-    except OSError:
-        return
-
-
-def read_features(path: Path, record: dict[str, Any]) -> Features | None:
-    """Reads features written under the same record.
-
-    Args:
-        path: The .safetensors file.
-        record: What must have determined them.
-
-    Returns:
-        The features, or None where the file is missing, damaged or belongs to another record.
-    """
-    tensors = read_tensors(path, record)
-    return None if tensors is None else Features(tensors["features"], tensors.get("logits"))
-
-
-def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Reads all tensors of a file written under the same record.
-
-    Args:
-        path: The .safetensors file.
-        record: What must have determined them.
-
-    Returns:
-        The tensors by name, or None where the file is missing, damaged or belongs to another record.
-    """
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            if (file.metadata() or {}).get("record") != json.dumps(record, sort_keys=True):
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception:  # a truncated or foreign file in a cache is a miss, whatever the reader calls it
-        return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""Tensors on disk with the record of all that determines them; a file is used only under that very record.
+
+The format is safetensors, which holds tensors and text and runs nothing.
+"""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """The hash of a record.
+
+    Args:
+        record: Plain values.
+
+    Returns:
+        Hexadecimal SHA-256 of its canonical JSON.
+    """
+    return sha256(canonical(record).encode()).hexdigest()
+
+
+def canonical(record: dict[str, Any]) -> str:
+    """The JSON of a record, the same for equal records.
+
+    Args:
+        record: Plain values.
+
+    Returns:
+        JSON with sorted keys.
+    """
+    return json.dumps(record, sort_keys=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Writes tensors with their record, whole or not at all.
+
+    Args:
+        path: The .safetensors file; its folder is made if need be.
+        tensors: Tensors by name.
+        record: What determines them.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, part, metadata={"record": canonical(record)})
+    part.replace(path)
+
+
+def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Reads tensors that were written under the same record.
+
+    Args:
+        path: The .safetensors file.
+        record: What must have determined them.
+
+    Returns:
+        The tensors by name, or None where the file is missing, damaged or belongs to another record.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            if (file.metadata() or {}).get("record") != canonical(record):
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # a truncated or foreign file is a miss, whatever the reader calls it
+        return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that a file was written under.
+
+    Args:
+        path: The .safetensors file.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If the file is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            record: dict[str, Any] = json.loads(file.metadata()["record"])
+    except Exception as error:
+        raise ValueError(f"{path} is not a file of statistics that this project wrote.") from error
+    return record
+
+
+def file_hash(path: Path) -> str:
+    """The hash of a file's bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Hexadecimal SHA-256.
+    """
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
