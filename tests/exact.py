@@ -1,7 +1,7 @@
 """Networks that answer exactly for Gaussian data, in each prediction type's own words, for the tests of the samplers.
 
-Each undoes what its paper does to the image and to the noise level, and gives the conditional expectation of what its paper
-trains on. Nothing is taken from the package's coefficients, so that a wrong one there shows.
+Each undoes what its paper does to the image and to the noise level, and gives the conditional expectation of what its
+paper trains on. Nothing is taken from the package's coefficients, so that a wrong one there shows.
 """
 
 import numpy as np

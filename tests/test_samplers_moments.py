@@ -1,8 +1,8 @@
 """Every sampler on every grid with every prediction type, on Gaussian data, against the papers' moment recursions.
 
-On a Gaussian a denoiser is affine in x, so a sampler is affine in its start and its noise: x = A x_start + sum_j B_j n_j + c.
-The papers' formulas (tests/textbook.py) are pushed through the same algebra for each principal axis, as coefficients of
-(1, x_start, n_1, n_2, ...), and from them follow the mean and the covariance of what the sampler makes.
+On a Gaussian a denoiser is affine in x, so a sampler is affine in start and noise: A x_start + sum_j B_j n_j + c.
+The papers' formulas (tests/textbook.py) are pushed through the same algebra for each principal axis, as coefficients
+of (1, x_start, n_1, n_2, ...), and from them follow the mean and the covariance of what the sampler makes.
 """
 
 import math
@@ -121,7 +121,7 @@ def test_the_adaptive_sampler_solves_the_ode_on_every_grid_and_prediction(grid):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_gives_the_mean_of_the_data(case, prediction):
-    name, options, formula, paper_options = CASES[case]
+    name, options, *_ = CASES[case]
     denoiser = exact_denoiser(prediction)
     sigmas = GRIDS["karras"](1, denoiser.scaling)
     extra = {"S_churn": 0} if "S_churn" in options else {}

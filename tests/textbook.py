@@ -1,9 +1,9 @@
 """The samplers as their papers print them, in the papers' coordinates: what the project's samplers are held against.
 
-Nothing here is shared with the package. Variance-preserving papers write x_t = alpha_t x0 + sigma_t eps; with the project's
-noise level s that is alpha_t = 1 / sqrt(1 + s²), sigma_t = s / sqrt(1 + s²), lambda_t = log(alpha_t / sigma_t). Every function
-takes `denoise(x, s) -> x0_hat` in x = x0 + s n, a start x, the levels and an iterator of noise, and gives the list of states
-after each step, in x = x0 + s n again.
+Nothing here is shared with the package. Variance-preserving papers write x_t = alpha_t x0 + sigma_t eps; with the
+project's noise level s, alpha_t = 1 / sqrt(1 + s²), sigma_t = s / sqrt(1 + s²) and lambda_t = log(alpha_t / sigma_t).
+Every function takes `denoise(x, s) -> x0_hat` in x = x0 + s n, a start x, the levels and an iterator of noise, and
+gives the list of states after each step, in x = x0 + s n again.
 """
 
 import math
@@ -30,7 +30,7 @@ def to_ve(y, s):
 
 
 def ddpm(denoise, x, levels, noises, variance="posterior", scale=1.0, noise_until=None, v=None):
-    """Ho 2020: the mean by eq. 7 and by eq. 11, which must agree; variances of section 3.2; v of Nichol 2021, eq. 15."""
+    """Ho 2020: the mean by eq. 7 and eq. 11, which must agree; variances of section 3.2; v of Nichol 2021, eq. 15."""
     y, states = alpha(levels[0]) * x, []
     for step, (s, s_prev) in enumerate(pairwise(levels)):
         abar, abar_prev = alpha(s) ** 2, alpha(s_prev) ** 2
@@ -104,7 +104,7 @@ def flow_euler(denoise, x, levels, noises):
 
 
 def dpmpp_2s(denoise, x, levels, noises, eta=0.0, r=0.5):
-    """Lu 2022 (DPM-Solver++), algorithm 1, to the lower level of an ancestral step, then fresh noise up to the level."""
+    """Lu 2022 (DPM-Solver++), algorithm 1, to the lower level of an ancestral step, then fresh noise up again."""
     states = []
     for s, s_next in pairwise(levels):
         up = eta * math.sqrt(s_next**2 * (s**2 - s_next**2) / s**2) if eta else 0.0
@@ -127,7 +127,7 @@ def dpmpp_2s(denoise, x, levels, noises, eta=0.0, r=0.5):
 
 
 def dpmpp_2m(denoise, x, levels, noises, sde=False):
-    """Lu 2022 (DPM-Solver++), algorithm 2, or its SDE form of appendix A; the first step and one to level 0 first-order."""
+    """Lu 2022 (DPM-Solver++), algorithm 2, or its SDE form; the first step and one to level 0 are first-order."""
     states, models, hs = [], [], []
     y = alpha(levels[0]) * x
     for s, t in pairwise(levels):
@@ -175,11 +175,11 @@ def exponential_adams(y, s, t, nodes, single=None):
 
 
 def unipc(denoise, x, levels, noises, order=2, variant="bh2"):
-    """Zhao 2023 (UniPC), algorithms 1 and 2 with data prediction: UniP-p, then UniC-p with the model's output at its end.
+    """Zhao 2023 (UniPC), algorithms 1 and 2 with data prediction: UniP-p, then UniC-p with the output at its end.
 
-    Where their linear system has more than one unknown its solution is the polynomial through all nodes, integrated exactly.
+    Where their linear system has more than one unknown, its solution integrates the polynomial through all nodes.
     """
-    states, nodes, N = [], [], len(levels) - 1
+    states, nodes, N, p = [], [], len(levels) - 1, 1
     y = y_start = alpha(levels[0]) * x
     for step, (s, t) in enumerate(pairwise(levels)):
         model = denoise(to_ve(y, s), s)

@@ -37,7 +37,8 @@ class Sampler:
 
     Args:
         function: The sampler itself.
-        order: Its order of convergence to the probability-flow ODE; for a stochastic one, that of its noise-free form.
+        order: Its order of convergence in the number of steps: to the solution of the probability-flow ODE, or in
+            distribution where it draws noise.
         stochastic: Whether it draws noise with its default options.
         calls_per_step: Its denoiser calls per step; None where step control decides. The step to level 0 takes one.
         summary: What it is, in a line.
