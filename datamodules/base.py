@@ -250,6 +250,9 @@ class ImageDataModule(LightningDataModule):
         """
         self._moved.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_splits": {}, "_moved": {}}  # a process that this is sent to reads them itself
+
 
 def held_out(count: int, val_size: int) -> dict[str, Tensor]:
     """Splits training images into those to train on and a fixed random part to validate on.

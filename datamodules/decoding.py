@@ -1,0 +1,234 @@
+"""Decoding many pictures at once: processes that write into one file, a progress bar, and nothing that can hang.
+
+Process w of W takes the pictures w, w + W, w + 2W, ... and writes each to its row. No lock is held and no queue shared,
+so that a process that dies (a decoder that crashes, the system short of memory) costs the picture that it was at and is
+replaced. A process whose parent is gone ends by itself. Huge pictures pass one at a time, which bounds the memory.
+"""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from datamodules.decode import BadPictureError, Transform, decode
+from datamodules.sources import Listing
+
+FEW = 64  # up to so many pictures, processes do not pay
+MOST_PROCESSES = 16
+PATIENCE = 0.2  # seconds between two looks at the progress
+
+
+def decode_all(
+    listing: Listing,
+    names: list[str],
+    transform: Transform,
+    path: Path,
+    processes: int | None = None,
+    strict: bool = False,
+) -> dict[int, str]:
+    """Decodes pictures into the rows of a file.
+
+    Args:
+        listing: Where the pictures lie.
+        names: Their names, in the order of the rows.
+        transform: What to make of each.
+        path: The file, which is as large as all rows.
+        processes: Number of processes; by default one per core that this process may use, 16 at the most.
+        strict: Whether to stop at the first picture that cannot be used.
+
+    Returns:
+        For the number of each picture that cannot be used, why.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    if processes is None:
+        processes = min(MOST_PROCESSES, _cores())
+    reasons: dict[int, str] = {}
+    pause = 0.5 if sys.stderr.isatty() else 15  # seconds between two states of the bar
+    with tqdm(total=len(names), desc="Preparing pictures", unit="", delay=1, mininterval=pause) as bar:
+        if processes <= 1 or len(names) <= FEW or "fork" not in multiprocessing.get_all_start_methods():
+            for number, reason in _decode_some(listing, names, transform, path, 0, 1):
+                bar.update()
+                if reason:
+                    reasons[number] = reason
+                    if strict:
+                        break
+            return reasons
+        crew = Crew(listing, names, transform, path, processes)
+        try:
+            for done, found in crew.run():
+                bar.update(done - bar.n)
+                reasons |= found
+                if strict and reasons:
+                    break
+        finally:
+            crew.stop()
+    return reasons
+
+
+class CannotWriteError(OSError):
+    """A process could not write to the file."""
+
+
+class Crew:
+    """The processes and what they share: for each, a counter of what it has done.
+
+    Args:
+        listing: Where the pictures lie.
+        names: Their names.
+        transform: What to make of each.
+        path: The file that is written to.
+        size: Number of processes.
+    """
+
+    def __init__(self, listing: Listing, names: list[str], transform: Transform, path: Path, size: int) -> None:
+        self.work = (listing, names, transform, path)
+        self.count = len(names)
+        self.size = size
+        self.context = multiprocessing.get_context("fork")
+        self.done = mmap.mmap(-1, 8 * size)  # shared with what is forked from here
+        self.processes: list[Any] = [None] * size
+        self.pipes: list[Connection | None] = [None] * size
+
+    def start(self, worker: int) -> None:
+        """Starts one process where its predecessor stopped.
+
+        Args:
+            worker: Its number.
+        """
+        ours, theirs = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_run, args=(self, worker, theirs, os.getpid()), daemon=True)
+        process.start()
+        theirs.close()  # or the end of the process would not be seen
+        self.processes[worker], self.pipes[worker] = process, ours
+
+    def progress(self, worker: int) -> int:
+        """Number of pictures that a process and its predecessors have dealt with.
+
+        Args:
+            worker: Its number.
+
+        Returns:
+            The count.
+        """
+        return int(struct.unpack_from("q", self.done, 8 * worker)[0])
+
+    def advance(self, worker: int) -> None:
+        """Counts one more picture.
+
+        Args:
+            worker: Number of the process that dealt with it.
+        """
+        struct.pack_into("q", self.done, 8 * worker, self.progress(worker) + 1)
+
+    def run(self) -> Iterator[tuple[int, dict[int, str]]]:
+        """Starts all and watches them.
+
+        Yields:
+            The number of pictures dealt with so far, and what was found wrong since.
+        """
+        for worker in range(self.size):
+            self.start(worker)
+        while any(pipe is not None for pipe in self.pipes):
+            found: dict[int, str] = {}
+            ready = wait([pipe for pipe in self.pipes if pipe is not None], PATIENCE)
+            for worker, pipe in enumerate(self.pipes):
+                if pipe is not None and pipe in ready:
+                    found |= self._listen(worker, pipe)
+            yield sum(self.progress(worker) for worker in range(self.size)), found
+
+    def _listen(self, worker: int, pipe: Connection) -> dict[int, str]:
+        """What a process reports; where it has ended before its work, the picture that it was at is to blame."""
+        try:
+            number, reason = pipe.recv()
+            if number < 0:
+                raise CannotWriteError(reason)
+            return {number: reason}
+        except CannotWriteError:
+            raise
+        except (EOFError, OSError):
+            pipe.close()
+            self.pipes[worker] = None
+            self.processes[worker].join()
+        number = worker + self.size * self.progress(worker)
+        if number >= self.count:
+            return {}
+        code = self.processes[worker].exitcode
+        self.advance(worker)
+        self.start(worker)
+        return {number: f"ended the process that decoded it (exit status {code}; short of memory?)"}
+
+    def stop(self) -> None:
+        """Ends all processes."""
+        for process in self.processes:
+            if process is not None and process.is_alive():
+                process.kill()
+        for process in self.processes:
+            if process is not None:
+                process.join()
+
+
+def _run(crew: Crew, worker: int, pipe: Connection, parent: int) -> None:
+    """What a process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent, which stops us
+    listing, names, transform, path = crew.work
+    listing.reopen()
+    first = worker + crew.size * crew.progress(worker)
+    try:
+        for number, reason in _decode_some(listing, names, transform, path, first, crew.size):
+            if os.getppid() != parent:
+                return
+            if reason:
+                pipe.send((number, reason))
+            crew.advance(worker)
+    except OSError as error:  # the disk, since what is wrong with a picture is told above
+        with contextlib.suppress(OSError):
+            pipe.send((-1, error.strerror or str(error)))
+
+
+def _decode_some(
+    listing: Listing, names: list[str], transform: Transform, path: Path, first: int, step: int
+) -> Iterator[tuple[int, str | None]]:
+    """Decodes every `step`-th picture and writes it to its row.
+
+    Yields:
+        The picture's number, and why it cannot be used or None.
+    """
+    row = transform.channels * transform.size**2
+    with path.open("r+b", buffering=0) as output:
+        for number in range(first, len(names), step):
+            try:
+                with listing.open(names[number]) as file:
+                    array = decode(file, transform, lambda: _alone(path))
+                output.seek(number * row)
+                output.write(array.tobytes())
+                yield number, None
+            except BadPictureError as error:
+                yield number, str(error)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one process at a time pass; the system lets the next in when the one inside dies."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where one process does all
+        yield
+        return
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,283 @@
+"""Where pictures lie: a folder of any depth, a zip, or a list of globs. What is there is listed; nothing is decoded.
+
+Names are relative to the root, with "/" between their parts, and sorted, so that a folder and its zip list alike.
+What cannot be listed (an unreadable folder, a link that points nowhere) is told by name. Links to folders are followed,
+each folder once, so that links in a circle end.
+"""
+
+import glob
+import io
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import translate
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from datamodules.decode import ENDINGS, BadPictureError
+
+GIVE = "give a folder of pictures, a zip of them, or a list of globs"
+MAX_MEMBER = 2**30  # bytes that a picture in a zip may unpack to
+
+
+class Picture(NamedTuple):
+    """A listed picture: its name, its bytes, and its time of change (of a zip's member: its checksum)."""
+
+    name: str
+    size: int
+    stamp: int
+
+
+class Skip(NamedTuple):
+    """A file or folder that is left out, and why, as the end of a sentence that begins with its name."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Listing:
+    """The pictures under a root.
+
+    Args:
+        root: What the names are relative to; the zip itself for a zip.
+        pictures: The pictures, sorted by name.
+        skipped: What could not be listed.
+        label: What messages call the source.
+        archive: The opened zip, where the root is one.
+    """
+
+    root: Path
+    pictures: list[Picture]
+    skipped: list[Skip] = field(default_factory=list)
+    label: str = ""
+    archive: zipfile.ZipFile | None = None
+
+    def open(self, name: str) -> IO[bytes]:
+        """Opens a picture.
+
+        Args:
+            name: Its name in the listing.
+
+        Returns:
+            The opened file, which can seek.
+
+        Raises:
+            BadPictureError: If it cannot be opened.
+        """
+        try:
+            if self.archive is None:
+                return (self.root / name).open("rb")
+            info = self.archive.getinfo(name)
+            if info.file_size > MAX_MEMBER:
+                raise BadPictureError(f"unpacks to {info.file_size} bytes, which no picture has")
+            return io.BytesIO(self.archive.read(info))
+        except PermissionError as error:
+            raise BadPictureError("may not be read (no permission)") from error
+        except BadPictureError:
+            raise
+        except OSError as error:
+            raise BadPictureError(f"cannot be read ({error.strerror or error})") from error
+        except Exception as error:  # zipfile raises many kinds at damaged, encrypted or exotic members
+            raise BadPictureError(f"cannot be unpacked ({error})") from error
+
+    def reopen(self) -> None:
+        """Gives a forked process a file position of its own in the zip."""
+        if self.archive is not None:
+            self.archive.fp = self.root.open("rb")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "archive": self.archive is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, archive=zipfile.ZipFile(state["root"]) if state["archive"] else None)
+
+
+def printable(name: str) -> str:
+    """A file name that any terminal takes: bytes that are no UTF-8 are written as escapes.
+
+    Args:
+        name: A name as the system gives it.
+
+    Returns:
+        The name to print.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def list_pictures(root: str | Sequence[str]) -> Listing:
+    """Lists the pictures of a source.
+
+    Args:
+        root: A folder, a zip, a glob such as "dogs/*terrier*/**", or several of these.
+
+    Returns:
+        The listing, which may be empty.
+
+    Raises:
+        FileNotFoundError: If the source does not exist.
+        PermissionError: If it may not be read.
+        ValueError: If it is neither a folder, nor a zip, nor a glob.
+    """
+    if isinstance(root, str):
+        path = Path(root).expanduser()
+        if _exists(path):
+            return _list_zip(path) if path.is_file() else _list_folder(path)
+        if not glob.has_magic(root):
+            raise FileNotFoundError(f"{path} does not exist; {GIVE}.")
+        root = [root]
+    if not root:
+        raise ValueError("root is an empty list; " + GIVE + ".")
+    return _list_globs(root)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a name has a picture's ending and is not hidden.
+
+    Args:
+        name: A file name, with or without folders.
+
+    Returns:
+        True where it looks like a picture.
+    """
+    last = name.rpartition("/")[2]
+    return last.lower().endswith(ENDINGS) and not last.startswith(".")
+
+
+def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_result]]:
+    """Goes through all files with a picture's ending, each folder once even where links make a circle.
+
+    Args:
+        folder: Where to start.
+        skipped: What cannot be listed is added here.
+
+    Yields:
+        The name relative to the folder, and what the system says of the file.
+    """
+    waiting, seen = [""], set()
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            place = (folder / prefix).stat()
+            if (place.st_dev, place.st_ino) in seen:
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            with os.scandir(folder / prefix) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            skipped.append(Skip(prefix.rstrip("/") or str(folder), f"cannot be listed ({_why(error)})"))
+            continue
+        below = []
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            name = prefix + entry.name
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if is_picture(name):
+                    skipped.append(Skip(name, f"cannot be found ({_why(error)})"))
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                below.append(name + "/")
+            elif is_picture(name):
+                if stat.S_ISREG(status.st_mode):
+                    yield name, status
+                else:
+                    skipped.append(Skip(name, "is no regular file"))
+        waiting += reversed(below)
+
+
+def _list_folder(folder: Path) -> Listing:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is neither a folder nor a zip; {GIVE}.")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(f"{folder} may not be read; ask its owner for permission to read and enter it.")
+    skipped: list[Skip] = []
+    pictures = [Picture(name, status.st_size, status.st_mtime_ns) for name, status in walk(folder, skipped)]
+    return Listing(folder, sorted(pictures), skipped, printable(str(folder)))
+
+
+def _list_zip(path: Path) -> Listing:
+    try:
+        archive = zipfile.ZipFile(path)
+    except PermissionError as error:
+        raise PermissionError(f"{path} may not be read; ask its owner for permission to read it.") from error
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is neither a folder nor a whole zip ({error}); {GIVE}.") from error
+    pictures = {
+        info.filename: Picture(info.filename, info.file_size, info.CRC)
+        for info in archive.infolist()
+        if is_picture(info.filename) and not info.is_dir() and not _is_hidden(info.filename)
+    }
+    return Listing(path, sorted(pictures.values()), [], printable(str(path)), archive)
+
+
+def _list_globs(patterns: Sequence[str]) -> Listing:
+    skipped: list[Skip] = []
+    pictures: dict[str, Picture] = {}
+    for pattern in patterns:
+        full = os.path.abspath(os.path.expanduser(pattern))
+        before = len(pictures) + len(skipped)
+        for name, status in _matches(full, skipped):
+            pictures[name] = Picture(name, status.st_size, status.st_mtime_ns)
+        if len(pictures) + len(skipped) == before:
+            raise FileNotFoundError(f"No picture matches {pattern!r}; its files must end in {', '.join(ENDINGS)}.")
+    return Listing(Path("/"), sorted(pictures.values()), skipped, ", ".join(patterns))
+
+
+def _matches(pattern: str, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_result]]:
+    """The pictures that a glob names, or that lie below a folder that it names; "**" is folders of any depth."""
+    head, deep, _ = pattern.partition("**")  # glob's own "**" would follow links in a circle
+    if deep:
+        head = head.rpartition("/")[0]
+        expression = re.compile(_expression(pattern))
+    for found in sorted(glob.glob(head)):
+        path = Path(found)
+        if path.is_dir():
+            for name, status in walk(path, skipped):
+                full = str(path / name)
+                if not deep or expression.match(full):
+                    yield full, status
+        elif not deep and is_picture(found):
+            try:
+                yield found, path.stat()
+            except OSError as error:
+                skipped.append(Skip(found, f"cannot be found ({_why(error)})"))
+
+
+def _expression(pattern: str) -> str:
+    """A glob as a regular expression over whole paths; its last "**" takes files, the others folders."""
+    parts = pattern.split("/")
+    pieces = []
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if part == "**":
+            pieces.append(".*" if last else "(?:[^/]+/)*")
+        else:
+            inner = (
+                translate(part).removeprefix("(?s:").removesuffix(")\\Z").removesuffix(")\\z").replace(".*", "[^/]*")
+            )
+            pieces.append(inner.replace(".*", "[^/]*") + ("" if last else "/"))
+    return "(?s:" + "".join(pieces) + ")\\Z"
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise PermissionError(f"{path} may not be looked at; ask the owner of the folders above it.") from error
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
