@@ -1,12 +1,14 @@
 """What many tests share: a clean working folder, small data in official layouts, one run of the command in this process."""
 
 import gzip
+import logging
 import os
 
 import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+logging.raiseExceptions = False  # Lightning's log handler keeps a stream that pytest has closed
 
 
 def write_idx(folder, train=200, test=40, size=28, classes=10, compress=True, seed=0):
