@@ -1,0 +1,270 @@
+"""What holds for every network: shapes, conditions that are really used, no dead parameters, half precision."""
+
+import pytest
+import torch
+
+from diffusion_lit.nets import DiT, PlainUNet, UNet
+
+SMALL = {
+    "unet": lambda **kw: UNet(**{"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1} | kw),
+    "unet patches": lambda **kw: UNet(**{"model_channels": 16, "channel_mult": (1, 2), "patch_size": 2} | kw),
+    "unet ddpm++": lambda **kw: UNet(
+        **{
+            "model_channels": 16,
+            "channel_mult": (1, 2),
+            "num_blocks": 1,
+            "adaptive_scale": False,
+            "resample": "block",
+            "resample_filter": (1, 3, 3, 1),
+            "skip_scale": 0.5**0.5,
+            "decoder_attention": "last",
+        }
+        | kw
+    ),
+    "unet linear": lambda **kw: UNet(
+        **{
+            "model_channels": 16,
+            "channel_mult": (1, 2),
+            "num_blocks": 1,
+            "linear_attention_resolutions": (16,),
+            "resample": "unshuffle",
+        }
+        | kw
+    ),
+    "unet pool": lambda **kw: UNet(
+        **{"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "resample": "pool"} | kw
+    ),
+    "dit": lambda **kw: DiT(**{"hidden_channels": 32, "depth": 2, "num_heads": 2} | kw),
+}
+
+
+def build(name, seed=0, **options):
+    """A small network whose zero-initialised parts are moved off zero, so that everything has an effect."""
+    torch.manual_seed(seed)
+    net = SMALL[name](**{"in_channels": 2, "image_size": 16, "noise_embedding": "fourier"} | options)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+def batch(n=3, channels=2, size=16):
+    torch.manual_seed(1)
+    return torch.randn(n, channels, size, size), torch.rand(n)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 16, 16), (3, 8, 20), (4, 28, 12)])
+def test_shapes(name, channels, height, width):
+    net = build(name, in_channels=channels)
+    out = net(torch.randn(2, channels, height, width), torch.rand(2))
+    assert out.shape == (2, channels, height, width)
+    assert build(name, out_channels=6)(*batch()).shape == (3, 6, 16, 16)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_new_network_predicts_zero_and_says_what_it_is(name):
+    net = SMALL[name](in_channels=2, image_size=16, num_classes=3, out_channels=4)
+    assert (net.in_channels, net.out_channels, net.image_size, net.num_classes) == (2, 4, 16, 3)
+    assert torch.count_nonzero(net(*batch())) == 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_condition_is_used(name):
+    net = build(name, num_classes=3, augment_dim=9)
+    x, noise = batch()
+    label, augment = torch.tensor([0, 1, 2]), torch.randn(3, 9)
+    with torch.no_grad():
+        out = net(x, noise, label, augment)
+        scale = out.std()
+        for other in (
+            net(x, noise + 0.3, label, augment),
+            net(x, noise, (label + 1) % 3, augment),
+            net(x, noise, None, augment),
+            net(x, noise, label, -augment),
+            net(x, noise, label),
+            net(x + 0.1 * torch.randn_like(x), noise, label, augment),
+        ):
+            assert ((other - out).flatten(1).abs().amax(1) > 1e-3 * scale).all()
+        assert torch.equal(net(x, noise, label), net(x, noise, label, torch.zeros(3, 9)))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_label_is_the_null_class(name):
+    net = build(name, num_classes=3)
+    x, noise = batch()
+    assert torch.equal(net(x, noise), net(x, noise, torch.full((3,), 3)))
+    with pytest.raises(IndexError):
+        net(x, noise, torch.tensor([0, 1, 4]))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_images_of_a_batch_do_not_see_each_other(name):
+    net = build(name, num_classes=3).double()
+    x, noise = batch()
+    x, noise, label = x.double(), noise.double(), torch.tensor([2, 0, 3])
+    together = net(x, noise, label)
+    alone = torch.cat([net(x[i : i + 1], noise[i : i + 1], label[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_parameter_learns(name):
+    net = build(name, num_classes=2, augment_dim=9)
+    x, noise = batch()
+    net(x, noise, torch.tensor([0, 1, 2]), torch.randn(3, 9)).square().sum().backward()
+    dead = [key for key, p in net.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6]
+    assert not dead
+    rows = net.conditioning.label.weight.grad.abs().amax(1)
+    assert (rows > 1e-6).all(), "each class and the null class has a row of its own"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_conditions_without_a_place_are_refused(name):
+    net = build(name)
+    x, noise = batch()
+    with pytest.raises(ValueError, match="num_classes"):
+        net(x, noise, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="augment_dim"):
+        net(x, noise, augment=torch.zeros(3, 9))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_sizes_that_do_not_divide_are_refused(name):
+    with pytest.raises(ValueError, match="image_size=17 is not a multiple of"):
+        build(name, image_size=17)
+    net = build(name)
+    with pytest.raises(ValueError, match=r"16x17 .* multiple of"):
+        net(torch.zeros(1, 2, 16, 17), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"17x16 .* multiple of"):
+        net(torch.zeros(1, 2, 17, 16), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"\(B, 2, H, W\), not \(1, 3, 16, 16\)"):
+        net(torch.zeros(1, 3, 16, 16), torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "bad",
+    [{"in_channels": 0}, {"num_classes": -1}, {"patch_size": 0}, {"augment_dim": -9}, {"noise_embedding": "sine"}],
+)
+def test_arguments_out_of_range_are_refused_by_name(name, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SMALL[name](**bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"channel_mult": ()},
+        {"channel_mult": (1, 0)},
+        {"num_blocks": 0},
+        {"dropout": 1.0},
+        {"resample": "stride"},
+        {"resample": "pool", "resample_filter": (1, 2, 1)},
+        {"decoder_attention": "first"},
+        {"head_channels": 0},
+        {"model_channels": 3},
+    ],
+)
+def test_the_unet_refuses_what_it_cannot_build(bad):
+    with pytest.raises(
+        ValueError, match=r"level|channel_mult|num_blocks|dropout|resample|decoder|head_channels|features"
+    ):
+        UNet(**{"model_channels": 8, "image_size": 16} | bad)
+
+
+@pytest.mark.parametrize("bad", [{"hidden_channels": 30}, {"num_heads": 5}, {"depth": 0}, {"mlp_ratio": 0.0}])
+def test_the_dit_refuses_what_it_cannot_build(bad):
+    with pytest.raises(ValueError, match=r"hidden_channels|num_heads|depth|mlp_ratio"):
+        DiT(**{"hidden_channels": 32} | bad)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_autocast_stays_near_float32(name):
+    net = build(name, num_classes=3)
+    x, noise = batch()
+    with torch.no_grad():
+        exact = net(x, noise)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = net(x, noise)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).std() < 0.03 * exact.std()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_neighbouring_steps_stay_apart_under_bfloat16(name):
+    net = build(name, noise_embedding="positional")
+    steps = torch.tensor([900.0, 901.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        emb = net.conditioning(steps, None, None)
+    assert emb.dtype == torch.float32
+    exact = net.conditioning(steps.double(), None, None)
+    torch.testing.assert_close(emb, exact.to(emb.dtype), rtol=1e-3, atol=1e-4)
+    assert (emb[0] - emb[1]).abs().max() > 1e-3
+
+
+def test_the_plain_network_ignores_the_noise_level():
+    torch.manual_seed(0)
+    net = PlainUNet(in_channels=2, image_size=16, model_channels=16, channel_mult=(1, 2), num_blocks=1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x, noise = batch()
+    assert net.conditioning is None
+    assert torch.equal(net(x, noise), net(x, noise + 5))
+    with pytest.raises(ValueError, match="num_classes"):
+        net(x, noise, torch.zeros(3, dtype=torch.int64))
+    labelled = PlainUNet(2, 16, num_classes=3, model_channels=16, channel_mult=(1, 2))
+    with torch.no_grad():
+        for p in labelled.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    assert torch.equal(labelled(x, noise), labelled(x, noise + 5))
+    assert not torch.equal(labelled(x, noise), labelled(x, noise, torch.tensor([0, 1, 2])))
+
+
+def test_attention_stands_where_it_was_asked_for():
+    from diffusion_lit.nets.layers import Attention, LinearAttention
+
+    def count(**options):
+        net = UNet(image_size=32, model_channels=8, channel_mult=(1, 1, 1), num_blocks=2, **options)
+        full = sum(type(m) is Attention for m in net.modules())
+        return full, sum(type(m) is LinearAttention for m in net.modules())
+
+    assert count(attention_resolutions=()) == (0, 0)
+    assert count(attention_resolutions=(16,)) == (2 + 1 + 3, 0)  # encoder, middle, decoder
+    assert count(attention_resolutions=(16, 8), decoder_attention="last") == (4 + 1 + 2, 0)
+    assert count(attention_resolutions=(8,), linear_attention_resolutions=(32,)) == (6, 5)
+    assert count(attention_resolutions=(8,), patch_size=4) == (6, 0)  # 8 is the largest map behind the stem
+
+
+def test_without_attention_a_shift_of_the_image_shifts_the_prediction():
+    """A convolutional network commutes with shifts by its total stride, away from the border."""
+    net = UNet(1, 160, model_channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(), patch_size=2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    for norm in (m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)):
+        norm.forward = lambda x: x  # its statistics see the whole image
+    net = net.double().requires_grad_(False)
+    inner = torch.zeros(1, 1, 160, 160, dtype=torch.float64)
+    inner[..., 76:84, 76:84] = torch.randn(8, 8, dtype=torch.float64)
+    noise = torch.zeros(1, dtype=torch.float64)
+    here, there = net(inner, noise), net(inner.roll((4, -4), (2, 3)), noise)
+    middle = (..., slice(72, 88), slice(72, 88))  # 60 pixels that one output sees on each side keep off the border
+    effect = (here - net(torch.zeros_like(inner), noise))[middle].abs().max()
+    assert effect > 1e-3
+    expected = here.roll((4, -4), (2, 3))[middle]
+    torch.testing.assert_close(there[middle], expected, rtol=0, atol=1e-9 * effect.item())
+    odd = net(inner.roll(1, 3), noise).roll(-1, 3)[middle]
+    assert (odd - here[middle]).abs().max() > 1e-3 * effect, "it does not commute with a shift inside a patch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet", "unet ddpm++", "dit"])
+def test_compiled_equals_eager(name):
+    net = build(name, num_classes=3, augment_dim=9)
+    x, noise = batch()
+    eager = net(x, noise, torch.tensor([0, 1, 2]))
+    net.compile(fullgraph=True)
+    torch.testing.assert_close(net(x, noise, torch.tensor([0, 1, 2])), eager, rtol=1e-3, atol=1e-4)
