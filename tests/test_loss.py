@@ -1,7 +1,9 @@
 """Losses and gradients against the papers' formulas, written out here; the bound against torch's KL and CDF."""
 
+import itertools
 import math
 
+import jsonargparse
 import pytest
 import torch
 from tiny_net import TinyNet
@@ -22,7 +24,9 @@ from diffusion_lit.diffusion import (
     LogNormal,
     LossWeight,
     MinSNR,
+    NoiseLevels,
     PaperWeight,
+    Scaling,
     UnitWeight,
     VScaling,
     X0Scaling,
@@ -162,8 +166,8 @@ def test_learned_uncertainty_has_its_formula_and_learns_the_error():
     sigma = torch.logspace(-2, 2, 64)
     weighted = 0.3 + 0.2 * (sigma.log() / 2).sin()  # error / c_out^2, a smooth function of sigma
     error = weighted * scaling(sigma)[1] ** 2
-    optimizer = torch.optim.Adam(weight.parameters(), lr=0.05)
-    for _ in range(300):
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.1)
+    for _ in range(150):
         optimizer.zero_grad()
         weight(error, sigma, scaling).mean().backward()
         optimizer.step()
@@ -355,6 +359,47 @@ def test_bad_input_is_named():
         HybridLoss()(LearnedVarianceDenoiser(TinyNet(out_channels=4), EDMScaling()), x0, EDM_SIGMA.float(), n)
     with pytest.raises(NotImplementedError):
         LossWeight()(x0, x0, EDMScaling())
+
+
+SCHEDULE_YAML = "schedule: {class_path: diffusion_lit.diffusion.CosineSchedule, init_args: {num_steps: 300}}"
+FROM_YAML = {
+    "scaling": [
+        ("EDMScaling", "sigma_data: 0.6"),
+        ("EpsScaling", SCHEDULE_YAML),
+        ("X0Scaling", ""),
+        ("X0Scaling", SCHEDULE_YAML),
+        ("VScaling", SCHEDULE_YAML),
+        ("FlowScaling", ""),
+    ],
+    "levels": [
+        ("DiscreteUniform", SCHEDULE_YAML),
+        ("UniformT", ""),
+        ("UniformT", SCHEDULE_YAML),
+        ("LogNormal", "P_mean: -0.4, P_std: 1.0"),
+        ("LogitNormal", "mean: 0.1"),
+        ("Constant", "sigma: 0.5"),
+    ],
+    "weight": [("PaperWeight", ""), ("UnitWeight", ""), ("MinSNR", "gamma: 3.0"), ("LearnedUncertainty", "")],
+}
+
+
+def from_yaml(base, name, arguments):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "built")
+    text = f"built: {{class_path: diffusion_lit.diffusion.{name}, init_args: {{{arguments}}}}}"
+    built = parser.instantiate_classes(parser.parse_string(text)).built
+    assert type(built).__name__ == name
+    return built
+
+
+def test_any_combination_comes_from_yaml():
+    bases = {"scaling": Scaling, "levels": NoiseLevels, "weight": LossWeight}
+    choices = [[from_yaml(bases[key], *option) for option in options] for key, options in FROM_YAML.items()]
+    x0, n = tensors(torch.float32)
+    for scaling, levels, weight in itertools.product(*choices):
+        sigma = levels.sample(4, torch.Generator().manual_seed(0))
+        loss = DenoisingLoss(weight)(Denoiser(TinyNet(), scaling), x0, sigma, n)
+        assert bool(loss.isfinite().all())
 
 
 def test_losses_are_modules_with_the_weights_parameters():

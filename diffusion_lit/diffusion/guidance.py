@@ -50,9 +50,14 @@ def _scales(
     return torch.where((levels > interval[0]) & (levels <= interval[1]), scales, neutral)
 
 
-def _rows(sigma: Tensor | float, rows: Tensor) -> Tensor | float:
+def _at(sigma: Tensor | float, rows: Tensor) -> Tensor | float:
     """Sigma of the given samples."""
-    return sigma[rows] if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    return sigma[rows.to(sigma.device)] if isinstance(sigma, Tensor) and sigma.ndim else sigma
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """The given images, without a copy (which would also forget the memory format) where it is all of them in order."""
+    return x if len(rows) == len(x) else x[rows]
 
 
 def _rescaled(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
@@ -131,8 +136,11 @@ class ClassifierFreeGuidance(DenoiserWrapper):
         if bool((scale == 0).all()):
             return evaluate(x, sigma, null)
         with_label, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
-        rows = torch.cat([with_label, without])
-        outputs = evaluate(x[rows], _rows(sigma, rows), torch.cat([label[with_label], null[without]]))
+        outputs = evaluate(
+            torch.cat([_take(x, with_label), _take(x, without)]),
+            _at(sigma, torch.cat([with_label, without])),
+            torch.cat([label[with_label], null[without]]),
+        )
         weight = per_sample(scale.to(outputs[0].dtype).to(x.device), x)
         merged = []
         for index, output in enumerate(outputs):
@@ -181,7 +189,7 @@ class Autoguidance(DenoiserWrapper):
         if len(rows) == 0:
             return (x0_hat, *rest)
         guide_label = None if label is None or getattr(self.guide, "num_classes", None) == 0 else label[rows]
-        (worse,) = evaluate_plain(self.guide)(x[rows], _rows(sigma, rows), guide_label)
+        (worse,) = evaluate_plain(self.guide)(_take(x, rows), _at(sigma, rows), guide_label)
         weight = per_sample(scale.to(x0_hat.dtype).to(x.device)[rows], x)
         return (x0_hat.index_copy(0, rows, worse + weight * (x0_hat[rows] - worse)), *rest)
 
