@@ -1,4 +1,4 @@
-"""What many tests share: a clean working folder, small data in official layouts, one run of the command in this process."""
+"""What many tests share: a clean working folder, small data in official layouts, the command in this process."""
 
 import gzip
 import logging

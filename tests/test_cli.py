@@ -117,7 +117,15 @@ def test_sampling_needs_the_checkpoint_alone(lightning, checkpoint, tmp_path, ca
     assert Image.open(tmp_path / "out/trajectory.gif").n_frames >= 3
 
     lightning(
-        *["sample", "--ckpt_path", checkpoint, "--num_samples=3", "--labels=0,0,1", "--cfg_scale=1.5", "--sampler=heun"],
+        *[
+            "sample",
+            "--ckpt_path",
+            checkpoint,
+            "--num_samples=3",
+            "--labels=0,0,1",
+            "--cfg_scale=1.5",
+            "--sampler=heun",
+        ],
         *["--num_steps=3", "--seed=5", "--batch_size=64", "--out", tmp_path / "again"],
     )
     again = np.load(tmp_path / "again/samples.npz")

@@ -87,7 +87,9 @@ def test_the_average_is_the_recursion(tmp_path, ema, beta):
     average = expected(beta, 10)
     assert checkpoint["state_dict"]["weight"].item() == pytest.approx(average, rel=1e-5)
     assert checkpoint["current_model_state"]["weight"].item() == 10
-    assert watch.seen["validation_epoch_end"] == [pytest.approx(average, rel=1e-5)]  # listed before the average, yet sees it
+    assert watch.seen["validation_epoch_end"] == [
+        pytest.approx(average, rel=1e-5)
+    ]  # listed before the average, yet sees it
     assert watch.seen["train_epoch_end"] == [10]
     assert module.weight.item() == 10  # raw weights stay at the end
 
@@ -131,7 +133,9 @@ def test_a_resumed_run_averages_as_an_unbroken_one(tmp_path):
     assert whole_state["current_model_state"]["weight"] == resumed_state["current_model_state"]["weight"] == 20
 
 
-@pytest.mark.parametrize(("options", "message"), [({"decay": 1.0}, "decay is 1.0"), ({"half_life": 0}, "half_life is 0")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"decay": 1.0}, "decay is 1.0"), ({"half_life": 0}, "half_life is 0")]
+)
 def test_averages_that_never_move_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         EMA(**options)

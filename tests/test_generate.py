@@ -58,7 +58,10 @@ def test_a_sample_is_a_function_of_its_seed_whatever_the_batch(settings, scaling
     [
         (EDMScaling(), 80.0),
         (FlowScaling(), 999.0),
-        (EpsScaling(LinearSchedule(1000)), math.sqrt(1 / math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 999) for i in range(1000)))),
+        (
+            EpsScaling(LinearSchedule(1000)),
+            math.sqrt(1 / math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 999) for i in range(1000))),
+        ),
     ],
     ids=["edm", "flow", "ddpm"],
 )

@@ -1,0 +1,61 @@
+"""Tensors to bytes, grids, strips and animations."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusion_lit.pictures import StepRecorder, grid_image, png_bytes, save_gif, to_uint8
+
+
+def test_bytes_are_rounded_and_clipped():
+    values = torch.tensor([-2.0, -1.0, -1 + 2 / 255, 0.0, 1.0, 3.0, 0.5])
+    assert to_uint8(values).tolist() == [0, 0, 1, 128, 255, 255, 191]
+    every = torch.arange(256)
+    assert torch.equal(to_uint8(every / 127.5 - 1), every.to(torch.uint8))
+
+
+def test_a_grid_holds_its_pictures_row_by_row():
+    images = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 4, 4)
+    grid = np.asarray(grid_image(images, columns=3, scale=1))[..., 0]
+    tiles = [
+        grid[1 + 5 * row : 5 + 5 * row, 1 + 5 * column : 5 + 5 * column] for row in range(2) for column in range(3)
+    ]
+    for tile, image in zip(tiles, to_uint8(images), strict=True):
+        assert (tile == image[0].numpy()).all()
+    for channels in (1, 2, 3, 4):
+        assert grid_image(torch.zeros(2, channels, 4, 4), columns=2).size == (2 * 72 + 8, 72 + 8)[:1] + (64 + 16,)
+
+
+def test_an_animation_loops_and_rests_at_its_end(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 100, 200)]
+    data = save_gif(frames, tmp_path / "x.gif", seconds=3)
+    gif = Image.open(io.BytesIO(data))
+    assert (tmp_path / "x.gif").read_bytes() == data
+    assert gif.n_frames == 3
+    assert gif.info["loop"] == 0
+    durations = []
+    for frame in range(3):
+        gif.seek(frame)
+        durations.append(gif.info["duration"])
+        assert abs(gif.convert("RGB").getpixel((4, 4))[0] - (0, 100, 200)[frame]) < 10
+    assert durations == [1000, 1000, 2500]
+
+
+def test_the_recorder_shows_noise_at_unit_variance_above_the_prediction():
+    recorder = StepRecorder(keep=2)
+    for step, sigma in enumerate((10.0, 1.0, 0.1)):
+        x0_hat = torch.full((5, 1, 4, 4), 0.5)
+        recorder(step, x0_hat * (1 + sigma**2) ** 0.5, x0_hat, torch.tensor(sigma))
+    assert recorder.x[0].shape[0] == 2
+    strip = np.asarray(recorder.strip(columns=3).convert("L"))
+    assert recorder.strip(columns=2).width < recorder.strip(columns=3).width
+    picture = strip[strip != 255]
+    assert set(np.unique(picture)) == {191}  # both rows are 0.5 once x is scaled by 1 / sqrt(1 + sigma^2)
+    assert len(recorder.frames(columns=2)) == 4
+
+
+def test_png_round_trip():
+    image = grid_image(torch.rand(1, 3, 8, 8) * 2 - 1, columns=1)
+    assert (np.asarray(Image.open(io.BytesIO(png_bytes(image)))) == np.asarray(image)).all()
