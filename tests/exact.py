@@ -92,8 +92,9 @@ def edm_target(x, x0, s):
 PREDICTIONS = {
     "eps, linear": (lambda: EpsScaling(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, eps_target),
     "eps, continuous VP": (lambda: EpsScaling(ContinuousVP()), of_continuous_vp, vp_input, eps_target),
-    "x0, linear": (lambda: X0Scaling(LinearSchedule(300)), of_steps(linear_betas(300)), vp_input, x0_target),
+    "x0, linear": (lambda: X0Scaling(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, x0_target),
     "x0, flow": (lambda: X0Scaling(), of_flow, flow_input, x0_target),
+    "v, linear": (lambda: VScaling(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, v_target),
     "v, cosine": (lambda: VScaling(CosineSchedule(300)), of_steps(cosine_betas(300)), vp_input, v_target),
     "v, scaled linear": (
         lambda: VScaling(ScaledLinearSchedule(1000)),
@@ -135,3 +136,17 @@ def exact_denoiser(prediction, size=3):
     """The package's denoiser around the exact network of a prediction type."""
     scaling, level, scale_input, target = PREDICTIONS[prediction]
     return Denoiser(ExactNet(level, scale_input, target, *gaussian(size)), scaling())
+
+
+class NetOf(torch.nn.Module):
+    """The network of a prediction type whose denoiser is a given function of (x, s) with s of shape (B, 1, 1, 1)."""
+
+    def __init__(self, prediction, denoise):
+        super().__init__()
+        _, self.level, self.scale_input, self.target = PREDICTIONS[prediction]
+        self.denoise = denoise
+
+    def forward(self, x, noise, label=None):
+        s = self.level(noise.double())[:, None, None, None]
+        noisy = x.double() / self.scale_input(s)
+        return self.target(noisy, self.denoise(noisy, s), s).to(x.dtype)
