@@ -5,12 +5,15 @@ import torch
 from tiny_net import TinyNet
 
 from diffusion_lit.diffusion import (
+    SAMPLERS,
+    Conditioned,
     Denoiser,
     EDMScaling,
     EpsScaling,
     FlowScaling,
     LearnedVarianceDenoiser,
     LinearSchedule,
+    SeededNoise,
     VScaling,
     X0Scaling,
 )
@@ -160,3 +163,20 @@ def test_learned_variance_is_the_second_half_of_one_forward():
     torch.testing.assert_close(v, (output[:, 2:] + 1) / 2)
     assert torch.equal(denoiser(x, sigma, label), x0_hat)
     assert not hasattr(Denoiser(net, scaling), "learned_variance")
+
+
+def test_the_sampler_takes_the_extremes_of_a_learned_variance():
+    """A network that says -1 samples with the posterior variance and one that says 1 with beta."""
+    net = TinyNet(num_classes=3, out_channels=4).double()
+    denoiser = Conditioned(LearnedVarianceDenoiser(net, EpsScaling(SCHEDULE)), torch.tensor([0, 1, 2, 3]))
+    start = noisy(dtype=torch.float64)[0] * 50
+    sigmas = torch.cat([SCHEDULE.sigmas[[999, 700, 400, 100]], torch.zeros(1, dtype=torch.float64)])
+
+    def sample(variance):
+        return SAMPLERS["ddpm"].function(denoiser, start, sigmas, variance=variance, noise=SeededNoise(range(4)))
+
+    for said, variance in ((-1.0, "posterior"), (1.0, "beta")):
+        net.register_forward_hook(
+            lambda net, inputs, output, said=said: torch.cat([output[:, :2], torch.full_like(output[:, :2], said)], 1)
+        )
+        torch.testing.assert_close(sample("learned"), sample(variance))

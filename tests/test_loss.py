@@ -289,6 +289,26 @@ def test_a_perfect_reverse_step_costs_nothing():
     assert bool((worse > 0).all())
 
 
+@pytest.mark.parametrize("step", [1, 20, 150])
+def test_the_bound_is_least_at_the_true_reverse_variance(step):
+    """For Gaussian data of variance d it is posterior + share^2 Var[x0 | x] (arXiv 2201.06503)."""
+    d, sigma = 0.3, SCHEDULE.sigmas[step]
+    generator = torch.Generator().manual_seed(0)
+    x0 = d**0.5 * torch.randn(1, 1, 400, 400, generator=generator, dtype=torch.float64)
+    x = x0 + sigma * torch.randn(1, 1, 400, 400, generator=generator, dtype=torch.float64)
+    x0_hat = d / (d + sigma**2) * x
+    before, beta, now = ALPHA_BAR[step - 1], BETAS[step], ALPHA_BAR[step]
+    posterior, share = beta * (1 - before) / (1 - now), before.sqrt() * beta / (1 - now)
+    true = posterior + share**2 * d * sigma**2 / (d + sigma**2)
+    best = ((true / posterior).log() / (beta / posterior).log()).item()
+    assert 0 < best < 1
+
+    def bound(v):
+        return HybridLoss().bound(x0_hat, torch.full_like(x0, v), x0, sigma[None], EpsScaling(SCHEDULE)).item()
+
+    assert bound(best) < min(bound(best - 0.02), bound(best + 0.02))
+
+
 def test_the_bound_reaches_the_variance_and_not_the_mean():
     x0, n = tensors()
     x0 = levels_of(x0)
