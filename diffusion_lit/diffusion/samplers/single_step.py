@@ -154,8 +154,8 @@ def ddpm(
 
     The mean is that of q(x_next | x, x0_hat). The noise has one of the three variances of the literature, written for
     the variance-preserving image of x; on the grid of a T-step schedule this is the T-step chain itself, and with the
-    posterior variance it is `ddim` with eta 1. The step to level 0 adds no noise, as in Ho 2020, algorithm 2; diffusers'
-    DDPM scheduler adds it unless that step starts from the chain's first.
+    posterior variance it is `ddim` with eta 1. The step to level 0 adds no noise, as in Ho 2020, algorithm 2;
+    diffusers' DDPM scheduler adds it unless that step starts from the chain's first.
 
     Args:
         denoise: Any `denoise(x, sigma) -> x0_hat`. For the learned variance it has a method
