@@ -35,8 +35,7 @@ def _scales(
 ) -> Tensor:
     """The scale of each sample, shape (B,), neutral where sigma is outside the interval.
 
-    It stays on the CPU, where the branches to evaluate are chosen: without an interval no accelerator has to be waited
-    for.
+    It stays on the CPU, where the branches are chosen, so that without an interval no accelerator has to be waited for.
     """
     scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
     if scales.shape not in ((), (len(x),)):

@@ -2,8 +2,7 @@
 
 A `Schedule` of T steps is a table of noise levels in the coordinates x = x0 + sigma n, with its betas and alpha_bar as
 `conversions` relates them; it is read at any real step t between 0 and T - 1, linear in log sigma between the steps.
-Tables are float64 on the CPU, so that both ends of them stay accurate. `NoiseLevels` is a distribution of sigma for
-training.
+Tables are float64 on the CPU, so that both ends of them stay accurate. `NoiseLevels` is what training draws from.
 """
 
 import math
@@ -31,8 +30,7 @@ def _result_dtype(value: Tensor | float) -> torch.dtype:
 class Schedule:
     """A variance-preserving noise schedule of T steps.
 
-    Subclasses say where the betas come from. Steps count from 0, so step t of this table is step t + 1 of Ho et al.
-    2020.
+    Subclasses say where the betas come from. Steps count from 0: step t of this table is step t + 1 of Ho et al. 2020.
 
     Args:
         betas: Shape (T,), T at least 2, each in (0, 1).

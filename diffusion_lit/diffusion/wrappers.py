@@ -1,7 +1,6 @@
 """Wrappers of a denoiser that are denoisers: what they share, bound labels, and clipped estimates.
 
-A wrapper changes x0_hat and nothing else, so that samplers never see what wraps. Guidance, in its own file, is of this
-kind.
+A wrapper changes x0_hat and nothing else, so that samplers never see what wraps. Guidance, in its own file, is one.
 """
 
 from collections.abc import Callable
@@ -96,7 +95,8 @@ class DenoiserWrapper(nn.Module):
             x: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, label: Tensor | None = None
         ) -> tuple[Tensor, ...]:
             def evaluate(x: Tensor, sigma: Tensor | float, label: Tensor | None) -> tuple[Tensor, ...]:
-                both: tuple[Tensor, ...] = inner(x, sigma, sigma_next, label)
+                given = () if label is None else (label,)
+                both: tuple[Tensor, ...] = inner(x, sigma, sigma_next, *given)
                 return both
 
             return self.transform(evaluate, x, sigma, label)
