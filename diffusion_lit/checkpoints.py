@@ -26,15 +26,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         Lightning's checkpoint dictionary.
 
     Raises:
-        ValueError: If the file is missing, unreadable, truncated, not a checkpoint, or holds objects that only an unsafe
-            load would make.
+        ValueError: If the file is missing, unreadable, truncated, not a checkpoint, or holds objects that only an
+            unsafe load would make.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a checkpoint file; give a file such as checkpoints/last.ckpt.")
     if not path.exists():
         raise ValueError(
-            f"There is no checkpoint {path}; `lightning fit` writes them to runs/NAME/version_N/checkpoints/."
+            f"There is no checkpoint {path}; `lightning fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -66,7 +66,7 @@ def load_module(path: str | Path) -> Any:
     Raises:
         ValueError: As `read_checkpoint`, or if the file does not say which module made it.
     """
-    import diffusion_lit.modules
+    import diffusion_lit.modules  # noqa: F401 (makes the classes known)
 
     checkpoint = read_checkpoint(path)
     _described(checkpoint, "hyper_parameters", "module", path)
@@ -89,7 +89,7 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     Raises:
         ValueError: As `read_checkpoint`, or if the file does not say which data it was trained on.
     """
-    import datamodules
+    import datamodules  # noqa: F401 (makes the classes known)
 
     checkpoint = read_checkpoint(path)
     _described(checkpoint, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "data", path)

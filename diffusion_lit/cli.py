@@ -1,8 +1,8 @@
 """The command, installed as `lightning` and as `diffusion-lit`.
 
 `fit`, `validate`, `test` and `predict` are LightningCLI's: a YAML says which module, data and trainer. The other
-commands need a checkpoint alone and are functions, whose arguments and docstrings are their command line and help. Heavy
-imports wait until a command needs them, so that help is instant.
+commands need a checkpoint alone and are functions, whose arguments and docstrings are their command line and help.
+Heavy imports wait until a command needs them, so that help is instant.
 """
 
 import inspect
@@ -81,10 +81,10 @@ def _run_function(command: Command, args: list[str]) -> None:
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
         """Keeps the lines of description and notes as they are."""
 
-    class Parser(ArgumentParser):
+    class Parser(ArgumentParser):  # type: ignore[misc]
         """Errors without the page of usage."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -112,7 +112,9 @@ def _run_function(command: Command, args: list[str]) -> None:
 
 def _spell_out_flags(args: list[str], function: Callable[..., Any]) -> list[str]:
     """Lets a boolean option stand alone: `--trajectory` is `--trajectory=true`."""
-    flags = {f"--{name}" for name, default in inspect.signature(function).parameters.items() if default.annotation is bool}
+    flags = {
+        f"--{name}" for name, default in inspect.signature(function).parameters.items() if default.annotation is bool
+    }
     following = [*args[1:], ""]
     return [
         f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg

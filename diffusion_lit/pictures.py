@@ -1,8 +1,10 @@
 """Pictures: tensors in [-1, 1] to grids, PNG files, animated GIFs and TensorBoard."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -75,7 +77,8 @@ def log_image(writer: SummaryWriter, tag: str, encoded: bytes, size: tuple[int, 
         step: Training step that it belongs to.
     """
     image = Summary.Image(encoded_image_string=encoded, width=size[0], height=size[1], colorspace=3)
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    events: Any = writer
+    events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -148,7 +151,7 @@ class StepRecorder:
         return [*grids, grid_image(self.x0_hat[-1], columns)]
 
     def _visible(self, step: int) -> Tensor:
-        return self.x[step] / (1 + self.sigmas[step] ** 2) ** 0.5
+        return self.x[step] / math.sqrt(1 + self.sigmas[step] ** 2)
 
     def _spread(self, most: int) -> list[int]:
         count = min(most, len(self.x))

@@ -1,6 +1,7 @@
 """`lightning sample`: pictures from a checkpoint, which is all that it needs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def sample(
 
     columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
     grid_image(samples, columns).save(folder / "grid.png")
-    arrays = {"arr_0": to_uint8(samples).permute(0, 2, 3, 1).numpy()}
+    arrays: dict[str, Any] = {"arr_0": to_uint8(samples).permute(0, 2, 3, 1).numpy()}
     if classes is not None:
         arrays["labels"] = classes.numpy()
     np.savez_compressed(folder / "samples.npz", **arrays)

@@ -1,14 +1,16 @@
 """`lightning fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults.
 
-What it adds: `configs/base.yaml` is read before every config; the run's NAME is that of the config file, and all that
-the run writes lies under `runs/NAME/version_N/`; the network's channels, size and classes come from the data; `--ckpt_path
-last` continues the newest version of this NAME; abbreviations are refused; and what a user got wrong is told in a sentence.
+What it adds: `configs/base.yaml` is read before every config; the run's NAME is that of the config file, and all
+that the run writes lies under `runs/NAME/version_N/`; the network's channels, size and classes come from the data;
+`--ckpt_path last` continues the newest version of this NAME; abbreviations are refused; and what a user got wrong is
+told in a sentence.
 """
 
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from diffusion_lit.callbacks import (
 from diffusion_lit.checkpoints import find_last, read_checkpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-LINKS = {
+LINKS: dict[str, dict[str, Callable[[Any], int]]] = {
     "data.image_shape": {
         "model.init_args.net.init_args.in_channels": lambda shape: int(shape[0]),
         "model.init_args.net.init_args.image_size": lambda shape: int(shape[-1]),
@@ -93,7 +95,7 @@ class CLI(LightningCLI):
                 parser.link_arguments(source, target, compute_fn=compute, apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Finds `last` and reads the checkpoint's record; unlike Lightning's, it leaves the user's configuration alone."""
+        """Finds `last` and reads the checkpoint's record; unlike Lightning's, it leaves the configuration alone."""
         config = self.config[self.config["subcommand"]]
         self._name_run(config)
         path = config.get("ckpt_path")
@@ -135,15 +137,16 @@ class CLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, *always])
 
     def after_instantiate_classes(self) -> None:
-        """Says aloud where the configuration contradicts the checkpoint, and refuses a network that cannot take its weights."""
+        """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
+        path = self.config[self.subcommand].get("ckpt_path")
         recorded = _flat(getattr(self, "recorded", {}))
         now = _flat(dict(self.model.hparams))
         for key in sorted(recorded.keys() & now.keys()):
             if recorded[key] != now[key] and not key.startswith("_"):
                 if key.startswith("net."):
                     raise UserError(
-                        f"The checkpoint {self.config[self.subcommand].ckpt_path} was trained with model.{key} = {recorded[key]!r}, "
-                        f"but this run says {now[key]!r}; its weights do not fit. Use the configuration that it was trained with."
+                        f"The checkpoint {path} was trained with model.{key} = {recorded[key]!r}, but this run says "
+                        f"{now[key]!r}; its weights do not fit. Use the configuration that it was trained with."
                     )
                 rank_zero_warn(f"model.{key} is {now[key]!r} in this run and was {recorded[key]!r} in the checkpoint.")
 

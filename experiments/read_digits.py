@@ -1,8 +1,8 @@
 """Can the digits that a model draws be read, and are they as varied as real ones?
 
-Draws the same number of each class without guidance and asks a support vector machine, trained on the real training digits,
-what it reads. Variety is the recall of Kynkäänniemi 2019 (arXiv 1904.06991) on raw pixels: the share of held-out digits that lie
-among the samples, beside the share that lie among as many training digits.
+Draws the same number of each class without guidance and asks a support vector machine, trained on the real training
+digits, what it reads. Variety is the recall of Kynkäänniemi 2019 (arXiv 1904.06991) on raw pixels: the share of
+held-out digits that lie among the samples, beside the share that lie among as many training digits.
 
     python -m experiments.read_digits --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
 """
@@ -21,7 +21,9 @@ from diffusion_lit.checkpoints import load_module
 from diffusion_lit.pictures import grid_image, to_uint8
 
 
-def read_digits(ckpt_path: str, per_class: int = 100, seed: int = 0, out: str = "runs/studies/read_digits") -> dict[str, float]:
+def read_digits(
+    ckpt_path: str, per_class: int = 100, seed: int = 0, out: str = "runs/studies/read_digits"
+) -> dict[str, float]:
     """Draws digits, reads them, and measures their variety.
 
     Args:

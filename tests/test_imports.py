@@ -1,4 +1,4 @@
-"""Imports point one way: experiments -> cli -> modules, callbacks, evaluation -> diffusion, nets; datamodules stands alone."""
+"""Imports point one way: experiments, commands, modules, mathematics and nets; datamodules stands alone."""
 
 import ast
 from pathlib import Path

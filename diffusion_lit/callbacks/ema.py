@@ -1,11 +1,12 @@
 """The exponential moving average of the weights, from which samples and metrics come.
 
-Built on Lightning's `WeightAveraging`: a checkpoint's `state_dict` holds the average, `current_model_state` the raw weights.
-Three things differ. The average stands in during the whole of validation (from `on_validation_start` to
+Built on Lightning's `WeightAveraging`: a checkpoint's `state_dict` holds the average, `current_model_state` the raw
+weights. Three things differ. The average stands in during the whole of validation (from `on_validation_start` to
 `on_validation_end`), so every other callback sees it wherever it is listed; the raw weights come back when validation
 fails; and they are left in place at the end of training.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class EMA(WeightAveraging):
         half_life = self.half_life
         if self.ramp_up is not None:
             half_life = min(half_life, self.ramp_up * self._images_seen)
-        return 0.5 ** (self._batch_size / max(half_life, 1e-8))
+        return math.exp2(-self._batch_size / max(half_life, 1e-8))
 
     @torch.no_grad()
     def _average(self, averages: Any, currents: Any, num_averaged: Any) -> None:

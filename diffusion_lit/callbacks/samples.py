@@ -4,7 +4,7 @@ Seeds and labels are fixed, so that the grids of different epochs show the same 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -93,7 +93,7 @@ class Pictures(Callback):
             image: The picture, or the frame that gives the size where `gif` is given.
             gif: The bytes of an animation, written in the picture's stead.
         """
-        if trainer.fast_dev_run:
+        if cast(Any, trainer).fast_dev_run:
             return
         encoded, ending = (gif, "gif") if gif is not None else (png_bytes(image), "png")
         folder = run_folder(trainer, name)

@@ -135,8 +135,7 @@ class Sampling:
         """
         model: Any = denoiser
         if labels is not None:
-            interval = None if self.guidance_interval is None else tuple(self.guidance_interval)
-            model = ClassifierFreeGuidance(model, self.cfg_scale, interval=interval, rescale=self.guidance_rescale)
+            model = ClassifierFreeGuidance(model, self.cfg_scale, self.guidance_interval, self.guidance_rescale)
         if self.clip_x0 != "none":
             model = ClipX0(model, dynamic=self.clip_x0 == "dynamic")
         return Conditioned(model, labels)

@@ -1,6 +1,6 @@
 """What every denoising LightningModule shares: keyed training draws, validation loss, sampling, optimizer.
 
-A training step is a function of the weights, the batch and the key (seed, epoch, batch): flips, noise levels, noise and label
+A training step is a function of the weights, the batch and the key (seed, epoch, batch): noise levels, noise and label
 dropout are drawn for the whole global batch from one generator and each rank takes its rows, so that neither a restart
 nor the number of devices changes the training. What the network itself draws (dropout) is keyed by the rank too.
 """
@@ -82,7 +82,8 @@ class DiffusionModule(LightningModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the pictures that the model makes."""
-        return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
+        net: Any = self.net
+        return (int(net.in_channels), int(net.image_size), int(net.image_size))
 
     def generate(
         self,
@@ -142,7 +143,7 @@ class DiffusionModule(LightningModule):
         """The mean denoising loss of a batch `{"image": (B, C, H, W) in [-1, 1], "label": (B,)}`."""
         image = batch["image"]
         draws = self.draw(batch.get("label"), image.shape, "train", run_seed(), self.current_epoch, batch_idx)
-        loss = self.loss(self.denoiser, image, draws.sigma, draws.noise, draws.label).mean()
+        loss: Tensor = self.loss(self.denoiser, image, draws.sigma, draws.noise, draws.label).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image))
         return loss
 
