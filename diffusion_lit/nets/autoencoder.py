@@ -1,0 +1,225 @@
+"""The KL autoencoder: pictures to the parameters of a Gaussian over latents, and latents back to pictures.
+
+    encoder:  x (B, C, H, W) -> mean, log-variance of q(z|x), each (B, c, H/f, W/f)
+    decoder:  z (B, c, H/f, W/f) -> x (B, C, H, W)
+
+Both are residual stages, self-attention at the bottom. The spatial factor f is patch_size * 2^(levels - 1): a stem
+folds squares of patch_size pixels into channels, which costs least on a CPU, and each level beyond the first halves the
+map once more.
+
+With q = N(mean, std^2) and the prior N(0, 1) the divergence has a closed form, summed over the entries of z:
+
+    KL(q || p) = sum (mean^2 + std^2 - 1 - ln std^2) / 2        (Kingma & Welling 2014, arXiv 1312.6114, appendix B)
+
+Any network with `encode(x) -> Posterior`, `decode(z) -> x`, the attributes in_channels, latent_channels and factor, and
+`config` (the arguments that build it again) serves where this one does.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lit.nets.checks import require_image, require_image_size, require_positive
+from diffusion_lit.nets.layers import Attention, GroupNorm, downsample, initialise, upsample
+from diffusion_lit.nets.unet import ResBlock
+
+LOGVAR_RANGE = (-30.0, 20.0)  # beyond it exp overflows or the divergence loses its digits
+
+
+class Posterior(NamedTuple):
+    """A Gaussian over latents with independent entries.
+
+    Args:
+        mean: Shape (B, c, h, w).
+        std: Standard deviations of the same shape, 0 for an autoencoder without noise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Draws latents.
+
+        Args:
+            noise: Standard normal, of the mean's shape.
+
+        Returns:
+            mean + std * noise.
+        """
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """The divergence from the standard normal prior in nats, per entry; same shape as the mean."""
+        variance = self.std.square()
+        return 0.5 * (self.mean.square() + variance - 1 - variance.log())
+
+
+class Half(nn.Module):
+    """What encoder and decoder share: residual blocks per level, resampling between, attention at the bottom.
+
+    Args:
+        widths: Channels of each level in the order of passage.
+        num_blocks: Residual blocks per level.
+        down: Whether the map is halved (encoder) or doubled (decoder) between levels.
+        attention: Whether the bottom has self-attention.
+        head_channels: Most channels of an attention head.
+        dropout: Dropout probability of the residual blocks.
+    """
+
+    def __init__(
+        self, widths: list[int], num_blocks: int, down: bool, attention: bool, head_channels: int, dropout: float
+    ) -> None:
+        super().__init__()
+        bottom_width = widths[-1] if down else widths[0]
+        bottom: list[nn.Module] = [ResBlock(bottom_width, bottom_width, 0, dropout)]
+        if attention:
+            bottom.append(Attention(bottom_width, head_channels))
+        stages: list[nn.Module] = []
+        channels = widths[0]
+        for level, width in enumerate(widths):
+            if level:
+                stages.append((downsample if down else upsample)(channels, "conv"))
+            for _ in range(num_blocks):
+                stages.append(ResBlock(channels, width, 0, dropout))
+                channels = width
+        self.layers = nn.ModuleList([*stages, *bottom] if down else [*bottom, *stages])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the feature map at the other end."""
+        for layer in self.layers:
+            x = layer(x, None) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Autoencoder(nn.Module):
+    """Residual convolutional autoencoder with a Gaussian bottleneck.
+
+    Args:
+        in_channels: Channels of a picture, any number.
+        image_size: Side of the pictures in pixels, a multiple of the spatial factor.
+        latent_channels: Channels c of a latent.
+        model_channels: Channels of the first level; level l has model_channels * channel_mult[l].
+        channel_mult: Width of each level; each beyond the first halves the map.
+        num_blocks: Residual blocks per level, in the encoder and in the decoder.
+        patch_size: Side of the squares of pixels that the stem folds into channels; 1 for none.
+        attention: Whether the bottom has self-attention.
+        head_channels: Most channels of an attention head.
+        dropout: Dropout probability in the residual blocks.
+
+    Raises:
+        ValueError: If an argument is out of range or the spatial factor does not divide the image size.
+
+    Source: Rombach 2022, arXiv 2112.10752, section 3.1 and appendix G (whose stem and widths these are not).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int = 32,
+        latent_channels: int = 4,
+        model_channels: int = 32,
+        channel_mult: tuple[int, ...] = (1, 2, 2),
+        num_blocks: int = 1,
+        patch_size: int = 1,
+        attention: bool = True,
+        head_channels: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require_positive(
+            in_channels=in_channels,
+            image_size=image_size,
+            latent_channels=latent_channels,
+            model_channels=model_channels,
+            num_blocks=num_blocks,
+            patch_size=patch_size,
+            head_channels=head_channels,
+            levels=len(channel_mult),
+            channel_mult=min(channel_mult, default=1),
+        )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is not a probability in [0, 1).")
+        self.in_channels = in_channels
+        self.image_size = image_size
+        self.latent_channels = latent_channels
+        self.patch_size = patch_size
+        self.factor = patch_size * 2 ** (len(channel_mult) - 1)
+        require_image_size(
+            image_size, self.factor, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult"
+        )
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "latent_channels": latent_channels,
+            "model_channels": model_channels,
+            "channel_mult": list(channel_mult),
+            "num_blocks": num_blocks,
+            "patch_size": patch_size,
+            "attention": attention,
+            "head_channels": head_channels,
+            "dropout": dropout,
+        }
+
+        widths = [model_channels * mult for mult in channel_mult]
+        pixels = in_channels * patch_size**2
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(patch_size),
+            nn.Conv2d(pixels, widths[0], 3, padding=1),
+            Half(widths, num_blocks, True, attention, head_channels, dropout),
+            GroupNorm(widths[-1]),
+            nn.SiLU(),
+            nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
+            Half(widths[::-1], num_blocks, False, attention, head_channels, dropout),
+            GroupNorm(widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], pixels, 3, padding=1),
+            nn.PixelShuffle(patch_size),
+        )
+        initialise(self)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of the latent of a picture of `image_size`."""
+        side = self.image_size // self.factor
+        return (self.latent_channels, side, side)
+
+    def encode(self, x: Tensor) -> Posterior:
+        """The distribution of the latent of each picture.
+
+        Args:
+            x: Pictures (B, in_channels, H, W) in [-1, 1], H and W multiples of `factor`.
+
+        Returns:
+            Mean and standard deviation, each (B, latent_channels, H / factor, W / factor), in float32 or wider.
+
+        Raises:
+            ValueError: If the pictures have another number of channels or a side that the factor does not divide.
+        """
+        require_image(x, self.in_channels, self.factor)
+        parameters = self.encoder(x)
+        mean, logvar = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).chunk(2, dim=1)
+        return Posterior(mean, (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp())
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures from latents.
+
+        Args:
+            z: Latents (B, latent_channels, h, w).
+
+        Returns:
+            Pictures (B, in_channels, h * factor, w * factor), in [-1, 1] up to overshoot.
+
+        Raises:
+            ValueError: If the latents have another number of channels.
+        """
+        require_image(z, self.latent_channels, 1)
+        x: Tensor = self.decoder(z)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) through the mean of their latents and back."""
+        return self.decode(self.encode(x).mean)
