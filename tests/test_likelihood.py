@@ -119,11 +119,21 @@ def test_the_trace():
     torch.testing.assert_close(estimate, torch.einsum("bi,ij,bj->b", signs, matrix, signs))
 
 
-def test_it_works_under_no_grad():
-    x = diagonal_gaussian().sample(2, torch.Generator().manual_seed(0))[0]
-    with torch.no_grad():
-        got = Likelihood().log_prob(diagonal_gaussian(), x)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_evaluation_runs(mode, exact):
+    net = torch.nn.Linear(SIZE, SIZE)
+
+    def denoise(x, sigma):
+        return torch.tanh(net(x / (1 + sigma[:, None])))
+
+    x = randn(2, SIZE).float()
+    with mode():
+        got = Likelihood(exact=exact, rtol=1e-3, atol=1e-3).log_prob(denoise, x, noise=torch.ones_like)
     assert not got.requires_grad
+    assert bool(got.isfinite().all())
+    outside = Likelihood(exact=exact, rtol=1e-3, atol=1e-3).log_prob(denoise, x, noise=torch.ones_like)
+    torch.testing.assert_close(got.clone(), outside)
 
 
 @pytest.mark.parametrize(

@@ -197,11 +197,13 @@ def test_a_bad_option_is_refused_in_a_sentence(name, options, message):
     ("levels", "message"),
     [
         ([1.0], "holds no step"),
-        ([1.0, 2.0, 0.5], "neither falls nor rises"),
-        ([2.0, 1.0, 1.0, 0.0], "neither falls nor rises"),
-        ([2.0, 1.0, -1.0], "negative or infinite"),
-        ([math.inf, 1.0, 0.0], "negative or infinite"),
-        ([math.nan, 1.0, 0.0], "negative or infinite"),
+        ([1.0, 2.0, 0.5], "does not rise from 2.0 to 0.5; give each level once"),
+        ([2.0, 1.0, 1.0, 0.0], "does not fall from 1.0 to 1.0; give each level once"),
+        ([2.0, 1.0, 1.5, 0.0], "does not fall from 1.0 to 1.5; give each level once"),
+        ([2.0, 2.0, 0.0], "does not fall from 2.0 to 2.0; give each level once"),
+        ([2.0, 1.0, -1.0], "the noise level -1.0; give finite values from 0 up"),
+        ([math.inf, 1.0, 0.0], "the noise level inf; give finite values from 0 up"),
+        ([math.nan, 1.0, 0.0], "the noise level nan; give finite values from 0 up"),
         ([0.0, 1.0, 2.0], "starts at noise level 0"),
     ],
 )

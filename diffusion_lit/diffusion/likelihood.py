@@ -143,13 +143,14 @@ def denoise_and_trace(denoise: Denoise, x: Tensor, sigma: Tensor, signs: Tensor 
     Raises:
         ValueError: If denoise is not differentiable.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        x0_hat = denoise(x, sigma)
+    # Evaluation runs in inference mode, whose tensors take part in no gradient unless they are copied outside of it.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        x0_hat = denoise(x, sigma.clone())
         if not x0_hat.requires_grad:
             raise ValueError("The denoiser gives no gradient; call it without torch.no_grad or inference_mode.")
         if signs is not None:
-            (product,) = torch.autograd.grad(x0_hat, x, signs)
+            (product,) = torch.autograd.grad(x0_hat, x, signs.clone())
             return x0_hat.detach(), (product * signs).flatten(1).sum(1)
         trace = x.new_zeros(len(x))
         flat = x0_hat.flatten(1)

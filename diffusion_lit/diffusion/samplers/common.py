@@ -41,12 +41,14 @@ def begin(x: Tensor, sigmas: Tensor, *, stochastic: bool) -> tuple[Tensor, list[
         raise ValueError(
             f"A grid of {len(levels)} noise levels holds no step; give num_steps + 1 values, at least two."
         )
-    if not all(math.isfinite(level) and level >= 0 for level in levels):
-        raise ValueError(f"The grid {levels} holds a negative or infinite noise level; give finite values from 0 up.")
-    falls = all(a > b for a, b in pairwise(levels))
-    rises = all(a < b for a, b in pairwise(levels))
-    if not (falls or rises):
-        raise ValueError(f"The grid {levels} neither falls nor rises strictly; give each noise level once, in order.")
+    for level in levels:
+        if not (math.isfinite(level) and level >= 0):
+            raise ValueError(f"The grid holds the noise level {level}; give finite values from 0 up.")
+    rises = levels[1] > levels[0]
+    for level, level_next in pairwise(levels):
+        if level == level_next or (level_next > level) != rises:
+            verb = "rise" if rises else "fall"
+            raise ValueError(f"The grid does not {verb} from {level} to {level_next}; give each level once, in order.")
     if rises and levels[0] == 0:
         raise ValueError(
             "A rising grid starts at noise level 0, where no network is called; start it at sigma_min instead."
