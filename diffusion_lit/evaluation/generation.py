@@ -90,7 +90,7 @@ class Samples:
         features: Their features.
         images: The pictures, uint8 (N, C, H, W), where they were kept.
         labels: Their classes, or None.
-        clipped: Share of the values that overshot [-1, 1] by more than a grey level and were clipped.
+        clipped: Share of the values that overshot [-1, 1] by more than 0.1 and were clipped.
         forwards: Network forwards per sample.
         seconds: Time that generating took, all ranks together.
     """
@@ -175,7 +175,7 @@ def _make_shard(
             seeds = [job.seed + index for index in batch]
             labels = None if job.labels is None else job.labels[batch.start : batch.stop]
             x = module.generate(seeds, labels, job.sampling)
-            clipped.append((x.abs() > 1 + 1 / 127.5).flatten(1).double().mean(1).cpu())
+            clipped.append((x.abs() > 1.1).flatten(1).double().mean(1).cpu())
             pixels = to_uint8(x)
             features.append(extractor.features(pixels))
             if job.keep_images:

@@ -1,0 +1,42 @@
+"""Extractors by the names that a command line gives them."""
+
+from diffusion_lit.evaluation.features import ClassifierFeatures, FeatureExtractor, Pixels
+from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
+
+NAMES = "auto, inception, classifier, pixels, vgg16, clip, clip-VARIANT, dinov2 or dinov2-VARIANT"
+
+
+def make_extractor(name: str, weights: str | None, image_shape: tuple[int, int, int]) -> FeatureExtractor:
+    """An extractor, not loaded yet.
+
+    Args:
+        name: One of `NAMES`; `auto` is inception for RGB pictures, else classifier.
+        weights: Local file of its weights, or None.
+        image_shape: Shape (C, H, W) of the pictures.
+
+    Returns:
+        The extractor.
+
+    Raises:
+        ValueError: If there is no such extractor.
+    """
+    if name == "auto":
+        name = "inception" if image_shape[0] == 3 else "classifier"
+    kind, _, variant = name.partition("-")
+    if kind in ("inception", "vgg16", "pixels", "classifier") and variant:
+        kind = ""
+    if kind == "inception":
+        return Inception(weights)
+    if kind == "vgg16":
+        return VGG(weights)
+    if kind == "classifier":
+        return ClassifierFeatures(weights)
+    if kind == "pixels":
+        if weights is not None:
+            raise ValueError("The extractor pixels has no weights; leave --extractor_weights out.")
+        return Pixels()
+    if kind == "clip":
+        return CLIP(variant or "vit-b-32", weights)
+    if kind == "dinov2":
+        return DINOv2(variant or "vit-l-14", weights)
+    raise ValueError(f"There is no extractor {name!r}; choose {NAMES}.")

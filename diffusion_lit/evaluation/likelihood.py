@@ -1,0 +1,107 @@
+"""Bits per dimension of test pictures, shared over ranks and found again after a restart."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.diffusion.likelihood import Likelihood
+from diffusion_lit.diffusion.rng import SeededNoise
+from diffusion_lit.diffusion.wrappers import Conditioned
+from diffusion_lit.evaluation.metrics import mean_and_deviation
+from diffusion_lit.evaluation.store import file_hash, key_of, read_tensors, write_tensors
+
+SPLIT = "test"
+CHUNK = 50
+
+
+def _solver(module: Any) -> Likelihood:
+    """The integral over the noise levels that the model was made for."""
+    low, high = module.denoiser.scaling.sampling_range
+    prior = (1 + high**2) ** 0.5 if module.denoiser.scaling.variance_preserving else None
+    return Likelihood(sigma_min=float(low), sigma_max=float(high), prior_std=prior)
+
+
+def _record(plan: Any, module: Any, data: Any) -> dict[str, Any]:
+    """All that determines the figure."""
+    return {
+        "checkpoint": file_hash(Path(plan.ckpt_path)),
+        "split": SPLIT,
+        "fingerprint": data.fingerprint(SPLIT),
+        "labels": "each picture's own class" if module.num_classes else "none",
+        "solver": {**vars(_solver(module)), "trace": "Hutchinson, one draw of signs"},
+        "seed": plan.seed,
+    }
+
+
+def _parts(plan: Any, data: Any) -> list[range]:
+    count = min(plan.likelihood_images, len(data.reference_images(SPLIT)))
+    return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+
+
+def _path(plan: Any, record: dict[str, Any], rows: range) -> Path:
+    return Path(plan.folder) / f"likelihood_{key_of(record)[:16]}" / f"part_{rows.start:08d}.safetensors"
+
+
+def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) -> None:
+    """Computes this rank's parts, those that are there already left alone.
+
+    Args:
+        plan: The options of the evaluation.
+        module: The model, on the device that shall do the work.
+        data: The data, set up.
+        rank: This process.
+        world: Number of processes.
+
+    Raises:
+        ValueError: If the model does not denoise pictures themselves, such as a latent one.
+    """
+    net = module.denoiser.net
+    if tuple(module.image_shape) != (net.in_channels, net.image_size, net.image_size):
+        raise ValueError("The model denoises a code and not pictures, so that it gives them no likelihood.")
+    record, device = _record(plan, module, data), next(module.parameters()).device
+    images, labels = data.reference_images(SPLIT), data.reference_labels(SPLIT)
+    mine = _parts(plan, data)[rank::world]
+    for rows in tqdm(mine, desc="likelihood", unit=f"{CHUNK} images", disable=rank > 0):
+        path, own = _path(plan, record, rows), {**record, "start": rows.start, "stop": rows.stop}
+        if read_tensors(path, own) is None:
+            pictures = torch.as_tensor(images[rows.start : rows.stop]).to(device)
+            label = None
+            if module.num_classes and labels is not None:
+                label = labels[rows.start : rows.stop].to(device)
+            noise = SeededNoise([plan.seed + index for index in rows])
+            bits = _solver(module).bits_per_dim(Conditioned(module.denoiser, label), pictures, noise=noise)
+            write_tensors(path, {"bits": bits.double()}, own)
+
+
+def gather_bits(plan: Any, module: Any, data: Any) -> dict[str, Any]:
+    """Puts the parts of all ranks together.
+
+    Args:
+        plan: The options of the evaluation.
+        module: The model.
+        data: The data, set up.
+
+    Returns:
+        Mean and standard error of the bits per dimension with their record.
+
+    Raises:
+        ValueError: If a part is missing.
+    """
+    record = _record(plan, module, data)
+    found: list[Tensor] = []
+    for rows in _parts(plan, data):
+        part = read_tensors(_path(plan, record, rows), {**record, "start": rows.start, "stop": rows.stop})
+        if part is None:
+            raise ValueError(f"A part of the likelihood is missing under {plan.folder}; run the same command again.")
+        found.append(part["bits"])
+    bits = torch.cat(found)
+    mean, deviation = mean_and_deviation(bits.tolist())
+    return {
+        "bits_per_dim": mean,
+        "standard_error": (deviation or 0.0) / len(bits) ** 0.5,
+        "count": len(bits),
+        **record,
+    }

@@ -1,0 +1,272 @@
+"""From features to the figures of a report: against each reference, per class, memorisation, single images."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion_lit.evaluation.external import is_file, reference_from_file
+from diffusion_lit.evaluation.features import FeatureExtractor, Features
+from diffusion_lit.evaluation.generation import Job, Samples
+from diffusion_lit.evaluation.memorization import compare, worst_pairs
+from diffusion_lit.evaluation.metrics import (
+    ISC_SPLITS,
+    KID_SUBSETS,
+    NEIGHBOURS,
+    Statistics,
+    compute_metrics,
+    frechet_distance,
+    kid_subset_size,
+    too_few,
+)
+from diffusion_lit.evaluation.receipt import summarise
+from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
+from diffusion_lit.evaluation.single_image import single_image_metrics
+
+MOST_COMPARED = 5000  # samples whose neighbours are looked for
+
+
+@dataclass(frozen=True)
+class Against:
+    """One reference of a report.
+
+    Args:
+        reference: Its features and statistics.
+        summary: Its record, the settings of the metrics, and the floor, as plain values.
+        warnings: What to say of it.
+    """
+
+    reference: Reference
+    summary: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_references(
+    plan: Any, data: Any, extractor: FeatureExtractor, image_shape: tuple[int, int, int]
+) -> dict[str, Against]:
+    """All references of a report with their floors.
+
+    Args:
+        plan: The options of the evaluation.
+        data: The data, set up.
+        extractor: The loaded extractor.
+        image_shape: Shape (C, H, W) of the samples.
+
+    Returns:
+        References by name.
+
+    Raises:
+        ValueError: If a file does not belong to the extractor or the samples, or there is no such split.
+    """
+    found = {}
+    with tqdm(desc=f"{extractor.name} features of real pictures", unit="img", leave=False, delay=2) as bar:
+        for name in [word.strip() for word in plan.reference.split(",")]:
+            if is_file(name):
+                reference = reference_from_file(Path(name), extractor, image_shape, plan.batch_size, bar.update)
+            else:
+                reference = reference_of(data, name, extractor, plan.batch_size, progress=bar.update)
+            other = other_split(data, name)
+            held_out = None
+            if other is not None:
+                held_out = reference_of(data, other, extractor, plan.batch_size, progress=bar.update).features
+            found[name] = _against(plan, extractor, reference, held_out, other)
+    return found
+
+
+def other_split(data: Any, name: str) -> str | None:
+    """A split whose pictures are not in the reference, for the floor.
+
+    Args:
+        data: The data, set up.
+        name: The reference: a split, several joined by "+", or a file.
+
+    Returns:
+        "test", or "train" where the reference is the test split; None where there is no other.
+    """
+    parts = [] if is_file(name) else name.split("+")
+    prints = {data.fingerprint(part) for part in parts}
+    for other in ("test", "train"):
+        if other not in parts and data.fingerprint(other) not in prints and len(data.reference_images(other)) > 1:
+            return other
+    return None
+
+
+def _against(
+    plan: Any, extractor: FeatureExtractor, reference: Reference, held_out: Features | None, other: str | None
+) -> Against:
+    """A reference with its floor and what is to be said of it."""
+    summary: dict[str, Any] = {"record": reference.record}
+    size = None if reference.features is None else kid_subset_size(plan.num_samples, len(reference.features))
+    summary["metrics"] = {
+        "kernel_distance": None if size is None else {"subsets": KID_SUBSETS, "subset_size": size},
+        "precision_recall_neighbours": None if size is None else NEIGHBOURS,
+        "inception_score_splits": min(ISC_SPLITS, plan.num_samples),
+    }
+    warnings = []
+    dimension = len(reference.statistics.mu)
+    for count in {plan.num_samples, reference.count or plan.num_samples}:
+        warning = too_few(count, dimension)
+        if warning:
+            warnings.append(warning)
+    pairs = real_pairs(reference, held_out, plan.num_samples, plan.num_blocks)
+    if pairs:
+        count = len(pairs[0].drawn)
+        figures = [compute_metrics(extractor, pair.drawn, pair.reference, pair.rest) for pair in pairs]
+        summary["floor"] = {"count": count, "held_out": other, "figures": summarise(figures)}
+        if count != plan.num_samples:
+            warnings.append(
+                f"There are {count:,} real pictures that are not in the reference, so that the floor is at n = "
+                f"{count:,} and not at {plan.num_samples:,}; a Fréchet distance falls as n grows."
+            )
+    else:
+        warnings.append("There are too few real pictures outside the reference for a floor.")
+    return Against(reference, summary, warnings)
+
+
+def measure(
+    plan: Any,
+    job: Job,
+    samples: Samples,
+    module: Any,
+    data: Any,
+    extractor: FeatureExtractor,
+    against: dict[str, Against],
+    device: torch.device,
+) -> tuple[dict[str, Any], list[str], dict[str, Image.Image]]:
+    """The figures of one setting.
+
+    Args:
+        plan: The options of the evaluation.
+        job: What was drawn.
+        samples: The samples.
+        module: The model.
+        data: The data.
+        extractor: The loaded extractor.
+        against: The references by name; none for a model of a single picture.
+        device: Where to look for neighbours.
+
+    Returns:
+        The entry of the report, what to warn of, and pictures by file name.
+    """
+    result: dict[str, Any] = {
+        "sampling": job.sampling.record(),
+        "nfe": job.sampling.nfe,
+        "network_forwards": samples.forwards,
+        "conditional": job.labels is not None,
+        "clipped_share": samples.clipped,
+        "references": {},
+    }
+    warnings: list[str] = []
+    if samples.clipped > 0.05:
+        warnings.append(
+            f"{samples.clipped:.0%} of the samples' values overshot [-1, 1] by more than 0.1 and were clipped."
+        )
+    blocks = [
+        samples.features[block * plan.num_samples : (block + 1) * plan.num_samples] for block in range(plan.num_blocks)
+    ]
+    for name, one in against.items():
+        reference = one.reference
+        figures = [compute_metrics(extractor, block, reference.features, reference.statistics) for block in blocks]
+        result["references"][name] = {"figures": summarise(figures)}
+    if plan.per_class:
+        result["per_class"], said = per_class(samples, module, extractor, against)
+        warnings += said
+    pictures: dict[str, Image.Image] = {}
+    if not against:
+        image = torch.as_tensor(data.reference_images("train")[0])
+        result["single_image"] = single_image_metrics(samples.images, image)  # type: ignore[arg-type]
+    elif plan.memorization:
+        result["memorization"], pictures = memorization(plan, job, samples, data, extractor, device)
+    return result, warnings, pictures
+
+
+def per_class(
+    samples: Samples, module: Any, extractor: FeatureExtractor, against: dict[str, Against]
+) -> tuple[dict[str, Any], list[str]]:
+    """The Fréchet distance of each class, all blocks together.
+
+    Args:
+        samples: The samples.
+        module: The model, which names its classes.
+        extractor: The loaded extractor.
+        against: The references by name.
+
+    Returns:
+        For each reference and class the distance and both numbers of pictures, and what to warn of.
+
+    Raises:
+        ValueError: If the samples have no classes.
+    """
+    if samples.labels is None:
+        raise ValueError("The model is unconditional, so that there are no classes for --per_class; leave it out.")
+    found: dict[str, Any] = {}
+    warnings = []
+    for name, one in against.items():
+        features, labels = one.reference.features, one.reference.labels
+        if features is None or labels is None:
+            warnings.append(f"The reference {name} has no labels, so that there is no figure per class against it.")
+            continue
+        found[name] = {}
+        for label in range(module.num_classes):
+            made = samples.features.features[samples.labels == label]
+            real = features.features[labels == label]
+            entry: dict[str, Any] = {"generated": len(made), "reference": len(real)}
+            if min(len(made), len(real)) >= 2:
+                entry[extractor.metric] = frechet_distance(Statistics.of(made), Statistics.of(real))
+            if min(len(made), len(real)) <= features.features.shape[1]:
+                warnings.append(
+                    "Some classes have fewer pictures than there are features; compare figures per class only "
+                    "at the same numbers."
+                )
+            found[name][module.class_names[label]] = entry
+    return found, sorted(set(warnings))
+
+
+def memorization(
+    plan: Any, job: Job, samples: Samples, data: Any, extractor: FeatureExtractor, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """Whether the samples are nearer to training pictures than chance allows.
+
+    Args:
+        plan: The options of the evaluation.
+        job: What was drawn.
+        samples: The samples with their pictures.
+        data: The data.
+        extractor: The loaded extractor.
+        device: Where to look for neighbours.
+
+    Returns:
+        Figures in feature and in pixel space, and a picture of the worst pairs of each by file name.
+    """
+    assert samples.images is not None
+    training, held_out = data.reference_images("train"), data.reference_images("test")
+    count = min(MOST_COMPARED, len(samples.images))
+    images = samples.images[:count]
+    flips = bool(getattr(data, "random_flip", False))
+    spaces = {
+        extractor.name: compare(
+            samples.features.features[:count],
+            reference_of(data, "train", extractor, plan.batch_size).features.features,  # type: ignore[union-attr]
+            reference_of(data, "test", extractor, plan.batch_size).features.features,  # type: ignore[union-attr]
+            device=device,
+        )
+    }
+    if extractor.name != "pixels":
+        spaces["pixels"] = compare(images, training, held_out, flips, device)
+    setting = f"{job.sampling.sampler}_{job.sampling.num_steps}_{job.sampling.cfg_scale:g}"
+    pictures = {
+        f"{plan.path.stem}.memorization_{setting}_{space}.png": worst_pairs(found, images, training, held_out)
+        for space, found in spaces.items()
+    }
+    record = {
+        "memorised": any(found.memorised for found in spaces.values()),
+        "samples": count,
+        "training": len(training),
+        "held_out": len(held_out),
+        "spaces": {space: found.record for space, found in spaces.items()},
+        "pictures": "sample | nearest training picture | nearest held-out picture, worst first: " + ", ".join(pictures),
+    }
+    return record, pictures

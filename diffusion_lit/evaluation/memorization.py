@@ -1,0 +1,206 @@
+"""Whether a model repeats its training pictures.
+
+For a picture s let `r(s) = d(s, nearest training picture) / d(s, nearest held-out picture)`. A model that has learned
+the distribution and not the pictures draws samples whose r is distributed as that of held-out pictures themselves (each
+taken out of the held-out set in turn), since training and held-out pictures are exchangeable. So the threshold below
+which a sample counts as a copy is the 1% quantile of the held-out r, chance is 1%, and that K of n samples or more fall
+below the k-th smallest of m held-out values has the exact probability of a beta-binomial variable, BetaBin(n; k, m + 1
+- k). Likewise a sample's nearest picture of all is a training picture with probability N / (N + M) by chance.
+
+Both are asked in feature space, where meaning is close, and in pixel space, where copies are.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_lit.evaluation.features import take
+from diffusion_lit.pictures import grid_image
+
+QUANTILE = 0.01
+SIGNIFICANT = 1e-3
+SHOWN = 12
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest training and held-out picture of each sample in one space.
+
+    Args:
+        ratio: r(s) of each sample, float64 (n,).
+        training: Index of its nearest training picture, int64 (n,).
+        held_out: Index of its nearest held-out picture, int64 (n,).
+        threshold: The r at or below which a sample counts as a copy.
+        record: Shares, chances and the worst pairs as plain values.
+    """
+
+    ratio: Tensor
+    training: Tensor
+    held_out: Tensor
+    threshold: float
+    record: dict[str, Any]
+
+    @property
+    def memorised(self) -> bool:
+        """Whether more samples count as copies than chance allows."""
+        return bool(self.record["memorised"])
+
+
+def nearest(
+    queries: Any, points: Any, flips: bool = False, itself: bool = False, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The nearest point of each query by Euclidean distance, in float64.
+
+    Args:
+        queries: Features (n, d), or uint8 pictures (n, C, H, W), which are compared by their pixels in [0, 1].
+        points: The same of N points.
+        flips: Whether a mirrored query counts too (pictures only).
+        itself: Whether queries and points are the same set, in which case a query is not its own neighbour.
+        device: Where to compute.
+
+    Returns:
+        Distances, float64 (n,), and indices of the points, int64 (n,).
+
+    Raises:
+        ValueError: If there is no point to be near.
+    """
+    if len(points) <= int(itself):
+        raise ValueError(f"{len(points)} pictures are too few to look for neighbours in.")
+    best = torch.full((len(queries),), float("inf"), dtype=torch.float64)
+    index = torch.zeros(len(queries), dtype=torch.int64)
+    for start in range(0, len(queries), CHUNK):
+        asked = _vectors(queries, start, flips, device)
+        closest = torch.full((asked[0].shape[0],), float("inf"), dtype=torch.float64, device=device)
+        found = torch.zeros(asked[0].shape[0], dtype=torch.int64, device=device)
+        for first in range(0, len(points), CHUNK):
+            (there,) = _vectors(points, first, False, device)
+            for query in asked:
+                distance = query.square().sum(1)[:, None] + there.square().sum(1) - 2 * query @ there.T
+                if itself:
+                    same = torch.arange(start, start + len(query), device=device)[:, None] == torch.arange(
+                        first, first + len(there), device=device
+                    )
+                    distance.masked_fill_(same, float("inf"))
+                value, where = distance.min(1)
+                closer = value < closest
+                closest = torch.where(closer, value, closest)
+                found = torch.where(closer, where + first, found)
+        best[start : start + len(closest)] = closest.clamp(min=0).sqrt().cpu()
+        index[start : start + len(found)] = found.cpu()
+    return best, index
+
+
+def _vectors(rows: Any, start: int, flips: bool, device: torch.device | str) -> list[Tensor]:
+    """A chunk of rows as float64 vectors, and their mirror images where asked."""
+    chunk = torch.as_tensor(rows[start : start + CHUNK]).to(device)
+    if chunk.dtype != torch.uint8:
+        return [chunk.flatten(1).double()]
+    chunk = chunk.double() / 255
+    return [chunk.flatten(1)] + ([chunk.flip(-1).flatten(1)] if flips else [])
+
+
+def compare(
+    samples: Any, training: Any, held_out: Any, flips: bool = False, device: torch.device | str = "cpu"
+) -> Neighbours:
+    """Compares samples' nearest training pictures with their nearest held-out ones in one space.
+
+    Args:
+        samples: Features (n, d), or uint8 pictures (n, C, H, W).
+        training: The same of the N training pictures.
+        held_out: The same of M held-out pictures, at least 2.
+        flips: Whether training pictures were mirrored (pictures only).
+        device: Where to compute.
+
+    Returns:
+        The neighbours, with the shares and chances in their record.
+    """
+    to_training, which_training = nearest(samples, training, flips, device=device)
+    to_held_out, which_held_out = nearest(samples, held_out, flips, device=device)
+    ratio = _ratio(to_training, to_held_out)
+    real_training, _ = nearest(held_out, training, flips, device=device)
+    real_held_out, _ = nearest(held_out, held_out, flips, itself=True, device=device)
+    real = _ratio(real_training, real_held_out).sort().values
+    rank = max(1, round(QUANTILE * len(real)))
+    threshold = float(real[rank - 1])
+    rank = int((real <= threshold).sum())  # more than asked for where values tie
+    copies = int((ratio <= threshold).sum())
+    worst = ratio.argsort()[:SHOWN]
+    chance = chance_of(copies, len(ratio), rank, len(real))
+    record = {
+        "share_of_copies": copies / len(ratio),
+        "share_by_chance": rank / (len(real) + 1),
+        "p_value": chance,
+        "memorised": chance < SIGNIFICANT,
+        "threshold": threshold,
+        "median_ratio": float(ratio.median()),
+        "median_ratio_of_held_out": float(real.median()),
+        "nearest_is_training": float((to_training < to_held_out).double().mean()),
+        "nearest_is_training_by_chance": len(training) / (len(training) + len(held_out)),
+        "worst": [
+            {
+                "sample": int(index),
+                "training": int(which_training[index]),
+                "held_out": int(which_held_out[index]),
+                "ratio": float(ratio[index]),
+            }
+            for index in worst
+        ],
+    }
+    return Neighbours(ratio, which_training, which_held_out, threshold, record)
+
+
+def chance_of(copies: int, count: int, rank: int, held_out: int) -> float:
+    """Probability that samples of the same distribution as held-out pictures give so many copies.
+
+    Args:
+        copies: Number of samples at or below the threshold.
+        count: Number of samples n.
+        rank: The threshold is the rank-th smallest held-out value.
+        held_out: Number m of held-out values.
+
+    Returns:
+        P(K >= copies) of the beta-binomial distribution BetaBin(n; rank, m + 1 - rank).
+    """
+    alpha, beta = rank, held_out + 1 - rank
+    hits = torch.arange(copies, count + 1, dtype=torch.float64)
+
+    def log_beta(a: Tensor, b: Tensor) -> Tensor:
+        return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+    choose = -math.log(count + 1) - log_beta(hits + 1, count - hits + 1)
+    whole = log_beta(torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
+    return float((choose + log_beta(hits + alpha, count - hits + beta) - whole).exp().sum().clamp(max=1))
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """Above / below, 1 where both are 0."""
+    return torch.where(below > 0, above / below.clamp(min=1e-300), torch.where(above > 0, float("inf"), 1.0))
+
+
+def worst_pairs(neighbours: Neighbours, samples: Tensor, training: Any, held_out: Any) -> Image.Image:
+    """A picture of the samples most like a training picture.
+
+    Args:
+        neighbours: As from `compare`.
+        samples: The samples, uint8 (n, C, H, W).
+        training: The training pictures.
+        held_out: The held-out pictures.
+
+    Returns:
+        Two triples a row, worst first: the sample, its nearest training picture, its nearest held-out picture.
+    """
+    worst = neighbours.ratio.argsort()[:SHOWN]
+    triples = torch.stack(
+        [
+            samples[worst],
+            take(training, neighbours.training[worst]),
+            take(held_out, neighbours.held_out[worst]),
+        ],
+        dim=1,
+    )
+    return grid_image(triples.flatten(0, 1).float() / 127.5 - 1, columns=6)

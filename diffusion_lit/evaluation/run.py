@@ -1,0 +1,333 @@
+"""One evaluation from end to end, on every rank: load, draw shards, wait; rank 0 measures and writes the report."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.checkpoints import load_data, load_module, read_checkpoint
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.evaluation.choose import make_extractor
+from diffusion_lit.evaluation.features import FeatureExtractor
+from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
+from diffusion_lit.evaluation.likelihood import gather_bits, likelihood_shards
+from diffusion_lit.evaluation.measure import Against, measure, read_references
+from diffusion_lit.evaluation.receipt import hardware, versions, write_report
+from diffusion_lit.evaluation.single_image import is_single
+from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.sample import parse_labels
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of `lightning evaluate`, which documents them; see `diffusion_lit.evaluation.command.evaluate`."""
+
+    ckpt_path: str
+    num_samples: int
+    out: str
+    extractor: str
+    extractor_weights: str | None
+    reference: str
+    num_blocks: int
+    labels: str | None
+    cfg_scale: str | None
+    sampler: str | None
+    num_steps: str | None
+    grid: str | None
+    sigma_min: float | None
+    sigma_max: float | None
+    clip_x0: str | None
+    sampler_options: dict[str, Any] | None
+    grid_options: dict[str, Any] | None
+    guidance_interval: tuple[float, float] | None
+    guidance_rescale: float | None
+    seed: int
+    per_class: bool
+    memorization: bool
+    likelihood: bool
+    likelihood_images: int
+    save_samples: str | None
+    batch_size: int
+    keep_shards: bool
+    data_root: str | None = None
+    data: LightningDataModule | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that nothing can be measured with."""
+        for name, least in (("num_samples", 2), ("num_blocks", 1), ("batch_size", 1), ("likelihood_images", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if Path(self.out).suffix != ".json":
+            raise ValueError(f"--out {self.out} must end in .json; a page of the same name with .md goes beside it.")
+
+    @property
+    def path(self) -> Path:
+        """The JSON report."""
+        return Path(self.out)
+
+    @property
+    def folder(self) -> Path:
+        """Where shards are kept until the report is written."""
+        return self.path.with_suffix(".parts")
+
+    @property
+    def total(self) -> int:
+        """Number of samples of one setting, all blocks together."""
+        return self.num_samples * self.num_blocks
+
+    def settings(self, default: Sampling) -> list[Sampling]:
+        """The settings to measure, every combination of the lists.
+
+        Args:
+            default: The model's own.
+
+        Returns:
+            At least one.
+        """
+        fixed = ("grid", "sigma_min", "sigma_max", "clip_x0", "sampler_options", "grid_options")
+        same = {name: getattr(self, name) for name in (*fixed, "guidance_interval", "guidance_rescale")}
+        lists = (
+            _words("sampler", self.sampler, str),
+            _words("num_steps", self.num_steps, int),
+            _words("cfg_scale", self.cfg_scale, float),
+        )
+        return [
+            default.but(sampler=sampler, num_steps=num_steps, cfg_scale=cfg_scale, **same)
+            for sampler, num_steps, cfg_scale in product(*lists)
+        ]
+
+
+def _words(option: str, text: str | None, kind: Any) -> list[Any]:
+    """The values of a list on the command line; one None where it was not given."""
+    if text is None:
+        return [None]
+    try:
+        return [kind(word.strip()) for word in str(text).split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{option} {text} is not a list of numbers such as 9,18,35.") from error
+
+
+@contextmanager
+def rank_zero_first(fabric: Fabric) -> Iterator[None]:
+    """Within, rank 0 goes before the others, so that it downloads and fills caches once.
+
+    Args:
+        fabric: Knows the ranks.
+    """
+    if not fabric.is_global_zero:
+        fabric.barrier()
+    yield
+    if fabric.is_global_zero:
+        fabric.barrier()
+
+
+def run(fabric: Fabric, plan: Plan) -> list[str]:
+    """Evaluates; called on every rank.
+
+    Args:
+        fabric: Devices and ranks.
+        plan: The options.
+
+    Returns:
+        The files written, on rank 0; nothing elsewhere.
+
+    Raises:
+        ValueError: If the checkpoint, data, extractor and options do not fit together, or weights are missing.
+    """
+    started = datetime.now(UTC)
+    module = load_module(plan.ckpt_path)
+    if not hasattr(module, "generate"):
+        raise ValueError(f"{plan.ckpt_path} holds a {type(module).__name__}, which draws no samples to evaluate.")
+    settings = plan.settings(module.sampling)
+    if module.num_classes == 0 and plan.cfg_scale is not None:
+        raise ValueError("The model is unconditional, so that --cfg_scale does nothing; leave it out.")
+    with rank_zero_first(fabric):
+        data = prepare_data(plan, module, fabric.is_global_zero)
+        extractor = make_extractor(plan.extractor, plan.extractor_weights, module.image_shape)
+        extractor.load(data)
+    module.to(fabric.device)
+    extractor.to(fabric.device)
+
+    single = is_single(data.reference_images("train"))
+    jobs = [make_job(plan, module, data, extractor, setting, len(settings), single) for setting in settings]
+    against: dict[str, Against] = {}
+    if fabric.is_global_zero and not single:
+        against = read_references(plan, data, extractor, module.image_shape)
+    share = sum(len(rows) for job in jobs for rows in job.shards()[fabric.global_rank :: fabric.world_size])
+    with tqdm(total=share, desc="sampling", unit="img", disable=not fabric.is_global_zero) as bar:
+        for job in jobs:
+            generate_shards(job, module, extractor, fabric.global_rank, fabric.world_size, bar.update)
+    if plan.likelihood:
+        likelihood_shards(plan, module, data, fabric.global_rank, fabric.world_size)
+    fabric.barrier()
+    if not fabric.is_global_zero:
+        return []
+
+    report = header(plan, module, data, extractor, against)
+    seconds = 0.0
+    for job in jobs:
+        samples = gather_shards(job)
+        seconds += samples.seconds
+        result, warnings, pictures = measure(plan, job, samples, module, data, extractor, against, fabric.device)
+        report["results"].append(result)
+        report["warnings"] += [warning for warning in warnings if warning not in report["warnings"]]
+        for name, picture in pictures.items():
+            plan.path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(plan.path.with_name(name))
+    if plan.likelihood:
+        report["likelihood"] = gather_bits(plan, module, data)
+    report["run"] = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
+        "sampling_seconds": round(seconds, 1),
+        "batch_size": plan.batch_size,
+        **hardware(fabric.device, fabric.world_size),
+    }
+    written = [str(path) for path in write_report(report, plan.path)]
+    if not plan.keep_shards:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+    return written
+
+
+def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
+    """The data that the checkpoint was trained on, or what the user gave instead, set up.
+
+    Args:
+        plan: The options.
+        module: The model.
+        first: Whether this process downloads.
+
+    Returns:
+        The data module.
+
+    Raises:
+        ValueError: If its pictures have another shape than the model's, or it is no data to compare with.
+    """
+    overrides = {} if plan.data_root is None else {"root": plan.data_root}
+    data: Any = plan.data if plan.data is not None else load_data(plan.ckpt_path, **overrides)
+    if not hasattr(data, "reference_images"):
+        raise ValueError(f"{type(data).__name__} has no reference pictures; use one of datamodules.")
+    if first:
+        data.prepare_data()
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    if tuple(data.image_shape) != tuple(module.image_shape):
+        raise ValueError(
+            f"The data's pictures have shape {tuple(data.image_shape)} and the model's {tuple(module.image_shape)}; "
+            "evaluate against data of the same size."
+        )
+    return data
+
+
+def make_job(
+    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, setting: Sampling, settings: int, single: bool
+) -> Job:
+    """What one setting draws.
+
+    Args:
+        plan: The options.
+        module: The model.
+        data: The data.
+        extractor: The loaded extractor.
+        setting: How samples are drawn.
+        settings: Number of settings.
+        single: Whether the model was trained on one picture.
+
+    Returns:
+        The job.
+    """
+    labels, rule = choose_labels(plan, module, data)
+    record = {
+        "format": FORMAT,
+        "checkpoint": file_hash(Path(plan.ckpt_path)),
+        "sampling": setting.record(),
+        "labels": rule,
+        "image_shape": list(module.image_shape),
+        "extractor": extractor.identity(),
+    }
+    save_to = None
+    if plan.save_samples is not None:
+        name = f"{setting.sampler}_{setting.num_steps}_cfg{setting.cfg_scale:g}"
+        save_to = Path(plan.save_samples) / (name if settings > 1 else "")
+    keep = plan.memorization or single
+    return Job(setting, plan.total, plan.seed, labels, record, plan.folder, plan.batch_size, keep, save_to)
+
+
+def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, str]:
+    """The class of every sample, and in words how it came about.
+
+    Args:
+        plan: The options.
+        module: The model.
+        data: The data.
+
+    Returns:
+        Classes int64 (total,) or None, and the rule.
+    """
+    if plan.labels is not None:
+        labels = parse_labels(plan.labels, plan.num_samples, module.num_classes)
+        if labels is not None:
+            return labels.repeat(plan.num_blocks), f"as given, {plan.labels}, in each block of {plan.num_samples}"
+    frequencies = class_frequencies(data, module.num_classes)
+    if frequencies is None:
+        return None, "none: the model is unconditional"
+    shares = ", ".join(f"{share:.6g}" for share in frequencies.tolist())
+    seeds = range(plan.seed, plan.seed + plan.total)
+    return draw_labels(seeds, frequencies), f"drawn by each sample's own generator from training frequencies {shares}"
+
+
+def header(
+    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, against: dict[str, Against]
+) -> dict[str, Any]:
+    """The report without its results.
+
+    Args:
+        plan: The options.
+        module: The model.
+        data: The data.
+        extractor: The loaded extractor.
+        against: The references by name.
+
+    Returns:
+        Plain values: all that would change a figure.
+    """
+    checkpoint = read_checkpoint(plan.ckpt_path)
+    averaged = "current_model_state" in checkpoint
+    warnings = [warning for reference in against.values() for warning in reference.warnings]
+    if plan.num_blocks < 3:
+        warnings.append(f"{plan.num_blocks} block(s) of samples: error bars need at least 3.")
+    parameters = {name: value for name, value in dict(getattr(data, "hparams", {})).items() if not name.startswith("_")}
+    return {
+        "format": FORMAT,
+        "checkpoint": {
+            "file": str(plan.ckpt_path),
+            "sha256": file_hash(Path(plan.ckpt_path)),
+            "module": f"{type(module).__module__}.{type(module).__name__}",
+            "step": checkpoint.get("global_step"),
+            "weights": "average (EMA)" if averaged else "as trained: the checkpoint keeps no average",
+        },
+        "data": {"class": f"{type(data).__module__}.{type(data).__name__}", **parameters},
+        "extractor": {**extractor.identity(), "metric": extractor.metric},
+        "samples": {
+            "num_samples": plan.num_samples,
+            "num_blocks": plan.num_blocks,
+            "seeds": [plan.seed, plan.seed + plan.total - 1],
+            "labels": choose_labels(plan, module, data)[1],
+            "precision": "float32 weights and sampling, uint8 pictures, float32 features, float64 statistics",
+        },
+        "versions": versions(),
+        "references": {name: reference.summary for name, reference in against.items()},
+        "results": [],
+        "warnings": warnings,
+    }

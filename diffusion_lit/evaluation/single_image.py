@@ -1,0 +1,92 @@
+"""Models of a single picture, for which a distance between sets of pictures has no meaning.
+
+PSNR says how far a sample is the picture itself, `10 log10(255^2 / mse)`. The patch distance says how far its small
+parts look alike: the Fréchet distance between the Gaussians of all p x p patches of the samples and of the picture.
+Diversity is the standard deviation of a pixel over the samples against that over the picture (Shaham 2019, arXiv
+1905.01164, section 3).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.rng import keyed_generator
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+
+PATCH = 7
+MOST_PATCHES = 100_000
+
+
+def is_single(images: Any) -> bool:
+    """Whether a split holds one picture, be it many times.
+
+    Args:
+        images: Array-like uint8 pictures (N, C, H, W).
+
+    Returns:
+        True where all are equal.
+    """
+    first = torch.as_tensor(images[0])
+    return all(torch.equal(torch.as_tensor(images[index]), first) for index in range(1, len(images)))
+
+
+def psnr(samples: Tensor, image: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each sample against the picture.
+
+    Args:
+        samples: Pictures uint8 (N, C, H, W).
+        image: The picture, uint8 (C, H, W).
+
+    Returns:
+        Decibels, float64 (N,), infinite for an exact copy.
+    """
+    error = (samples.double() - image.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error)
+
+
+def patches(images: Tensor, size: int = PATCH) -> Tensor:
+    """All patches of pictures, or a fixed random choice where there are very many.
+
+    Args:
+        images: Pictures uint8 (N, C, H, W).
+        size: Side of a patch, at most that of the pictures.
+
+    Returns:
+        Patches (M, C * size * size), float64 in [0, 1].
+    """
+    size = min(size, *images.shape[-2:])
+    windows = images.unfold(2, size, 1).unfold(3, size, 1)
+    rows, columns = windows.shape[2:4]
+    total = len(images) * rows * columns
+    chosen = torch.arange(total)
+    if total > MOST_PATCHES:
+        chosen = torch.randint(total, (MOST_PATCHES,), generator=keyed_generator("patches"))
+    image, place = chosen // (rows * columns), chosen % (rows * columns)
+    return windows[image, :, place // columns, place % columns].flatten(1).double() / 255
+
+
+def single_image_metrics(samples: Tensor, image: Tensor) -> dict[str, float]:
+    """Figures of samples of a model of one picture.
+
+    Args:
+        samples: Pictures uint8 (N, C, H, W).
+        image: The picture, uint8 (C, H, W).
+
+    Returns:
+        Mean PSNR, patch distance at full and at half size, and diversity.
+    """
+    figures = {"psnr": float(psnr(samples, image).clamp(max=100).mean())}
+    for scale in (1, 2):
+        made, real = (_shrink(pictures, scale) for pictures in (samples, image[None]))
+        if min(made.shape[-2:]) >= PATCH:
+            distance = frechet_distance(Statistics.of(patches(made)), Statistics.of(patches(real)))
+            figures[f"fd_patches{PATCH}" + ("" if scale == 1 else "_half_size")] = distance
+    spread = samples.double().std(0, correction=0).mean() / image.double().std(correction=0).clamp(min=1e-12)
+    figures["diversity"] = float(spread)
+    return figures
+
+
+def _shrink(images: Tensor, scale: int) -> Tensor:
+    """Pictures averaged over scale x scale pixels."""
+    return images if scale == 1 else torch.nn.functional.avg_pool2d(images.double(), scale).round().to(torch.uint8)
