@@ -2,7 +2,8 @@
 
     file -> centre square (of `crop` pixels, or of the shorter side) -> resize to `size` -> upright -> 1 or 3 channels
 
-The square is cut and resized in one resampling with a kernel as wide as the reduction, so that nothing aliases. A JPEG
+The kernel of the resampling is as wide as the reduction, so that nothing aliases. `crop` cuts first and resizes then,
+as papers on CelebA do; otherwise the result is that of resizing the shorter side first and cutting then. A JPEG
 far larger than its target is first decoded at a half, quarter or eighth, never below four times the target, which
 changes the result by about a grey level and saves most of the time and memory. Colour profiles are not applied.
 """
@@ -129,7 +130,12 @@ def _square(image: Image.Image, transform: Transform, gate: Callable[[], Abstrac
         kernel = Image.Resampling.BOX if transform.resize == "area" else Image.Resampling.LANCZOS
         if side < transform.size:
             kernel = Image.Resampling.LANCZOS  # there is no area to average over
-        image = image.resize((transform.size, transform.size), kernel, _centre(image.size, side * scale))
+        left, top, right, bottom = _centre(image.size, side * scale)
+        if transform.crop is None:
+            image = image.resize((transform.size, transform.size), kernel, (left, top, right, bottom))
+        else:  # or the kernel would see beyond the crop
+            image = image.crop((round(left), round(top), round(right), round(bottom)))
+            image = image.resize((transform.size, transform.size), kernel)
     image = _opaque(image, transform.background)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])

@@ -104,6 +104,8 @@ ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
     ("numpy._core.numeric", "_frombuffer"): _from_buffer,
     ("_codecs", "encode"): _encode,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
 }
 
 
