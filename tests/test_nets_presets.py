@@ -64,19 +64,3 @@ def test_dit_layout():
 def test_presets_run_on_other_data():
     net = DDPMpp(in_channels=1, image_size=8, num_classes=3, augment_dim=0)
     assert net(torch.randn(1, 1, 8, 8), torch.zeros(1), torch.tensor([1])).shape == (1, 1, 8, 8)
-
-
-def test_position_code_of_the_dit():
-    """A place differs from every other, and the code of a larger grid continues that of a smaller one."""
-    import math
-
-    from diffusion_lit.nets.dit import position_code
-
-    code = position_code(4, 6, 32)
-    assert code.shape == (24, 32)
-    assert torch.cdist(code, code).add(torch.eye(24)).min() > 1e-2
-    row, column, frequency = 2, 5, 10000 ** (-3 / 8)
-    place = code[row * 6 + column]
-    expected = [math.sin(column * frequency), math.cos(column * frequency), math.sin(row * frequency)]
-    assert place[[3, 11, 19]].tolist() == pytest.approx(expected, abs=1e-6)
-    assert torch.equal(position_code(8, 6, 32)[:24], code)
