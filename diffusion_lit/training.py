@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,6 @@ from diffusion_lit.callbacks import (
 from diffusion_lit.checkpoints import find_last, read_checkpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-LINKS: dict[str, dict[str, Callable[[Any], int]]] = {
-    "data.image_shape": {
-        "model.init_args.net.init_args.in_channels": lambda shape: int(shape[0]),
-        "model.init_args.net.init_args.image_size": lambda shape: int(shape[-1]),
-    },
-    "data.num_classes": {"model.init_args.net.init_args.num_classes": int},
-}
-
-
 CALLBACKS: dict[str, type[Callback]] = {
     "ema": EMA,
     "checkpoint": LastCheckpoint,
@@ -90,9 +81,20 @@ class CLI(LightningCLI):
         )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
-        for source, targets in LINKS.items():
-            for target, compute in targets.items():
-                parser.link_arguments(source, target, compute_fn=compute, apply_on="instantiate")
+        for source, target, compute in (
+            ("data.image_shape", "in_channels", lambda shape: self._net_input(shape)[0]),
+            ("data.image_shape", "image_size", lambda shape: self._net_input(shape)[-1]),
+            ("data.num_classes", "num_classes", int),
+        ):
+            target = f"model.init_args.net.init_args.{target}"
+            parser.link_arguments(source, target, compute_fn=compute, apply_on="instantiate")
+
+    def _net_input(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of what the network works on, which the class of the model knows: pictures, or their latents."""
+        model = self.config[self.subcommand].model
+        module, _, name = model.class_path.rpartition(".")
+        net_input = getattr(getattr(import_module(module), name), "net_input", lambda shape, **_: shape)
+        return tuple(int(side) for side in net_input(image_shape, **dict(model.get("init_args", {}))))
 
     def _parse_ckpt_path(self) -> None:
         """Finds `last` and reads the checkpoint's record; unlike Lightning's, it leaves the configuration alone."""

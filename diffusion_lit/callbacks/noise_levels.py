@@ -35,13 +35,13 @@ class LossByNoiseLevel(Callback):
         """Measures one batch at every level."""
         if trainer.sanity_checking or batch_idx >= self.batches or not isinstance(pl_module, DiffusionModule):
             return
-        image = batch["image"]
+        x0 = pl_module.x0(batch, "val", batch_idx)
         label = batch.get("label") if pl_module.num_classes else None
         scaling = pl_module.denoiser.scaling
-        generator = keyed_generator("loss_by_sigma", batch_idx, trainer.global_rank, device=image.device)
-        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        generator = keyed_generator("loss_by_sigma", batch_idx, trainer.global_rank, device=x0.device)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         for level in self.sigmas:
             if scaling.sigma_min <= level <= scaling.sigma_max:
-                sigma = torch.full((len(image),), level, device=image.device)
-                loss = pl_module.loss(pl_module.denoiser, image, sigma, noise, label).mean()
-                pl_module.log(f"loss_by_sigma/{level:g}", loss, batch_size=len(image), sync_dist=True)
+                sigma = torch.full((len(x0),), level, device=x0.device)
+                loss = pl_module.loss(pl_module.denoiser, x0, sigma, noise, label).mean()
+                pl_module.log(f"loss_by_sigma/{level:g}", loss, batch_size=len(x0), sync_dist=True)

@@ -148,7 +148,9 @@ class Trajectory(Pictures):
         self.columns = columns
 
     def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
-        """Draws the strip and the animation."""
+        """Draws the strip and the animation, of a model that samples step by step."""
+        if not hasattr(module, "sampling"):
+            return
         recorder = StepRecorder(keep=max(self.count, 16))
         self.draw(module, max(self.count, 16), recorder)
         frames = recorder.frames(columns=4)

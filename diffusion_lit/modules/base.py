@@ -1,4 +1,4 @@
-"""What every denoising LightningModule shares: keyed training draws, validation loss, sampling, optimizer.
+"""What LightningModules share: keyed training draws and, for those that denoise, loss, sampling and validation.
 
 A training step is a function of the weights, the batch and the key (seed, epoch, batch): noise levels, noise and label
 dropout are drawn for the whole global batch from one generator and each rank takes its rows, so that neither a restart
@@ -31,7 +31,74 @@ class Draws(NamedTuple):
     label: Tensor | None
 
 
-class DiffusionModule(LightningModule):
+class KeyedModule(LightningModule):
+    """A module whose training draws are functions of keys, and whose checkpoints describe themselves.
+
+    Args:
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.class_names: list[str] = []
+        if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
+            self.save_hyperparameters()
+
+    @classmethod
+    def net_input(cls, image_shape: tuple[int, int, int], **init_args: Any) -> tuple[int, int, int]:
+        """Shape (C, H, W) of what the network of such a module works on.
+
+        Args:
+            image_shape: Shape (C, H, W) of the data's pictures.
+            init_args: The module's arguments as they stand in the configuration.
+
+        Returns:
+            The pictures' own shape here.
+        """
+        return image_shape
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Number of ranks, and this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+
+    def keyed_noise(self, shape: torch.Size, *key: int | str) -> Tensor:
+        """Draws standard normal noise for the global batch and takes this rank's rows.
+
+        Args:
+            shape: Shape (B, ...) of this rank's batch.
+            key: Names the draw.
+
+        Returns:
+            This rank's rows, of this shape.
+        """
+        world, rank = self.ranks
+        generator = keyed_generator(*key, device=self.device)
+        return torch.randn(shape[0] * world, *shape[1:], generator=generator, device=self.device)[rank::world]
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Keys what the network draws by itself."""
+        torch.manual_seed(keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank))
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, where there is one, the learning-rate schedule."""
+        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        names = getattr(datamodule, "class_names", None)
+        checkpoint["diffusion_lit"] = {"class_names": list(names or self.class_names), "seed": run_seed()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the names of the classes from the checkpoint."""
+        self.class_names = checkpoint.get("diffusion_lit", {}).get("class_names", self.class_names)
+
+
+class DiffusionModule(KeyedModule):
     """Trains a denoiser on pictures and samples from it.
 
     Args:
@@ -55,19 +122,15 @@ class DiffusionModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None,
         label_dropout: float,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is {label_dropout}; it is a probability between 0 and 1.")
         self.denoiser = denoiser
         self.noise_levels = noise_levels
         self.loss = loss
         self.sampling = sampling
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.label_dropout = label_dropout
-        self.class_names: list[str] = [str(index) for index in range(denoiser.num_classes)]
-        if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
-            self.save_hyperparameters()
+        self.class_names = [str(index) for index in range(denoiser.num_classes)]
 
     @property
     def net(self) -> nn.Module:
@@ -80,10 +143,36 @@ class DiffusionModule(LightningModule):
         return self.denoiser.num_classes
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the pictures that the model makes."""
+    def x_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of what is denoised."""
         net: Any = self.net
         return (int(net.in_channels), int(net.image_size), int(net.image_size))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the pictures that the model makes."""
+        return self.x_shape
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in [-1, 1] as what is denoised: themselves, unless a subclass works on latents."""
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The pictures of what was denoised; the inverse of `encode`."""
+        return x
+
+    def x0(self, batch: dict[str, Tensor], split: str, batch_idx: int) -> Tensor:
+        """What is denoised of a batch.
+
+        Args:
+            batch: As the data module gives it.
+            split: "train", "val" or "test".
+            batch_idx: Number of the batch.
+
+        Returns:
+            Shape (B, *x_shape).
+        """
+        return batch["image"]
 
     def generate(
         self,
@@ -109,9 +198,10 @@ class DiffusionModule(LightningModule):
         training = self.training
         self.eval()
         try:
-            return (sampling or self.sampling).generate(self.denoiser, self.image_shape, seeds, labels, callback)
+            x = (sampling or self.sampling).generate(self.denoiser, self.x_shape, seeds, labels, callback)
         finally:
             self.train(training)
+        return self.decode(x)
 
     def draw(self, label: Tensor | None, shape: torch.Size, *key: int | str) -> Draws:
         """Draws noise levels, noise and label dropout for the global batch and takes this rank's rows.
@@ -124,7 +214,7 @@ class DiffusionModule(LightningModule):
         Returns:
             This rank's rows: sigma (B,), noise (B, C, H, W), label (B,) with dropped ones set to the null class.
         """
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        world, rank = self.ranks
         generator = keyed_generator(*key, device=self.device)
         total = shape[0] * world
         rows = slice(rank, None, world)
@@ -135,16 +225,12 @@ class DiffusionModule(LightningModule):
         dropped = torch.rand(total, generator=generator, device=self.device)[rows] < self.label_dropout
         return Draws(sigma, noise, label.masked_fill(dropped, self.num_classes))
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Keys what the network draws by itself."""
-        torch.manual_seed(keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank))
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The mean denoising loss of a batch `{"image": (B, C, H, W) in [-1, 1], "label": (B,)}`."""
-        image = batch["image"]
-        draws = self.draw(batch.get("label"), image.shape, "train", run_seed(), self.current_epoch, batch_idx)
-        loss: Tensor = self.loss(self.denoiser, image, draws.sigma, draws.noise, draws.label).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image))
+        x0 = self.x0(batch, "train", batch_idx)
+        draws = self.draw(batch.get("label"), x0.shape, "train", run_seed(), self.current_epoch, batch_idx)
+        loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -156,30 +242,16 @@ class DiffusionModule(LightningModule):
         self._held_out_loss("test", batch, batch_idx)
 
     def _held_out_loss(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
-        image = batch["image"]
+        x0 = self.x0(batch, split, batch_idx)
         label = batch.get("label") if self.num_classes else None
-        draws = self.draw(None, image.shape, split, batch_idx)
-        loss = self.loss(self.denoiser, image, draws.sigma, draws.noise, label).mean()
-        self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
+        draws = self.draw(None, x0.shape, split, batch_idx)
+        loss = self.loss(self.denoiser, x0, draws.sigma, draws.noise, label).mean()
+        self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(x0), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One sample per picture of the batch, of the same class, its index as the seed; (B, C, H, W) in [-1, 1]."""
         label = batch.get("label") if self.num_classes else None
         return self.generate(batch["index"].tolist(), label)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer and, where there is one, the learning-rate schedule."""
-        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""
-        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        names = getattr(datamodule, "class_names", None)
-        checkpoint["diffusion_lit"] = {"class_names": list(names or self.class_names), "seed": run_seed()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the names of the classes from the checkpoint."""
-        self.class_names = checkpoint.get("diffusion_lit", {}).get("class_names", self.class_names)
 
 
 def run_seed() -> int:

@@ -94,11 +94,11 @@ class _Discretised(Reconstruction):
         return -log_p.flatten(1).sum(1)
 
     def log_cdf(self, u: Tensor) -> Tensor:
-        """ln F(u)."""
+        """Logarithm of F(u)."""
         raise NotImplementedError
 
     def log_difference(self, upper: Tensor, lower: Tensor) -> Tensor:
-        """ln (F(upper) - F(lower)) for upper > lower."""
+        """Logarithm of F(upper) - F(lower), for upper > lower."""
         raise NotImplementedError
 
 
@@ -113,7 +113,7 @@ class DiscretisedLogistic(_Discretised):
     """
 
     def log_cdf(self, u: Tensor) -> Tensor:
-        """ln 1 / (1 + exp(-u))."""
+        """Logarithm of 1 / (1 + exp(-u))."""
         return F.logsigmoid(u)
 
     def log_difference(self, upper: Tensor, lower: Tensor) -> Tensor:
@@ -132,8 +132,9 @@ class DiscretisedGaussian(_Discretised):
     """
 
     def log_cdf(self, u: Tensor) -> Tensor:
-        """ln of the normal distribution function."""
-        return torch.special.log_ndtr(u)
+        """Logarithm of the normal distribution function."""
+        log_cdf: Tensor = torch.special.log_ndtr(u)
+        return log_cdf
 
     def log_difference(self, upper: Tensor, lower: Tensor) -> Tensor:
         """See the formula above."""
