@@ -69,7 +69,7 @@ def sample(
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1.")
-    module = load_module(ckpt_path).to(_device(device))
+    module = load_module(ckpt_path).to(pick_device(device))
     settings: Sampling = module.sampling.but(
         cfg_scale=cfg_scale,
         sampler=sampler,
@@ -145,7 +145,18 @@ def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | N
     return torch.tensor([classes[index % len(classes)] for index in range(count)])
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Args:
+        name: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

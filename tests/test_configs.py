@@ -95,3 +95,38 @@ def test_every_diffusion_config_runs(config, lightning, tmp_path):
         *DATA[data](tmp_path / "pictures"),
     )
     assert not (tmp_path / "runs").exists()
+
+
+CORE = "diffusion_lit.diffusion"
+COMBINATIONS = {
+    "cosine, v, min-SNR, uniform t": ["ddpm", "prediction=v", "schedule=CosineSchedule", "loss.weight=MinSNR"],
+    "sigmoid, x0, unit weight, logit-normal": [
+        *["ddpm", "prediction=x0", "schedule=SigmoidSchedule", "loss.weight=UnitWeight", "noise_levels=LogitNormal"],
+    ],
+    "continuous VP, eps, learned uncertainty": ["ddpm", "schedule=ContinuousVP", "loss.weight=LearnedUncertainty"],
+    "flow, logit-normal": ["edm", "scaling=FlowScaling", "noise_levels=LogitNormal"],
+    "flow path, x0, uniform t": ["edm", "scaling=X0Scaling", "noise_levels=UniformT"],
+    "learned variance": ["ddpm", "loss=HybridLoss", "net.init_args.out_channels=2"],
+}
+
+
+@pytest.mark.parametrize("choices", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_schedules_predictions_weights_and_noise_levels_combine_freely(choices, lightning):
+    family, *choices = choices
+    options = []
+    for choice in choices:
+        name, value = choice.split("=")
+        if name == "loss.weight":
+            options += [f"--model.init_args.loss={CORE}.DenoisingLoss", f"--model.init_args.loss.weight={CORE}.{value}"]
+        else:
+            options.append(
+                f"--model.init_args.{name}={CORE}.{value}" if value[0].isupper() else f"--model.init_args.{choice}"
+            )
+    if "loss=HybridLoss" in choices:
+        options.append('--model.init_args.sampling.sampler_options={"variance": "learned"}')
+    lightning(
+        *["fit", "--config", CONFIGS / f"{family}_digits.yaml", "--trainer.fast_dev_run=1", "--trainer.callbacks=[]"],
+        *["--trainer.accelerator=cpu", "--model.init_args.net.init_args.model_channels=16", "--sample_grid.columns=1"],
+        *["--model.init_args.sampling.num_steps=2", "--trainer.enable_progress_bar=false"],
+        *options,
+    )

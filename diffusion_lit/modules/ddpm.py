@@ -9,6 +9,8 @@ from diffusion_lit.diffusion import (
     DenoisingLoss,
     DiscreteUniform,
     EpsScaling,
+    HybridLoss,
+    LearnedVarianceDenoiser,
     LinearSchedule,
     NoiseLevels,
     Sampling,
@@ -29,7 +31,9 @@ class DDPM(DiffusionModule):
         schedule: The T noise levels; 1,000 linear betas by default.
         prediction: What the network predicts: `eps`, `x0` or `v` (Salimans & Ho 2022).
         noise_levels: Distribution that training draws sigma from; by default uniform over the schedule's steps.
-        loss: Denoising loss with its weight; by default the paper's simple loss (Ho 2020, equation 14).
+        loss: Denoising loss with its weight; by default the paper's simple loss (Ho 2020, equation 14). A `HybridLoss`
+            trains the variance of the steps as well (Nichol & Dhariwal 2021): give the network an `out_channels` of
+            twice the pictures' channels, and sample with `sampler_options: {variance: learned}`.
         sampling: How pictures are drawn; by default ancestral sampling over all T steps, predicted images clipped.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
@@ -54,8 +58,9 @@ class DDPM(DiffusionModule):
         if prediction not in PREDICTIONS:
             raise ValueError(f"There is no prediction {prediction!r} here; choose one of {', '.join(PREDICTIONS)}.")
         schedule = schedule or LinearSchedule()
+        denoiser = LearnedVarianceDenoiser if isinstance(loss, HybridLoss) else Denoiser
         super().__init__(
-            Denoiser(net, PREDICTIONS[prediction](schedule)),
+            denoiser(net, PREDICTIONS[prediction](schedule)),
             noise_levels or DiscreteUniform(schedule),
             loss or DenoisingLoss(),
             sampling or Sampling(sampler="ddpm", num_steps=schedule.num_steps, grid="trailing", clip_x0="static"),

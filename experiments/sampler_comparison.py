@@ -1,0 +1,177 @@
+"""Which sampler is best for how many denoiser calls?
+
+Every sampler that is no alias of another draws samples of the same seeds from one checkpoint at several numbers of
+function evaluations (NFE), and the Fréchet distance to the training pictures and the time are drawn against the NFE. A
+sampler of two calls a step gets half the steps. Interrupted, it goes on where it was.
+
+    python -m experiments.sampler_comparison --ckpt_path runs/edm_fashion_mnist/version_0/checkpoints/last.ckpt
+"""
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from jsonargparse import CLI
+from tqdm import tqdm
+
+from diffusion_lit.checkpoints import load_data, load_module
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.evaluation.choose import make_extractor
+from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.reference import real_against_real, reference_of
+from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.sample import pick_device
+
+ALIASES = ("ddim", "euler_ancestral")  # ddim with eta 0 is euler, with eta 1 euler_ancestral is ddpm
+
+
+class Point(NamedTuple):
+    """One measurement."""
+
+    sampler: str
+    steps: int
+    nfe: float
+    distance: float
+    milliseconds: float
+
+
+def sampler_comparison(
+    ckpt_path: str,
+    nfe: list[int] = [5, 9, 17, 35],  # noqa: B006 (never changed)
+    samplers: list[str] | None = None,
+    rtol: list[float] = [0.3, 0.05],  # noqa: B006
+    num_samples: int = 1000,
+    extractor: str = "auto",
+    extractor_weights: str | None = None,
+    data_root: str | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+    out: str = "runs/studies/sampler_comparison",
+) -> list[Point]:
+    """Measures samplers at equal numbers of denoiser calls.
+
+    Args:
+        ckpt_path: Checkpoint of a diffusion model.
+        nfe: Denoiser calls per sample; each sampler takes the most steps that these allow.
+        samplers: Their names; all but the aliases when omitted.
+        rtol: Tolerances of the adaptive rk45, which has no number of steps.
+        num_samples: Samples of each point.
+        extractor: What pictures are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
+        extractor_weights: Local file of the extractor's weights.
+        data_root: Where the checkpoint's own data lies now.
+        batch_size: Samples drawn at a time.
+        seed: Seed of the first sample; the same for every point.
+        device: auto, cpu, cuda, ...
+        out: Folder for the figure, the table and what an interrupted run has done.
+
+    Returns:
+        The measurements.
+    """
+    chosen = samplers or [name for name in SAMPLERS if name not in ALIASES]
+    module = load_module(ckpt_path).to(pick_device(device))
+    settings = [setting for name in chosen for setting in settings_of(module.sampling, name, nfe, rtol)]
+    data: Any = load_data(ckpt_path, **({} if data_root is None else {"root": data_root}))
+    data.prepare_data()
+    data.setup()
+    measure = make_extractor(extractor, extractor_weights, module.image_shape)
+    measure.load(data)
+    measure.to(module.device)
+    reference = reference_of(data, "train", measure)
+    held_out = reference_of(data, "val", measure).features
+    floor = real_against_real(reference, held_out, num_samples)
+    labels = draw_labels(range(seed, seed + num_samples), class_frequencies(data, module.num_classes))
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"checkpoint": file_hash(Path(ckpt_path)), "extractor": measure.identity()}
+    points = []
+    with tqdm(total=len(settings) * num_samples, unit="img") as bar:
+        for setting in settings:
+            job = Job(
+                setting,
+                num_samples,
+                seed,
+                labels,
+                {**record, "sampling": setting.record()},
+                folder / "parts",
+                batch_size,
+            )
+            bar.set_description(f"{setting.sampler}, {setting.num_steps} steps")
+            generate_shards(job, module, measure, progress=bar.update)
+            drawn = gather_shards(job)
+            distance = frechet_distance(Statistics.of(drawn.features), reference.statistics)
+            milliseconds = 1000 * drawn.seconds / num_samples
+            points.append(Point(setting.sampler, setting.num_steps, drawn.forwards, distance, milliseconds))
+    write(points, floor, measure.metric, num_samples, folder)
+    return points
+
+
+def settings_of(default: Sampling, name: str, nfe: list[int], rtol: list[float]) -> list[Sampling]:
+    """The settings of one sampler that spend at most so many denoiser calls.
+
+    Args:
+        default: The model's own settings, whose grid is kept.
+        name: The sampler.
+        nfe: Denoiser calls per sample.
+        rtol: Tolerances, for an adaptive sampler.
+
+    Returns:
+        One setting per number of calls (or per tolerance), without those of no step.
+    """
+    sampler = SAMPLERS[name]
+    if sampler.nfe(1) is None:
+        return [
+            default.but(sampler=name, num_steps=1, sampler_options={"rtol": value, "atol": value}) for value in rtol
+        ]
+    steps = [max((n for n in range(1, most + 1) if (sampler.nfe(n) or 0) <= most), default=0) for most in nfe]
+    return [default.but(sampler=name, num_steps=n) for n in dict.fromkeys(steps) if n]
+
+
+def write(points: list[Point], floor: tuple[float, int] | None, metric: str, count: int, folder: Path) -> None:
+    """Writes the figure, the table as Markdown and CSV, and prints the table.
+
+    Args:
+        points: The measurements.
+        floor: The distance of real pictures to real ones, and at what number.
+        metric: Name of the distance.
+        count: Samples of each point.
+        folder: Where the files go.
+    """
+    rows = ["| sampler | steps | NFE | " + metric + " | ms per sample |", "| --- | ---: | ---: | ---: | ---: |"]
+    rows += [f"| {p.sampler} | {p.steps} | {p.nfe:.0f} | {p.distance:.2f} | {p.milliseconds:.1f} |" for p in points]
+    if floor is not None:
+        rows.append(f"| real pictures | | | {floor[0]:.2f} (at {floor[1]:,}) | |")
+    (folder / "table.md").write_text("\n".join(rows) + "\n")
+    with (folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([Point._fields, *points])
+
+    figure, (quality, cost) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(point.sampler for point in points)):
+        own = sorted((point for point in points if point.sampler == name), key=lambda point: point.nfe)
+        style: dict[str, Any] = {"marker": "osD^vP*X<>"[index % 10], "label": name, "color": f"C{index}"}
+        quality.plot([point.nfe for point in own], [point.distance for point in own], **style)
+        cost.plot([point.nfe for point in own], [point.milliseconds for point in own], **style)
+    if floor is not None:
+        quality.axhline(floor[0], color="grey", linestyle="--", label=f"real against real, {floor[1]:,}")
+    quality.set(
+        xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)", ylabel=f"{metric}, {count:,} samples"
+    )
+    cost.set(xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)", ylabel="milliseconds per sample")
+    quality.legend(fontsize=8)
+    for axes in (quality, cost):
+        axes.grid(True, which="both", alpha=0.3)
+    figure.savefig(folder / "figure.png", dpi=130)
+    plt.close(figure)
+    print("\n".join(rows))
+    print(f"\n{folder}/figure.png, table.md and table.csv")
+
+
+if __name__ == "__main__":
+    CLI(sampler_comparison, as_positional=False)
