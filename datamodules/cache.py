@@ -76,28 +76,29 @@ def prepare(
         The cache.
 
     Raises:
-        ValueError: If no picture can be used, or, with `strict`, if one cannot.
-        OSError: If the cache cannot be written.
+        ValueError: If no picture can be used, or, with `strict`, if one cannot; or the cache cannot be written.
+        PermissionError: If the folder of caches may not be written to.
     """
     key = _key(listing, pools, transform)
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
     place = cache_dir / key
-    cache = _open(place)
-    if cache is None:
-        if strict and listing.skipped:
-            raise ValueError(_refusal(listing, listing.skipped))
-        try:
+    if strict and listing.skipped:
+        raise ValueError(_refusal(listing, listing.skipped))
+    try:
+        cache = _open(place)
+        if cache is None:
             with _lock(cache_dir, key):
                 cache = _open(place)  # another process may have written it meanwhile
                 if cache is None:
                     _clear(cache_dir, key)
                     _write(place, listing, pools, transform, strict, processes)
                     cache = _open(place)
-        except OSError as error:
-            raise type(error)(
-                f"The pictures of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
-                "cache_dir to a folder that may be written to and has enough room."
-            ) from error
+    except OSError as error:
+        kind = PermissionError if isinstance(error, PermissionError) else ValueError
+        raise kind(
+            f"The pictures of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
+            "cache_dir to a folder that may be written to and has enough room."
+        ) from error
     assert cache is not None
     if cache.skipped:
         if strict:
@@ -125,7 +126,7 @@ def _open(place: Path) -> Cache | None:
         if (place / "images.u8").stat().st_size != int(np.prod(shape)):
             return None
         images = np.memmap(place / "images.u8", np.uint8, "r", shape=shape)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError):  # damaged after it was written
         return None

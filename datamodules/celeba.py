@@ -20,6 +20,7 @@ from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
 from datamodules.decode import Transform
 from datamodules.feed import Split
+from datamodules.files import may_not_read
 from datamodules.sources import Listing, Skip, list_pictures
 
 PICTURES = "img_align_celeba"
@@ -203,6 +204,6 @@ def _rows(path: Path) -> Iterator[list[str]]:
                 if row:
                     yield row
     except PermissionError as error:
-        raise PermissionError(f"{path} may not be read; ask its owner for permission to read it.") from error
+        raise may_not_read(path) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no text ({error}); get the file anew.") from error

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from datamodules.base import ImageDataModule, held_out
-from datamodules.download import download, first_line
 from datamodules.feed import Split
+from datamodules.files import download, first_line, may_not_read
 from datamodules.folder import ImageFolder
 from datamodules.pickles import read_pickle
 
@@ -158,8 +158,7 @@ class CIFAR10(ImageDataModule):
         if part in self._announced:
             return
         self._announced.add(part)
-        found = {name: hashlib.md5((folder / name).read_bytes(), usedforsecurity=False) for name, _ in FILES[part]}
-        other = [name for name, checksum in FILES[part] if found[name].hexdigest() != checksum]
+        other = [name for name, checksum in FILES[part] if _md5(folder / name) != checksum]
         if other:
             rank_zero_warn(
                 f"{folder}: {', '.join(other)} {'differs' if len(other) == 1 else 'differ'} from the official files "
@@ -201,6 +200,13 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
     if len(labels) != len(data):
         raise ValueError(f"{path} holds {len(data)} pictures and {len(labels)} labels; they do not belong together.")
     return torch.from_numpy(data.reshape(-1, 3, SIDE, SIDE).copy()), torch.tensor(labels, dtype=torch.int64)
+
+
+def _md5(path: Path) -> str:
+    try:
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    except PermissionError as error:
+        raise may_not_read(path) from error
 
 
 def _unpack(archive: Path, place: Path) -> None:

@@ -109,7 +109,7 @@ def decode(
         except MemoryError as error:
             raise BadPictureError("does not fit in memory") from error
         except Exception as error:  # decoders raise many kinds of exception at damaged files
-            raise BadPictureError(f"is broken ({str(error).strip() or type(error).__name__})") from error
+            raise BadPictureError(f"is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
 def _square(image: Image.Image, transform: Transform, gate: Callable[[], AbstractContextManager[None]]) -> np.ndarray:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.files import may_not_read
+
 MAX_BYTES = 2**31  # an idx file of pictures is far smaller; a gzipped one could claim anything
 
 
@@ -50,6 +52,7 @@ def read_idx(path: Path, rank: int) -> Tensor:
 
     Raises:
         ValueError: If the file is no such idx file, or is cut off or overlong.
+        PermissionError: If it may not be read.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -66,6 +69,8 @@ def read_idx(path: Path, rank: int) -> Tensor:
             if count > MAX_BYTES:
                 raise ValueError(f"{path} claims to hold {'x'.join(map(str, sizes))} values, which is no image set.")
             values = file.read(count + 1)
+    except PermissionError as error:
+        raise may_not_read(path) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is cut off or no gzip file ({error}); get the file anew.") from error
     if len(values) != count:

@@ -8,8 +8,8 @@ from torch.nn.functional import pad
 from torchvision import datasets
 
 from datamodules.base import ImageDataModule, held_out
-from datamodules.download import download, first_line
 from datamodules.feed import Split
+from datamodules.files import download, first_line
 from datamodules.idx import find_idx, read_idx
 
 FILES = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.base import ImageDataModule
 from datamodules.decode import BadPictureError, Transform, decode
 from datamodules.feed import Split, keyed_generator
+from datamodules.files import may_not_read
 
 SAMPLES = ("flower", "china")
 HELD_OUT = 64  # rows of "val" and "test"
@@ -151,4 +152,4 @@ class SingleImage(ImageDataModule):
         try:
             return path.open("rb")
         except PermissionError as error:
-            raise PermissionError(f"{path} may not be read; ask its owner for permission to read it.") from error
+            raise may_not_read(path) from error

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from datamodules.decode import ENDINGS, BadPictureError
+from datamodules.files import may_not_read
 
 GIVE = "give a folder of pictures, a zip of them, or a list of globs"
-MAX_MEMBER = 2**30  # bytes that a picture in a zip may unpack to
+MAX_MEMBER = 2**29  # bytes that a picture in a zip may unpack to
 
 
 class Picture(NamedTuple):
@@ -82,7 +83,7 @@ class Listing:
         except OSError as error:
             raise BadPictureError(f"cannot be read ({error.strerror or error})") from error
         except Exception as error:  # zipfile raises many kinds at damaged, encrypted or exotic members
-            raise BadPictureError(f"cannot be unpacked ({error})") from error
+            raise BadPictureError(f"cannot be unpacked ({' '.join(str(error).split())})") from error
 
     def reopen(self) -> None:
         """Gives a forked process a file position of its own in the zip."""
@@ -97,7 +98,7 @@ class Listing:
 
 
 def printable(name: str) -> str:
-    """A file name that any terminal takes: bytes that are no UTF-8 are written as escapes.
+    """A file name that any terminal takes in one line: what cannot be printed is written as escapes.
 
     Args:
         name: A name as the system gives it.
@@ -105,7 +106,7 @@ def printable(name: str) -> str:
     Returns:
         The name to print.
     """
-    return name.encode("utf-8", "backslashreplace").decode()
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 
 
 def list_pictures(root: str | Sequence[str]) -> Listing:
@@ -205,7 +206,7 @@ def _list_zip(path: Path) -> Listing:
     try:
         archive = zipfile.ZipFile(path)
     except PermissionError as error:
-        raise PermissionError(f"{path} may not be read; ask its owner for permission to read it.") from error
+        raise may_not_read(path) from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path} is neither a folder nor a whole zip ({error}); {GIVE}.") from error
     pictures = {

@@ -258,7 +258,7 @@ def test_damaged_cache_is_written_anew(tmp_path):
 def test_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     write_flat(tmp_path / "data", 10)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(OSError, match=r"cannot be prepared in .*cache.*GiB are free.*set cache_dir"):
+    with pytest.raises(ValueError, match=r"cannot be prepared in .*cache.*GiB are free.*set cache_dir"):
         make(tmp_path / "data", tmp_path)
     assert not list((tmp_path / "cache").glob(".*"))
 

@@ -1,4 +1,4 @@
-"""Downloads through torchvision, verified by checksum, that leave nothing half-written behind."""
+"""Downloads through torchvision, verified by checksum, that leave nothing half-written; and what to say of errors."""
 
 import os
 import tempfile
@@ -48,3 +48,15 @@ def first_line(error: Exception) -> str:
         The first line of its message, or the name of its class.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def may_not_read(path: Path) -> PermissionError:
+    """The error that tells that a file may not be read.
+
+    Args:
+        path: The file.
+
+    Returns:
+        An exception to raise.
+    """
+    return PermissionError(f"{path} may not be read; ask its owner for permission to read it.")
