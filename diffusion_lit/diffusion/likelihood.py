@@ -4,9 +4,10 @@ Along dx/ds = (x - D(x; s)) / s the density of x = x0 + s n changes by the diver
 
     log p(x; sigma_min) = log N(x_end; 0, prior_std² I) + integral from sigma_min to sigma_max of (d - tr dD/dx) / s ds
 
-for d values in x, with x_end the end of the same path. The trace is exact (one backward pass per value) or Hutchinson's
-estimate e^T (dD/dx) e with random signs e, one draw for the whole path, which is unbiased and takes one backward pass.
-An image of 256 levels is made continuous by noise as wide as a level; -log p then bounds its code length from above.
+for d values in x, with x_end the end of the same path, which is followed as the sampler rk45 follows it. The trace is
+exact (one backward pass per value) or Hutchinson's estimate e^T (dD/dx) e with random signs e, one draw for the whole
+path, which is unbiased and takes one backward pass. An image of 256 levels is made continuous by noise as wide as a
+level; -log p then bounds its code length from above.
 
 Source: Song et al. 2021 (arXiv 2011.13456), section 4.3 and appendix D.2; dequantisation: Theis et al. 2016
 (arXiv 1511.01844), section 3.1.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.samplers.adaptive import DormandPrince, root_mean_square
+from diffusion_lit.diffusion.samplers.adaptive import DormandPrince, root_mean_square, shrinkage
 from diffusion_lit.diffusion.samplers.common import Denoise, Noise
 
 LEVELS = 256
@@ -83,22 +84,30 @@ class Likelihood:
         size = x[0].numel()
         signs = None if self.exact else torch.where(noise(x) < 0, -1.0, 1.0).to(x.dtype)
 
-        def slope(state: Tensor, sigma: Tensor) -> Tensor:
-            image = state[:, :size].reshape(x.shape)
-            x0_hat, trace = denoise_and_trace(denoise, image, sigma, signs)
-            return torch.cat([state[:, :size] - x0_hat.flatten(1), 1 - trace[:, None] / size], 1) / sigma[:, None]
+        def slope(state: Tensor, log_sigma: Tensor) -> Tensor:
+            sigma = log_sigma.exp().clamp(self.sigma_min, self.sigma_max)
+            z, c = state[:, :size], shrinkage(sigma, state)
+            x0_hat, trace = denoise_and_trace(denoise, (z / c).reshape(x.shape), sigma, signs)
+            return torch.cat([c * (c * z - x0_hat.flatten(1)), 1 - trace[:, None] / size], 1)
 
         def norm(error: Tensor) -> Tensor:
             return torch.maximum(root_mean_square(error[:, :size]), error[:, size].abs())
 
         # The last column is the integral per value, to the same tolerance as the image whatever its size.
-        state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)
+        c_start, c_end = (1 / math.hypot(1, level) for level in (self.sigma_min, self.sigma_max))
+        state = torch.cat([c_start * x.flatten(1), x.new_zeros(len(x), 1)], 1)
         solver = DormandPrince(
-            slope, state, self.sigma_min, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps, norm=norm
+            slope,
+            state,
+            math.log(self.sigma_min),
+            rtol=self.rtol,
+            atol=self.atol,
+            max_steps=self.max_steps,
+            norm=norm,
         )
-        end = solver.advance(self.sigma_max)
+        end = solver.advance(math.log(self.sigma_max))
         std = self.sigma_max if self.prior_std is None else self.prior_std
-        log_prior = -0.5 * (end[:, :size] / std).square().mean(1) - math.log(std * math.sqrt(2 * math.pi))
+        log_prior = -0.5 * (end[:, :size] / (c_end * std)).square().mean(1) - math.log(std * math.sqrt(2 * math.pi))
         return size * (log_prior + end[:, size])
 
     def bits_per_dim(self, denoise: Denoise, images: Tensor, *, noise: Noise = torch.randn_like) -> Tensor:

@@ -4,8 +4,16 @@ A step of the Dormand-Prince pair evaluates the slope seven times, the last of w
 a fifth-order solution together with a fourth-order one. A sample accepts its step where they agree to atol + rtol |y|
 in the root of the mean square, and its next step is h * 0.9 * error^(-1/5), the error in units of that tolerance. Each
 sample has its own noise level, step size and decision, so that the others in the batch do not change its result.
+
+It integrates z = x / sqrt(1 + sigma²) over u = log sigma, with c = 1 / sqrt(1 + sigma²):
+
+    dx/dsigma = (x - D(x; sigma)) / sigma     becomes     dz/du = c (c z - D(z / c; sigma)).
+
+z keeps the size of an image, on which a tolerance means the same at every level, and changes only where there is
+structure; in x the steps would have to shrink with sigma, and half of them would be refused.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -27,6 +35,8 @@ STAGES = (
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 FOURTH = (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
+FIRST_STEP = 0.25  # of log sigma
+
 ERROR = tuple(fifth - fourth for fifth, fourth in zip((*STAGES[6], 0), FOURTH, strict=True))
 
 
@@ -44,6 +54,7 @@ class DormandPrince:
         start: The s of the initial values.
         rtol: Relative tolerance, above 0.
         atol: Absolute tolerance, above 0.
+        first_step: The length of the first step tried, above 0.
         max_steps: The most attempts from the start on.
         norm: The size of an error in units of the tolerance, (B, ...) -> (B,); a step is accepted up to 1.
 
@@ -62,6 +73,7 @@ class DormandPrince:
         *,
         rtol: float,
         atol: float,
+        first_step: float = FIRST_STEP,
         max_steps: int,
         norm: Callable[[Tensor], Tensor] = root_mean_square,
     ) -> None:
@@ -72,7 +84,7 @@ class DormandPrince:
         self.f, self.y, self.rtol, self.atol, self.norm = slope, y, rtol, atol, norm
         self.attempts_left = max_steps
         self.s = y.new_full((y.shape[0],), start)
-        self.step = self.s.abs() * 0.1
+        self.step = torch.full_like(self.s, first_step)
         self.slope = slope(y, self.s)
 
     def advance(self, stop: float) -> Tensor:
@@ -126,9 +138,22 @@ class DormandPrince:
         return self.norm(difference / (self.atol + self.rtol * torch.maximum(y.abs(), self.y.abs())))
 
 
+def shrinkage(sigma: Tensor, like: Tensor) -> Tensor:
+    """The factor c = 1 / sqrt(1 + sigma²) by which x keeps the size of an image.
+
+    Args:
+        sigma: Noise levels, shape () or (B,).
+        like: A batch that it shall multiply, shape (B, ...).
+
+    Returns:
+        c, of as many dimensions as `like`.
+    """
+    return _column(1 / torch.hypot(sigma, torch.ones_like(sigma)), like)
+
+
 def _column(value: Tensor, like: Tensor) -> Tensor:
-    """One value per sample, shape (B,), so that it broadcasts with shape (B, ...)."""
-    return value.view(-1, *[1] * (like.ndim - 1))
+    """One value per sample, shape () or (B,), so that it broadcasts with shape (B, ...)."""
+    return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def rk45(
@@ -145,15 +170,15 @@ def rk45(
     """The probability-flow ODE to a tolerance, with step control per sample.
 
     The state passes through every level of the grid, where the callback sees it, with as many steps in between as the
-    tolerance asks for; a grid of two steps, (sigma_max, sigma_min, 0), costs least. The step to level 0 takes x0_hat.
-    The denoiser is called with one sigma per sample, 1 + 6 times the steps that the slowest sample tries.
+    tolerance asks for; a grid of few steps, (sigma_max, sigma_min, 0) at the least, costs least. The step to level 0
+    takes x0_hat. The denoiser is called with one sigma per sample, 1 + 6 times the steps that the slowest sample tries.
 
     Args:
         denoise: Any `denoise(x, sigma) -> x0_hat`.
         x: The state at `sigmas[0]`, shape (B, ...).
         sigmas: The grid, shape (N+1,), falling or rising.
-        rtol: Relative tolerance of a step, above 0; in float32 not below 1e-6.
-        atol: Absolute tolerance of a step, above 0.
+        rtol: Relative tolerance of a step on x / sqrt(1 + sigma²), above 0; in float32 not below 1e-6.
+        atol: Absolute tolerance of a step on the same, above 0.
         max_steps: The most steps tried.
         noise: Not drawn from; here so that all samplers are called alike.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each level of the grid but the last.
@@ -169,16 +194,22 @@ def rk45(
     """
     dtype = x.dtype
     x, levels = begin(x, sigmas, stochastic=False)
+    low, high = min(level for level in levels if level > 0), max(levels)
 
-    def slope(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - denoise(x, sigma)) / _column(sigma, x)
+    def slope(z: Tensor, log_sigma: Tensor) -> Tensor:
+        sigma = log_sigma.exp().clamp(low, high)
+        c = shrinkage(sigma, z)
+        return c * (c * z - denoise(z / c, sigma))
 
-    solver = DormandPrince(slope, x, levels[0], rtol=rtol, atol=atol, max_steps=max_steps)
+    z = x * shrinkage(x.new_tensor(levels[0]), x)
+    solver = DormandPrince(slope, z, math.log(levels[0]), rtol=rtol, atol=atol, max_steps=max_steps)
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        x0_hat = solver.y - sigma * solver.slope
+        level = level_like(x, sigma)
+        c = shrinkage(level, x)
+        x0_hat = c * solver.y - solver.slope / c
         if callback is not None:
-            callback(step, solver.y, x0_hat, level_like(x, sigma))
+            callback(step, solver.y / c, x0_hat, level)
         if sigma_next == 0:
             return x0_hat.to(dtype)
-        solver.advance(sigma_next)
-    return solver.y.to(dtype)
+        solver.advance(math.log(sigma_next))
+    return (solver.y / shrinkage(level_like(x, levels[-1]), x)).to(dtype)
