@@ -88,6 +88,30 @@ def test_noise_levels_beyond_the_schedule_are_moved_to_its_edge():
     module.loss(module.denoiser, torch.zeros(3, 1, 8, 8), sigma, torch.zeros(3, 1, 8, 8))
 
 
+def test_augmentation_reaches_the_loss_with_its_labels_and_is_keyed():
+    from diffusion_lit.nets.augment import Augment, augment_images
+
+    module = EDM(net(augment_dim=9), augment=Augment(probability=1.0))
+    labels = module.draw_augment(6, "train", 0, 0, 0)
+    assert torch.equal(labels, module.draw_augment(6, "train", 0, 0, 0))
+    assert not torch.equal(labels, module.draw_augment(6, "train", 0, 0, 1))
+    halves = [as_rank(EDM(net(augment_dim=9), augment=Augment(1.0)), rank, 2) for rank in (0, 1)]
+    assert all(torch.equal(half.draw_augment(3, "train", 0, 0, 0), labels[r::2]) for r, half in enumerate(halves))
+
+    seen = {}
+    module.loss.forward = lambda denoiser, x0, sigma, noise, label, augment: (
+        seen.update(x0=x0, augment=augment) or sigma
+    )
+    module.log = lambda *args, **options: None
+    image = torch.rand(6, 1, 8, 8) * 2 - 1
+    module.training_step({"image": image}, 0)
+    assert torch.equal(seen["augment"], labels)
+    assert torch.equal(seen["x0"], augment_images(image, labels))
+    assert not torch.allclose(seen["x0"], image)
+    with pytest.raises(ValueError, match="augment_dim 0, but augmentation tells it labels"):
+        EDM(net(), augment=Augment())
+
+
 def test_generating_leaves_the_module_in_the_mode_that_it_was_in():
     module = EDM(net(dropout=0.5)).train()
     first = module.generate([0, 1], torch.tensor([0, 1]), module.sampling.but(num_steps=2))

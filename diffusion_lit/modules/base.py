@@ -21,6 +21,7 @@ from diffusion_lit.diffusion.loss import DenoisingLoss
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.modules.optim import configure_optimizers
+from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
 
 class Draws(NamedTuple):
@@ -110,6 +111,10 @@ class DiffusionModule(KeyedModule):
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability of training a sample with the null class, in [0, 1], so that guidance has an
             unconditional branch (Ho & Salimans 2022).
+        augment: Augmentation of training pictures whose labels the network is told (`augment_dim` 9).
+
+    Raises:
+        ValueError: If `label_dropout` is no probability, or the network does not take the augmentation's labels.
     """
 
     def __init__(
@@ -121,10 +126,18 @@ class DiffusionModule(KeyedModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
         label_dropout: float,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout is {label_dropout}; it is a probability between 0 and 1.")
+        told = getattr(denoiser.net, "augment_dim", 0)
+        if augment is not None and told != AUGMENT_DIM:
+            raise ValueError(
+                f"The network has augment_dim {told}, but augmentation tells it labels of length {AUGMENT_DIM}; set the "
+                f"network's augment_dim to {AUGMENT_DIM}, or leave augment out."
+            )
+        self.augment = augment
         self.denoiser = denoiser
         self.noise_levels = noise_levels
         self.loss = loss
@@ -218,18 +231,38 @@ class DiffusionModule(KeyedModule):
         generator = keyed_generator(*key, device=self.device)
         total = shape[0] * world
         rows = slice(rank, None, world)
-        sigma = self.denoiser.scaling.clamp(self.noise_levels.sample(total, generator))[rows]
+        sigma = self.denoiser.scaling.clamp(self.noise_levels.sample(total, generator))
+        self.sigma_range = torch.stack(sigma.aminmax())  # named where a step goes wrong
+        sigma = sigma[rows]
         noise = torch.randn(total, *shape[1:], generator=generator, device=self.device)[rows]
         if label is None or self.num_classes == 0:
             return Draws(sigma, noise, None)
         dropped = torch.rand(total, generator=generator, device=self.device)[rows] < self.label_dropout
         return Draws(sigma, noise, label.masked_fill(dropped, self.num_classes))
 
+    def draw_augment(self, count: int, *key: int | str) -> Tensor | None:
+        """Draws augmentation labels for the global batch and takes this rank's rows.
+
+        Args:
+            count: Number B of this rank's pictures.
+            key: Names the draw.
+
+        Returns:
+            Labels (B, 9), or None where training pictures are not augmented.
+        """
+        if self.augment is None:
+            return None
+        world, rank = self.ranks
+        return self.augment.draw(count * world, keyed_generator("augment", *key, device=self.device))[rank::world]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The mean denoising loss of a batch `{"image": (B, C, H, W) in [-1, 1], "label": (B,)}`."""
         x0 = self.x0(batch, "train", batch_idx)
-        draws = self.draw(batch.get("label"), x0.shape, "train", run_seed(), self.current_epoch, batch_idx)
-        loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label).mean()
+        key = ("train", run_seed(), self.current_epoch, batch_idx)
+        draws, augment = self.draw(batch.get("label"), x0.shape, *key), self.draw_augment(len(x0), *key)
+        if augment is not None:
+            x0 = augment_images(x0, augment)
+        loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
         return loss
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
 from diffusion_lit.modules.base import DiffusionModule
+from diffusion_lit.nets.augment import Augment
 
 
 class EDM(DiffusionModule):
@@ -20,6 +21,7 @@ class EDM(DiffusionModule):
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability in [0, 1] of training a sample without its label.
+        augment: Non-leaky augmentation of training pictures (appendix F.2); the network needs `augment_dim: 9`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class EDM(DiffusionModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         label_dropout: float = 0.1,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__(
             Denoiser(net, scaling or EDMScaling()),
@@ -41,4 +44,5 @@ class EDM(DiffusionModule):
             optimizer,
             lr_scheduler,
             label_dropout,
+            augment,
         )

@@ -124,6 +124,7 @@ class DiT(nn.Module):
         self.out_channels = out_channels
         self.image_size = image_size
         self.num_classes = num_classes
+        self.augment_dim = augment_dim
         self.patch_size = patch_size
         self.stem = nn.Linear(in_channels * patch_size**2, hidden_channels)
         self.conditioning = Conditioning(

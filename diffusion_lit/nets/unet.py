@@ -197,6 +197,7 @@ class UNet(nn.Module):
         self.out_channels = out_channels
         self.image_size = image_size
         self.num_classes = num_classes
+        self.augment_dim = augment_dim
         self.patch_size = patch_size
         self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
         require_image_size(
