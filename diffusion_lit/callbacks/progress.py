@@ -49,6 +49,8 @@ class RunSummary(Callback):
         for label, pattern in (
             ("sample grid", "samples/*.png"),
             ("trajectory", "trajectory/*.png"),
+            ("reconstructions", "reconstructions/*.png"),
+            ("interpolations", "interpolations/*.png"),
             ("denoising animation", "trajectory/*.gif"),
             ("checkpoint", "checkpoints/last.ckpt"),
         ):
@@ -62,10 +64,19 @@ class RunSummary(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         figures = []
         for name, value in metrics.items():
-            if name.startswith(("fid_", "fd_")) and not name.endswith("_floor"):
-                floors = [key for key in metrics if key.endswith("_floor") and key.startswith(name.rsplit("_", 1)[0])]
+            if name.startswith(("fid_", "fd_", "rfid_", "rfd_")) and not name.endswith("_floor"):
+                stem = name.removeprefix("r").rsplit("_", 1)[0]
+                floors = [key for key in metrics if key.endswith("_floor") and key.startswith(stem)]
+                same = f"{name.removeprefix('r')}_floor"
+                floors = [same] if same in floors else floors
                 beside = "".join(f"; real against real, {key}: {metrics[key]:.3g}" for key in floors)
                 figures.append((name, f"{value:.3g}{beside}"))
+        if "val/psnr" in metrics:
+            figures.append(("reconstructions", f"{metrics['val/psnr']:.2f} dB, SSIM {metrics['val/ssim']:.4f}"))
+        if "val/bits_per_dim" in metrics:
+            figures.append(("bits per dimension", f"{metrics['val/bits_per_dim']:.3f}, at the most"))
+        if "psnr" in metrics:
+            figures.append(("PSNR of samples", f"{metrics['psnr']:.1f} dB"))
         if "val/loss" in metrics:
             figures.append(("validation loss", f"{metrics['val/loss']:.4g}"))
         return figures

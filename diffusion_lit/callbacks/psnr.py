@@ -1,0 +1,33 @@
+"""How near the samples of a model of one picture come to the picture."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffusion_lit.evaluation.single_image import psnr
+from diffusion_lit.pictures import to_uint8
+
+
+class PicturePSNR(Callback):
+    """Logs the mean peak signal-to-noise ratio of samples against the one training picture as `psnr`, in decibels.
+
+    Above about 25 dB a person takes the sample for a copy. Meaningless for a model of patches.
+
+    Args:
+        count: Number of samples.
+        seed: Seed of the first sample.
+    """
+
+    def __init__(self, count: int = 4, seed: int = 0) -> None:
+        if count < 1:
+            raise ValueError(f"count is {count}; a PSNR needs at least one sample.")
+        self.count = count
+        self.seed = seed
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the samples, from the average weights, and compares them; every rank draws the same."""
+        if trainer.sanity_checking:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        picture = torch.as_tensor(data.reference_images("train")[0])
+        samples = pl_module.generate(range(self.seed, self.seed + self.count))
+        pl_module.log("psnr", psnr(to_uint8(samples), picture).clamp(max=100).mean().float(), prog_bar=True, batch_size=1)
