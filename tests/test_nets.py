@@ -260,6 +260,14 @@ def test_without_attention_a_shift_of_the_image_shifts_the_prediction():
     assert (odd - here[middle]).abs().max() > 1e-3 * effect, "it does not commute with a shift inside a patch"
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_the_cost_can_be_counted_without_computing(name):
+    """On the meta device, as a plan of a run counts FLOPs."""
+    with torch.device("meta"):
+        net = SMALL[name](in_channels=2, image_size=16, num_classes=3)
+        assert net(torch.randn(2, 2, 16, 16), torch.rand(2), torch.zeros(2, dtype=torch.int64)).shape == (2, 2, 16, 16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "unet ddpm++", "dit"])
 def test_compiled_equals_eager(name):

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion_lit.nets.layers import no_autocast
+
 AUGMENT_DIM = 9
 """Length of an augmentation label: the `augment_dim` of a network that is trained with `Augment`."""
 
@@ -134,7 +136,7 @@ def augment_images(images: Tensor, labels: Tensor) -> Tensor:
     mirrored = torch.where(labels[:, 0, None, None, None] > 0.5, images.flip(3), images)
     mirrored = torch.where(labels[:, 1, None, None, None] > 0.5, mirrored.flip(2), mirrored)
     moves = labels[:, 2:].abs().amax(dim=1) > 0
-    with torch.autocast(images.device.type, enabled=False):  # bfloat16 coordinates would miss by a pixel
+    with no_autocast(images.device):  # bfloat16 coordinates would miss by a pixel
         theta = inverse_affine(labels, images.shape[2], images.shape[3])
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         wide = mirrored.to(torch.promote_types(images.dtype, torch.float32))

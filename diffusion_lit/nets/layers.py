@@ -9,6 +9,7 @@ trains in float32 and under bf16 autocast:
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -163,7 +164,7 @@ class Conditioning(nn.Module):
         if augment is not None and self.augment is None:
             raise ValueError("Augmentation labels were given to a network with augment_dim=0; set augment_dim.")
         dtype = self.hidden.weight.dtype
-        with torch.autocast(noise.device.type, enabled=False):
+        with no_autocast(noise.device):
             if self.noise_embedding == "none":
                 x = noise.new_zeros((noise.shape[0], self.features), dtype=dtype)
             else:
@@ -248,6 +249,13 @@ def upsample(channels: int, kind: ResampleName, taps: tuple[float, ...] = (1, 1)
     if kind == "unshuffle":
         return nn.Sequential(nn.Conv2d(channels, 4 * channels, 1), nn.PixelShuffle(2))
     return Resample("up", taps)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which nothing is cast to half precision; the meta device, for one, has no autocast at all."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
