@@ -195,8 +195,34 @@ class ImageDataModule(LightningDataModule):
         """
         if not self.random_flip:
             return images
-        mirrored = (torch.rand(self.batch_size, generator=generator) < 0.5)[rows].to(images.device)
+        mirrored = self._draw_mirrored(generator, rows).to(images.device)
         return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+    def mirrored(self, epoch: int, batch: int) -> Tensor | None:
+        """Which pictures of a training batch are mirrored, for a model that keeps both copies of each encoded.
+
+        Args:
+            epoch: Number of the epoch.
+            batch: Number of the batch in it.
+
+        Returns:
+            Bool (B,) for this rank's pictures, or None where none ever is.
+
+        Raises:
+            ValueError: If training pictures are changed by more than mirroring.
+        """
+        if type(self).augment is not ImageDataModule.augment:
+            raise ValueError(
+                f"{type(self).__name__} changes training pictures by more than mirroring, so that they cannot be "
+                "encoded once and for all; set cache_latents to false."
+            )
+        if not self.random_flip:
+            return None
+        world, rank = self._ranks()
+        return self._draw_mirrored(keyed_generator("augment", run_seed(), epoch, batch), slice(rank, None, world))
+
+    def _draw_mirrored(self, generator: torch.Generator, rows: slice) -> Tensor:
+        return (torch.rand(self.batch_size, generator=generator) < 0.5)[rows]
 
     def _augment(self, images: Tensor, key: Key) -> Tensor:
         world, rank = self._ranks()

@@ -87,17 +87,58 @@ class FID(Callback):
         if trainer.sanity_checking or not self._available or not self._due(trainer):
             return
         _check_average(trainer)
-        made = self._generated(trainer, pl_module)
-        value = torch.zeros((), device=pl_module.device)
-        if self._reference is not None:
-            value += frechet_distance(Statistics.of(made.features), self._reference.statistics)
-        value = trainer.strategy.broadcast(value)
+        value = self.measure(trainer, pl_module)
         self._measured_epoch = trainer.current_epoch
         pl_module.log(self.tag, value, prog_bar=True, rank_zero_only=False, batch_size=1)
         if self._floor is not None:
             floor, count = self._floor
             name = f"{self.extractor.metric}_{short_count(count)}_floor"
             pl_module.log(name, torch.tensor(floor, device=pl_module.device), batch_size=1)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """The distance, on every rank.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+
+        Returns:
+            A scalar.
+        """
+        made = self._generated(trainer, pl_module)
+        value = torch.zeros((), device=pl_module.device)
+        if self._reference is not None:
+            value += frechet_distance(Statistics.of(made.features), self._reference.statistics)
+        return trainer.strategy.broadcast(value)
+
+    def draw(self, trainer: Trainer, pl_module: Any, rows: Tensor) -> Tensor:
+        """The pictures that are measured.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+            rows: Which of the `num_samples`, int64 (B,).
+
+        Returns:
+            Samples (B, C, H, W) in [-1, 1].
+        """
+        seeds = (rows + self.seed).tolist()
+        return pl_module.generate(seeds, draw_labels(seeds, _class_frequencies(trainer, pl_module)))  # type: ignore[no-any-return]
+
+    def problem(self, trainer: Any, pl_module: LightningModule) -> str | None:
+        """Why the model cannot be measured on this data, or None.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+
+        Returns:
+            A sentence without its full stop, or None.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not hasattr(pl_module, "generate") or not hasattr(data, "reference_images"):
+            return f"{type(pl_module).__name__} on {type(data).__name__} has no pictures to compare"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """When it was last measured."""
@@ -123,10 +164,8 @@ class FID(Callback):
         if trainer.world_size > self.num_samples:
             raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
         data: Any = getattr(trainer, "datamodule", None)
-        problem = None
-        if not hasattr(pl_module, "generate") or not hasattr(data, "reference_images"):
-            problem = f"{type(pl_module).__name__} on {type(data).__name__} has no pictures to compare"
-        else:
+        problem = self.problem(trainer, pl_module)
+        if problem is None:
             for turn in (0, 1):  # rank 0 fills the caches that the others then read
                 if (trainer.global_rank == 0) == (turn == 0):
                     try:
@@ -181,13 +220,10 @@ class FID(Callback):
         """Features of all samples in the order of their seeds; rank r draws samples r, r + world, ..."""
         world, rank = trainer.world_size, trainer.global_rank
         self.extractor.to(pl_module.device)
-        labels = draw_labels(range(self.seed, self.seed + self.num_samples), _class_frequencies(trainer, pl_module))
         mine = torch.arange(rank, self.num_samples, world)
         parts = []
         for rows in torch.split(mine, self.batch_size):
-            seeds = (rows + self.seed).tolist()
-            samples = pl_module.generate(seeds, None if labels is None else labels[rows])
-            parts.append(self.extractor.features(to_uint8(samples)).features)
+            parts.append(self.extractor.features(to_uint8(self.draw(trainer, pl_module, rows))).features)
         features = torch.cat(parts)
         if world == 1:
             return Features(features)

@@ -4,6 +4,21 @@ from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.classifier import Classifier
 from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
+from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.optim import Trapezoid
+from diffusion_lit.modules.reconstruction import L1, L2, DiscretisedGaussian, DiscretisedLogistic
+from diffusion_lit.modules.vae import VAE
 
-__all__ = ["DDPM", "EDM", "Classifier", "DiffusionModule", "Trapezoid"]
+__all__ = [
+    "DDPM",
+    "EDM",
+    "L1",
+    "L2",
+    "VAE",
+    "Classifier",
+    "DiffusionModule",
+    "DiscretisedGaussian",
+    "DiscretisedLogistic",
+    "LatentDiffusion",
+    "Trapezoid",
+]

@@ -2,6 +2,7 @@
 
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 from diffusion_lit.nets.classifier import ConvClassifier
+from diffusion_lit.nets.autoencoder import Autoencoder, Posterior
 from diffusion_lit.nets.dit import DiT
 from diffusion_lit.nets.presets import DDPMCIFAR10, DDPMpp, DiT_B_2, DiT_S_2, PlainUNet
 from diffusion_lit.nets.unet import UNet
@@ -10,12 +11,14 @@ __all__ = [
     "AUGMENT_DIM",
     "DDPMCIFAR10",
     "Augment",
+    "Autoencoder",
     "ConvClassifier",
     "DDPMpp",
     "DiT",
     "DiT_B_2",
     "DiT_S_2",
     "PlainUNet",
+    "Posterior",
     "UNet",
     "augment_images",
 ]

@@ -1,0 +1,162 @@
+"""What an autoencoder makes of pictures: reconstructions, ways between them, and their distance from real ones."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from diffusion_lit.callbacks.fid import FID
+from diffusion_lit.callbacks.samples import Pictures
+from diffusion_lit.evaluation.features import FeatureExtractor, take
+from diffusion_lit.evaluation.metrics import short_count
+from diffusion_lit.pictures import grid_image
+
+
+class Reconstructions(Pictures):
+    """Held-out pictures above their reconstructions.
+
+    Args:
+        count: Number of pictures.
+        columns: Number of columns.
+        every: Draws at every n-th validation; 0 for never.
+    """
+
+    def __init__(self, count: int = 24, columns: int = 12, every: int = 1) -> None:
+        super().__init__(every)
+        if count < 1 or columns < 1:
+            raise ValueError(f"A grid of {count} pictures in {columns} columns is empty; both must be at least 1.")
+        self.count = count
+        self.columns = columns
+
+    def show(self, trainer: Trainer, module: Any) -> None:
+        """Draws rows of pictures, each above the row of what became of them."""
+        if not hasattr(module, "reconstruct"):
+            return
+        images = real_images(trainer, self.count).to(module.device)
+        made = module.reconstruct(images)
+        columns = min(self.columns, len(images))
+        rows = [part for start in range(0, len(images), columns) for part in _above(images, made, start, columns)]
+        self.write(trainer, "reconstructions", "reconstructions", grid_image(torch.cat(rows), columns))
+
+
+class Interpolations(Pictures):
+    """The straight ways in latent space between pairs of held-out pictures, decoded.
+
+    Args:
+        rows: Number of pairs.
+        columns: Number of pictures along a way, the reconstructions of its ends among them.
+        every: Draws at every n-th validation; 0 for never.
+    """
+
+    def __init__(self, rows: int = 6, columns: int = 9, every: int = 1) -> None:
+        super().__init__(every)
+        if rows < 1 or columns < 2:
+            raise ValueError(f"Interpolations of {rows} rows and {columns} columns are empty; give at least 1 and 2.")
+        self.rows = rows
+        self.columns = columns
+
+    def show(self, trainer: Trainer, module: Any) -> None:
+        """Draws a row for each pair."""
+        if not hasattr(module, "interpolate"):
+            return
+        images = real_images(trainer, 2 * self.rows).to(module.device)
+        half = len(images) // 2
+        shares = torch.linspace(0, 1, self.columns, device=module.device)
+        made = module.interpolate(images[:half], images[half : 2 * half], shares)
+        self.write(trainer, "interpolations", "interpolations", grid_image(made.flatten(0, 1), self.columns))
+
+
+class ReconstructionFID(FID):
+    """The Fréchet distance of reconstructed held-out pictures to the training pictures: `rfid_inception_5k`.
+
+    It is what a perfect model of the latents would get, and stands beside the FID of the samples, with which it shares
+    extractor, reference and code. Of a frozen autoencoder it is measured once.
+
+    Args:
+        extractor: What pictures are compared by.
+        num_samples: Number of held-out pictures; all there are where there are fewer.
+        every_n_epochs: Measures at the first validation and then when so many epochs have passed, and at the end.
+        batch_size: Pictures at a time on each rank.
+        split: Split of the data that they are compared with.
+        held_out: Split of the pictures that are reconstructed.
+        strict: Stops the run when the extractor's weights cannot be had, instead of training without the metric.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        num_samples: int = 1000,
+        every_n_epochs: int = 1,
+        batch_size: int = 100,
+        split: str = "train",
+        held_out: str = "val",
+        strict: bool = False,
+    ) -> None:
+        super().__init__(extractor, num_samples, every_n_epochs, batch_size, 0, split, strict)
+        self.held_out = held_out
+        self._measured: Tensor | None = None
+
+    @property
+    def tag(self) -> str:
+        """Name of the metric, such as `rfid_inception_5k`."""
+        return f"r{self.extractor.metric}_{short_count(self.num_samples)}"
+
+    def draw(self, trainer: Any, module: Any, rows: Tensor) -> Tensor:
+        """Reconstructs some of the held-out pictures.
+
+        Args:
+            trainer: The trainer.
+            module: The model.
+            rows: Which of the `num_samples`.
+
+        Returns:
+            Reconstructions (B, C, H, W) in [-1, 1].
+        """
+        return module.reconstruct(real_images(trainer, self.num_samples, self.held_out, rows).to(module.device))  # type: ignore[no-any-return]
+
+    def measure(self, trainer: Trainer, module: Any) -> Tensor:
+        """The distance, taken once where the autoencoder is not in training; see `FID.measure`."""
+        if self._measured is None or not getattr(module, "autoencoder_is_frozen", False):
+            self._measured = super().measure(trainer, module)
+        return self._measured
+
+    def problem(self, trainer: Any, module: LightningModule) -> str | None:
+        """Why it cannot be measured, or None; takes as many pictures as there are."""
+        data = getattr(trainer, "datamodule", None)
+        if not hasattr(module, "reconstruct") or not hasattr(data, "reference_images"):
+            return f"{type(module).__name__} on {type(data).__name__} reconstructs no pictures"
+        there = len(data.reference_images(self.held_out))  # type: ignore[union-attr]
+        if there < 2:
+            return f"the split {self.held_out} has {there} pictures"
+        self.num_samples = min(self.num_samples, there)
+        return None
+
+
+def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | None = None) -> Tensor:
+    """Pictures of a split, spread evenly over it.
+
+    Args:
+        trainer: The trainer, whose data has them; the training split stands in for an empty one.
+        count: Number of pictures; all there are where there are fewer.
+        split: "train", "val" or "test".
+        rows: Which of the `count`; all by default.
+
+    Returns:
+        Pictures (B, C, H, W) in [-1, 1] on the CPU.
+    """
+    data = trainer.datamodule
+    images = data.reference_images(split)
+    images = images if len(images) else data.reference_images("train")
+    count = min(count, len(images))
+    chosen = torch.arange(count) * len(images) // count
+    return take(images, chosen if rows is None else chosen[rows]).float() / 127.5 - 1
+
+
+def _above(images: Tensor, made: Tensor, start: int, columns: int) -> list[Tensor]:
+    """A row of pictures and the row below it, the last one filled up with white."""
+    rows = []
+    for part in (images, made):
+        row = part[start : start + columns]
+        rows.append(torch.cat([row, torch.ones_like(row[:1]).expand(columns - len(row), -1, -1, -1)]))
+    return rows

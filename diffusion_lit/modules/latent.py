@@ -1,0 +1,246 @@
+"""Latent diffusion: any scaling, sampler, guidance and network of the core, on the latents of a trained autoencoder.
+
+Stage one trains `VAE`; here its autoencoder is frozen, and a denoiser is trained on its standardised latents (Rombach
+2022, arXiv 2112.10752). `modules.latents` says what standardised means and keeps the autoencoder out of sight of
+optimizer, average and precision; `modules.latent_cache` keeps latents on disk, so that training never encodes. The
+checkpoint carries the autoencoder, its hash and the scale of the latents: it is all that sampling needs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
+from diffusion_lit.diffusion.generate import StepCallback
+from diffusion_lit.modules.base import DiffusionModule, run_seed
+from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
+from diffusion_lit.modules.latents import (
+    LatentSpace,
+    encode_all,
+    interpolate,
+    latent_shape,
+    load_autoencoder,
+    scale_of,
+)
+
+
+class LatentDiffusion(DiffusionModule):
+    """Denoising on the latents of a frozen autoencoder.
+
+    Args:
+        net: The network; its channels and size are those of the latents.
+        vae_ckpt: Checkpoint of `VAE`; the folder of its runs, `runs/NAME`, for the newest one there; or, with the extra
+            `pretrained`, a folder of diffusers' AutoencoderKL or AutoencoderTiny or its name `hub:OWNER/NAME`.
+        scaling: Prediction type; by default EDM's preconditioning with sigma_data 1, which standardised latents have.
+        noise_levels: Distribution that training draws sigma from; by default log-normal with P_mean -0.5 and P_std 1.2,
+            which is EDM's relative to the scale of the data.
+        loss: Denoising loss with its weight; by default 1/c_out^2.
+        sampling: How latents are drawn; by default 18 steps of Heun's method on the Karras grid.
+        cache_latents: Whether latents are encoded once and kept on disk; otherwise each step runs the encoder.
+        cache_dir: Folder of such caches, `~/.cache/diffusion-lit/latents` by default.
+        vae_precision: What the autoencoder computes in: float32, bfloat16 or float16.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
+        label_dropout: Probability in [0, 1] of training a sample without its label.
+    """
+
+    autoencoder_is_frozen = True
+
+    def __init__(
+        self,
+        net: nn.Module,
+        vae_ckpt: str,
+        scaling: Scaling | None = None,
+        noise_levels: NoiseLevels | None = None,
+        loss: DenoisingLoss | None = None,
+        sampling: Sampling | None = None,
+        cache_latents: bool = True,
+        cache_dir: str | None = None,
+        vae_precision: str = "float32",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(
+            Denoiser(net, scaling or EDMScaling(sigma_data=1.0)),
+            noise_levels or LogNormal(P_mean=-0.5, P_std=1.2),
+            loss or DenoisingLoss(),
+            sampling or Sampling(),
+            optimizer,
+            lr_scheduler,
+            label_dropout,
+        )
+        self.vae_ckpt = vae_ckpt
+        self.vae_precision = vae_precision
+        self.cache_latents = cache_latents
+        self.cache_dir = cache_dir
+        self._space: LatentSpace | None = None
+        self._caches: dict[str, LatentCache] = {}
+        _refuse_clipping(self.sampling)
+
+    @classmethod
+    def net_input(cls, image_shape: tuple[int, int, int], **init_args: Any) -> tuple[int, int, int]:
+        """Shape of the latents of the autoencoder that `vae_ckpt` names; see `KeyedModule.net_input`."""
+        return latent_shape(load_autoencoder(init_args["vae_ckpt"]), image_shape)
+
+    @property
+    def space(self) -> LatentSpace:
+        """The latent space, which `setup` or a checkpoint gives.
+
+        Raises:
+            ValueError: If neither was there.
+        """
+        if self._space is None:
+            raise ValueError("The autoencoder is not loaded; load a checkpoint of LatentDiffusion, or run fit.")
+        return self._space
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the pictures."""
+        return self.space.image_shape
+
+    def setup(self, stage: str) -> None:
+        """Loads the autoencoder that `vae_ckpt` names.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            ValueError: If it is not to be had, or does not fit the data or the network.
+        """
+        if self._space is None:
+            data: Any = self._data()
+            self._space = LatentSpace(load_autoencoder(self.vae_ckpt), data.image_shape, self.vae_precision)
+        if self.space.shape != self.x_shape:
+            raise ValueError(
+                f"The latents have shape {self.space.shape} and the network is made for {self.x_shape}; give it "
+                f"in_channels {self.space.shape[0]} and image_size {self.space.shape[1]}."
+            )
+
+    def on_fit_start(self) -> None:
+        """Encodes the data or finds that it was encoded before, and takes the latents' scale, once over all ranks."""
+        data = self._data()
+        mirrored = data.mirrored(0, 0) is not None if self.cache_latents else bool(data.random_flip)
+        brief = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self.cache_latents and not brief:
+            self._caches = {
+                split: latent_cache(
+                    self.trainer, self.space, data, split, mirrored and split == "train", self.cache_dir, self.device
+                )
+                for split in ("train", "val")
+                if len(data.reference_images(split))
+            }
+        if self.space.mean is None:
+            images = data.reference_images("train")
+            images = images[:256] if brief else images
+            if self._caches:
+                sums = self._caches["train"].sums
+            else:
+                sums = encode_all(self.space, images, mirrored, self.device, self.ranks)
+                sums = all_sum(self.trainer, sums, self.device)
+            _, height, width = self.space.shape
+            self.space.set_scale(*scale_of(sums, len(images) * (2 if mirrored else 1), height * width))
+        for cache in self._caches.values():
+            cache.to(self.device)
+
+    def on_fit_end(self) -> None:
+        """Lets go of the latents on disk."""
+        self._caches = {}
+
+    def _data(self) -> Any:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "reference_images"):
+            raise ValueError("LatentDiffusion needs to see the whole training set; train it on one of datamodules.")
+        return data
+
+    def x0(self, batch: dict[str, Tensor], split: str, batch_idx: int) -> Tensor:
+        """Standardised latents of a batch, drawn from their posteriors under a key; see `DiffusionModule.x0`."""
+        cache = self._caches.get(split)
+        if cache is None:
+            posterior = self.space.encode(batch["image"])
+        else:
+            mirrored = self._data().mirrored(self.current_epoch, batch_idx) if split == "train" else None
+            posterior = cache.posterior(batch["index"], mirrored)
+        key = (split, run_seed(), self.current_epoch, batch_idx) if split == "train" else (split, batch_idx)
+        return self.space.standardise(posterior.sample(self.keyed_noise(posterior.mean.shape, "posterior", *key)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Standardised latents of pictures, the means of their posteriors.
+
+        Args:
+            images: Pictures (B, C, H, W) in [-1, 1].
+
+        Returns:
+            Shape (B, c, h, w).
+        """
+        return self.space.standardise(self.space.encode(images).mean)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) of standardised latents (B, c, h, w)."""
+        return self.space.decode(x)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) through the autoencoder and back."""
+        return self.space.reconstruct(images)
+
+    def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
+        """Pictures on the straight ways between latents; see `modules.latents.interpolate`."""
+        return interpolate(self.encode, self.decode, first, last, shares)
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        sampling: Sampling | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Draws one picture per seed; see `DiffusionModule.generate`. The callback sees decoded pictures.
+
+        Raises:
+            ValueError: As there, or if predictions are to be clipped, which latents cannot be.
+        """
+        _refuse_clipping(sampling or self.sampling)
+        return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
+
+    def _decoded(self, callback: StepCallback) -> StepCallback:
+        """Shows a callback pictures: x0_hat decoded, and x decoded at the unit variance that latents have."""
+
+        def decoded(step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
+            keep = slice(getattr(callback, "keep", None))
+            spread = torch.as_tensor(sigma).to(x).square().add(1).sqrt().expand(len(x))[keep].reshape(-1, 1, 1, 1)
+            callback(step, self.decode(x[keep] / spread) * spread, self.decode(x0_hat[keep]), sigma)
+
+        return decoded
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the autoencoder, its hash and the scale of the latents."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["latent_space"] = self.space.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the latent space from the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint has none, or it was trained with another autoencoder than `vae_ckpt` names.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if "latent_space" not in checkpoint:
+            raise ValueError("The checkpoint carries no autoencoder, so it is not one of LatentDiffusion.")
+        trained = LatentSpace.from_state(checkpoint["latent_space"])
+        if self._space is not None and self._space.sha256 != trained.sha256:
+            raise ValueError(
+                f"The checkpoint was trained on the latents of an autoencoder with the hash {trained.sha256[:12]}, and "
+                f"{self.vae_ckpt} has {self._space.sha256[:12]}; give vae_ckpt the one that it was trained "
+                "with, or train anew."
+            )
+        self._space = trained
+
+
+def _refuse_clipping(sampling: Sampling) -> None:
+    if sampling.clip_x0 != "none":
+        raise ValueError(
+            f"clip_x0 is {sampling.clip_x0!r}, which bounds pixels to [-1, 1], but latents have no bounds; use none."
+        )

@@ -1,0 +1,230 @@
+"""Latents on disk, encoded once: mean and standard deviation of each picture's posterior, mirrored as a second copy.
+
+A cache is a folder `latents/KEY` with `moments.f32`, float32 (copies, N, 2, c, h, w), and `index.json`. KEY is a hash
+of the autoencoder's weights, the fingerprint of the data (its transformed pixels) and whether there are mirrored
+copies, so that whatever changes a latent gets a cache of its own. All ranks write into one file beside its place, which
+is renamed when it is whole: whoever is killed leaves nothing that a later run takes for a cache. A lock keeps two runs
+from doing the same work.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_lit.evaluation.classifiers import cache_folder
+from diffusion_lit.evaluation.store import key_of
+from diffusion_lit.modules.latents import LatentSpace, encode_all
+from diffusion_lit.nets.autoencoder import Posterior
+
+FORMAT = 1
+DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
+
+
+class LatentCache:
+    """Posteriors of a set of pictures.
+
+    Args:
+        moments: Mean and standard deviation, float32 (copies, N, 2, c, h, w), memory-mapped or on a device.
+        sums: The moments' sums, as `encode_all` gives them.
+    """
+
+    def __init__(self, moments: Any, sums: Tensor) -> None:
+        self.moments = moments
+        self.sums = sums
+
+    def to(self, device: torch.device) -> "LatentCache":
+        """Moves the latents to a GPU where they take less than a quarter of its free memory.
+
+        Args:
+            device: The training device.
+
+        Returns:
+            The cache itself.
+        """
+        if device.type == "cuda" and self.moments.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.moments = torch.from_numpy(np.array(self.moments)).to(device)
+        return self
+
+    def posterior(self, rows: Tensor, mirrored: Tensor | None) -> Posterior:
+        """Posteriors of some pictures.
+
+        Args:
+            rows: Their rows, int64 (B,).
+            mirrored: Which of them are mirrored, bool (B,); None for none.
+
+        Returns:
+            Mean and standard deviation (B, c, h, w) on the device of `rows`.
+        """
+        copies = torch.zeros_like(rows) if mirrored is None else mirrored.to(rows)
+        if isinstance(self.moments, Tensor):
+            taken = self.moments[copies, rows]
+        else:
+            taken = torch.from_numpy(self.moments[copies.cpu().numpy(), rows.cpu().numpy()]).to(rows.device)
+        return Posterior(taken[:, 0], taken[:, 1])
+
+
+def latent_cache(
+    trainer: Trainer,
+    space: LatentSpace,
+    data: Any,
+    split: str,
+    mirrored: bool,
+    folder: str | None,
+    device: torch.device,
+) -> LatentCache:
+    """Opens the cache of a split, after encoding it if there is none. Called on every rank.
+
+    Args:
+        trainer: The trainer, whose ranks share the work.
+        space: The latent space.
+        data: The data module, set up.
+        split: "train" or "val".
+        mirrored: Whether there are mirrored copies.
+        folder: Folder of all caches, on a file system that all ranks see; the user's cache folder by default.
+        device: Where to encode.
+
+    Returns:
+        The cache.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    images = data.reference_images(split)
+    record = {
+        "format": FORMAT,
+        "vae_sha256": space.sha256,
+        "precision": space.precision,
+        "data": type(data).__name__,
+        "fingerprint": data.fingerprint(split),
+        "image_shape": list(space.image_shape),
+        "mirrored": mirrored,
+        "shape": [2 if mirrored else 1, len(images), 2, *space.shape],
+    }
+    parent = Path(folder).expanduser() if folder is not None else cache_folder() / "latents"
+    place = parent / key_of(record)[:32]
+    try:
+        with _held(trainer, place):
+            cache = _open(place, record)
+            if not trainer.strategy.reduce_boolean_decision(cache is not None):
+                trainer.strategy.barrier()
+                _write(trainer, place, record, space, images, device)
+                cache = _open(place, record)
+    except OSError as error:
+        raise type(error)(
+            f"The latents cannot be kept in {parent} ({error.strerror or error}); set cache_dir to a folder that may "
+            "be written to and has enough room, or cache_latents to false."
+        ) from error
+    assert cache is not None
+    return cache
+
+
+def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
+    """The cache in a folder, or None where there is none that is whole."""
+    try:
+        index = json.loads((place / "index.json").read_text())
+        if index["record"] != record or (place / "moments.f32").stat().st_size != 4 * int(np.prod(record["shape"])):
+            return None
+        moments = np.memmap(place / "moments.f32", np.float32, "r", shape=tuple(record["shape"]))
+        return LatentCache(moments, torch.tensor(index["sums"], dtype=torch.float64))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged after it was written
+        return None
+
+
+def _write(
+    trainer: Trainer, place: Path, record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device
+) -> None:
+    """Encodes the pictures into a folder beside the place, every rank its share, and renames it."""
+    scratch = place.with_name(f".{place.name}.part")
+    shape, world = tuple(record["shape"]), trainer.world_size
+    if trainer.is_global_zero:
+        for left in (scratch, place):  # of a run that was killed, or damaged
+            shutil.rmtree(left, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _reserve(scratch / "moments.f32", 4 * int(np.prod(shape)))
+    trainer.strategy.barrier()
+    moments = np.memmap(scratch / "moments.f32", np.float32, "r+", shape=shape)
+
+    def keep(copy: int, start: int, posterior: Posterior) -> None:
+        rows = slice(start, start + len(posterior.mean))
+        moments[copy, rows, 0], moments[copy, rows, 1] = posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
+
+    with tqdm(
+        desc="encoding pictures once", total=shape[0] * shape[1] // world, unit="img", leave=False, delay=2,
+        disable=not trainer.is_global_zero,
+    ) as bar:  # fmt: skip
+        sums = encode_all(
+            space, images, bool(record["mirrored"]), device, (world, trainer.global_rank), keep, bar.update
+        )
+    moments.flush()
+    sums = all_sum(trainer, sums, device)
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        with (scratch / "index.json").open("w") as file:
+            json.dump({"record": record, "sums": sums.tolist()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, place)
+        size = 4 * int(np.prod(shape)) / 2**20
+        rank_zero_info(f"Encoded {shape[1]:,} pictures into {place} ({size:.1f} MiB); training reads them from there.")
+    trainer.strategy.barrier()
+
+
+def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
+    """Adds tensors over ranks.
+
+    Args:
+        trainer: The trainer.
+        sums: This rank's, on the CPU.
+        device: The training device, through which ranks talk.
+
+    Returns:
+        The sum, on the CPU.
+    """
+    if trainer.world_size == 1:
+        return sums
+    total = trainer.strategy.reduce(sums.to(device), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total.cpu()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Makes a file of a size, and tells a full disk now and not in the middle."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free")
+    with path.open("wb") as file:
+        file.truncate(size)
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+@contextlib.contextmanager
+def _held(trainer: Trainer, place: Path) -> Iterator[None]:
+    """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it."""
+    with contextlib.ExitStack() as stack:
+        if trainer.is_global_zero:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(place.with_name(f"{place.name}.lock").open("w"))
+            try:
+                import fcntl
+            except ImportError:  # not on Windows: two runs may then do the same work
+                pass
+            else:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    rank_zero_info(f"Another run is encoding the same pictures into {place.parent}; waiting for it.")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+        trainer.strategy.barrier()
+        yield

@@ -1,0 +1,379 @@
+"""The latent space that the second stage works in: a frozen autoencoder, its hash, and the latents' scale.
+
+    z = mean(x) + std(x) n,        u = (z - mu_c) / s_c
+
+with n standard normal, and mu_c, s_c per channel the mean and standard deviation of z over the whole training set:
+
+    mu_c = E[mean],        s_c^2 = E[std^2 + mean^2] - mu_c^2        (over pictures and positions; n needs no draw)
+
+The diffusion model sees u alone, of mean 0 and variance 1. Everything here lies outside the registry of the module that
+uses it, so that neither its optimizer, nor its average, nor its precision touches the autoencoder.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_lit.checkpoints import find_last, read_checkpoint
+from diffusion_lit.evaluation.features import weights_hash
+from diffusion_lit.nets.autoencoder import Posterior
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB = "hub:"
+CHUNK = 256  # pictures encoded at a time; the same on every rank, so that their number changes no digit
+
+
+class Frozen:
+    """A network that a module uses without training it, hidden from the module's registry.
+
+    Args:
+        net: The network; it is put in eval mode, and its parameters take no gradient.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net.eval().requires_grad_(False)
+
+    def on(self, device: torch.device) -> Any:
+        """The network, moved to a device.
+
+        Args:
+            device: Where it shall work.
+
+        Returns:
+            The network.
+        """
+        return self.net.to(device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
+        return self  # an average of the module shares it
+
+
+class LatentSpace(Frozen):
+    """A frozen autoencoder with the scale of its latents.
+
+    Args:
+        net: The autoencoder: `encode`, `decode`, `in_channels`, `latent_channels`, `factor`, `config`.
+        image_shape: Shape (C, H, W) of the pictures.
+        precision: What it computes in: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: If the autoencoder is made for other pictures, or there is no such precision.
+    """
+
+    def __init__(self, net: nn.Module, image_shape: tuple[int, int, int], precision: str = "float32") -> None:
+        if precision not in DTYPES:
+            raise ValueError(f"vae_precision is {precision!r}; choose one of {', '.join(DTYPES)}.")
+        super().__init__(net.to(DTYPES[precision]))
+        self.image_shape = image_shape
+        self.shape = latent_shape(net, image_shape)
+        self.precision = precision
+        self.sha256 = weights_hash(self.net.state_dict())
+        self.mean: Tensor | None = None
+        self.std: Tensor | None = None
+
+    def set_scale(self, mean: Tensor, std: Tensor) -> None:
+        """Takes the scale of the latents.
+
+        Args:
+            mean: Mean of each channel, shape (c,).
+            std: Standard deviation of each channel, shape (c,), positive.
+
+        Raises:
+            ValueError: If a channel does not vary.
+        """
+        if not bool((std > 0).all()):
+            raise ValueError(
+                f"Channel {int((std <= 0).nonzero()[0])} of the latents is the same for all training pictures, so that "
+                "it cannot be standardised; train the VAE for longer or with fewer latent_channels."
+            )
+        self.mean, self.std = mean.double().cpu().reshape(-1, 1, 1), std.double().cpu().reshape(-1, 1, 1)
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                "The scale of the latents is not known before training has begun; load a trained checkpoint or run fit."
+            )
+        return self.mean.to(like.device, torch.float32), self.std.to(like.device, torch.float32)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Posterior:
+        """The distribution of the latents of pictures, as the autoencoder gives it.
+
+        Args:
+            images: Pictures (B, C, H, W) in [-1, 1].
+
+        Returns:
+            Mean and standard deviation (B, *shape), float32.
+        """
+        net = self.on(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            mean, std = net.encode(images.to(DTYPES[self.precision]))
+        return Posterior(mean.float(), std.float())
+
+    def standardise(self, z: Tensor) -> Tensor:
+        """Latents of the autoencoder at the scale that the diffusion model sees.
+
+        Args:
+            z: Shape (B, *shape).
+
+        Returns:
+            (z - mean) / std per channel.
+        """
+        mean, std = self._scale(z)
+        return (z - mean) / std
+
+    @torch.no_grad()
+    def decode(self, u: Tensor) -> Tensor:
+        """Pictures of standardised latents.
+
+        Args:
+            u: Shape (B, *shape).
+
+        Returns:
+            Pictures (B, C, H, W), float32, in [-1, 1] up to overshoot.
+        """
+        mean, std = self._scale(u)
+        net = self.on(u.device)
+        with torch.autocast(u.device.type, enabled=False):
+            images: Tensor = net.decode((u * std + mean).to(DTYPES[self.precision])).float()
+        return images
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures through the mean of their latents and back; the best that a model of the latents can do.
+
+        Args:
+            images: Pictures (B, C, H, W) in [-1, 1].
+
+        Returns:
+            The same shape, float32.
+        """
+        net = self.on(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            made: Tensor = net.decode(net.encode(images.to(DTYPES[self.precision])).mean.to(DTYPES[self.precision]))
+        return made.float()
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to build it again, as tensors and plain values."""
+        return {
+            **describe(self.net),
+            "image_shape": list(self.image_shape),
+            "precision": self.precision,
+            "sha256": self.sha256,
+            "state_dict": {name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()},
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "LatentSpace":
+        """Builds the space that a checkpoint carries.
+
+        Args:
+            state: From `state`.
+
+        Returns:
+            The space.
+
+        Raises:
+            ValueError: If the weights are not those that the hash names.
+        """
+        net = build(state)
+        net.load_state_dict(state["state_dict"])
+        channels, height, width = state["image_shape"]
+        space = cls(net, (channels, height, width), state["precision"])
+        if space.sha256 != state["sha256"]:
+            raise ValueError("The autoencoder in the checkpoint has other weights than its hash says; it is damaged.")
+        if state["mean"] is not None:
+            space.set_scale(state["mean"], state["std"])
+        return space
+
+
+def latent_shape(net: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Shape of the latents of an autoencoder.
+
+    Args:
+        net: The autoencoder.
+        image_shape: Shape (C, H, W) of the pictures.
+
+    Returns:
+        (c, h, w).
+
+    Raises:
+        ValueError: If the autoencoder is made for other pictures or does not divide them.
+    """
+    channels, height, width = image_shape
+    made_for = (net.in_channels, getattr(net, "image_size", None) or height)
+    if made_for != (channels, height):
+        raise ValueError(
+            f"The autoencoder is made for pictures of {made_for[0]} channels and {made_for[1]} pixels, and the data's "
+            f"have {channels} and {height}; train one on this data."
+        )
+    if height % net.factor or width % net.factor:
+        raise ValueError(
+            f"Pictures of {height}x{width} do not divide by {net.factor}, the autoencoder's factor; resize them."
+        )
+    return (int(net.latent_channels), height // net.factor, width // net.factor)
+
+
+def describe(net: Any) -> dict[str, Any]:
+    """How an autoencoder is built again, as plain values.
+
+    Args:
+        net: The autoencoder, whose `config` holds its arguments.
+
+    Returns:
+        `class_path` and `init_args`.
+    """
+    return {"class_path": f"{type(net).__module__}.{type(net).__qualname__}", "init_args": dict(net.config)}
+
+
+def build(record: dict[str, Any]) -> Any:
+    """Builds an autoencoder from its description, with random weights.
+
+    Args:
+        record: From `describe`.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        ValueError: If the class is not to be had or is no autoencoder.
+    """
+    module, _, name = str(record["class_path"]).rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"The autoencoder {record['class_path']} is not to be had here: {error}.") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
+        raise ValueError(f"{record['class_path']} is no autoencoder.")
+    return kind(**record["init_args"])
+
+
+def load_autoencoder(source: str) -> Any:
+    """Reads a trained autoencoder.
+
+    Args:
+        source: A checkpoint of `VAE`; the folder of its runs, `runs/NAME`, whose newest checkpoint is taken; or, with
+            the extra `pretrained`, a folder of diffusers' AutoencoderKL or AutoencoderTiny or its name
+            `hub:OWNER/NAME`.
+
+    Returns:
+        The autoencoder with its weights (the average ones of a checkpoint).
+
+    Raises:
+        ValueError: If there is none, or the file is damaged or of another kind of model.
+    """
+    path = Path(source).expanduser()
+    if source.startswith(HUB) or (path / "config.json").is_file():
+        from diffusion_lit.pretrained import load_pretrained_autoencoder
+
+        return load_pretrained_autoencoder(source.removeprefix(HUB))
+    if not path.exists():
+        raise ValueError(
+            f"There is no autoencoder {source}; train one with lightning fit --config configs/vae_NAME.yaml, which "
+            f"leaves it in runs/vae_NAME, or give a checkpoint, a folder of diffusers' or {HUB}OWNER/NAME."
+        )
+    if path.is_dir():
+        path = find_last(path)
+    checkpoint = read_checkpoint(path)
+    if "autoencoder" not in checkpoint:
+        kind = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "another model")).rpartition(".")[2]
+        raise ValueError(
+            f"{path} is a checkpoint of {kind}, not of a VAE; give one that configs/vae_NAME.yaml trained."
+        )
+    net = build(checkpoint["autoencoder"])
+    prefix = "net."
+    weights = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {path} do not fit the autoencoder that it describes.") from error
+    return net
+
+
+def interpolate(
+    encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], first: Tensor, last: Tensor, shares: Tensor
+) -> Tensor:
+    """Decodes the straight ways between the latents of pairs of pictures.
+
+    Args:
+        encode: Pictures to latents.
+        decode: Latents to pictures.
+        first: Pictures (B, C, H, W) in [-1, 1] where the ways begin.
+        last: Pictures (B, C, H, W) where they end.
+        shares: Places on a way, shape (S,), 0 being the first picture and 1 the last.
+
+    Returns:
+        Pictures (B, S, C, H, W).
+    """
+    z = torch.lerp(encode(first)[:, None], encode(last)[:, None], shares.reshape(1, -1, 1, 1, 1))
+    made = decode(z.flatten(0, 1))
+    return made.reshape(*z.shape[:2], *made.shape[1:])
+
+
+def encode_all(
+    space: LatentSpace,
+    images: Any,
+    mirrored: bool,
+    device: torch.device,
+    ranks: tuple[int, int] = (1, 0),
+    keep: Callable[[int, int, Posterior], object] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Encodes this rank's share of a set of pictures and sums the moments of its latents.
+
+    Args:
+        space: Where to.
+        images: Array-like of uint8 pictures (N, C, H, W).
+        mirrored: Whether each picture is encoded a second time, mirrored.
+        device: Where to compute.
+        ranks: Number of ranks, and this one.
+        keep: Called as `keep(copy, start, posterior)` with each chunk, copy 1 being the mirrored one.
+        progress: Called with the number of pictures after each chunk.
+
+    Returns:
+        Float64 sums of mean and of std^2 + mean^2 per channel, shape (chunks, 2, c), 0 where another rank has them; to
+        be added over ranks.
+    """
+    jobs = list(_chunks(len(images), 2 if mirrored else 1))
+    sums = torch.zeros(len(jobs), 2, space.shape[0], dtype=torch.float64)
+    world, rank = ranks
+    for number in range(rank, len(jobs), world):
+        copy, start = jobs[number]
+        chunk = torch.as_tensor(images[start : start + CHUNK]).to(device, torch.float32).div_(127.5).sub_(1.0)
+        posterior = space.encode(chunk.flip(-1) if copy else chunk)
+        mean, std = posterior.mean.double().cpu(), posterior.std.double().cpu()
+        sums[number, 0] = mean.sum(dim=(0, 2, 3))
+        sums[number, 1] = (std.square() + mean.square()).sum(dim=(0, 2, 3))
+        if keep is not None:
+            keep(copy, start, posterior)
+        if progress is not None:
+            progress(len(chunk))
+    return sums
+
+
+def scale_of(sums: Tensor, latents: int, positions: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel.
+
+    Args:
+        sums: Of all ranks, shape (chunks, 2, c).
+        latents: Number of latents that went into them.
+        positions: Positions h * w of a latent.
+
+    Returns:
+        Two float64 tensors of shape (c,).
+    """
+    first, second = sums.sum(0) / (latents * positions)
+    return first, (second - first.square()).clamp(min=0).sqrt()
+
+
+def _chunks(count: int, copies: int) -> Iterator[tuple[int, int]]:
+    """Copy and first row of each chunk."""
+    for copy in range(copies):
+        for start in range(0, count, CHUNK):
+            yield copy, start

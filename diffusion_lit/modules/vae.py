@@ -1,0 +1,290 @@
+"""VAE: a KL autoencoder, a baseline of its own and the first stage of latent diffusion.
+
+With D values in a picture, the loss is
+
+    (reconstruction(x_hat, x) + kl_weight * KL(q(z|x) || N(0, 1))) / D  (+ lpips_weight * LPIPS(x_hat, x)),
+    x_hat = decode(mean + std * noise)
+
+Under a likelihood and kl_weight 1 it is -ELBO in nats per value (Kingma & Welling 2014, arXiv 1312.6114), and divided
+by ln 2 a bound on the bits per dimension of 8-bit pictures.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from diffusion_lit.diffusion.generate import check_labels
+from diffusion_lit.diffusion.rng import SeededNoise
+from diffusion_lit.modules.base import KeyedModule, run_seed
+from diffusion_lit.modules.latents import Frozen, describe, interpolate, latent_shape
+from diffusion_lit.modules.perceptual import load_lpips
+from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
+
+ACTIVE_VARIANCE = 0.01
+
+
+class Terms(NamedTuple):
+    """What the loss of a batch is made of.
+
+    Args:
+        mean: Mean of the latents (B, c, h, w).
+        reconstruction: Distance summed over each picture, shape (B,).
+        kl: Divergence of each picture's latent in nats, shape (B,).
+        lpips: Mean perceptual distance, 0 where it is off.
+    """
+
+    mean: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    lpips: Tensor
+
+
+class VAE(KeyedModule):
+    """Variational autoencoder of pictures.
+
+    Args:
+        net: The autoencoder, such as `diffusion_lit.nets.Autoencoder`.
+        reconstruction: Distance of pictures; by default a discretised logistic likelihood with a learned scale per
+            channel.
+        kl_weight: Weight of the divergence; 1 with a likelihood bounds the bits per dimension.
+        kl_warmup_steps: Training steps over which that weight rises from 0.
+        lpips_weight: Weight of the perceptual distance LPIPS (Zhang 2018, arXiv 1801.03924); 0 for none. Its weights
+            are downloaded by torchvision.
+        lpips_net: Network behind LPIPS: `vgg`, `alex` or `squeeze`.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
+
+    Raises:
+        ValueError: If a weight or a number of steps is negative.
+    """
+
+    num_classes = 0
+
+    def __init__(
+        self,
+        net: nn.Module,
+        reconstruction: Reconstruction | None = None,
+        kl_weight: float = 1.0,
+        kl_warmup_steps: int = 0,
+        lpips_weight: float = 0.0,
+        lpips_net: str = "vgg",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        if kl_weight < 0 or kl_warmup_steps < 0 or lpips_weight < 0:
+            raise ValueError(
+                f"kl_weight {kl_weight}, kl_warmup_steps {kl_warmup_steps} and lpips_weight {lpips_weight} must all be "
+                "0 or more."
+            )
+        self.net: Any = net
+        self.reconstruction = reconstruction or DiscretisedLogistic(self.image_shape[0])
+        self.kl_weight = kl_weight
+        self.kl_warmup_steps = kl_warmup_steps
+        self.lpips_weight = lpips_weight
+        self._lpips = Frozen(load_lpips(lpips_net)) if lpips_weight else None
+        self._moments: Tensor | None = None  # of the latents' means over a validation, for the count of active channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of a picture."""
+        return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
+
+    def terms(self, image: Tensor, *key: int | str) -> Terms:
+        """The terms of the loss.
+
+        Args:
+            image: Pictures (B, C, H, W) in [-1, 1].
+            key: Names the draw of the posterior's noise.
+
+        Returns:
+            The terms, not yet weighted.
+        """
+        posterior = self.net.encode(image)
+        noise = self.keyed_noise(posterior.mean.shape, "posterior", *key)
+        x_hat = self.net.decode(posterior.sample(noise))
+        kl = posterior.kl().flatten(1).sum(1)
+        lpips = kl.new_zeros(())
+        if self._lpips is not None:
+            lpips = self._lpips.on(image.device)(x_hat, image)
+        return Terms(posterior.mean, self.reconstruction(x_hat, image), kl, lpips)
+
+    def loss(self, terms: Terms, values: int, kl_weight: float) -> Tensor:
+        """The terms put together.
+
+        Args:
+            terms: Of a batch.
+            values: Number of values D in a picture.
+            kl_weight: Weight of the divergence now.
+
+        Returns:
+            A scalar.
+        """
+        bound = (terms.reconstruction + kl_weight * terms.kl).mean() / values
+        return bound + self.lpips_weight * terms.lpips
+
+    def current_kl_weight(self) -> float:
+        """The weight of the divergence at this training step."""
+        if self.kl_warmup_steps == 0:
+            return self.kl_weight
+        return self.kl_weight * min(1.0, (self.global_step + 1) / self.kl_warmup_steps)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch `{"image": (B, C, H, W) in [-1, 1]}`."""
+        image = batch["image"]
+        terms = self.terms(image, "train", run_seed(), self.current_epoch, batch_idx)
+        loss = self.loss(terms, image[0].numel(), self.current_kl_weight())
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image))
+        self.log("train/kl", terms.kl.detach().mean(), batch_size=len(image))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the loss under draws that are the same at every epoch, and how good reconstructions are."""
+        self._held_out("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The same on the test split."""
+        self._held_out("test", batch, batch_idx)
+
+    def _held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        image = batch["image"]
+        values = image[0].numel()
+        terms = self.terms(image, split, batch_idx)
+        restored = self.net.decode(terms.mean).float().clamp(-1, 1)
+        figures = {
+            "loss": self.loss(terms, values, self.kl_weight),
+            "psnr": psnr(restored, image).mean(),
+            "ssim": ssim(restored, image),
+            "kl": terms.kl.mean(),
+            "kl_bits_per_dim": terms.kl.mean() / (values * math.log(2)),
+        }
+        if self.reconstruction.is_likelihood:
+            figures["bits_per_dim"] = (terms.reconstruction + terms.kl).mean() / (values * math.log(2))
+        for name, value in figures.items():
+            shown = name in ("loss", "psnr") and split == "val"
+            self.log(f"{split}/{name}", value, prog_bar=shown, batch_size=len(image), sync_dist=True)
+        means = terms.mean.double() if image.device.type != "mps" else terms.mean
+        sums = torch.stack([torch.ones_like(means[0]) * len(means), means.sum(0), means.square().sum(0)])
+        self._moments = sums if self._moments is None else self._moments + sums
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the number of active latent channels."""
+        self._log_active("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the number of active latent channels."""
+        self._log_active("test")
+
+    def _log_active(self, split: str) -> None:
+        if self._moments is not None:
+            sums = self.trainer.strategy.reduce(self._moments, reduce_op="sum")
+            self._moments = None
+            assert isinstance(sums, Tensor)
+            self.log(f"{split}/active_channels", active_channels(sums).float(), batch_size=1)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures through the mean of their latents and back.
+
+        Args:
+            images: Pictures (B, C, H, W) in [-1, 1].
+
+        Returns:
+            The same shape, in [-1, 1] up to overshoot.
+        """
+        return self._evaluated(lambda: self.net.decode(self.net.encode(images).mean))
+
+    @torch.no_grad()
+    def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
+        """Pictures on the straight ways between latents; see `modules.latents.interpolate`."""
+        return self._evaluated(
+            lambda: interpolate(lambda x: self.net.encode(x).mean, self.net.decode, first, last, shares)
+        )
+
+    @torch.no_grad()
+    def generate(self, seeds: Sequence[int], labels: Tensor | None = None) -> Tensor:
+        """Draws one picture per seed by decoding a draw from the prior N(0, 1).
+
+        Args:
+            seeds: One seed per picture.
+            labels: None; a VAE has no classes.
+
+        Returns:
+            Pictures (B, C, H, W), in [-1, 1] up to overshoot.
+
+        Raises:
+            ValueError: If labels are given.
+        """
+        check_labels(labels, 0, len(seeds))
+        z = SeededNoise(seeds)(torch.empty(len(seeds), *latent_shape(self.net, self.image_shape), device=self.device))
+        return self._evaluated(lambda: self.net.decode(z))
+
+    def _evaluated(self, compute: Any) -> Tensor:
+        training = self.training
+        self.eval()
+        try:
+            made: Tensor = compute()
+        finally:
+            self.train(training)
+        return made
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds how the autoencoder is built again, for the second stage."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["autoencoder"] = describe(self.net)
+
+
+def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture.
+
+    Args:
+        x_hat: Reconstructions (B, C, H, W) in [-1, 1].
+        x: Pictures of the same shape.
+
+    Returns:
+        10 log10(2^2 / mean squared error) in dB, shape (B,); at most 100.
+    """
+    error = (x_hat - x).float().square().flatten(1).mean(1)
+    decibels: Tensor = 10 * torch.log10(4 / error.clamp(min=4e-10))
+    return decibels
+
+
+def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Mean structural similarity of pictures, with Gaussian windows of 11 pixels.
+
+    Args:
+        x_hat: Reconstructions (B, C, H, W) in [-1, 1], H and W at least 6.
+        x: Pictures of the same shape.
+
+    Returns:
+        A scalar, 1 for equal pictures.
+
+    Source: Wang 2004, Image quality assessment: from error visibility to structural similarity.
+    """
+    made = structural_similarity_index_measure(x_hat.float(), x.float(), data_range=(-1.0, 1.0))
+    assert isinstance(made, Tensor)
+    return made
+
+
+def active_channels(sums: Tensor) -> Tensor:
+    """How many latent channels tell pictures apart.
+
+    A channel is active where the variance over pictures of its posterior mean, averaged over positions, is above 0.01.
+
+    Args:
+        sums: Number, sum and sum of squares of the means over pictures, shape (3, c, h, w).
+
+    Returns:
+        Their number, a scalar.
+
+    Source: Burda 2016, arXiv 1509.00519, section 5.2 (of single units; 0.01 is its threshold).
+    """
+    count, total, squares = sums
+    variance = squares / count - (total / count).square()
+    active: Tensor = variance.mean(dim=(1, 2)) > ACTIVE_VARIANCE
+    return active.sum()
