@@ -15,12 +15,14 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from diffusion_lit.export import is_export, read_export
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's contents to the CPU, refusing anything but tensors and plain values.
 
     Args:
-        path: The file.
+        path: The file, or a folder of `lightning export`.
 
     Returns:
         Lightning's checkpoint dictionary.
@@ -30,8 +32,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             unsafe load would make.
     """
     path = Path(path)
+    if is_export(path):
+        return read_export(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a checkpoint file; give a file such as checkpoints/last.ckpt.")
+        raise ValueError(
+            f"{path} is a folder and none of `lightning export`; give a checkpoint file such as checkpoints/last.ckpt."
+        )
     if not path.exists():
         raise ValueError(
             f"There is no checkpoint {path}; `lightning fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
@@ -43,8 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError, OSError) as error:
         if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
             raise ValueError(
-                f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since that "
-                "would run code from the file."
+                f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since "
+                "that would run code from the file."
             ) from error
         raise ValueError(
             f"{path} is not a readable checkpoint: it is damaged, truncated or another kind of file."

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": Command(
         "diffusion_lit.evaluation.command", "evaluate", "measure a checkpoint: FID and more, with a receipt"
     ),
+    "export": Command("diffusion_lit.export", "export", "write a checkpoint's model as safetensors and JSON"),
 }
 
 TRAINING = {

@@ -1,10 +1,13 @@
 """`lightning sample`: pictures from a checkpoint, which is all that it needs."""
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
@@ -12,6 +15,7 @@ from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.pictures import StepRecorder, grid_image, save_gif, to_uint8
+from diffusion_lit.ranks import fabric, several
 
 
 def sample(
@@ -34,15 +38,19 @@ def sample(
     out: str = "out",
     trajectory: bool = False,
     device: str = "auto",
+    devices: int = 1,
+    strategy: str = "auto",
 ) -> None:
     """Draws pictures from a checkpoint.
 
     Writes OUT/grid.png and OUT/samples.npz (`arr_0`: uint8 pictures N x H x W x C, and `labels`), and with --trajectory
     OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is the same picture whatever the batch
-    size. What is not given is as the model was trained to be sampled. The average (EMA) weights are used.
+    size and the number of devices. What is not given is as the model was trained to be sampled. The average (EMA)
+    weights are used.
 
     Args:
-        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt.
+        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
+            export`.
         num_samples: Number of pictures.
         labels: Classes to draw: `all` (a row of the grid per class), or a list such as 3,3,7 that is repeated until
             there are enough. Without it, a model with classes draws unconditionally, through its null class.
@@ -63,13 +71,15 @@ def sample(
         out: Folder for the results.
         trajectory: Also draws how the first pictures came to be.
         device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        devices: Number of processes, one per device, that share the work.
+        strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
 
     Raises:
         ValueError: If the checkpoint cannot be used or an option does not fit it.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1.")
-    module = load_module(ckpt_path).to(pick_device(device))
+    module = load_module(ckpt_path)
     settings: Sampling = module.sampling.but(
         cfg_scale=cfg_scale,
         sampler=sampler,
@@ -84,29 +94,110 @@ def sample(
         guidance_rescale=guidance_rescale,
     )
     classes = parse_labels(labels, num_samples, module.num_classes)
-    folder = Path(out)
+    job = Job(module, settings, classes, num_samples, seed, batch_size, trajectory)
+    if several(devices):
+        drawn = fabric(devices, device, strategy).launch(partial(draw_shared, job=job))
+    else:
+        module.to(pick_device(device))
+        drawn = job.draw(range(num_samples))
+    if drawn is not None:
+        columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
+        write(drawn, classes, columns, Path(out))
+        calls = (
+            "as many denoiser calls as each needs" if settings.nfe is None else f"{settings.nfe} denoiser calls each"
+        )
+        print(f"{num_samples} samples, {calls}, are in {Path(out)}/: grid.png, samples.npz")
+
+
+class Drawn(NamedTuple):
+    """Samples (N, C, H, W) in [-1, 1] on the CPU, and how the first ones came to be."""
+
+    samples: Tensor
+    recorder: StepRecorder | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn.
+
+    Args:
+        module: The model.
+        settings: How.
+        classes: Class of each sample, or None.
+        count: Number of samples.
+        seed: Seed of sample 0.
+        batch_size: Samples drawn at a time.
+        trajectory: Whether the steps of the first samples are kept.
+    """
+
+    module: Any
+    settings: Sampling
+    classes: Tensor | None
+    count: int
+    seed: int
+    batch_size: int
+    trajectory: bool
+
+    def draw(self, rows: range) -> Drawn:
+        """Draws some of the samples.
+
+        Args:
+            rows: Which, without gaps.
+
+        Returns:
+            Them, and the steps of the first ones where row 0 is among them.
+        """
+        first = self.trajectory and rows.start == 0
+        recorder = StepRecorder(keep=min(16, self.count)) if first else None
+        batches: list[Tensor] = []
+        starts = range(rows.start, rows.stop, self.batch_size)
+        for start in tqdm(starts, desc="sampling", unit="batch", disable=rows.start > 0):
+            batch = range(start, min(start + self.batch_size, rows.stop))
+            seeds = range(self.seed + batch.start, self.seed + batch.stop)
+            chosen = None if self.classes is None else self.classes[batch.start : batch.stop]
+            watch = recorder if start == 0 else None
+            batches.append(self.module.generate(seeds, chosen, self.settings, watch).cpu())
+        return Drawn(torch.cat(batches) if batches else torch.empty(0, *self.module.image_shape), recorder)
+
+
+def draw_shared(ranks: Fabric, job: Job) -> Drawn | None:
+    """Draws this rank's part of the samples: sample i is a function of its seed, so that who draws it is all the same.
+
+    Args:
+        ranks: The processes.
+        job: What to draw.
+
+    Returns:
+        All samples on rank 0, None on the others.
+    """
+    world, rank, shape = ranks.world_size, ranks.global_rank, job.module.image_shape
+    job.module.to(ranks.device)
+    share = -(-job.count // world)
+    mine = job.draw(range(min(rank * share, job.count), min((rank + 1) * share, job.count)))
+    padded = torch.zeros(share, *shape, device=ranks.device)
+    padded[: len(mine.samples)] = mine.samples.to(padded)
+    gathered = cast(Tensor, ranks.all_gather(padded)).reshape(-1, *shape)[: job.count].cpu()
+    return Drawn(gathered, mine.recorder) if ranks.is_global_zero else None
+
+
+def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path) -> None:
+    """Writes the grid, the arrays and, where it was kept, the trajectory.
+
+    Args:
+        drawn: The samples.
+        classes: Their classes, or None.
+        columns: Columns of the grid.
+        folder: Where to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-
-    recorder = StepRecorder(keep=min(16, num_samples)) if trajectory else None
-    batches: list[Tensor] = []
-    for start in tqdm(range(0, num_samples, batch_size), desc="sampling", unit="batch"):
-        rows = slice(start, min(start + batch_size, num_samples))
-        seeds = range(seed + rows.start, seed + rows.stop)
-        chosen = None if classes is None else classes[rows]
-        batches.append(module.generate(seeds, chosen, settings, recorder if start == 0 else None).cpu())
-    samples = torch.cat(batches)
-
-    columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
-    grid_image(samples, columns).save(folder / "grid.png")
-    arrays: dict[str, Any] = {"arr_0": to_uint8(samples).permute(0, 2, 3, 1).numpy()}
+    grid_image(drawn.samples, columns).save(folder / "grid.png")
+    arrays: dict[str, Any] = {"arr_0": to_uint8(drawn.samples).permute(0, 2, 3, 1).numpy()}
     if classes is not None:
         arrays["labels"] = classes.numpy()
     np.savez_compressed(folder / "samples.npz", **arrays)
-    if recorder is not None:
-        recorder.strip().save(folder / "trajectory.png")
-        save_gif(recorder.frames(columns=4), folder / "trajectory.gif")
-    calls = "as many denoiser calls as each needs" if settings.nfe is None else f"{settings.nfe} denoiser calls each"
-    print(f"{num_samples} samples, {calls}, are in {folder}/: grid.png, samples.npz")
+    if drawn.recorder is not None:
+        drawn.recorder.strip().save(folder / "trajectory.png")
+        save_gif(drawn.recorder.frames(columns=4), folder / "trajectory.gif")
 
 
 def help_notes() -> str:

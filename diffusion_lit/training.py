@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
 import diffusion_lit.modules  # noqa: F401
@@ -27,16 +27,21 @@ from diffusion_lit.callbacks import (
     EMA,
     LastCheckpoint,
     LossByNoiseLevel,
+    NonFiniteGuard,
     RunSummary,
     SampleGrid,
     Throughput,
     Trajectory,
 )
 from diffusion_lit.checkpoints import find_last, read_checkpoint
+from diffusion_lit.export import is_export
+from diffusion_lit.saving import SafeCheckpointIO, quiet_writer_threads
+from diffusion_lit.stopping import RunStopped, explain
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CALLBACKS: dict[str, type[Callback]] = {
     "ema": EMA,
+    "guard": NonFiniteGuard,
     "checkpoint": LastCheckpoint,
     "sample_grid": SampleGrid,
     "trajectory": Trajectory,
@@ -114,6 +119,8 @@ class CLI(LightningCLI):
             if self.config["subcommand"] == "fit":
                 logger.version = int(path.parent.parent.name.split("_")[1])
             print(f"Continuing from {path}")
+        if self.config["subcommand"] == "fit" and is_export(path):
+            raise UserError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
         self.recorded = read_checkpoint(path).get("hyper_parameters", {})
 
     def _name_run(self, config: Namespace) -> None:
@@ -132,11 +139,23 @@ class CLI(LightningCLI):
             trainer.val_check_interval = trainer.max_steps
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Adds the callbacks that have no options."""
+        """Adds the callbacks that have no options, and how checkpoints are written."""
         always: list[Callback] = [Throughput(), RunSummary()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
+        given = config.get("plugins") or []
+        config["plugins"] = [*(given if isinstance(given, list) else [given]), SafeCheckpointIO()]
         return super()._instantiate_trainer(config, [*callbacks, *always])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs, and finds words for what goes wrong on the way."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            told = explain(error, getattr(self.datamodule, "batch_size", None))
+            if told is None or os.environ.get("DIFFUSION_LIT_DEBUG"):
+                raise
+            raise told from error
 
     def after_instantiate_classes(self) -> None:
         """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
@@ -178,7 +197,8 @@ def run(args: list[str]) -> None:
         args: The command line, the subcommand first.
 
     Raises:
-        SystemExit: With status 2 when the user got something wrong, 130 when interrupted.
+        SystemExit: With status 2 when the user got something wrong, 130 or 143 when interrupted, 1 when the run could
+            not go on.
     """
     _quiet()
     defaults = {"default_config_files": [str(CONFIGS / "base.yaml")], "allow_abbrev": False}
@@ -196,10 +216,20 @@ def run(args: list[str]) -> None:
             | {"allow_abbrev": False},
             seed_everything_default=0,
         )
-    except (UserError, ValueError, FileNotFoundError, PermissionError) as error:
+    except RunStopped as stopped:
+        if getattr(rank_zero_only, "rank", None) in (None, 0) and str(stopped):
+            print(f"lightning: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.status) from stopped
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns an interrupt into an exit with status 1
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print("lightning: Interrupted outside training.", file=sys.stderr)
+        raise SystemExit(130) from error
+    except (UserError, ValueError, OSError) as error:
         if os.environ.get("DIFFUSION_LIT_DEBUG"):
             raise
-        print(f"lightning: {error}", file=sys.stderr)
+        told = error.__cause__ if str(error).startswith("Call to compute_fn of link") else error
+        print(f"lightning: {told}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -215,4 +245,5 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    quiet_writer_threads()
     torch.set_float32_matmul_precision("high")

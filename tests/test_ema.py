@@ -45,7 +45,7 @@ def loader(batch=4, batches=10):
     return torch.utils.data.DataLoader([{"image": torch.zeros(2)}] * (batch * batches), batch_size=batch)
 
 
-def fit(tmp_path, module, *callbacks, batches=10, epochs=1, **options):
+def fit(tmp_path, module, *callbacks, batches=10, epochs=1, ckpt_path=None, **options):
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),
@@ -58,7 +58,7 @@ def fit(tmp_path, module, *callbacks, batches=10, epochs=1, **options):
         accelerator="cpu",
         **options,
     )
-    trainer.fit(module, loader(batches=batches), loader(batches=1))
+    trainer.fit(module, loader(batches=batches), loader(batches=1), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 

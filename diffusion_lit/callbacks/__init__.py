@@ -3,8 +3,25 @@
 from diffusion_lit.callbacks.checkpoint import LastCheckpoint
 from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.fid import FID
+from diffusion_lit.callbacks.guard import NonFiniteGuard
 from diffusion_lit.callbacks.noise_levels import LossByNoiseLevel
 from diffusion_lit.callbacks.progress import RunSummary, Throughput
+from diffusion_lit.callbacks.psnr import PicturePSNR
+from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
 from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
 
-__all__ = ["EMA", "FID", "LastCheckpoint", "LossByNoiseLevel", "RunSummary", "SampleGrid", "Throughput", "Trajectory"]
+__all__ = [
+    "EMA",
+    "FID",
+    "Interpolations",
+    "LastCheckpoint",
+    "LossByNoiseLevel",
+    "NonFiniteGuard",
+    "PicturePSNR",
+    "ReconstructionFID",
+    "Reconstructions",
+    "RunSummary",
+    "SampleGrid",
+    "Throughput",
+    "Trajectory",
+]

@@ -1,18 +1,23 @@
 """The exponential moving average of the weights, from which samples and metrics come.
 
 Built on Lightning's `WeightAveraging`: a checkpoint's `state_dict` holds the average, `current_model_state` the raw
-weights. Three things differ. The average stands in during the whole of validation (from `on_validation_start` to
+weights. Four things differ. The average stands in during the whole of validation (from `on_validation_start` to
 `on_validation_end`), so every other callback sees it wherever it is listed; the raw weights come back when validation
-fails; and they are left in place at the end of training.
+fails; they are left in place at the end of training; and frozen weights are shared, not copied. Several averages of
+different widths are kept at once where `sigma_rel` lists them: the first is the one that stands in.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from diffusion_lit.averaging import Snapshots, exponent, power_beta
 
 
 class EMA(WeightAveraging):
@@ -20,20 +25,46 @@ class EMA(WeightAveraging):
 
     After each step of B images the average moves by `1 - beta` towards the raw weights, with
     `beta = 0.5 ^ (B / min(half_life, ramp_up * images seen))` (Karras 2022, arXiv 2206.00364, appendix F.2), or with a
-    fixed `decay` where one is given.
+    fixed `decay` where one is given. With `sigma_rel` the averages have power-function profiles of these relative
+    widths instead (`diffusion_lit.averaging`), and snapshots of them, in the run's folder `averages/`, serve to make
+    the average of any other width after training: `python -m experiments.posthoc_ema`.
 
     Args:
         half_life: Images after which an old weight counts half.
         ramp_up: The half-life is at most this share of the images seen so far, so that the random start is soon
             forgotten; `null` for none.
         decay: A fixed beta in [0, 1) per step instead of a half-life.
+        sigma_rel: Widths of power-function averages relative to the training time, such as [0.05, 0.1], instead of a
+            half-life; samples and metrics come from the first.
+        snapshot_every: Writes the power-function averages to `averages/` every so many steps; 0 for never.
+
+    Raises:
+        ValueError: If a number is out of range or two kinds of average are asked for.
     """
 
-    def __init__(self, half_life: float = 50_000, ramp_up: float | None = 0.05, decay: float | None = None) -> None:
+    def __init__(
+        self,
+        half_life: float = 50_000,
+        ramp_up: float | None = 0.05,
+        decay: float | None = None,
+        sigma_rel: list[float] | None = None,
+        snapshot_every: int = 0,
+    ) -> None:
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"EMA decay is {decay}; it must be at least 0 and below 1.")
         if half_life <= 0:
             raise ValueError(f"EMA half_life is {half_life} images; it must be above 0.")
+        if sigma_rel is not None and (decay is not None or not sigma_rel or len(set(sigma_rel)) < len(sigma_rel)):
+            raise ValueError(
+                f"EMA has sigma_rel {sigma_rel} and decay {decay}; give different widths, at least one, and no decay."
+            )
+        if snapshot_every < 0 or (snapshot_every and not sigma_rel):
+            raise ValueError(f"EMA snapshot_every is {snapshot_every}; it takes 0 or more, and sigma_rel beside it.")
+        self.sigma_rel = sigma_rel or []
+        self.gammas = [exponent(width) for width in self.sigma_rel]
+        self.snapshot_every = snapshot_every
+        self._others: list[list[Tensor]] = []  # the averages of sigma_rel after the first
+        self._step = 0
         self.half_life = half_life
         self.ramp_up = ramp_up
         self.decay = decay
@@ -44,6 +75,8 @@ class EMA(WeightAveraging):
 
     def beta(self) -> float:
         """The weight of the old average at this step, in [0, 1)."""
+        if self.gammas:
+            return power_beta(self._step, self.gammas[0])
         if self.decay is not None:
             return self.decay
         half_life = self.half_life
@@ -62,7 +95,51 @@ class EMA(WeightAveraging):
         images = next(iter(batch.values())).shape[0] * trainer.world_size
         self._images_seen += images
         self._batch_size = images * trainer.accumulate_grad_batches
+        self._step = trainer.global_step
+        if self._step == self._latest_update_step:
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._move_others(pl_module)
+        if self.snapshot_every and self._step % self.snapshot_every == 0 and trainer.is_global_zero:
+            self._write_snapshots(trainer, pl_module)
+
+    @torch.no_grad()
+    def _move_others(self, pl_module: LightningModule) -> None:
+        currents = [parameter.detach() for parameter in pl_module.parameters() if parameter.requires_grad]
+        if self._step == 1 and not self._others:
+            self._others = [[current.clone() for current in currents] for _ in self.gammas[1:]]
+        for average, gamma in zip(self._others, self.gammas[1:], strict=True):
+            torch._foreach_lerp_(average, currents, 1 - power_beta(self._step, gamma))
+
+    def _write_snapshots(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._average_model is not None
+        names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+        first = dict(self._average_model.module.named_parameters())
+        averages: list[list[Tensor]] = [[first[name] for name in names], *self._others]
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "averages"
+        try:
+            for width, average in zip(self.sigma_rel, averages, strict=True):
+                Snapshots.write(folder, self._step, width, dict(zip(names, average, strict=True)))
+        except OSError as error:
+            rank_zero_warn(f"A snapshot of the averages could not be written to {folder}: {error}. Training goes on.")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the average model; its counter stays on the host, where reading it does not wait for the device."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shares frozen weights with the module instead of averaging a copy of them."""
+        assert self._average_model is not None
+        for mine, current in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
+            if not current.requires_grad:
+                mine.data = current.data
+        trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        self._others = [
+            [value.to(parameter.device) for value, parameter in zip(average, trained, strict=True)]
+            for average in self._others
+        ]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the average in the place of the raw weights."""
@@ -91,9 +168,15 @@ class EMA(WeightAveraging):
 
     def state_dict(self) -> dict[str, Any]:
         """The counters that a resumed run needs."""
-        return {**super().state_dict(), "images_seen": self._images_seen}
+        return {**super().state_dict(), "images_seen": self._images_seen, "others": self._others}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counters."""
         super().load_state_dict(state_dict)
         self._images_seen = state_dict["images_seen"]
+        self._others = state_dict.get("others", [])
+        if len(self._others) != len(self.gammas[1:]):
+            raise ValueError(
+                f"The checkpoint holds {len(self._others) + 1} averages, but this run asks for {len(self.gammas) or 1} "
+                "(--ema.sigma_rel); go on with the setting that it was trained with."
+            )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
@@ -96,11 +97,14 @@ class Pictures(Callback):
         if cast(Any, trainer).fast_dev_run:
             return
         encoded, ending = (gif, "gif") if gif is not None else (png_bytes(image), "png")
-        folder = run_folder(trainer, name)
-        (folder / f"step_{trainer.global_step:07d}.{ending}").write_bytes(encoded)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                log_image(logger.experiment, tag, encoded, image.size, trainer.global_step)
+        try:
+            folder = run_folder(trainer, name)
+            (folder / f"step_{trainer.global_step:07d}.{ending}").write_bytes(encoded)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    log_image(logger.experiment, tag, encoded, image.size, trainer.global_step)
+        except OSError as error:
+            rank_zero_warn(f"A picture of {name} could not be written: {error}. Training goes on.")
 
 
 class SampleGrid(Pictures):

@@ -303,7 +303,7 @@ def header(
         Plain values: all that would change a figure.
     """
     checkpoint = read_checkpoint(plan.ckpt_path)
-    averaged = "current_model_state" in checkpoint
+    averaged = "current_model_state" in checkpoint or checkpoint.get("weights", "").startswith("average")
     warnings = [warning for reference in against.values() for warning in reference.warnings]
     if plan.num_blocks < 3:
         warnings.append(f"{plan.num_blocks} block(s) of samples: error bars need at least 3.")

@@ -101,11 +101,12 @@ def file_hash(path: Path) -> str:
     """The hash of a file's bytes.
 
     Args:
-        path: The file.
+        path: The file, or a folder of `lightning export`, whose weights count.
 
     Returns:
         Hexadecimal SHA-256.
     """
+    path = path / "model.safetensors" if path.is_dir() else path
     digest = sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,0 +1,195 @@
+"""The guard against losses and gradients that are not numbers.
+
+Whether a step is good is decided on the device, without the host waiting for it: a flag
+
+    ok = isfinite(loss) and isfinite(sum_i ||g_i||)
+
+(over all ranks, which must agree) chooses afterwards, for each weight and each tensor of the optimizer's state, between
+the value before the step and the value after it. A bad step therefore changes nothing. The host reads the flag at the
+logging interval, before validation and at the end.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from diffusion_lit.stopping import RunStopped
+
+CHOICES = ("stop", "skip", "off")
+
+
+class NonFiniteGuard(Callback):
+    """Keeps updates from a loss or gradient that is not finite from being applied.
+
+    With `stop` the run ends at the next logging interval and names the first bad step, its noise levels and the last
+    checkpoint; with `skip` it goes on without those updates, counts them as `train/nonfinite_steps` and warns; with
+    `off` nothing is checked. In 16-bit precision with a gradient scaler, which meets infinite gradients on its way, the
+    scaler decides about gradients and the guard about the loss alone. A fused optimizer (`fused: true`) leaves a bad
+    step out by itself; for others the guard keeps a copy of weights and state for the length of a step.
+
+    Args:
+        nonfinite: `stop`, `skip` or `off`.
+
+    Raises:
+        ValueError: If it is none of the three.
+    """
+
+    def __init__(self, nonfinite: str = "stop") -> None:
+        if nonfinite not in CHOICES:
+            raise ValueError(f"nonfinite is {nonfinite!r}; choose one of {', '.join(CHOICES)}.")
+        self.nonfinite = nonfinite
+        self.skipped = 0  # as the host knows it
+        self._handles: list[Any] = []
+        self._loss_ok: Tensor | None = None
+        self._before: dict[int, Tensor] = {}
+        self._base = 0  # bad steps of the run before it was resumed
+        self._ok: Tensor | None = None
+        self._count: Tensor | None = None  # bad steps since the run was started, on the device
+        self._first: Tensor | None = None  # (step, lowest sigma, highest sigma) of the first of them
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hooks into the optimizers and makes the record."""
+        if self.nonfinite == "off":
+            return
+        device = pl_module.device
+        self._base = self.skipped
+        self._count = torch.zeros((), device=device)
+        self._first = torch.full((3,), float("nan"), device=device)
+        self._handles = [optimizer.register_step_post_hook(self._choose) for optimizer in trainer.optimizers]
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Notes whether the loss is finite; with accumulated batches, whether all since the last step were."""
+        if self._count is not None:
+            ok = torch.isfinite(loss.detach()).all()
+            self._loss_ok = ok if self._loss_ok is None else self._loss_ok & ok
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Decides whether the step is good, and keeps what it would change."""
+        if self._count is None:
+            return
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper aside
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        ok = torch.ones((), dtype=torch.bool, device=pl_module.device) if self._loss_ok is None else self._loss_ok
+        self._loss_ok = None
+        if getattr(trainer.precision_plugin, "scaler", None) is None and parameters:
+            norms = torch._foreach_norm([p.grad for p in parameters])
+            ok = ok & torch.isfinite(torch.stack([norm.to(ok.device) for norm in norms]).sum())
+        if trainer.world_size > 1:
+            bad = (~ok).float()
+            torch.distributed.all_reduce(bad)
+            ok = bad == 0
+        self._note(~ok, trainer.global_step + 1, getattr(pl_module, "sigma_range", None))
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused one leaves a step out by itself
+            optimizer.found_inf, optimizer.grad_scale = (~ok).float(), None
+            return
+        self._ok = ok
+        with torch.no_grad():
+            self._before = {id(tensor): tensor.clone() for tensor in _tensors(optimizer)}
+
+    @torch.no_grad()
+    def _choose(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Takes the step back where it was bad; runs after `optimizer.step`."""
+        optimizer.found_inf = None
+        before, ok = self._before, self._ok
+        self._before, self._ok = {}, None
+        if ok is None or (ok.device.type == "cpu" and ok):
+            return
+        for tensor in _tensors(optimizer):
+            if tensor.device == ok.device:  # to take a counter on the host back, the host would have to wait
+                old = before.get(id(tensor))  # what this step made starts at zero
+                tensor.copy_(torch.where(ok, tensor, torch.zeros_like(tensor) if old is None else old))
+
+    def _note(self, bad: Tensor, step: int, sigma_range: Tensor | None) -> None:
+        """Counts a bad step on the device and keeps the first one's number and noise levels."""
+        assert self._count is not None and self._first is not None
+        if sigma_range is None:
+            sigma_range = torch.full((2,), float("nan"), device=bad.device)
+        this = torch.cat([torch.full((1,), float(step), device=bad.device), sigma_range.to(bad.device).float()])
+        self._first = torch.where(bad & (self._count == 0), this, self._first)
+        self._count = self._count + bad
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Reads the record at the logging interval."""
+        if self._count is not None and trainer._logger_connector.should_update_logs:
+            self.read(trainer, pl_module)
+            if self.nonfinite == "skip":
+                pl_module.log("train/nonfinite_steps", float(self.skipped), batch_size=1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the record before time is spent on validation."""
+        if self._count is not None and trainer.training | trainer.validating:
+            self.read(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the record a last time."""
+        if self._count is not None:
+            self.read(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._count, self._loss_ok, self._ok, self._before = [], None, None, None, {}
+
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Brings the record to the host, and stops or warns where a step was bad.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+
+        Raises:
+            RunStopped: If a step was bad and the run is to stop.
+        """
+        assert self._count is not None and self._first is not None
+        total = self._base + int(self._count.item())
+        if total == self.skipped:
+            return
+        more, self.skipped = total - self.skipped, total
+        step, low, high = self._first.tolist()
+        where = f", whose noise levels were {low:.4g} to {high:.4g}" if low == low else ""
+        if self.nonfinite == "skip":
+            rank_zero_warn(
+                f"{more} steps had a loss or gradient that is not finite and were left out, {total} so far; the first "
+                f"was step {int(step)}{where}."
+            )
+            return
+        raise RunStopped(
+            f"The loss or a gradient was not finite at step {int(step)}{where}; its update was not applied. "
+            f"{_last_checkpoint(trainer)} What helps: a lower learning rate, --trainer.gradient_clip_val 1, "
+            "--trainer.precision 32-true, and a look at the data; --guard.nonfinite skip goes on without such steps."
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were left out."""
+        if self._count is not None:
+            return {"skipped": self._base + int(self._count.item())}
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restores the count."""
+        self.skipped = state_dict["skipped"]
+
+
+def _tensors(optimizer: Any) -> Iterator[Tensor]:
+    """All that a step changes: the weights that have a gradient, and the optimizer's state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter
+                yield from (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    """A sentence on the checkpoint to go back to."""
+    saved = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "")
+    if not saved:
+        return "No checkpoint was saved before."
+    step = getattr(trainer.checkpoint_callback, "_last_global_step_saved", 0)
+    return f"The last checkpoint is {saved}, of step {step}."

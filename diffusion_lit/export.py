@@ -1,0 +1,137 @@
+"""`lightning export`: a model as two files without any pickle, and back.
+
+    OUT/model.safetensors   the weights that sample, each tensor under its name in the module
+    OUT/model.json          what builds the module and draws from it: classes and arguments, sampling, classes' names
+
+`lightning sample` and `lightning evaluate` take the folder in a checkpoint's place.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from diffusion_lit.saving import atomic
+
+FORMAT = "diffusion-lit 1"
+WEIGHTS, RECORD = "model.safetensors", "model.json"
+KEPT = ("hyper_parameters", "datamodule_hyper_parameters", "diffusion_lit", "global_step", "pytorch-lightning_version")
+
+
+def export(ckpt_path: str, out: str, weights: str = "average") -> None:
+    """Writes a checkpoint's model as safetensors and JSON, which hold all that sampling needs and no pickle.
+
+    Args:
+        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt.
+        out: Folder for model.safetensors and model.json.
+        weights: `average` (EMA) or `raw`.
+
+    Raises:
+        ValueError: If the checkpoint cannot be used or holds no such weights.
+    """
+    from diffusion_lit.checkpoints import load_module, read_checkpoint
+
+    checkpoint = read_checkpoint(ckpt_path)
+    if weights not in ("average", "raw"):
+        raise ValueError(f"weights is {weights!r}; choose average or raw.")
+    averaged = weights == "average" and "current_model_state" in checkpoint
+    if weights == "raw" and "current_model_state" in checkpoint:
+        checkpoint["state_dict"] = checkpoint["current_model_state"]
+    module = load_module(ckpt_path)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint["state_dict"].items()}
+    encoded = save_tensors(tensors)
+    record = {
+        "format": FORMAT,
+        "weights": "average (EMA)" if averaged else "raw",
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+        "parameters": sum(value.numel() for value in tensors.values()),
+        "module": f"{type(module).__module__}.{type(module).__name__}",
+        **_described(module),
+        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+        **{name: checkpoint[name] for name in KEPT if name in checkpoint},
+    }
+    folder = Path(out)
+    with atomic(folder / WEIGHTS) as file:
+        file.write(encoded)
+    with atomic(folder / RECORD) as file:
+        file.write(_json(record, ckpt_path).encode())
+    print(f"{record['parameters']:,} {record['weights']} weights of step {record.get('global_step')} are in {folder}/.")
+
+
+def _described(module: Any) -> dict[str, Any]:
+    """What a reader of the record wants to know and the module's arguments do not say."""
+    values: dict[str, Any] = {"image_shape": list(getattr(module, "image_shape", []))}
+    if hasattr(module, "sampling"):
+        values["sampling"] = module.sampling.record()
+    denoiser = getattr(module, "denoiser", None)
+    if denoiser is not None:
+        scaling = denoiser.scaling
+        values["num_classes"] = module.num_classes
+        values["class_names"] = list(module.class_names)
+        values["scaling"] = {
+            "class": type(scaling).__name__,
+            "sampling_range": [float(value) for value in scaling.sampling_range],
+            "variance_preserving": bool(scaling.variance_preserving),
+        }
+    return values
+
+
+def _json(record: dict[str, Any], path: str) -> str:
+    try:
+        return json.dumps(record, indent=2)
+    except TypeError as error:
+        raise ValueError(
+            f"The checkpoint {path} has arguments that are no plain values and cannot be exported: {error}."
+        ) from error
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a path is a folder written by `lightning export`.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        Whether both files are there.
+    """
+    return (Path(path) / WEIGHTS).is_file() and (Path(path) / RECORD).is_file()
+
+
+def read_export(path: str | Path) -> dict[str, Any]:
+    """Reads an exported model in the form of a checkpoint's contents.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        A dictionary with `state_dict`, `hyper_parameters` and what else a checkpoint keeps beside the training's state;
+        `weights` says which weights they are.
+
+    Raises:
+        ValueError: If a file is damaged, of another kind, or does not belong to the other.
+    """
+    folder = Path(path)
+    encoded = (folder / WEIGHTS).read_bytes()
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / RECORD} is damaged: {error}. Export the checkpoint again.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{folder / RECORD} is not a record of `lightning export`; export the checkpoint again.")
+    if hashlib.sha256(encoded).hexdigest() != record.get("sha256"):
+        raise ValueError(
+            f"{folder / WEIGHTS} is not the file that {RECORD} beside it describes, or it is damaged; export the "
+            "checkpoint again."
+        )
+    try:
+        tensors = load_tensors(encoded)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no safetensors file: {error}.") from error
+    kept = {name: record[name] for name in KEPT if name in record}
+    return {**kept, "state_dict": tensors, "weights": record["weights"]}

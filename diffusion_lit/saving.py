@@ -1,0 +1,199 @@
+"""Writing that outlives what goes wrong with disks: checkpoints that are whole or absent, and logs that may fail.
+
+A file is written under a temporary name in its own folder, flushed to the disk and renamed over the old one, so that at
+any moment, also when the machine dies, the name holds the old content or the new. Where that fails (a full disk, no
+permission, a folder that was deleted and cannot be made again) training goes on, the user is told, and from then on no
+older checkpoint is removed until one was written again.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[IO[bytes]]:
+    """Opens a file for writing that takes its name when it is whole and on the disk.
+
+    Args:
+        path: Its name; the folder is made where it is missing.
+
+    Yields:
+        The temporary file.
+
+    Raises:
+        OSError: If it cannot be written; the old file of that name is as it was and nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system can flush a folder
+            _flush_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """How a Trainer of this project reads and writes checkpoints.
+
+    Attributes:
+        failure: Why the last write failed, or None where it did not.
+        whole: The last checkpoint that was written, or None.
+    """
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+        self.whole: str | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint, or says that it could not.
+
+        Args:
+            checkpoint: Its contents.
+            path: Its name.
+            storage_options: None; there are none.
+        """
+        try:
+            with atomic(path) as file:
+                _save(checkpoint, file)
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+            kept = f"the last one that is whole is {self.whole}" if self.whole else "an older file is as it was"
+            rank_zero_warn(
+                f"The checkpoint {path} of step {checkpoint.get('global_step')} could not be written: {self.failure}. "
+                f"Training goes on; {kept}."
+            )
+            return
+        self.failure, self.whole = None, str(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint without executing anything that it holds.
+
+        Args:
+            path: The file.
+            map_location: Ignored: the contents go to the CPU and from there where they belong.
+            weights_only: Ignored: it is always so.
+
+        Returns:
+            Its contents.
+        """
+        from diffusion_lit.checkpoints import read_checkpoint
+
+        if Path(path).name == ".temp.ckpt":  # bare weights by which Lightning's launcher of forked ranks hands them back
+            return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint that a newer one replaces, unless the newer one could not be written.
+
+        Args:
+            path: The file.
+        """
+        if self.failure is None:
+            Path(path).unlink(missing_ok=True)
+
+
+class _Checked:
+    """A file whose first error is kept: `torch.save` tells of a failed write in words of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    checked = _Checked(file)
+    try:
+        torch.save(checkpoint, cast(Any, checked))
+    except RuntimeError as error:
+        raise (checked.error or error) from error
+
+
+class TensorBoardLogger(LightningTensorBoardLogger):
+    """Lightning's TensorBoard logger, which does not take training down when its file cannot be written.
+
+    After a failure it warns once and tries a new event file, the folder made again where it is gone; what was not yet
+    on the disk is lost.
+    """
+
+    _warned = False
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Writes, and warns where that fails.
+
+        Args:
+            write: Does it.
+        """
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            reason = error.__cause__ or error
+            self._experiment = None
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(f"TensorBoard's file in {self.log_dir} cannot be written: {reason}. Training goes on.")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Logs metrics; see Lightning."""
+        self.attempt(lambda: super(TensorBoardLogger, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Logs hyperparameters; see Lightning."""
+        self.attempt(lambda: super(TensorBoardLogger, self).log_hyperparams(params, metrics, step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what is pending; see Lightning."""
+        self.attempt(super().save)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Closes the file; see Lightning."""
+        self.attempt(lambda: super(TensorBoardLogger, self).finalize(status))
+
+
+def quiet_writer_threads() -> None:
+    """Leaves out the traceback that TensorBoard's writer thread prints when it fails: the logger tells of it."""
+    before = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            before(args)
+
+    threading.excepthook = hook
