@@ -103,7 +103,7 @@ class SafeCheckpointIO(CheckpointIO):
         """
         from diffusion_lit.checkpoints import read_checkpoint
 
-        if Path(path).name == ".temp.ckpt":  # bare weights by which Lightning's launcher of forked ranks hands them back
+        if Path(path).name == ".temp.ckpt":  # bare weights, handed back by forked ranks
             return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
         return read_checkpoint(path)
 

@@ -8,6 +8,7 @@ told in a sentence.
 
 import logging
 import os
+import re
 import sys
 import warnings
 from importlib import import_module
@@ -84,6 +85,12 @@ class CLI(LightningCLI):
             default=None,
             help="Name of the run, whose results go to runs/NAME/version_N; the config's file name by default.",
         )
+        parser.add_argument(
+            "--compile",
+            type=bool,
+            default=False,
+            help="Compiles the network, and nothing else; --model.compile says the same.",
+        )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         for source, target, compute in (
@@ -159,6 +166,8 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
+        if self.config[self.subcommand].get("compile"):
+            self.model.net.compile()  # in place, so that the names of the weights stay
         path = self.config[self.subcommand].get("ckpt_path")
         recorded = _flat(getattr(self, "recorded", {}))
         now = _flat(dict(self.model.hparams))
@@ -202,6 +211,7 @@ def run(args: list[str]) -> None:
     """
     _quiet()
     defaults = {"default_config_files": [str(CONFIGS / "base.yaml")], "allow_abbrev": False}
+    args = [re.sub(r"^--model\.compile(?==|$)", "--compile", arg) for arg in args]
     sys.argv = ["lightning", *args]  # what LightningCLI and launchers of further ranks read
     try:
         CLI(

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 
@@ -58,7 +57,8 @@ class RunSummary(Callback):
             if found:
                 lines.append(f"  {label + ':':<22}{_short(found[-1])}")
         lines += [f"  {'everything else:':<22}{_short(folder)}", "  to see it in TensorBoard, run: make board", ""]
-        rank_zero_info("\n".join(lines))
+        if trainer.is_global_zero:
+            print("\n".join(lines))
 
     def _figures(self, trainer: Trainer) -> list[tuple[str, str]]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

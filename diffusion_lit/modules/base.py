@@ -263,7 +263,7 @@ class DiffusionModule(KeyedModule):
         if augment is not None:
             x0 = augment_images(x0, augment)
         loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -1,0 +1,129 @@
+"""Which average of the weights samples best? Widths and training times swept after the run, from its snapshots.
+
+Train with several power-function averages and snapshots of them, then reconstruct any width (Karras 2024, arXiv
+2312.02696, section 3.2) and measure the Fréchet distance of its samples to the training pictures:
+
+    lightning fit --config configs/edm_digits.yaml --ema.sigma_rel '[0.05, 0.1]' --ema.snapshot_every 50
+    python -m experiments.posthoc_ema --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
+
+The same seeds are used for each average, so that they differ by their weights alone; the floor is that of real pictures
+against real ones at the same number.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from jsonargparse import CLI
+
+from diffusion_lit.averaging import Snapshots
+from diffusion_lit.checkpoints import load_data, load_module, read_checkpoint
+from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
+from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.reference import real_against_real, reference_of
+from diffusion_lit.pictures import to_uint8
+
+
+def posthoc_ema(
+    ckpt_path: str,
+    sigma_rels: list[float] | None = None,
+    steps: list[int] | None = None,
+    num_samples: int = 1000,
+    batch_size: int = 250,
+    seed: int = 0,
+    num_steps: int | None = None,
+    extractor: FeatureExtractor | None = None,
+    device: str = "cpu",
+    out: str = "runs/studies/posthoc_ema",
+) -> dict[str, Any]:
+    """Sweeps widths (and times) of the average to the best Fréchet distance.
+
+    Args:
+        ckpt_path: Checkpoint of a run with `--ema.snapshot_every`.
+        sigma_rels: Widths to try; 0.02 to 0.25 by default.
+        steps: Training times to try; the last by default.
+        num_samples: Samples per average.
+        batch_size: Samples drawn at a time.
+        seed: Seed of the first sample.
+        num_steps: Sampling steps; those of the model by default.
+        extractor: What pictures are compared by; a classifier of the data set by default.
+        device: Where samples are drawn.
+        out: Folder for figures.json and posthoc_ema.png.
+
+    Returns:
+        The figures that it prints.
+    """
+    snapshots = Snapshots(Path(ckpt_path).resolve().parent.parent / "averages")
+    module = load_module(ckpt_path).to(device)
+    data: Any = load_data(ckpt_path)
+    data.prepare_data()
+    data.setup()
+    measure = extractor or ClassifierFeatures()
+    measure.load(data)
+    reference = reference_of(data, "train", measure, batch_size)
+    held_out = reference_of(data, "val", measure, batch_size).features
+    floor = real_against_real(reference, held_out, num_samples)
+    seeds = range(seed, seed + num_samples)
+    labels = draw_labels(seeds, class_frequencies(data, module.num_classes))
+    sampling = module.sampling.but(num_steps=num_steps)
+
+    def distance(state: dict[str, torch.Tensor]) -> float:
+        module.load_state_dict(state, strict=False)
+        parts = []
+        for start in range(0, num_samples, batch_size):
+            rows = slice(start, min(start + batch_size, num_samples))
+            made = module.generate(seeds[rows], None if labels is None else labels[rows], sampling)
+            parts.append(measure.features(to_uint8(made)).features)
+        return frechet_distance(Statistics.of(torch.cat(parts)), reference.statistics)
+
+    rows = []
+    for step in steps or [snapshots.steps[-1]]:
+        for width in sigma_rels or [0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]:
+            rows.append({"step": step, "sigma_rel": width, "distance": distance(snapshots.reconstruct(width, step))})
+            print(f"step {step:>7}  sigma_rel {width:<6g} {measure.metric} {rows[-1]['distance']:.4g}", flush=True)
+    raw = distance(read_checkpoint(ckpt_path).get("current_model_state", {}))
+    best = min(rows, key=lambda row: row["distance"])
+    print(f"best: sigma_rel {best['sigma_rel']:g} at step {best['step']}: {best['distance']:.4g}")
+    print(f"raw weights: {raw:.4g}")
+    if floor is not None:
+        print(f"real against real at {floor[1]:,} pictures: {floor[0]:.4g}")
+    figures = {
+        "rows": rows,
+        "best": best,
+        "raw": raw,
+        "floor": floor,
+        "num_samples": num_samples,
+        "metric": measure.metric,
+        "kept": sorted({width for _, width, _ in snapshots.files}),
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    draw(figures, folder / "posthoc_ema.png")
+    return figures
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """The distance over the width, a line for each training time."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for step in sorted({row["step"] for row in figures["rows"]}):
+        line = [(row["sigma_rel"], row["distance"]) for row in figures["rows"] if row["step"] == step]
+        axes.plot(*zip(*line, strict=True), marker="o", label=f"step {step}")
+    axes.axhline(figures["raw"], color="grey", linestyle="--", label="raw weights")
+    for width in figures["kept"]:
+        axes.axvline(width, color="lightgrey", zorder=0)
+    axes.set(xscale="log", xlabel="width sigma_rel of the average (grey lines: kept in training)")
+    axes.set_ylabel(f"{figures['metric']} at {figures['num_samples']:,} samples")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    CLI(posthoc_ema, as_positional=False)
