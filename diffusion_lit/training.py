@@ -171,6 +171,12 @@ class CLI(LightningCLI):
         path = self.config[self.subcommand].get("ckpt_path")
         recorded = _flat(getattr(self, "recorded", {}))
         now = _flat(dict(self.model.hparams))
+        made_by, this = (str(values.get("_class_path")).rpartition(".")[2] for values in (recorded, now))
+        if recorded and made_by != this:
+            raise UserError(
+                f"The checkpoint {path} was made by {made_by}, but this run trains {this}; use the configuration that "
+                "it was trained with."
+            )
         for key in sorted(recorded.keys() & now.keys()):
             if recorded[key] != now[key] and not key.startswith("_"):
                 if key.startswith("net."):

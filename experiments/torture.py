@@ -47,6 +47,8 @@ class Family:
 FAMILIES = {
     "ddpm": Family("ddpm_digits.yaml", SMALL),
     "edm": Family("edm_digits.yaml", SMALL),
+    "vae": Family("vae_digits.yaml", ["--model.init_args.net.init_args.model_channels=16"]),
+    "latent": Family("latent_digits.yaml", [*SMALL, "--model.init_args.vae_ckpt={vae}"], needs=("vae",)),
 }
 
 SETTINGS = [  # ranks, loader workers, accumulated batches

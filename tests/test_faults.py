@@ -390,3 +390,93 @@ def test_checkpoints_are_only_taken_between_steps(lightning):
     progress = read(LAST)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
     assert progress % 3 == 0
     assert isinstance(LastCheckpoint().state_dict()["validation_due"], bool)
+
+
+# Checkpoints that do not belong to the run
+
+
+def said_by(capsys, run, *args):
+    assert ended(run, *args) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.init_args.use_labels=false"], "num_classes = 10, but this run says 0"),
+        (["--model.init_args.net.init_args.channel_mult=[1]"], "channel_mult = "),
+        (["--model.class_path=diffusion_lit.modules.DDPM"], "was made by EDM, but this run trains DDPM"),
+    ],
+    ids=["classes", "network", "module"],
+)
+def test_a_checkpoint_of_another_model_is_one_sentence(lightning, capsys, options, message):
+    lightning(*FIT, "--trainer.max_steps=1")
+    capsys.readouterr()
+    assert message in said_by(capsys, lightning, *FIT, "--ckpt_path=last", *options)
+
+
+def test_a_checkpoint_of_another_image_size_is_one_sentence(lightning, capsys, tmp_path):
+    from PIL import Image
+
+    lightning(*FIT, "--trainer.max_steps=1")
+    (tmp_path / "pictures" / "0").mkdir(parents=True)
+    for index in range(40):
+        Image.new("L", (16, 16), index).save(tmp_path / "pictures" / "0" / f"{index}.png")
+    data = ["--data=datamodules.ImageFolder", f"--data.init_args.root={tmp_path / 'pictures'}"]
+    data += ["--data.init_args.image_size=16", "--data.init_args.channels=1", "--data.init_args.batch_size=16"]
+    assert "image_size = 8, but this run says 16" in said_by(capsys, lightning, *FIT, *data, "--ckpt_path=last")
+
+
+def test_settings_that_contradict_the_checkpoint_are_said_aloud(lightning):
+    lightning(*FIT, "--trainer.max_steps=1")
+    with pytest.warns(UserWarning, match="model.label_dropout is 0.3 in this run and was 0.1 in the checkpoint"):
+        lightning(*FIT, "--trainer.max_steps=2", "--ckpt_path=last", "--model.init_args.label_dropout=0.3")
+    assert read(LAST)["global_step"] == 2
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty"])
+def test_a_last_checkpoint_that_is_damaged_is_one_sentence(lightning, capsys, how):
+    LAST.parent.mkdir(parents=True)
+    torch.save({"state_dict": {"w": torch.zeros(1000)}}, LAST)
+    whole = LAST.read_bytes()
+    LAST.write_bytes({"truncated": whole[:-1000], "text": b"text", "empty": b""}[how])
+    assert "not a readable checkpoint" in said_by(capsys, lightning, *FIT, "--ckpt_path=last")
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_told_by_make_board():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir=.", "--host=127.0.0.1"]
+        done = subprocess.run(
+            [*command, f"--port={taken.getsockname()[1]}"], capture_output=True, text=True, timeout=300, check=False
+        )
+    assert done.returncode != 0
+    assert "port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_slurm_requeues_at_the_end_of_a_step(lightning, unbroken, monkeypatch, tmp_path):
+    """SLURM's signal saves between two steps and asks for the job again, which then goes on from there."""
+    whole = unbroken()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    job = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "77"}
+    job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    job["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
+        at_step(patch, 5, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))  # the job's end
+        assert ended(lightning, *FIT) == 143
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "77"]
+    assert read(tmp_path / "hpc_ckpt_1.ckpt")["global_step"] == 3
+    (tmp_path / "hpc_ckpt_1.ckpt").rename(tmp_path / "elsewhere.ckpt")
+    lightning(*FIT, "--ckpt_path=elsewhere.ckpt", "--name=again")
+    assert same_training(read("runs/again/version_0/checkpoints/last.ckpt"), whole)

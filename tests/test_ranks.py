@@ -1,0 +1,133 @@
+"""Several ranks on the CPU: the same training, the same pictures, and an end when one of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_faults import DIGITS, FIT, LAST, logged, read
+
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+PLAIN = ["--model.init_args.net.init_args.dropout=0.0", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A fork must not inherit a pool of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_ranks_train_as_one(lightning):
+    """The same global batches and draws: the losses agree up to the order of sums; so does a run that changes ranks."""
+    lightning(*FIT, *PLAIN)
+    lightning(*FIT, *PLAIN, *TWO, "--name=two")
+    lightning(*FIT, *PLAIN, *TWO, "--name=changed", "--trainer.max_steps=6")
+    lightning(*FIT, *PLAIN, "--name=changed", "--ckpt_path=last")
+    one = LAST.parent.parent
+    for name in ("two", "changed"):
+        other = Path(f"runs/{name}/version_0")
+        for tag in ("train/loss", "val/loss"):
+            mine, theirs = logged(one, tag), logged(other, tag)
+            assert mine.keys() == theirs.keys()
+            assert list(theirs.values()) == pytest.approx(list(mine.values()), rel=2e-4), (name, tag)
+        weights, others = read(LAST)["state_dict"], read(other / "checkpoints/last.ckpt")["state_dict"]
+        for key, value in weights.items():
+            assert torch.allclose(value, others[key], atol=2e-3), key
+
+
+@pytest.fixture
+def trained(lightning):
+    lightning(*FIT, "--trainer.max_steps=20", "--model.init_args.optimizer.init_args.lr=0.01")
+    return LAST
+
+
+def drawn(lightning, checkpoint, out, *options):
+    lightning(
+        *["sample", "--ckpt_path", checkpoint, "--num_samples=20", "--labels=0,1,2", "--device=cpu", "--out", out],
+        *options,
+    )
+    arrays = np.load(f"{out}/samples.npz")
+    return arrays["arr_0"].astype(int), arrays["labels"].tolist()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [["--sampler=heun", '--sampler_options={"S_churn": 20}'], ["--sampler=ddpm", "--cfg_scale=2"]],
+    ids=["heun with churn", "ddpm"],
+)
+def test_samples_do_not_depend_on_ranks_or_batch_size(lightning, trained, sampler):
+    whole, labels = drawn(lightning, trained, "whole", *sampler, "--num_steps=5")
+    assert whole.std() > 10  # they are no flat pictures
+    for ranks, batch in ((1, 1), (1, 7), (2, 7), (4, 20)):
+        more = [] if ranks == 1 else [f"--devices={ranks}", "--strategy=ddp_fork"]
+        again, same = drawn(
+            lightning, trained, f"o{ranks}_{batch}", *sampler, "--num_steps=5", f"--batch_size={batch}", *more
+        )
+        assert np.abs(again - whole).max() <= 1
+        assert same == labels
+
+
+def test_more_ranks_than_samples(lightning, trained):
+    more = ["--devices=3", "--strategy=ddp_fork", "--num_samples=2", "--trajectory"]
+    images, _ = drawn(lightning, trained, "few", "--num_steps=2", *more)
+    alone, _ = drawn(lightning, trained, "alone", "--num_steps=2", "--num_samples=2", "--trajectory")
+    assert len(images) == 2
+    assert np.abs(images - alone).max() <= 1
+    assert Path("few/trajectory.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices=0"], "devices is 0"),
+        (["--devices=2", "--device=cuda:1"], "device is 'cuda:1'"),
+        (["--devices=2", "--strategy=dp"], "no strategy 'dp'"),
+    ],
+)
+def test_ranks_that_cannot_be(lightning, trained, capsys, options, message):
+    with pytest.raises(SystemExit):
+        lightning("sample", "--ckpt_path", trained, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_divide_over_ranks(lightning, capfd):
+    with pytest.raises(BaseException) as caught:
+        lightning(*FIT, *TWO, "--data.init_args.batch_size=15")
+    captured = capfd.readouterr()
+    assert "does not divide over 2 ranks" in str(caught.value) + captured.err + captured.out
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_run_down(tmp_path):
+    """Within a minute, with a message, and the last checkpoint whole."""
+    command = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", *FIT, "--trainer.max_steps=100000"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_train_steps=5"]
+    root = str(DIGITS.parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "wb") as log:
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 400
+        while not (tmp_path / LAST).exists():
+            assert time.monotonic() < deadline and run.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ranks = [child for child in children if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()]
+        started = time.monotonic()
+        os.kill(int(ranks[0]), signal.SIGKILL)
+        assert run.wait(120) != 0
+        print(f"down {time.monotonic() - started:.1f} s after the rank died, status {run.returncode}")
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text()
+    assert "Another rank of the run is gone" in said or "terminated with code" in said
+    assert read(tmp_path / LAST)["global_step"] >= 5
