@@ -59,20 +59,19 @@ def unipc(
         raise ValueError(f"The option variant is {variant!r}; give 'bh1' or 'bh2'.")
     dtype = x.dtype
     x, levels = begin(x, sigmas, stochastic=False)
-    num_steps, used = len(levels) - 1, 0
     past: list[Evaluation] = []
     x_last = x
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         level = level_like(x, sigma)
         x0_hat = denoise(x, level)
         if past:
-            x = _unified_step(x_last, sigma, past[-used:], variant, (sigma, x0_hat))
+            x = _unified_step(x_last, sigma, past, variant, (sigma, x0_hat))
         if callback is not None:
             callback(step, x, x0_hat, level)
-        past = [*past, (sigma, x0_hat)][-order:]
-        used = min(len(past), num_steps - step) if levels[-1] == 0 else len(past)
+        kept = min(order, len(levels) - 1 - step) if levels[-1] == 0 else order
+        past = [*past, (sigma, x0_hat)][-kept:]
         x_last = x
-        x = _unified_step(x_last, sigma_next, past[-used:], variant, None)
+        x = _unified_step(x_last, sigma_next, past, variant, None)
     return x.to(dtype)
 
 
