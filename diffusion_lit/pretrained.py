@@ -8,6 +8,7 @@ Weights are read from safetensors alone, and the configuration is kept, so that 
 autoencoder is built again without its folder.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,9 +45,11 @@ class PretrainedAutoencoder(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        plain = {key: value for key, value in config.items() if not key.startswith("_")}
+        kind = getattr(_diffusers(), self.kind)
+        known = inspect.signature(kind.__init__).parameters
+        plain = {key: value for key, value in config.items() if key in known}
         self.config = {"config": plain}
-        self.vae: Any = getattr(_diffusers(), self.kind)(**plain)
+        self.vae: Any = kind(**plain)
         self.in_channels = int(plain.get("in_channels", 3))
         self.latent_channels = int(plain.get("latent_channels", 4))
         self.factor = self._factor(plain)
@@ -124,7 +127,9 @@ def load_pretrained_autoencoder(source: str) -> PretrainedAutoencoder:
                 f"{source} holds a {config.get('_class_name', 'model without a name')}; the autoencoders that serve "
                 f"here are {' and '.join(AUTOENCODERS)}."
             )
-        vae = getattr(diffusers, kind.kind).from_pretrained(source, use_safetensors=True, **where)
+        vae = getattr(diffusers, kind.kind).from_pretrained(
+            source, use_safetensors=True, low_cpu_mem_usage=False, **where
+        )
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The autoencoder {source} is not to be had: {reason}") from error

@@ -21,6 +21,8 @@ RULES = {  # files under this folder may import of the project only these
         "diffusion_lit.nets",
         "diffusion_lit.modules",
         "diffusion_lit.evaluation",
+        "diffusion_lit.checkpoints",  # of the autoencoder that latents come from
+        "diffusion_lit.pretrained",
     },
 }
 PROJECT = ("diffusion_lit", "datamodules", "experiments", "tests")

@@ -174,6 +174,17 @@ class DiffusionModule(KeyedModule):
         """The pictures of what was denoised; the inverse of `encode`."""
         return x
 
+    def shrink_mask(self, known: Tensor) -> Tensor:
+        """Which entries of what is denoised depend on known pixels alone.
+
+        Args:
+            known: 1 where a pixel is known and 0 elsewhere, shape (B, 1, H, W).
+
+        Returns:
+            The same at the size of what is denoised; the mask itself here.
+        """
+        return known
+
     def x0(self, batch: dict[str, Tensor], split: str, batch_idx: int) -> Tensor:
         """What is denoised of a batch.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
 from diffusion_lit.diffusion.generate import StepCallback
@@ -181,6 +182,14 @@ class LatentDiffusion(DiffusionModule):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures (B, C, H, W) of standardised latents (B, c, h, w)."""
         return self.space.decode(x)
+
+    def shrink_mask(self, known: Tensor) -> Tensor:
+        """Marks a latent position as known where all pixels of its square are; see `DiffusionModule.shrink_mask`.
+
+        The encoder sees further than that square, so that what is made of such latents is known but nearly; an editor
+        pastes the known pixels back.
+        """
+        return -max_pool2d(-known, self.image_shape[1] // self.space.shape[1])
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Pictures (B, C, H, W) through the autoencoder and back."""
