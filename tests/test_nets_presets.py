@@ -58,6 +58,7 @@ def test_dit_layout():
         net = DiT_S_2()
     assert len(net.blocks) == 12
     assert {b.num_heads for b in net.blocks} == {6}
+    assert net.conditioning.label.weight.shape == (1001, 384)
     assert (net.in_channels, net.num_classes, net.image_size, net.patch_size) == (4, 1000, 32, 2)
 
 
