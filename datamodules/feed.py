@@ -83,7 +83,7 @@ class Gather(Dataset[Tensor]):
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         if isinstance(self.images, Tensor):
-            return self.images[rows]
+            return self.images.index_select(0, rows)  # many times faster than indexing on a CPU
         return torch.from_numpy(self.images[rows.numpy()])
 
     def __len__(self) -> int:
