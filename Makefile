@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types board clean
+.PHONY: help install demo latent-demo test test-slow lint types board clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed ## create .venv and install the project into it
 
@@ -21,8 +21,12 @@ $(VENV)/installed: pyproject.toml
 demo: install ## train a diffusion model on handwritten digits, in minutes on a laptop
 	$(BIN)/lightning fit --config configs/edm_digits.yaml
 
+latent-demo: install ## train a VAE on handwritten digits and a diffusion model on its latents, in minutes
+	$(BIN)/lightning fit --config configs/vae_digits.yaml
+	$(BIN)/lightning fit --config configs/latent_digits.yaml
+
 test: install ## run the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 
 test-slow: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
