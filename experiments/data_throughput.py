@@ -112,7 +112,7 @@ def rates(loaders: dict[str, Iterable[Any]], seconds: float) -> dict[str, float]
             batches = iter(loader)
             next(batches)  # starts workers, warms up
             start, count = time.perf_counter(), 0
-            while (spent := time.perf_counter() - start) < seconds / SLICES:
+            while (spent := time.perf_counter() - start) < seconds / SLICES or count == 0:
                 batch = next(batches, None)
                 if batch is None:
                     batches = iter(loader)
