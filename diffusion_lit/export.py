@@ -40,7 +40,10 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
     checkpoint = read_checkpoint(ckpt_path)
     if weights not in ("average", "raw"):
         raise ValueError(f"weights is {weights!r}; choose average or raw.")
-    averaged = weights == "average" and "current_model_state" in checkpoint
+    exported = checkpoint.get("weights", "")  # the source is an export itself
+    averaged = weights == "average" and ("current_model_state" in checkpoint or exported.startswith("average"))
+    if weights == "raw" and exported.startswith("average"):
+        raise ValueError(f"{ckpt_path} is an export of average weights and holds no raw ones; export the checkpoint.")
     if weights == "raw" and "current_model_state" in checkpoint:
         checkpoint["state_dict"] = checkpoint["current_model_state"]
     module = load_module(ckpt_path)

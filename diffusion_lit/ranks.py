@@ -38,8 +38,6 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
         ValueError: If a choice is unknown, or there are not so many devices.
     """
     accelerators = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
-    if devices < 1:
-        raise ValueError(f"devices is {devices}; it counts processes and must be at least 1.")
     if device not in accelerators:
         raise ValueError(f"device is {device!r}, but several devices are asked for; choose auto, cpu or cuda.")
     if strategy not in START_METHODS:

@@ -1,5 +1,6 @@
 """`lightning sample`: pictures from a checkpoint, which is all that it needs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,8 @@ def sample(
     Raises:
         ValueError: If the checkpoint cannot be used or an option does not fit it.
     """
+    if devices < 1:
+        raise ValueError(f"devices is {devices}; it counts processes and must be at least 1.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1.")
     module = load_module(ckpt_path)
@@ -95,18 +98,13 @@ def sample(
     )
     classes = parse_labels(labels, num_samples, module.num_classes)
     job = Job(module, settings, classes, num_samples, seed, batch_size, trajectory)
+    columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
+    finish = partial(write, classes=classes, columns=columns, folder=Path(out), nfe=settings.nfe)
     if several(devices):
-        drawn = fabric(devices, device, strategy).launch(partial(draw_shared, job=job))
+        fabric(devices, device, strategy).launch(partial(draw_shared, job=job, finish=finish))
     else:
         module.to(pick_device(device))
-        drawn = job.draw(range(num_samples))
-    if drawn is not None:
-        columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
-        write(drawn, classes, columns, Path(out))
-        calls = (
-            "as many denoiser calls as each needs" if settings.nfe is None else f"{settings.nfe} denoiser calls each"
-        )
-        print(f"{num_samples} samples, {calls}, are in {Path(out)}/: grid.png, samples.npz")
+        finish(job.draw(range(num_samples)))
 
 
 class Drawn(NamedTuple):
@@ -160,15 +158,13 @@ class Job:
         return Drawn(torch.cat(batches) if batches else torch.empty(0, *self.module.image_shape), recorder)
 
 
-def draw_shared(ranks: Fabric, job: Job) -> Drawn | None:
+def draw_shared(ranks: Fabric, job: Job, finish: Callable[[Drawn], None]) -> None:
     """Draws this rank's part of the samples: sample i is a function of its seed, so that who draws it is all the same.
 
     Args:
         ranks: The processes.
         job: What to draw.
-
-    Returns:
-        All samples on rank 0, None on the others.
+        finish: What rank 0 does with all samples.
     """
     world, rank, shape = ranks.world_size, ranks.global_rank, job.module.image_shape
     job.module.to(ranks.device)
@@ -177,10 +173,11 @@ def draw_shared(ranks: Fabric, job: Job) -> Drawn | None:
     padded = torch.zeros(share, *shape, device=ranks.device)
     padded[: len(mine.samples)] = mine.samples.to(padded)
     gathered = cast(Tensor, ranks.all_gather(padded)).reshape(-1, *shape)[: job.count].cpu()
-    return Drawn(gathered, mine.recorder) if ranks.is_global_zero else None
+    if ranks.is_global_zero:
+        finish(Drawn(gathered, mine.recorder))
 
 
-def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path) -> None:
+def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path, nfe: int | None) -> None:
     """Writes the grid, the arrays and, where it was kept, the trajectory.
 
     Args:
@@ -188,6 +185,7 @@ def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path) -> N
         classes: Their classes, or None.
         columns: Columns of the grid.
         folder: Where to.
+        nfe: Denoiser calls per sample, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     grid_image(drawn.samples, columns).save(folder / "grid.png")
@@ -198,6 +196,8 @@ def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path) -> N
     if drawn.recorder is not None:
         drawn.recorder.strip().save(folder / "trajectory.png")
         save_gif(drawn.recorder.frames(columns=4), folder / "trajectory.gif")
+    calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
+    print(f"{len(drawn.samples)} samples, {calls}, are in {folder}/: grid.png, samples.npz")
 
 
 def help_notes() -> str:

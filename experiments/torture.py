@@ -70,7 +70,7 @@ COMMON = [
 def torture(
     kills: int = 50,
     families: list[str] | None = None,
-    steps: int = 30,
+    steps: int = 24,
     keyed: bool = True,
     seed: int = 0,
     out: str = "runs/torture",
@@ -98,6 +98,7 @@ def torture(
     folder = Path(out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
+    remove(Path("runs"))
     rng = random.Random(seed)
     cases = [(name, setting) for setting in SETTINGS for name in chosen]
     rows = []
@@ -107,11 +108,11 @@ def torture(
             rows.append(case(name, setting, share, steps, rng))
             print(line(rows[-1]), flush=True)
     same = [row for row in rows if row["identical"]]
-    total = sum(row["kills"] for row in rows)
+    total, ended = (sum(row[key] for row in rows) for key in ("kills", "ended"))
     saving = sum(row["while_saving"] for row in rows)
     print(
-        f"{total} kills, {saving} of them while a checkpoint was written: {len(same)} of {len(rows)} runs ended "
-        "bit-identical to an unbroken one."
+        f"{total} kills, {saving} of them while a checkpoint was written: {ended} runs came to their end, "
+        f"and in {len(same)} of {len(rows)} settings all of them bit-identical to the unbroken one."
     )
     (folder / "figures.json").write_text(json.dumps({"keyed": keyed, "steps": steps, "runs": rows}, indent=2))
     if len(same) < len(rows):
@@ -137,27 +138,36 @@ def case(name: str, setting: tuple[int, int, int], kills: int, steps: int, rng: 
     seconds = time.perf_counter() - started
     if status != 0:
         raise SystemExit(f"The unbroken run of {label} ended with status {status}; see {Path.cwd()}/{label}_whole.log.")
-    at, while_saving, done = [], 0, 0
-    while done < kills:
-        saving = rng.random() < 0.4
-        resume = ["--ckpt_path=last"] if at and checkpoint(f"{label}_killed").exists() else []
-        command = [*args, f"--name={label}_killed", *resume]
-        delay = rng.uniform(0.35, 0.9) * seconds
-        status = run(command, kill_after=None if saving else delay, kill_at_save=rng.randint(0, 3) if saving else None)
+    killed = f"{label}_killed"
+    at: list[int] = []
+    since_start = while_saving = ended = 0
+    differs: set[str] = set()
+    while len(at) < kills or since_start:
+        saving, last = rng.random() < 0.4, len(at) == kills
+        delay = None if saving or last else rng.uniform(0.35, 0.9) * seconds
+        resume = ["--ckpt_path=last"]
+        if not checkpoint(killed).exists():  # killed before the first checkpoint: from the start, in the same folder
+            resume = []
+            remove(Path("runs") / killed)
+        status = run(
+            [*args, f"--name={killed}", *resume],
+            kill_after=delay,
+            kill_at_save=rng.randint(0, 3) if saving and not last else None,
+        )
         if status == -signal.SIGKILL:
-            done += 1
             while_saving += saving
-            path = checkpoint(f"{label}_killed")
+            since_start += 1
+            path = checkpoint(killed)
             at.append(torch.load(path, weights_only=True)["global_step"] if path.exists() else 0)
-        elif status == 0:  # it was through before the moment came: start over
-            remove(Path("runs") / f"{label}_killed")
-        else:
-            raise SystemExit(f"The tortured run of {label} ended with status {status}; see {label}_killed.log.")
-    resume = ["--ckpt_path=last"] if checkpoint(f"{label}_killed").exists() else []
-    status = run([*args, f"--name={label}_killed", *resume])
-    differs = [f"exit status {status}"] if status else compare(f"{label}_whole", f"{label}_killed")
-    record = {"family": name, "ranks": ranks, "workers": workers, "accumulate": accumulate, "kills": done}
-    return record | {"while_saving": while_saving, "at": at, "identical": not differs, "differs": differs}
+            continue
+        if since_start or status:  # a run that ended without having been killed shows nothing
+            ended += 1
+            differs |= {f"exit status {status}"} if status else set(compare(f"{label}_whole", killed))
+        remove(Path("runs") / killed)
+        since_start = 0
+    record = {"family": name, "ranks": ranks, "workers": workers, "accumulate": accumulate, "kills": len(at)}
+    record |= {"while_saving": while_saving, "at": at, "ended": ended}
+    return record | {"identical": not differs, "differs": sorted(differs)}
 
 
 def arguments(name: str, setting: tuple[int, int, int], steps: int) -> list[str]:
