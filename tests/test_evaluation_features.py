@@ -145,7 +145,9 @@ def test_the_library_gets_a_clean_copy_and_not_the_users_file(tmp_path, monkeypa
 
 @pytest.mark.parametrize("extractor", [Inception, VGG, CLIP, DINOv2])
 def test_missing_weights_offline_are_told_with_the_remedy(extractor, offline):
-    with pytest.raises(MissingWeights, match=r"could not be downloaded.*internet, download https?://.*--extractor_weights"):
+    with pytest.raises(
+        MissingWeights, match=r"could not be downloaded.*internet, download https?://.*--extractor_weights"
+    ):
         extractor().load()
     with pytest.raises(MissingWeights, match="no file nowhere.pth"):
         extractor(feature_extractor_weights_path="nowhere.pth").load()

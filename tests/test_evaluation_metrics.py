@@ -156,7 +156,7 @@ def test_small_numbers_are_told():
 
 @pytest.mark.slow
 def test_inception_parity_with_torch_fidelity_and_torchmetrics(tmp_path):
-    """The real architecture with seeded random weights: about 100 pictures through Inception, and its 2,048 features."""
+    """The real architecture with seeded random weights: 96 pictures through Inception, and its 2,048 features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     from diffusion_lit.evaluation.fidelity import Inception

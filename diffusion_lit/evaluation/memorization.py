@@ -2,12 +2,19 @@
 
 For a picture s let `r(s) = d(s, nearest training picture) / d(s, nearest held-out picture)`. A model that has learned
 the distribution and not the pictures draws samples whose r is distributed as that of held-out pictures themselves (each
-taken out of the held-out set in turn), since training and held-out pictures are exchangeable. So the threshold below
-which a sample counts as a copy is the 1% quantile of the held-out r, chance is 1%, and that K of n samples or more fall
-below the k-th smallest of m held-out values has the exact probability of a beta-binomial variable, BetaBin(n; k, m + 1
-- k). Likewise a sample's nearest picture of all is a training picture with probability N / (N + M) by chance.
+taken out of the held-out set in turn), since training and held-out pictures are exchangeable. Two things follow.
 
-Both are asked in feature space, where meaning is close, and in pixel space, where copies are.
+A single sample is a copy when its r is too small for one of n. Near 0 the distribution of r is a power law, as
+distances to nearest neighbours are: `F(r) = (k/m) (r / r_k)^D` below the k-th smallest of m held-out values, D by
+Hill's estimator from these k. A sample with n F(r) < 0.01 is a copy, and with probability 0.99 there is none among n
+samples by chance.
+
+Many samples may lean to training pictures though none is a copy. Of n samples K lie below the 1% quantile of the
+held-out r, the j-th smallest of m values; that there are so many or more has the exact probability of a beta-binomial
+variable, BetaBin(n; j, m + 1 - j). Likewise a sample's nearest picture of all is one of N training and M held-out
+pictures of the former kind with probability N / (N + M).
+
+All is asked in feature space, where meaning is close, and in pixel space, where copies are.
 """
 
 import math
@@ -23,6 +30,8 @@ from diffusion_lit.pictures import grid_image
 
 QUANTILE = 0.01
 SIGNIFICANT = 1e-3
+FALSE_ALARM = 0.01  # probability of calling any of the samples a copy by chance
+TAIL = 0.1  # share of the held-out values that the power law is fitted to
 SHOWN = 12
 CHUNK = 2048
 
@@ -35,19 +44,19 @@ class Neighbours:
         ratio: r(s) of each sample, float64 (n,).
         training: Index of its nearest training picture, int64 (n,).
         held_out: Index of its nearest held-out picture, int64 (n,).
-        threshold: The r at or below which a sample counts as a copy.
+        copies: Indices of the samples that are copies, worst first.
         record: Shares, chances and the worst pairs as plain values.
     """
 
     ratio: Tensor
     training: Tensor
     held_out: Tensor
-    threshold: float
+    copies: Tensor
     record: dict[str, Any]
 
     @property
     def memorised(self) -> bool:
-        """Whether more samples count as copies than chance allows."""
+        """Whether there are copies, or more samples lean to training pictures than chance allows."""
         return bool(self.record["memorised"])
 
 
@@ -128,15 +137,20 @@ def compare(
     rank = max(1, round(QUANTILE * len(real)))
     threshold = float(real[rank - 1])
     rank = int((real <= threshold).sum())  # more than asked for where values tie
-    copies = int((ratio <= threshold).sum())
-    worst = ratio.argsort()[:SHOWN]
-    chance = chance_of(copies, len(ratio), rank, len(real))
+    below = int((ratio <= threshold).sum())
+    worst = ratio.argsort()
+    expected = len(ratio) * tail_probability(ratio[worst], real)
+    copies = worst[expected < FALSE_ALARM]
+    chance = chance_of(below, len(ratio), rank, len(real))
     record = {
-        "share_of_copies": copies / len(ratio),
-        "share_by_chance": rank / (len(real) + 1),
+        "memorised": len(copies) > 0 or chance < SIGNIFICANT,
+        "copies": len(copies),
+        "share_of_copies": len(copies) / len(ratio),
+        "first_copies": copies[:100].tolist(),
+        "share_below_quantile": below / len(ratio),
+        "share_below_quantile_by_chance": rank / (len(real) + 1),
         "p_value": chance,
-        "memorised": chance < SIGNIFICANT,
-        "threshold": threshold,
+        "quantile": threshold,
         "median_ratio": float(ratio.median()),
         "median_ratio_of_held_out": float(real.median()),
         "nearest_is_training": float((to_training < to_held_out).double().mean()),
@@ -148,26 +162,45 @@ def compare(
                 "held_out": int(which_held_out[index]),
                 "ratio": float(ratio[index]),
             }
-            for index in worst
+            for index in worst[:SHOWN]
         ],
     }
-    return Neighbours(ratio, which_training, which_held_out, threshold, record)
+    return Neighbours(ratio, which_training, which_held_out, copies, record)
 
 
-def chance_of(copies: int, count: int, rank: int, held_out: int) -> float:
-    """Probability that samples of the same distribution as held-out pictures give so many copies.
+def tail_probability(ratio: Tensor, real: Tensor) -> Tensor:
+    """Probability that a held-out picture has so small an r, by the power law of the smallest ones.
 
     Args:
-        copies: Number of samples at or below the threshold.
+        ratio: Values of r, float64 (n,).
+        real: Those of the held-out pictures, rising, float64 (m,).
+
+    Returns:
+        F(r) of each, exact only below the k-th smallest held-out value, and 1 above.
+    """
+    count = min(len(real), max(10, round(TAIL * len(real))))
+    largest = real[count - 1]
+    if largest <= 0:
+        return torch.ones_like(ratio)
+    steepness = 1 / torch.log(largest / real[: count - 1].clamp(min=1e-12)).mean().clamp(min=1e-12)
+    inside = count / len(real) * (ratio / largest).clamp(max=1) ** steepness
+    return torch.where(ratio < largest, inside, 1.0)
+
+
+def chance_of(below: int, count: int, rank: int, held_out: int) -> float:
+    """Probability that samples of the same distribution as held-out pictures have so many below a quantile.
+
+    Args:
+        below: Number of samples at or below the threshold.
         count: Number of samples n.
         rank: The threshold is the rank-th smallest held-out value.
         held_out: Number m of held-out values.
 
     Returns:
-        P(K >= copies) of the beta-binomial distribution BetaBin(n; rank, m + 1 - rank).
+        P(K >= below) of the beta-binomial distribution BetaBin(n; rank, m + 1 - rank).
     """
     alpha, beta = rank, held_out + 1 - rank
-    hits = torch.arange(copies, count + 1, dtype=torch.float64)
+    hits = torch.arange(below, count + 1, dtype=torch.float64)
 
     def log_beta(a: Tensor, b: Tensor) -> Tensor:
         return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)

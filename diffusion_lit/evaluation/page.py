@@ -129,18 +129,21 @@ def memorization_table(report: dict[str, Any]) -> list[str]:
         lines = lines or [
             "### Memorisation",
             "",
-            "A sample counts as a copy where its nearest training picture is so much nearer than its nearest held-out "
-            "one as 1% of held-out pictures have it.",
+            "r is the distance to the nearest training picture over that to the nearest held-out one. A copy has an r "
+            "too small to occur once by chance; p is the probability of so many samples below the held-out 1% "
+            "quantile.",
             "",
-            "| setting | space | copies | by chance | p | nearest is a training picture | by chance | verdict |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+            "| setting | space | copies | below the quantile | by chance | p | nearest is training | by chance | "
+            "verdict |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         ]
         for space, figures in found["spaces"].items():
             cells = [
                 setting_name(result),
                 space,
-                f"{figures['share_of_copies']:.2%}",
-                f"{figures['share_by_chance']:.2%}",
+                f"{figures['copies']:,} ({figures['share_of_copies']:.2%})",
+                f"{figures['share_below_quantile']:.2%}",
+                f"{figures['share_below_quantile_by_chance']:.2%}",
                 f"{figures['p_value']:.2g}",
                 f"{figures['nearest_is_training']:.1%}",
                 f"{figures['nearest_is_training_by_chance']:.1%}",

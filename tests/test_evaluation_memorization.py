@@ -1,0 +1,136 @@
+"""Copies of training pictures are found, and nothing is where there are none; what is said of models of one picture."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion_lit.evaluation.memorization import chance_of, compare, nearest, tail_probability, worst_pairs
+from diffusion_lit.evaluation.single_image import is_single, patches, psnr, single_image_metrics
+
+
+def real(count, seed):
+    """Pictures of a distribution with a few directions, 3x6x6."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(8, 108, generator=torch.Generator().manual_seed(99))
+    values = torch.randn(count, 8, generator=generator) @ directions + 0.3 * torch.randn(
+        count, 108, generator=generator
+    )
+    return (values * 12 + 128).clamp(0, 255).byte().reshape(count, 3, 6, 6)
+
+
+TRAINING, HELD_OUT, FRESH = real(1500, 1), real(400, 2), real(300, 3)
+
+
+def test_neighbours_are_those_of_the_whole_table_of_distances(monkeypatch):
+    monkeypatch.setattr("diffusion_lit.evaluation.memorization.CHUNK", 64)
+    table = torch.cdist(FRESH.flatten(1).double() / 255, TRAINING.flatten(1).double() / 255)
+    distance, index = nearest(FRESH, TRAINING)
+    torch.testing.assert_close(distance, table.min(1).values)
+    assert torch.equal(index, table.argmin(1))
+    own = torch.cdist(HELD_OUT.flatten(1).double() / 255, HELD_OUT.flatten(1).double() / 255).fill_diagonal_(math.inf)
+    torch.testing.assert_close(nearest(HELD_OUT, HELD_OUT, itself=True)[0], own.min(1).values)
+    assert nearest(TRAINING[:70], TRAINING)[0].max() < 1e-6
+    with pytest.raises(ValueError, match="too few"):
+        nearest(FRESH, FRESH[:1], itself=True)
+
+
+@pytest.mark.parametrize("planted", [0.05, 0.5])
+def test_planted_copies_are_flagged(planted):
+    copies = int(planted * len(FRESH))
+    noise = torch.randint(-2, 3, (copies, 3, 6, 6), generator=torch.Generator().manual_seed(0))
+    copied = (TRAINING[:copies].int() + noise).clamp(0, 255).byte()
+    found = compare(torch.cat([copied, FRESH[copies:]]), TRAINING, HELD_OUT)
+    assert found.memorised
+    assert sorted(found.copies.tolist()) == list(range(copies))
+    assert torch.equal(found.training[:copies], torch.arange(copies))
+    assert {pair["sample"] for pair in found.record["worst"]} <= set(range(copies))
+    assert found.record["share_of_copies"] == pytest.approx(planted)
+
+
+@pytest.mark.parametrize("seed", range(3, 9))
+def test_fresh_pictures_are_not_flagged(seed):
+    found = compare(real(300, seed), TRAINING, HELD_OUT)
+    assert not found.memorised
+    assert found.record["copies"] == 0
+    assert found.record["share_below_quantile"] < 0.04
+    assert found.record["nearest_is_training"] == pytest.approx(1500 / 1900, abs=0.1)
+    assert found.record["nearest_is_training_by_chance"] == 1500 / 1900
+
+
+def test_held_out_pictures_of_the_real_digits_are_not_flagged_and_training_ones_are():
+    from datamodules import Digits
+
+    digits = Digits()
+    training, held_out = digits.reference_images("train"), digits.reference_images("test")
+    samples, others = held_out[::2], held_out[1::2]
+    assert not compare(samples, training, others).memorised
+    found = compare(torch.cat([samples, training[:8]]), training, others)
+    assert found.memorised
+    assert sorted(found.copies.tolist()) == list(range(180, 188))
+
+
+def test_mirrored_copies_are_found_where_training_mirrored():
+    samples = torch.cat([TRAINING[:30].flip(-1), FRESH])
+    assert not compare(samples, TRAINING, HELD_OUT).memorised
+    assert compare(samples, TRAINING, HELD_OUT, flips=True).memorised
+
+
+def test_chance_is_the_beta_binomial_tail():
+    # one fresh value against m held-out ones is below the k-th smallest with probability k / (m + 1)
+    assert chance_of(1, 1, 4, 99) == pytest.approx(0.04)
+    assert chance_of(0, 50, 4, 99) == pytest.approx(1)
+    # both of two fresh values below the smallest of m: 2 / ((m + 1) (m + 2))
+    assert chance_of(2, 2, 1, 9) == pytest.approx(2 / (10 * 11))
+
+
+def test_the_tail_follows_a_power_law():
+    real = (torch.arange(1, 1001, dtype=torch.float64) / 1000) ** (1 / 5)  # F(r) = r^5
+    made = tail_probability(torch.tensor([0.0, 0.1, 0.5, 0.9], dtype=torch.float64), real)
+    assert made[0] == 0
+    assert float(made[1]) == pytest.approx(1e-5, rel=0.2)
+    assert float(made[2]) == pytest.approx(0.5**5, rel=0.05)
+    assert made[3] == 1
+
+
+def test_the_picture_of_the_worst_pairs_shows_them_in_triples():
+    found = compare(TRAINING[:20], TRAINING, HELD_OUT)
+    picture = worst_pairs(found, TRAINING[:20], TRAINING, HELD_OUT)
+    scale, padding = 64 // 6, (64 // 6) // 2
+    assert picture.width == 6 * (6 * scale + padding) + padding
+    cell = picture.crop((padding, padding, padding + 6 * scale, padding + 6 * scale))
+    beside = picture.crop((2 * padding + 6 * scale, padding, 2 * padding + 12 * scale, padding + 6 * scale))
+    assert cell.tobytes() == beside.tobytes()  # a training picture is its own nearest
+
+
+IMAGE = real(1, 5)[0].repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+
+def test_a_copy_of_the_one_picture_and_a_shuffle_of_it():
+    copies = IMAGE.expand(6, -1, -1, -1)
+    figures = single_image_metrics(copies, IMAGE)
+    assert figures["psnr"] == 100
+    assert figures["diversity"] == 0
+    assert abs(figures["fd_patches7"]) < 1e-4
+    shifted = torch.stack([IMAGE.roll(4 * step, 2) for step in range(1, 6)])
+    noise = torch.randint(0, 256, (5, *IMAGE.shape), generator=torch.Generator().manual_seed(0)).byte()
+    assert single_image_metrics(shifted, IMAGE)["psnr"] < 30
+    assert single_image_metrics(shifted, IMAGE)["diversity"] > 0.3
+    assert single_image_metrics(shifted, IMAGE)["fd_patches7"] < 0.2 * single_image_metrics(noise, IMAGE)["fd_patches7"]
+
+
+def test_psnr_of_a_known_error():
+    assert float(psnr((IMAGE // 2 + 10)[None], IMAGE // 2)) == pytest.approx(20 * math.log10(25.5))
+    assert math.isinf(float(psnr(IMAGE[None], IMAGE)))
+
+
+def test_patches_are_all_windows():
+    image = torch.arange(2 * 9 * 9, dtype=torch.uint8).reshape(1, 2, 9, 9)
+    made = patches(image, 7)
+    assert made.shape == (9, 98)
+    assert torch.equal((made[4] * 255).round().byte().reshape(2, 7, 7), image[0, :, 1:8, 1:8])
+
+
+def test_a_single_picture_is_known_even_many_times():
+    assert is_single(IMAGE[None].expand(5, -1, -1, -1))
+    assert not is_single(TRAINING)
