@@ -106,7 +106,7 @@ def sampler_comparison(
             bar.set_description(f"{setting.sampler}, {setting.num_steps} steps")
             generate_shards(job, module, measure, progress=bar.update)
             drawn = gather_shards(job)
-            distance = frechet_distance(Statistics.of(drawn.features), reference.statistics)
+            distance = frechet_distance(Statistics.of(drawn.features.features), reference.statistics)
             milliseconds = 1000 * drawn.seconds / num_samples
             points.append(Point(setting.sampler, setting.num_steps, drawn.forwards, distance, milliseconds))
     write(points, floor, measure.metric, num_samples, folder)
