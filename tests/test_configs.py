@@ -10,6 +10,7 @@ from PIL import Image
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIFFUSION = ("diffusion_lit.modules.DDPM", "diffusion_lit.modules.EDM")
 
 
@@ -25,7 +26,7 @@ def write_pictures(folder, count=24, size=80):
 
 def write_cifar_folders(folder):
     for split, count in (("train", 40), ("test", 10)):
-        for name in "airplane automobile bird cat deer dog frog horse ship truck".split():
+        for name in CIFAR10_CLASSES:
             write_pictures_of_class(folder / split / name, count // 10)
     return folder
 

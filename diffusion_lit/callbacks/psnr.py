@@ -1,5 +1,7 @@
 """How near the samples of a model of one picture come to the picture."""
 
+from typing import Any, cast
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -27,7 +29,8 @@ class PicturePSNR(Callback):
         """Draws the samples, from the average weights, and compares them; every rank draws the same."""
         if trainer.sanity_checking:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data, module = cast(Any, trainer).datamodule, cast(Any, pl_module)
         picture = torch.as_tensor(data.reference_images("train")[0])
-        samples = pl_module.generate(range(self.seed, self.seed + self.count))
-        pl_module.log("psnr", psnr(to_uint8(samples), picture).clamp(max=100).mean().float(), prog_bar=True, batch_size=1)
+        samples = module.generate(range(self.seed, self.seed + self.count))
+        decibels = psnr(to_uint8(samples), picture).clamp(max=100).mean()
+        pl_module.log("psnr", decibels.float(), prog_bar=True, batch_size=1)

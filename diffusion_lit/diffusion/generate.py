@@ -1,7 +1,7 @@
 """Sampling from end to end: settings in, pictures out.
 
-A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Everything that generates (callbacks,
-`lightning sample`, evaluation, editing) goes through it, so that the same settings and seeds give the same pictures
+A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Everything that generates
+(callbacks, `lightning sample`, evaluation) goes through it, so that the same settings and seeds give the same pictures
 everywhere. Sample i depends on its own seed alone: the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a
 variance-preserving path, where x_T is standard normal, and n and every later draw come from the generator of that seed.
 """
@@ -35,9 +35,10 @@ class Sampling:
         grid: Name of a grid of noise levels, a key of `diffusion_lit.diffusion.GRIDS`.
         sigma_min: Smallest noise level above 0 of the grid; by default that of the model.
         sigma_max: Largest noise level of the grid, where sampling starts; by default that of the model.
-        cfg_scale: Classifier-free guidance, `uncond + cfg_scale * (cond - uncond)`: 1 is the plain conditional model, 0 the
-            unconditional one.
-        guidance_interval: Noise levels (lo, hi) within which guidance acts; everywhere when omitted (Kynkäänniemi 2024).
+        cfg_scale: Classifier-free guidance, `uncond + cfg_scale * (cond - uncond)`: 1 is the plain conditional model,
+            0 the unconditional one.
+        guidance_interval: Noise levels (lo, hi) within which guidance acts; everywhere when omitted (Kynkäänniemi
+            2024).
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions (Lin 2023, section 3.4).
         clip_x0: Threshold on predicted images: `none`, `static` (to [-1, 1]) or `dynamic` (a quantile, Saharia 2022).
         sampler_options: Further arguments of the sampler, such as `{"S_churn": 40}` or `{"eta": 0.5}`.
@@ -199,8 +200,8 @@ def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor 
         The labels as int64, or None.
 
     Raises:
-        ValueError: If there are labels and the model has no classes, a label is outside [0, num_classes), or their number
-            is not `count`.
+        ValueError: If there are labels and the model has no classes, a label is outside [0, num_classes), or their
+            number is not `count`.
     """
     if labels is None:
         return None

@@ -134,8 +134,8 @@ class DiffusionModule(KeyedModule):
         told = getattr(denoiser.net, "augment_dim", 0)
         if augment is not None and told != AUGMENT_DIM:
             raise ValueError(
-                f"The network has augment_dim {told}, but augmentation tells it labels of length {AUGMENT_DIM}; set the "
-                f"network's augment_dim to {AUGMENT_DIM}, or leave augment out."
+                f"The network has augment_dim {told}, but augmentation tells it labels of length {AUGMENT_DIM}; set "
+                f"its augment_dim to {AUGMENT_DIM}, or leave augment out."
             )
         self.augment = augment
         self.denoiser = denoiser

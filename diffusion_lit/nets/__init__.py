@@ -1,8 +1,8 @@
 """Networks: torch only. Each maps (x, noise, label, augment) to a prediction of shape (B, out_channels, H, W)."""
 
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
-from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.nets.autoencoder import Autoencoder, Posterior
+from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.nets.dit import DiT
 from diffusion_lit.nets.presets import DDPMCIFAR10, DDPMpp, DiT_B_2, DiT_S_2, PlainUNet
 from diffusion_lit.nets.unet import UNet
