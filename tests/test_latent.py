@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from test_cli import stopped
 
@@ -288,6 +289,21 @@ def test_a_dead_channel_cannot_be_standardised():
         space.set_scale(torch.zeros(2), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="before training"):
         space.standardise(torch.zeros(1, 2, 4, 4))
+
+
+PAIRS = sorted(path.stem.removeprefix("vae_") for path in CONFIGS.glob("vae_*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "digits"])
+def test_every_config_runs(name, lightning, tmp_path):
+    from test_configs import DATA
+
+    vae, latent = CONFIGS / f"vae_{name}.yaml", CONFIGS / f"latent_{name}.yaml"
+    data = DATA[yaml.safe_load(vae.read_text())["data"]["class_path"].rsplit(".", 1)[1]](tmp_path / "pictures")
+    tiny = ["--data.init_args.batch_size=4", "--trainer.callbacks=[]", *data]
+    lightning("fit", "--config", vae, *TINY_VAE, *tiny, *NO_PICTURES, "--trainer.max_steps=1")
+    if latent.exists():
+        lightning("fit", "--config", latent, *TINY_LATENT, *tiny, "--trainer.fast_dev_run=1")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -106,6 +107,13 @@ def test_what_it_cannot_be_is_named(options, message):
         tiny(**options)
 
 
+def test_its_one_way_to_draw_takes_no_options():
+    module = tiny()
+    assert module.sampling.but(sampler=None, num_steps=None) is module.sampling
+    with pytest.raises(ValueError, match="no num_steps"):
+        module.sampling.but(num_steps=5)
+
+
 def test_a_run_leaves_its_pictures_and_figures(lightning, tmp_path):
     lightning(
         *["fit", "--config", VAE_DIGITS, *TINY_VAE, "--trainer.max_steps=3", "--sample_grid.columns=2"],
@@ -128,6 +136,8 @@ def test_a_run_leaves_its_pictures_and_figures(lightning, tmp_path):
     assert "rfd_pixels_100" in values
     # under kl_weight 1 the loss is the bound in nats
     assert values["val/loss"] == pytest.approx(values["val/bits_per_dim"] * math.log(2), rel=1e-5)
+    lightning(*["sample", "--ckpt_path", run / "checkpoints/last.ckpt", "--num_samples=5", "--out=o"])
+    assert np.load(tmp_path / "o/samples.npz")["arr_0"].shape == (5, 8, 8, 1)
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["autoencoder"]["class_path"].endswith("Autoencoder")
     assert checkpoint["autoencoder"]["init_args"]["image_size"] == 8

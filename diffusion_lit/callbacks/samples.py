@@ -153,7 +153,7 @@ class Trajectory(Pictures):
 
     def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
         """Draws the strip and the animation, of a model that samples step by step."""
-        if not hasattr(module, "sampling"):
+        if not hasattr(module, "denoiser"):
             return
         recorder = StepRecorder(keep=max(self.count, 16))
         self.draw(module, max(self.count, 16), recorder)

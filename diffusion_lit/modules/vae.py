@@ -11,6 +11,7 @@ by ln 2 a bound on the bits per dimension of 8-bit pictures.
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,47 @@ from diffusion_lit.modules.perceptual import load_lpips
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
 
 ACTIVE_VARIANCE = 0.01
+
+
+@dataclass(frozen=True)
+class PriorSampling:
+    """How a VAE draws: from the prior, in one pass through the decoder. It stands where others have their `Sampling`.
+
+    Args:
+        sampler: The name, for receipts.
+        num_steps: 1.
+        cfg_scale: 1, since there are no classes.
+    """
+
+    sampler: str = "prior"
+    num_steps: int = 1
+    cfg_scale: float = 1.0
+
+    @property
+    def nfe(self) -> int:
+        """Passes through the decoder."""
+        return 1
+
+    def but(self, **changes: Any) -> "PriorSampling":
+        """Itself; there is nothing to change.
+
+        Args:
+            changes: Options of samplers, all None.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: If one is given.
+        """
+        for name, value in changes.items():
+            if value is not None:
+                raise ValueError(f"A VAE draws from its prior in one pass and has no {name}; leave --{name} out.")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain values, for receipts."""
+        return asdict(self)
 
 
 class Terms(NamedTuple):
@@ -64,6 +106,7 @@ class VAE(KeyedModule):
     """
 
     num_classes = 0
+    sampling = PriorSampling()
 
     def __init__(
         self,
@@ -207,12 +250,20 @@ class VAE(KeyedModule):
         )
 
     @torch.no_grad()
-    def generate(self, seeds: Sequence[int], labels: Tensor | None = None) -> Tensor:
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        sampling: PriorSampling | None = None,
+        callback: object = None,
+    ) -> Tensor:
         """Draws one picture per seed by decoding a draw from the prior N(0, 1).
 
         Args:
             seeds: One seed per picture.
             labels: None; a VAE has no classes.
+            sampling: There is but one way.
+            callback: Never called, since there are no steps.
 
         Returns:
             Pictures (B, C, H, W), in [-1, 1] up to overshoot.

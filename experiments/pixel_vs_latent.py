@@ -1,0 +1,323 @@
+"""Is it better to diffuse pixels or latents, for the same training time?
+
+A pixel EDM trains for so many seconds. A VAE trains for a share of the same time, its latents are encoded, and a latent
+EDM of the same network trains for what is left. Both draw samples of the same seeds at several numbers of denoiser
+calls (NFE); the Fréchet distance to the training pictures stands against NFE and against the time of a sample. The
+distance of reconstructed held-out pictures is what a perfect latent model would get, that of real ones what any would.
+
+    python -m experiments.pixel_vs_latent --seconds 120
+    python -m experiments.pixel_vs_latent --seconds 600 --data datamodules.FashionMNIST --data.root FOLDER
+"""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from jsonargparse import CLI
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+
+import datamodules
+from diffusion_lit.callbacks import EMA
+from diffusion_lit.callbacks.reconstructions import real_images
+from diffusion_lit.evaluation.choose import make_extractor
+from diffusion_lit.evaluation.features import FeatureExtractor, weights_hash
+from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.modules import EDM, VAE, LatentDiffusion
+from diffusion_lit.nets import Autoencoder, UNet
+from diffusion_lit.pictures import grid_image, to_uint8
+
+DECAY = 0.4  # share of the time over which the learning rate falls to 0
+
+
+class Point(NamedTuple):
+    """One measurement."""
+
+    model: str
+    nfe: float
+    distance: float
+    milliseconds: float
+
+
+class Trained(NamedTuple):
+    """A trained model and what its training took."""
+
+    name: str
+    module: Any
+    steps: int
+    milliseconds_per_step: float
+
+
+class TimeBudget(Callback):
+    """Stops training after so many seconds, the learning rate falling to 0 over the last part of them.
+
+    Args:
+        seconds: Time for training steps, the preparations of the module included.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.begin = time.perf_counter()
+        self.first_step = self.begin
+        self.rates: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the learning rate."""
+        self.rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        self.first_step = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the learning rate by the time that is left."""
+        left = max(0.0, 1 - (time.perf_counter() - self.begin) / self.seconds)
+        for group, rate in zip(trainer.optimizers[0].param_groups, self.rates, strict=True):
+            group["lr"] = rate * min(1.0, left / DECAY)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Stops when the time is over."""
+        trainer.should_stop = time.perf_counter() - self.begin > self.seconds
+
+
+def pixel_vs_latent(
+    seconds: float = 120,
+    data: LightningDataModule | None = None,
+    vae_share: float = 0.4,
+    num_steps: list[int] = [3, 5, 9, 18],  # noqa: B006 (never changed)
+    num_samples: int = 1000,
+    model_channels: int = 48,
+    latent_channels: int = 4,
+    learning_rate: float = 0.001,
+    extractor: str = "auto",
+    extractor_weights: str | None = None,
+    accelerator: str = "auto",
+    seed: int = 0,
+    out: str = "runs/studies/pixel_vs_latent",
+) -> list[Point]:
+    """Trains a pixel and a latent EDM for the same time and compares them.
+
+    Args:
+        seconds: Training time of each side; the VAE's is part of the latent side's.
+        data: Data set, as a class of datamodules and its arguments; scikit-learn's digits by default.
+        vae_share: Share in (0, 1) of the latent side's time that the VAE gets.
+        num_steps: Numbers of steps of Heun's method, of 2 N - 1 denoiser calls.
+        num_samples: Samples of each point.
+        model_channels: Width of the network, which is the same on both sides.
+        latent_channels: Channels of a latent.
+        learning_rate: Learning rate of all three trainings.
+        extractor: What pictures are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
+        extractor_weights: Local file of the extractor's weights.
+        accelerator: auto, cpu, gpu, ...
+        seed: Seed of the trainings and of the first sample.
+        out: Folder for the figure, the tables and the sample grids.
+
+    Returns:
+        The measurements.
+    """
+    source: Any = data or datamodules.Digits(64)
+    source.prepare_data()
+    source.setup()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    seed_everything(seed)
+    channels, size, _ = source.image_shape
+    optimizer: Any = lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate)  # noqa: E731
+
+    def network(shape: tuple[int, int, int]) -> UNet:
+        return UNet(
+            shape[0], shape[1], source.num_classes, model_channels, (1, 2), 1, (8, 4), noise_embedding="fourier"
+        )
+
+    pixel = train("pixel EDM", EDM(network(source.image_shape), optimizer=optimizer), source, seconds, accelerator)
+
+    begin = time.perf_counter()
+    net = Autoencoder(channels, size, latent_channels, 32, (1, 2), patch_size=2 if size >= 32 else 1)
+    vae = train("VAE", VAE(net, optimizer=optimizer), source, vae_share * seconds, accelerator, folder / "vae.ckpt")
+    left = seconds - (time.perf_counter() - begin)
+    side = size // net.factor
+    module = LatentDiffusion(
+        network((latent_channels, side, side)),
+        str(folder / "vae.ckpt"),
+        cache_dir=str(folder / "latents"),
+        optimizer=optimizer,
+    )
+    latent = train("latent EDM", module, source, left, accelerator)
+
+    measure = make_extractor(extractor, extractor_weights, source.image_shape)
+    measure.load(source)
+    measure.to(pixel.module.device)
+    reference = reference_of(source, "train", measure)
+    points = [
+        point
+        for side_ in (pixel, latent)
+        for point in sample(side_, source, measure, reference, num_steps, num_samples, seed, folder)
+    ]
+    write(points, [pixel, vae, latent], bounds(latent.module, source, measure, reference, num_samples), measure, folder)
+    return points
+
+
+def train(
+    name: str, module: Any, data: Any, seconds: float, accelerator: str, ckpt_path: Path | None = None
+) -> Trained:
+    """Trains a model for a time; the module is left with its average weights.
+
+    Args:
+        name: What it is called.
+        module: The model.
+        data: The data module.
+        seconds: How long.
+        accelerator: auto, cpu, gpu, ...
+        ckpt_path: Where a checkpoint goes, if anywhere.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        ValueError: If there is no time left to train in.
+    """
+    if seconds <= 0:
+        raise ValueError(f"There is no time left for the {name}; raise seconds or lower vae_share.")
+    budget, average = TimeBudget(seconds), EMA(half_life=20_000)
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=-1,
+        callbacks=[budget, average],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    steps = trainer.global_step
+    spent = 1000 * (time.perf_counter() - budget.first_step) / max(1, steps)
+    if ckpt_path is not None:
+        trainer.save_checkpoint(ckpt_path)
+    average.on_validation_start(trainer, module)
+    print(f"{name}: {steps:,} steps in {seconds:.0f} s, {spent:.1f} ms each")
+    return Trained(name, module.eval(), steps, spent)
+
+
+def sample(
+    trained: Trained,
+    data: Any,
+    measure: FeatureExtractor,
+    reference: Reference,
+    num_steps: list[int],
+    count: int,
+    seed: int,
+    folder: Path,
+) -> list[Point]:
+    """Draws samples at several numbers of steps and measures them.
+
+    Args:
+        trained: The model.
+        data: The data module.
+        measure: What pictures are compared by.
+        reference: The training pictures' statistics.
+        num_steps: Numbers of steps.
+        count: Samples of each point.
+        seed: Seed of the first sample.
+        folder: Where the sample grid goes.
+
+    Returns:
+        One point per number of steps.
+    """
+    module, points = trained.module, []
+    labels = draw_labels(range(seed, seed + count), class_frequencies(data, module.num_classes))
+    weights = weights_hash(module.state_dict())
+    for steps in num_steps:
+        setting = module.sampling.but(num_steps=steps)
+        record = {"weights": weights, "extractor": measure.identity(), "sampling": setting.record()}
+        job = Job(setting, count, seed, labels, record, folder / "parts", batch_size=100)
+        generate_shards(job, module, measure)
+        drawn = gather_shards(job)
+        distance = frechet_distance(Statistics.of(drawn.features.features), reference.statistics)
+        points.append(Point(trained.name, drawn.forwards, distance, 1000 * drawn.seconds / count))
+        print(f"{trained.name}: NFE {drawn.forwards:.0f}, {measure.metric} {distance:.3g}")
+    classes = min(module.num_classes, 10)
+    shown = torch.arange(classes).repeat_interleave(8) if classes else None
+    pictures = module.generate(range(seed, seed + 8 * (classes or 8)), shown)
+    grid_image(pictures.cpu(), 8).save(folder / f"samples_{trained.name.split()[0]}.png")
+    return points
+
+
+def bounds(
+    module: Any, data: Any, measure: FeatureExtractor, reference: Reference, count: int
+) -> list[tuple[str, float, int]]:
+    """What the best of models could get: reconstructed and real held-out pictures against the training pictures.
+
+    Args:
+        module: The latent model.
+        data: The data module.
+        measure: What pictures are compared by.
+        reference: The training pictures' statistics.
+        count: Number of pictures.
+
+    Returns:
+        Name, distance and number of pictures of each.
+    """
+    real = real_images(module.trainer, count)
+    made = torch.cat([to_uint8(module.reconstruct(part.to(module.device))) for part in torch.split(real, 100)])
+    distance = frechet_distance(Statistics.of(measure.extract(made).features), reference.statistics)
+    found = [("reconstructed", distance, len(real))]
+    floor = real_against_real(reference, reference_of(data, "val", measure).features, count)
+    return found if floor is None else [*found, ("real against real", *floor)]
+
+
+def write(
+    points: list[Point],
+    trained: list[Trained],
+    limits: list[tuple[str, float, int]],
+    measure: FeatureExtractor,
+    folder: Path,
+) -> None:
+    """Writes the figure and the tables as Markdown and CSV, and prints the tables.
+
+    Args:
+        points: The measurements.
+        trained: The models.
+        limits: From `bounds`.
+        measure: What pictures are compared by.
+        folder: Where the files go.
+    """
+    rows = ["| trained | parameters | steps | ms per step |", "| --- | ---: | ---: | ---: |"]
+    for one in trained:
+        size = sum(parameter.numel() for parameter in one.module.parameters()) / 1e6
+        rows.append(f"| {one.name} | {size:.2f} M | {one.steps:,} | {one.milliseconds_per_step:.1f} |")
+    rows += ["", f"| model | NFE | {measure.metric} | ms per sample |", "| --- | ---: | ---: | ---: |"]
+    rows += [f"| {p.model} | {p.nfe:.0f} | {p.distance:.3g} | {p.milliseconds:.2f} |" for p in points]
+    rows += [f"| {name}, {count:,} pictures | | {distance:.3g} | |" for name, distance, count in limits]
+    (folder / "table.md").write_text("\n".join(rows) + "\n")
+    with (folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([Point._fields, *points])
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for axes, field, label in (
+        (panels[0], "nfe", "denoiser calls per sample (NFE)"),
+        (panels[1], "milliseconds", "milliseconds per sample"),
+    ):
+        for name in dict.fromkeys(point.model for point in points):
+            own = [point for point in points if point.model == name]
+            axes.plot([getattr(p, field) for p in own], [p.distance for p in own], marker="o", label=name)
+        for style, (name, distance, _) in zip((":", "--"), limits, strict=False):
+            axes.axhline(distance, color="grey", linestyle=style, label=name)
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        axes.grid(True, which="both", alpha=0.3)
+    panels[0].set_ylabel(measure.metric)
+    panels[0].legend()
+    figure.savefig(folder / "figure.png", dpi=130)
+    plt.close(figure)
+    print("\n".join(rows))
+    print(f"\n{folder}/figure.png, table.md, table.csv, samples_pixel.png and samples_latent.png")
+
+
+if __name__ == "__main__":
+    CLI(pixel_vs_latent, as_positional=False)
