@@ -6,7 +6,6 @@ A checkpoint made by `lightning fit` records the classes and arguments of its mo
 
 import contextlib
 import io
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -46,7 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise ValueError(f"The checkpoint {path} cannot be read: no permission.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # the unpickler fails in as many ways as there are files
         if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
             raise ValueError(
                 f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since "

@@ -45,7 +45,7 @@ def sampler_comparison(
     ckpt_path: str,
     nfe: list[int] = [5, 9, 17, 35],  # noqa: B006 (never changed)
     samplers: list[str] | None = None,
-    rtol: list[float] = [0.3, 0.05],  # noqa: B006
+    rtol: list[float] = [0.02, 0.002],  # noqa: B006
     num_samples: int = 1000,
     extractor: str = "auto",
     extractor_weights: str | None = None,
@@ -126,9 +126,9 @@ def settings_of(default: Sampling, name: str, nfe: list[int], rtol: list[float])
         One setting per number of calls (or per tolerance), without those of no step.
     """
     sampler = SAMPLERS[name]
-    if sampler.nfe(1) is None:
+    if sampler.nfe(1) is None:  # two steps: an adaptive one to sigma_min, and the last to 0
         return [
-            default.but(sampler=name, num_steps=1, sampler_options={"rtol": value, "atol": value}) for value in rtol
+            default.but(sampler=name, num_steps=2, sampler_options={"rtol": value, "atol": value}) for value in rtol
         ]
     steps = [max((n for n in range(1, most + 1) if (sampler.nfe(n) or 0) <= most), default=0) for most in nfe]
     return [default.but(sampler=name, num_steps=n) for n in dict.fromkeys(steps) if n]
