@@ -268,11 +268,24 @@ def test_the_cost_can_be_counted_without_computing(name):
         assert net(torch.randn(2, 2, 16, 16), torch.rand(2), torch.zeros(2, dtype=torch.int64)).shape == (2, 2, 16, 16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["unet", "unet ddpm++", "dit"])
-def test_compiled_equals_eager(name):
+def compiled_equals_eager(name, backend):
     net = build(name, num_classes=3, augment_dim=9)
     x, noise = batch()
-    eager = net(x, noise, torch.tensor([0, 1, 2]))
-    net.compile(fullgraph=True)
-    torch.testing.assert_close(net(x, noise, torch.tensor([0, 1, 2])), eager, rtol=1e-3, atol=1e-4)
+    label, augment = torch.tensor([0, 1, 2]), torch.randn(3, 9)
+    eager = net(x, noise, label, augment)
+    net.compile(fullgraph=True, backend=backend)
+    out = net(x, noise, label, augment)
+    torch.testing.assert_close(out, eager, rtol=1e-3, atol=1e-4)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["unet linear", "dit"])
+def test_the_compiler_sees_one_graph(name):
+    """No part of a network falls back to Python: the tracer takes it whole, forward and backward."""
+    compiled_equals_eager(name, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_compiled_equals_eager(name):
+    compiled_equals_eager(name, "inductor")
