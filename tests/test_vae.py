@@ -90,8 +90,8 @@ def test_a_batch_that_is_learned_by_heart_comes_back():
     image = torch.from_numpy(load_digits().images[:8]).float()[:, None] / 8 - 1
     module = VAE(Autoencoder(1, 8, 4, 32, (1, 2)))
     optimizer = torch.optim.Adam(module.parameters(), 4e-3)
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 400)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 300)
         optimizer.zero_grad()
         module.loss(module.terms(image, step), 64, 0.1).backward()
         optimizer.step()

@@ -125,6 +125,8 @@ class VAE(KeyedModule):
                 f"kl_weight {kl_weight}, kl_warmup_steps {kl_warmup_steps} and lpips_weight {lpips_weight} must all be "
                 "0 or more."
             )
+        # The command tells every network the number of classes, and an autoencoder has no such argument.
+        self.hparams.get("net", {}).get("init_args", {}).pop("num_classes", None)
         self.net: Any = net
         self.reconstruction = reconstruction or DiscretisedLogistic(self.image_shape[0])
         self.kl_weight = kl_weight
