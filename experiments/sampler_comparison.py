@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
+from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
 from diffusion_lit.checkpoints import load_data, load_module
@@ -165,7 +166,13 @@ def write(points: list[Point], floor: tuple[float, int] | None, metric: str, cou
     )
     cost.set(xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)", ylabel="milliseconds per sample")
     quality.legend(fontsize=8)
+    ticks = sorted({round(point.nfe) for point in points})
     for axes in (quality, cost):
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.grid(True, which="both", alpha=0.3)
     figure.savefig(folder / "figure.png", dpi=130)
     plt.close(figure)
