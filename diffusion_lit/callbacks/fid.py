@@ -205,7 +205,8 @@ class FID(Callback):
             self._reference = reference_of(data, self.split, self.extractor, self.batch_size, limit, bar.update)
             other: Features | None = None
             if len(data.reference_images(held_out)) > 0:
-                other = reference_of(data, held_out, self.extractor, self.batch_size, limit, bar.update).features
+                most = limit or self.num_samples
+                other = reference_of(data, held_out, self.extractor, self.batch_size, most, bar.update).features
         self._floor = real_against_real(self._reference, other, self.num_samples)
         if self._floor is None:
             rank_zero_info(f"Measuring {self.tag}; there are too few pictures for its real-against-real floor.")

@@ -71,7 +71,7 @@ def read_references(
             other = other_split(data, name)
             held_out = None
             if other is not None:
-                held_out = reference_of(data, other, extractor, plan.batch_size, progress=bar.update).features
+                held_out = reference_of(data, other, extractor, plan.batch_size, plan.total, bar.update).features
             found[name] = _against(plan, extractor, reference, held_out, other)
     return found
 

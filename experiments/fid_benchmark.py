@@ -1,0 +1,342 @@
+"""One leaderboard of many models, each with its receipt, and a check against torch-fidelity's own command.
+
+Configs that have no run yet are trained first; a checkpoint whose receipt is there already is not measured again. Rows
+compare within one table, which holds one data set, one extractor and one number of samples.
+
+    python -m experiments.fid_benchmark --configs configs/edm_digits.yaml,configs/ddpm_digits.yaml
+    python -m experiments.fid_benchmark --checkpoints a.ckpt,b.ckpt --num_samples 10000 --extractor inception
+    python -m experiments.fid_benchmark --checkpoints a.ckpt --parity random
+
+`--parity` gives torch-fidelity's command a folder of PNG files of a model's samples and one of the reference, and
+compares its FID, KID, precision, recall and Inception score with ours: with the weights in a file, or with `random`
+ones of the same architecture, which mean nothing but prove the resize and the arithmetic on a machine without internet.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import CLI
+from torch import nn
+
+from diffusion_lit.checkpoints import find_last, load_data
+from diffusion_lit.evaluation.command import evaluate
+from diffusion_lit.evaluation.generation import save_pngs
+from diffusion_lit.evaluation.metrics import kid_subset_size, short_count
+from diffusion_lit.evaluation.page import setting_name, shown
+from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.evaluation.weights import read_state
+
+PARITY = {
+    "fid_inception": "frechet_inception_distance",
+    "kid_inception": "kernel_inception_distance_mean",
+    "precision_inception": "precision",
+    "recall_inception": "recall",
+    "isc_inception": "inception_score_mean",
+}
+COLUMNS = ("model", "setting", "nfe", "step", "figure", "precision", "recall", "floor", "seconds", "sha256")
+
+
+def fid_benchmark(
+    configs: str | None = None,
+    checkpoints: str | None = None,
+    num_samples: int = 1000,
+    num_blocks: int = 3,
+    extractor: str = "auto",
+    extractor_weights: str | None = None,
+    reference: str = "train",
+    fit_options: str = "",
+    parity: str | None = None,
+    parity_samples: int = 64,
+    batch_size: int = 64,
+    devices: int = 1,
+    accelerator: str = "auto",
+    out: str = "runs/studies/fid_benchmark",
+) -> None:
+    """Measures models and ranks them.
+
+    Args:
+        configs: Configs, separated by commas; the newest run of each is measured, or made where there is none. Without
+            checkpoints either, configs/edm_digits.yaml and configs/ddpm_digits.yaml.
+        checkpoints: Checkpoint files, separated by commas.
+        num_samples: Samples in each block.
+        num_blocks: Blocks, for the error bars.
+        extractor: As in lightning evaluate.
+        extractor_weights: As in lightning evaluate.
+        reference: Split to compare with.
+        fit_options: Further options of lightning fit for configs without a run, such as "--trainer.max_steps 500".
+        parity: Compares with torch-fidelity's command: a file of Inception's weights, or `random`.
+        parity_samples: Samples, and pictures of the reference, that this comparison takes.
+        batch_size: Samples drawn at a time.
+        devices: Number of processes.
+        accelerator: auto, cpu, gpu, ...
+        out: Folder for the receipts, leaderboard.md, leaderboard.csv and parity.md.
+    """
+    folder = Path(out)
+    if configs is None and checkpoints is None:
+        configs = "configs/edm_digits.yaml,configs/ddpm_digits.yaml"
+    paths = [checkpoint_of(Path(config), fit_options) for config in _words(configs)]
+    paths += [Path(path) for path in _words(checkpoints)]
+    options: dict[str, Any] = {
+        **{"num_samples": num_samples, "num_blocks": num_blocks, "extractor": extractor, "batch_size": batch_size},
+        **{"extractor_weights": extractor_weights, "reference": reference},
+        **{"devices": devices, "accelerator": accelerator},
+    }
+    reports = {model_name(path): measured(path, folder / "receipts", options) for path in paths}
+    (folder / "leaderboard.md").write_text(leaderboard(reports))
+    write_csv(reports, folder / "leaderboard.csv")
+    print((folder / "leaderboard.md").read_text())
+    if parity is not None:
+        page = compare_with_command(paths[0], parity, parity_samples, folder, batch_size, accelerator)
+        (folder / "parity.md").write_text(page)
+        print(page)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def checkpoint_of(config: Path, fit_options: str) -> Path:
+    """The last checkpoint of a config's newest run, trained now where there is none.
+
+    Args:
+        config: The config.
+        fit_options: Further options of the training.
+
+    Returns:
+        The checkpoint.
+    """
+    run = Path("runs") / config.stem
+    try:
+        return find_last(run)
+    except ValueError:
+        command = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", "fit", "--config", str(config)]
+        subprocess.run([*command, *fit_options.split()], check=True)
+        return find_last(run)
+
+
+def model_name(path: Path) -> str:
+    """A checkpoint's name in the table: that of its run and version, or of its file.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        Such as `edm_digits/version_0`.
+    """
+    if path.parent.name == "checkpoints":
+        return f"{path.parents[2].name}/{path.parents[1].name}"
+    return path.stem
+
+
+def measured(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's report, read where it was made before under the same options.
+
+    Args:
+        path: The checkpoint.
+        folder: Where reports go.
+        options: Options of `evaluate`.
+
+    Returns:
+        The report.
+    """
+    report = folder / f"{model_name(path).replace('/', '_')}.json"
+    note = report.with_suffix(".options")
+    record = {name: value for name, value in options.items() if name not in ("batch_size", "devices", "accelerator")}
+    wanted = json.dumps({**record, "checkpoint": file_hash(path)}, sort_keys=True)
+    if not (report.exists() and note.exists() and note.read_text() == wanted):
+        evaluate(str(path), out=str(report), **options)
+        note.write_text(wanted)
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def rows(reports: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table, best first.
+
+    Args:
+        reports: Reports by the model's name.
+
+    Returns:
+        Rows by the table's title.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for model, report in reports.items():
+        extractor, samples = report["extractor"], report["samples"]
+        for name, reference in report["references"].items():
+            metric = f"{extractor['metric']}_{short_count(samples['num_samples'])}"
+            weights = f" (weights {extractor['weights_sha256'][:12]})" if extractor["weights_sha256"] else ""
+            title = f"{report['data']['class'].rsplit('.', 1)[1]}, {metric}{weights} against {name}"
+            for result in report["results"]:
+                found = result["references"][name]["figures"]
+                floor = reference.get("floor")
+                tables.setdefault(title, []).append(
+                    {
+                        "model": model,
+                        "setting": setting_name(result),
+                        "nfe": result["nfe"],
+                        "step": report["checkpoint"]["step"],
+                        "figure": found[extractor["metric"]],
+                        "precision": found.get(f"precision_{extractor['name']}"),
+                        "recall": found.get(f"recall_{extractor['name']}"),
+                        "floor": floor["figures"][extractor["metric"]] if floor else None,
+                        "seconds": report["run"]["sampling_seconds"] / (samples["num_samples"] * samples["num_blocks"]),
+                        "sha256": report["checkpoint"]["sha256"][:12],
+                    }
+                )
+    return {title: sorted(table, key=lambda row: row["figure"]["mean"]) for title, table in tables.items()}
+
+
+def leaderboard(reports: dict[str, dict[str, Any]]) -> str:
+    """The tables as Markdown.
+
+    Args:
+        reports: Reports by the model's name.
+
+    Returns:
+        A page.
+    """
+    lines = ["# Leaderboard", "", "Mean ± standard deviation over blocks of samples (minimum); lower is better.", ""]
+    for title, table in rows(reports).items():
+        lines += [f"## {title}", "", "| model | setting | NFE | step | distance | precision | recall | s per sample |"]
+        lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for row in table:
+            cells = [row["model"], row["setting"], str(row["nfe"]), f"{row['step']:,}", shown(row["figure"], "fd_")]
+            cells += [shown(row[name], name) if row[name] else "" for name in ("precision", "recall")]
+            lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3g}"]) + " |")
+        if table[0]["floor"]:
+            lines.append(f"| real against real | | | | {shown(table[0]['floor'], 'fd_')} | | | |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_csv(reports: dict[str, dict[str, Any]], path: Path) -> None:
+    """The tables as one CSV file, a row per model and setting.
+
+    Args:
+        reports: Reports by the model's name.
+        path: The file.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["table", *COLUMNS, "figure_std", "figure_min"])
+        for title, table in rows(reports).items():
+            for row in table:
+                means = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for name in COLUMNS]
+                writer.writerow([title, *means, row["figure"]["std"], row["figure"]["min"]])
+
+
+def random_inception(path: Path) -> Path:
+    """Seeded random weights of Inception in a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The file.
+    """
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
+    class Shell(library.FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, state: Any) -> None:  # type: ignore[override]
+            """Keeps what the constructor drew."""
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save({}, path)
+        network = Shell("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.normal_(network.fc.weight, std=0.3)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def compare_with_command(
+    checkpoint: Path, parity: str, count: int, folder: Path, batch_size: int, accelerator: str
+) -> str:
+    """The same pictures through `lightning evaluate` and through torch-fidelity's command.
+
+    Args:
+        checkpoint: The model whose samples are compared.
+        parity: A file of Inception's weights, or `random`.
+        count: Number of samples and of pictures of the reference.
+        folder: Where the report goes.
+        batch_size: Samples drawn at a time.
+        accelerator: Where to draw them.
+
+    Returns:
+        A page with both figures and their difference.
+    """
+    data: Any = load_data(checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    real = torch.as_tensor(data.reference_images("train")[:count])
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch)
+        weights = here / "inception.pth"
+        if parity == "random":
+            random_inception(weights)
+        else:
+            torch.save(read_state(Path(parity), "Inception"), weights)
+        save_pngs(real, range(len(real)), here / "real")
+        ours = evaluated(checkpoint, here, real, str(weights), count, batch_size, accelerator)
+        command = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(here / "samples")]
+        command += ["--input2", str(here / "real"), "--isc", "--fid", "--kid", "--prc", "--cpu", "--json", "--silent"]
+        command += ["--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", str(weights)]
+        command += ["--kid-subset-size", str(kid_subset_size(count, len(real))), "--no-cache", "--save-cpu-ram"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    theirs = json.loads(said[said.index("{") :])
+    (folder / "parity.json").write_text(json.dumps({"ours": ours, "theirs": theirs}, indent=2))
+    lines = [f"# The same {count} samples through both commands ({parity} weights)", ""]
+    lines += ["| figure | lightning evaluate | fidelity | relative difference |", "| --- | ---: | ---: | ---: |"]
+    for name, key in PARITY.items():
+        difference = abs(ours[name] - theirs[key]) / max(abs(theirs[key]), 1e-12)
+        lines.append(f"| {name} | {ours[name]:.7g} | {theirs[key]:.7g} | {difference:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
+def evaluated(
+    checkpoint: Path, scratch: Path, real: torch.Tensor, weights: str, count: int, batch_size: int, accelerator: str
+) -> dict[str, float]:
+    """Our figures of one block against the very pictures that the other command gets.
+
+    Args:
+        checkpoint: The model.
+        scratch: A folder, in which `samples` is made.
+        real: The pictures of the reference, uint8 (N, C, H, W).
+        weights: File of Inception's weights.
+        count: Number of samples.
+        batch_size: Samples drawn at a time.
+        accelerator: Where to draw them.
+
+    Returns:
+        Figures by name.
+    """
+    np.savez(scratch / "real.npz", arr_0=real.permute(0, 2, 3, 1).numpy())
+    evaluate(
+        str(checkpoint),
+        num_samples=count,
+        num_blocks=1,
+        extractor="inception",
+        extractor_weights=weights,
+        reference=str(scratch / "real.npz"),
+        save_samples=str(scratch / "samples"),
+        out=str(scratch / "report.json"),
+        batch_size=batch_size,
+        accelerator=accelerator,
+    )
+    report = json.loads((scratch / "report.json").read_text())
+    (reference,) = report["results"][0]["references"].values()
+    return {name: value["mean"] for name, value in reference["figures"].items()}
+
+
+if __name__ == "__main__":
+    CLI(fid_benchmark, as_positional=False)
