@@ -182,16 +182,16 @@ def _run(crew: Crew, worker: int, pipe: Connection, parent: int) -> None:
     """What a process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent, which stops us
     listing, names, transform, path = crew.work
-    listing.reopen()
     first = worker + crew.size * crew.progress(worker)
     try:
+        listing.reopen()
         for number, reason in _decode_some(listing, names, transform, path, first, crew.size):
             if os.getppid() != parent:
                 return
             if reason:
                 pipe.send((number, reason))
             crew.advance(worker)
-    except OSError as error:  # the disk, since what is wrong with a picture is told above
+    except OSError as error:  # the disk or the zip itself, since what is wrong with a picture is told above
         with contextlib.suppress(OSError):
             pipe.send((-1, error.strerror or str(error)))
 

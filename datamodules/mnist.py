@@ -54,7 +54,7 @@ class MNIST(ImageDataModule):
             raise ValueError(f"image_size is {image_size}; {type(self).__name__} has 28 pixels, or 32 with a border.")
         if val_size < 0:
             raise ValueError(f"val_size is {val_size}; it counts training images that are held out, 0 for none.")
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.image_size = image_size
         self.val_size = val_size
         self.download = download

@@ -47,7 +47,7 @@ def test_formats_agree(format, options, tolerance):
 
 
 def sixteen_bit(image: Image.Image) -> Image.Image:
-    return Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    return Image.fromarray(np.asarray(image).astype(np.uint16) * 256 + 99)
 
 
 def opaque(mode: str) -> Image.Image:
@@ -63,7 +63,7 @@ def opaque(mode: str) -> Image.Image:
         (opaque("LA"), "PNG", GREY, 0),
         (sixteen_bit(GREY), "PNG", GREY, 0),
         (sixteen_bit(GREY), "TIFF", GREY, 0),
-        (Image.fromarray(np.asarray(GREY).astype(np.int32) * 257), "TIFF", GREY, 0),
+        (Image.fromarray(np.asarray(GREY).astype(np.int32) * 256 + 99), "TIFF", GREY, 0),
         (PALETTE, "PNG", PALETTE.convert("RGB"), 0),
         (COLOUR.convert("CMYK"), "TIFF", COLOUR, 3),
         (COLOUR.convert("CMYK"), "JPEG", COLOUR, 8),

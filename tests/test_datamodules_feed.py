@@ -163,15 +163,17 @@ def test_normalisation_is_exact_at_both_ends():
 
 def test_half_of_the_pictures_are_mirrored_keyed_and_alike_for_any_number_of_ranks():
     data = Numbered(count=2000, batch_size=1000, random_flip=True)
-    mirrored = {}
+    mirrored, places = {}, {}
     for epoch in (0, 1):
         loader = data.train_dataloader()
         loader.set_epoch(epoch)
         flags = torch.cat([batch["image"][:, 0, 0, 0] < 1 for batch in loader])
         rows = torch.cat([batch["index"] for batch in loader])
+        places[epoch] = flags
         mirrored[epoch] = torch.empty(2000, dtype=torch.bool).scatter_(0, rows, flags)
     assert 900 < mirrored[0].sum() < 1100
     assert 0.4 < (mirrored[0] == mirrored[1]).float().mean() < 0.6
+    assert 0.4 < (places[0] == places[1]).float().mean() < 0.6
 
     whole = next(iter(data.train_dataloader()))["image"]
     parts = []
@@ -240,12 +242,16 @@ def test_overfitting_repeats_the_same_batches(tmp_path):
 class Looker(Callback):
     """Goes through a fresh training loader in the middle of an epoch."""
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.look)
+
+    def look(self, trainer, *_):
         self.rows = [row for batch in trainer.datamodule.train_dataloader() for row in batch["index"].tolist()]
 
 
-def test_a_callback_may_read_the_training_data_in_mid_epoch(tmp_path):
-    looker, module = Looker(), Recorder()
+@pytest.mark.parametrize("hook", ["on_validation_epoch_end", "on_train_batch_end"])
+def test_a_callback_may_read_the_training_data_in_mid_epoch(tmp_path, hook):
+    looker, module = Looker(hook), Recorder()
     trainer(tmp_path, callbacks=[looker], val_check_interval=2, max_epochs=1).fit(module, datamodule=Numbered())
     assert len(set(looker.rows)) == 48
     assert len(set(rows_of(module.seen))) == 48
@@ -347,6 +353,24 @@ def test_loader_on_a_device_serves_from_there(monkeypatch):
     data.on_device = False
     data.val_dataloader()
     assert len(moved) == 1
+
+
+@pytest.mark.parametrize(("free", "moved"), [(50 * 16 * 4 - 1, 0), (50 * 16 * 4, 1)])
+def test_pictures_live_on_a_gpu_where_they_take_a_quarter_of_its_memory_at_most(monkeypatch, free, moved):
+    calls = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 10 * free))
+    monkeypatch.setattr("datamodules.base._to_device", lambda images, device: calls.append(device) or images)
+
+    class Strategy:
+        root_device = torch.device("cuda")
+
+    class Fake:
+        world_size, global_rank, strategy, overfit_batches = 1, 0, Strategy(), 0
+
+    data = Numbered(use_labels=False)
+    data.trainer = Fake()
+    loader = data.train_dataloader()
+    assert len(calls) == moved and loader.device.type == "cuda"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
