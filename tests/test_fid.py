@@ -3,7 +3,7 @@
 import pytest
 import torch
 from evaluation_tools import Source
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from tiny_net import TinyNet
 from torch.utils.data import DataLoader
@@ -100,18 +100,24 @@ def test_training_goes_on_as_without_it():
         assert torch.equal(value, ends[1][name]), name
 
 
-class Broken(Pixels):
-    """Fails at the samples, once the reference is done."""
+class Broken(Pixels, Callback):
+    """Fails at the samples, once the reference is done and validation has begun."""
+
+    begun = False
+
+    def on_validation_start(self, trainer, pl_module):
+        self.begun = True
 
     def features(self, images):
-        if len(images) == 1:
+        if self.begun:
             raise RuntimeError("the extractor broke")
         return super().features(images)
 
 
 def test_an_exception_leaves_raw_weights_and_the_mode_of_training():
     model, average = module(), EMA(decay=0.9)
-    run = trainer(average, FID(Broken(), num_samples=8, batch_size=7))
+    broken = Broken()
+    run = trainer(average, broken, FID(broken, num_samples=8, batch_size=7))
     with pytest.raises(RuntimeError, match="the extractor broke"):
         run.fit(model, datamodule=Data())
     alone = module()
