@@ -6,6 +6,7 @@ that the run writes lies under `runs/NAME/version_N/`; the network's channels, s
 told in a sentence.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -166,6 +167,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
+        self._refuse_what_the_data_decides()
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay
         path = self.config[self.subcommand].get("ckpt_path")
@@ -185,6 +187,20 @@ class CLI(LightningCLI):
                         f"{now[key]!r}; its weights do not fit. Use the configuration that it was trained with."
                     )
                 rank_zero_warn(f"model.{key} is {now[key]!r} in this run and was {recorded[key]!r} in the checkpoint.")
+
+    def _refuse_what_the_data_decides(self) -> None:
+        """Refuses a size, channels or classes of the network that were typed and are not the data's."""
+        net = self.config[self.subcommand].model.init_args.get("net")
+        if net is None or not hasattr(self.model, "net"):
+            return
+        parameters = inspect.signature(type(self.model.net).__init__).parameters
+        for name in ("in_channels", "image_size", "num_classes"):
+            typed, used = net.init_args.get(name), getattr(self.model.net, name, None)
+            if typed is not None and name in parameters and typed not in (parameters[name].default, used):
+                raise UserError(
+                    f"The network's {name} is given as {typed!r}, but the data has {used!r}; it comes from the data, "
+                    "so leave it out."
+                )
 
 
 def _logger(config: Namespace) -> Any:

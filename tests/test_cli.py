@@ -154,6 +154,7 @@ def test_a_run_that_was_cut_in_mid_epoch_ends_in_the_same_weights(lightning, tmp
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
         (["--model.init_args.sampling.sampler=huen"], "huen"),
         (["--ema.decay=2"], "decay"),
+        (["--model.init_args.net.init_args.image_size=16"], "image_size is given as 16, but the data has 8"),
         (["--data.init_args.batch_size=100000"], "batch_size"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
