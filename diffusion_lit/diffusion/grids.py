@@ -25,6 +25,7 @@ from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
 from diffusion_lit.diffusion.scaling import FlowScaling, Scaling, X0Scaling
 
 FLOW_STEPS = 1000
+ROUNDING = 1e-6  # of a step, when an end of the range is meant to be a whole one
 
 
 class Grid(Protocol):
@@ -258,7 +259,7 @@ def _strided(
     """Whole steps of the path within the range: `spacing(total)` picks N rising ones of 0 to total - 1."""
     low, high = _range(num_steps, scaling, sigma_min, sigma_max)
     path, low, high = _path(scaling, low, high)
-    first, last = math.ceil(path.step(low) - 1e-6), math.floor(path.step(high) + 1e-6)
+    first, last = math.ceil(path.step(low) - ROUNDING), math.floor(path.step(high) + ROUNDING)
     total = last - first + 1
     if num_steps > total:
         raise ValueError(
