@@ -211,6 +211,8 @@ def test_a_process_that_dies_costs_one_picture(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"1 picture was skipped: 00040.png ended the process that decoded it"):
         data = make(tmp_path / "data", tmp_path, cache_processes=3)
     assert len(data.cache.names) == 99
+    for name, image in zip(data.cache.names, data.cache.images, strict=True):
+        assert image.tobytes() == expected(tmp_path / "data" / name)
 
 
 def test_strict_stops_at_the_first_bad_picture_and_caches_nothing(tmp_path):
