@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -389,12 +390,13 @@ def read_many(folder: Path, cache: Path) -> None:
 
 @pytest.mark.slow
 def test_hundred_thousand_pictures_stay_within_two_gigabytes(tmp_path):
-    one = tmp_path / "one.jpg"
-    picture((40, 36)).save(one)
-    for folder in range(100):
-        (tmp_path / "data" / f"{folder:03d}").mkdir(parents=True)
-        for number in range(1000):
-            os.link(one, tmp_path / "data" / f"{folder:03d}" / f"{number:04d}.jpg")
+    for number in range(100):
+        folder = tmp_path / "data" / f"{number:03d}"
+        folder.mkdir(parents=True)
+        picture((40, 36), seed=number).save(folder / "0000.jpg")
+        for link in range(1, 1000):
+            os.link(folder / "0000.jpg", folder / f"{link:04d}.jpg")
     assert peak_memory_of(read_many, tmp_path / "data", tmp_path / "cache") < 2048
     (index,) = (tmp_path / "cache").glob("*/index.json")
     assert json.loads(index.read_text())["shape"] == [100_000, 3, 32, 32]
+    shutil.rmtree(tmp_path / "data")
