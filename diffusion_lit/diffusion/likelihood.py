@@ -23,6 +23,7 @@ from diffusion_lit.diffusion.samplers.adaptive import DormandPrince, root_mean_s
 from diffusion_lit.diffusion.samplers.common import Denoise, Noise
 
 LEVELS = 256
+ROUNDING = 0.02  # of a level, when an image is taken for an 8-bit one
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ class Likelihood:
             ValueError: If the images are not 8-bit ones, or as in `log_prob`.
         """
         levels = images.float() if images.dtype == torch.uint8 else (images + 1) * (LEVELS - 1) / 2
-        if images.dtype != torch.uint8 and not torch.allclose(levels, levels.round().clamp(0, 255), rtol=0, atol=0.02):
+        if images.dtype != torch.uint8 and not torch.allclose(
+            levels, levels.round().clamp(0, 255), rtol=0, atol=ROUNDING
+        ):
             raise ValueError("The images are not 8-bit ones in [-1, 1]; give uint8, or 2 i / 255 - 1 for levels i.")
         uniform = torch.special.ndtr(noise(levels))
         x = (levels.round() + uniform) * (2 / LEVELS) - 1
