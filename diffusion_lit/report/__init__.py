@@ -1,0 +1,5 @@
+"""Reports as HTML: the page that every report is made of, and the page of a run (`lightning report`)."""
+
+from diffusion_lit.report.page import Page
+
+__all__ = ["Page"]
