@@ -8,6 +8,7 @@ import contextlib
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,6 +80,41 @@ def load_module(path: str | Path) -> Any:
         warnings.simplefilter("ignore")
         module = cast(LightningModule, _build(LightningModule, checkpoint, path))
     return module.eval()
+
+
+def load_model(ckpt_path: str | None, pretrained: str | None = None, prompts: Sequence[str] = ()) -> Any:
+    """The model that a command draws with: a checkpoint's, or one of another library.
+
+    Args:
+        ckpt_path: Checkpoint file, or a folder of `lightning export`.
+        pretrained: Name or folder of a pretrained model; see `diffusion_lit.pretrained.load_pretrained`.
+        prompts: What a pretrained text model is asked for; label i means prompt i.
+
+    Returns:
+        A `DiffusionModule`, or what has its interface as far as sampling goes, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: If not one of the two is given, prompts are given for a checkpoint, or it cannot be loaded or does
+            not denoise.
+    """
+    if (ckpt_path is None) == (pretrained is None):
+        raise ValueError("Give one model: --ckpt_path FILE for one trained here, or --pretrained NAME for another.")
+    if pretrained is not None:
+        from diffusion_lit.pretrained import load_pretrained
+
+        return load_pretrained(pretrained, list(prompts))
+    assert ckpt_path is not None
+    if prompts:
+        raise ValueError(
+            f"A prompt was given, but {ckpt_path} knows classes, not words; choose a class by --label, or a text model "
+            "by --pretrained."
+        )
+    module = load_module(ckpt_path)
+    if not hasattr(module, "generate"):
+        raise ValueError(
+            f"{ckpt_path} holds a {type(module).__name__}, which draws no pictures; give a model that does."
+        )
+    return module
 
 
 def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:

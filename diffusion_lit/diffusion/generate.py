@@ -19,8 +19,9 @@ from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.diffusion.samplers.common import Noise
 from diffusion_lit.diffusion.scaling import Scaling
-from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned
+from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
 
 StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -134,12 +135,24 @@ class Sampling:
         Returns:
             `denoise(x, sigma) -> x0_hat`.
         """
+        return Conditioned(self.guide(denoiser, labels is not None), labels)
+
+    def guide(self, denoiser: Denoiser, labelled: bool) -> Any:
+        """A denoiser under the guidance and the threshold of these settings, its labels not yet bound.
+
+        Args:
+            denoiser: The model.
+            labelled: Whether it will be called with labels, without which there is no guidance.
+
+        Returns:
+            `denoiser(x, sigma, label) -> x0_hat`.
+        """
         model: Any = denoiser
-        if labels is not None:
+        if labelled:
             model = ClassifierFreeGuidance(model, self.cfg_scale, self.guidance_interval, self.guidance_rescale)
         if self.clip_x0 != "none":
             model = ClipX0(model, dynamic=self.clip_x0 == "dynamic")
-        return Conditioned(model, labels)
+        return model
 
     @torch.no_grad()
     def generate(
@@ -169,23 +182,83 @@ class Sampling:
         labels = check_labels(labels, denoiser.num_classes, len(seeds))
         if labels is not None:
             labels = labels.to(device)
-        sigmas = self.sigmas(denoiser.scaling).to(device)
         noise = SeededNoise(seeds)
-        start = sigmas[0].square().add(1).sqrt() if denoiser.scaling.variance_preserving else sigmas[0]
-        x = noise(torch.empty(len(seeds), *shape, device=device)) * start.float()
-        options = self._options(denoiser.scaling, sigmas)
-        sampler = SAMPLERS[self.sampler].function
-        return sampler(self.wrap(denoiser, labels), x, sigmas, noise=noise, callback=callback, **options)
+        x = self.start(denoiser.scaling, noise(torch.empty(len(seeds), *shape, device=device)))
+        return self.run(self.wrap(denoiser, labels), x, noise=noise, callback=callback)
 
-    def _options(self, scaling: Scaling, sigmas: Tensor) -> dict[str, Any]:
-        """The sampler's options, with churn kept below the largest trained noise level, which it would overstep."""
+    def start(self, scaling: Scaling, noise: Tensor) -> Tensor:
+        """The state that sampling starts from.
+
+        Args:
+            scaling: The model's prediction type.
+            noise: Standard normal noise (B, C, H, W).
+
+        Returns:
+            sigma_max * noise, or sqrt(1 + sigma_max^2) * noise on a variance-preserving path.
+        """
+        sigma_max = self.sigmas(scaling)[0]
+        return noise * (sigma_max.square().add(1).sqrt() if scaling.variance_preserving else sigma_max).float()
+
+    def run(
+        self,
+        denoise: DenoiserWrapper,
+        x: Tensor,
+        sigmas: Tensor | None = None,
+        *,
+        noise: Noise,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Takes a state along the grid of these settings, or along other levels as if they were a part of it.
+
+        The sampler's options that count steps keep their meaning for each step: churn is shared out per step of the
+        whole grid, and noise ends at the level where it would end there.
+
+        Args:
+            denoise: `denoise(x, sigma) -> x0_hat` with the attribute `scaling`.
+            x: The state at `sigmas[0]`, shape (B, C, H, W).
+            sigmas: Levels (M+1,), falling, or rising for a deterministic sampler; the whole grid by default.
+            noise: Draws standard normal noise like its argument.
+            callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
+
+        Returns:
+            The state at `sigmas[-1]`, shape (B, C, H, W).
+
+        Raises:
+            ValueError: If the levels or an option do not suit the sampler.
+        """
+        grid = self.sigmas(denoise.scaling)
+        sigmas = grid if sigmas is None else sigmas
+        options = self._options(denoise.scaling, grid, sigmas)
+        return SAMPLERS[self.sampler].function(denoise, x, sigmas, noise=noise, callback=callback, **options)
+
+    def _options(self, scaling: Scaling, grid: Tensor, sigmas: Tensor) -> dict[str, Any]:
+        """The sampler's options for some levels, churn kept below the largest trained one, which it would overstep."""
         options = dict(self.sampler_options)
         churn = options.get("S_churn", 0.0)
         if churn and scaling.sigma_max < float("inf"):
             gamma = min(churn / self.num_steps, 2**0.5 - 1)
             ceiling = scaling.sigma_max / (1 + gamma)
             options["S_tmax"] = min(options.get("S_tmax", float("inf")), ceiling)
+        if churn:
+            options["S_churn"] = churn * (len(sigmas) - 1) / (len(grid) - 1)
+        if options.get("noise_until") is not None:
+            options["noise_until"] = max(0, options["noise_until"] - int((grid > sigmas[0].to(grid)).sum()))
         return options
+
+
+def refuse_clipping(sampling: Sampling) -> None:
+    """Refuses a threshold on what is not a picture.
+
+    Args:
+        sampling: The settings for a model of latents.
+
+    Raises:
+        ValueError: If they clip.
+    """
+    if sampling.clip_x0 != "none":
+        raise ValueError(
+            f"clip_x0 is {sampling.clip_x0!r}, which bounds pixels to [-1, 1], but latents have no bounds; use none."
+        )
 
 
 def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
-from diffusion_lit.diffusion.generate import StepCallback
+from diffusion_lit.diffusion.generate import StepCallback, refuse_clipping
 from diffusion_lit.modules.base import DiffusionModule, run_seed
 from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
 from diffusion_lit.modules.latents import (
@@ -80,7 +80,7 @@ class LatentDiffusion(DiffusionModule):
         self.cache_dir = cache_dir
         self._space: LatentSpace | None = None
         self._caches: dict[str, LatentCache] = {}
-        _refuse_clipping(self.sampling)
+        refuse_clipping(self.sampling)
 
     @classmethod
     def net_input(cls, image_shape: tuple[int, int, int], **init_args: Any) -> tuple[int, int, int]:
@@ -211,7 +211,7 @@ class LatentDiffusion(DiffusionModule):
         Raises:
             ValueError: As there, or if predictions are to be clipped, which latents cannot be.
         """
-        _refuse_clipping(sampling or self.sampling)
+        refuse_clipping(sampling or self.sampling)
         return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
 
     def _decoded(self, callback: StepCallback) -> StepCallback:
@@ -246,10 +246,3 @@ class LatentDiffusion(DiffusionModule):
                 "with, or train anew."
             )
         self._space = trained
-
-
-def _refuse_clipping(sampling: Sampling) -> None:
-    if sampling.clip_x0 != "none":
-        raise ValueError(
-            f"clip_x0 is {sampling.clip_x0!r}, which bounds pixels to [-1, 1], but latents have no bounds; use none."
-        )
