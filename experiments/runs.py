@@ -1,0 +1,367 @@
+"""Runs of `lightning fit` by the dozen: several at once, each in a process of its own, none done twice.
+
+A `Run` is a config and what differs from it. Its key is the hash of both, and its folder, `NAME-KEY/`, holds
+Lightning's `version_N/`, what the command printed (`log.txt`) and a record of how it went (`run.json`). `fit` leaves
+out what is done under the same key, continues what was interrupted with `--ckpt_path last`, and tells of a run that
+failed without losing the others. A finished run's parameters go beside its curves, where TensorBoard's HParams tab
+finds both.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from diffusion_lit.checkpoints import find_last
+from diffusion_lit.evaluation.store import key_of
+
+PROJECT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-c", "from diffusion_lit.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        name: What tells it from the others; part of its folder's name.
+        config: A YAML of `lightning fit`; see `find_config`.
+        options: What differs from it, by the names of the command line: `{"trainer.max_steps": 400}`.
+        shown: The options to tell it by in tables and in TensorBoard; all by default.
+    """
+
+    name: str
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    shown: dict[str, Any] | None = None
+
+    @cached_property
+    def path(self) -> Path:
+        """The config's file."""
+        return find_config(self.config)
+
+    @cached_property
+    def key(self) -> str:
+        """Eight hexadecimal digits of all that the run is configured by: files that a config names included."""
+        files = [PROJECT / "configs" / "base.yaml", self.path]
+        for words in _strings(yaml.safe_load(self.path.read_text())):
+            if words.endswith(".yaml"):
+                files.append(self.path.parent / words)
+        contents = [file.read_text() for file in files if file.is_file()]
+        return key_of({"files": contents, "options": self.options})[:8]
+
+    def folder(self, out: Path) -> Path:
+        """Where the run lies under a study's folder of runs."""
+        return out / f"{self.name.replace('/', '_')}-{self.key}"
+
+    def command(self, out: Path) -> list[str]:
+        """The arguments of `lightning`, which go on with what is there."""
+        folder = self.folder(out)
+        given = [f"--{name}={_spelled(value)}" for name, value in self.options.items()]
+        place = [f"--trainer.logger.init_args.save_dir={out}", f"--name={folder.name}"]
+        begun = any(folder.glob("version_*/checkpoints/last.ckpt"))
+        return ["fit", f"--config={self.path}", *given, *place, *(["--ckpt_path=last"] if begun else [])]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that is done.
+
+    Args:
+        run: What was trained.
+        folder: Lightning's folder of it, `.../version_N`.
+        seconds: Time it took, interruptions left out.
+    """
+
+    run: Run
+    folder: Path
+    seconds: float
+
+    @property
+    def ckpt_path(self) -> Path:
+        """Its last checkpoint."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @cached_property
+    def curves(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Everything that was logged: steps and values by name, such as `train/loss`."""
+        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+        events.Reload()
+        found = {}
+        for name in events.Tags()["scalars"]:
+            points = {event.step: event.value for event in events.Scalars(name)}  # a continued run repeats some
+            found[name] = (sorted(points), [points[step] for step in sorted(points)])
+        return found
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of everything that was logged."""
+        return {name: values[-1] for name, (_, values) in self.curves.items()}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run that failed.
+
+    Args:
+        run: What was to be trained.
+        reason: What the command said at last.
+        log: Where all that it said lies.
+    """
+
+    run: Run
+    reason: str
+    log: Path
+
+
+def find_config(name: str) -> Path:
+    """A config's file, looked for where the command was given and in the project.
+
+    Args:
+        name: Its path, such as configs/ddpm_digits.yaml.
+
+    Returns:
+        Its whole path.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for path in (Path(name), PROJECT / name):
+        if path.is_file():
+            return path.resolve()
+    raise ValueError(f"There is no config {name}; give the path of a YAML, such as configs/ddpm_digits.yaml.")
+
+
+def grid(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of values.
+
+    Args:
+        options: Values by the option's name.
+
+    Yields:
+        One value of each, the last option changing fastest; one empty dictionary for no options.
+    """
+    if not options:
+        yield {}
+        return
+    first, *rest = options
+    for value in options[first]:
+        for others in grid({name: options[name] for name in rest}):
+            yield {first: value, **others}
+
+
+def label_of(options: dict[str, Any]) -> str:
+    """A short name of some options.
+
+    Args:
+        options: Values by the option's name.
+
+    Returns:
+        Such as `lr=0.001,max_steps=400`; a class by its name alone.
+    """
+    return ",".join(f"{name.rpartition('.')[2]}={short(value)}" for name, value in options.items()) or "run"
+
+
+def short(value: Any) -> str:
+    """A value in few letters: of a class its name, of a float four digits."""
+    if isinstance(value, dict):
+        return short(value.get("class_path", json.dumps(value)))
+    if isinstance(value, str):
+        return value.rpartition(".")[2]
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).replace(" ", "")
+
+
+def fit(
+    runs: list[Run],
+    out: Path,
+    jobs: int = 1,
+    gpus: list[int] | None = None,
+    tell: Callable[[str], object] = print,
+) -> list[Trained | Failed]:
+    """Trains what is not trained yet.
+
+    Args:
+        runs: The runs, of different names.
+        out: Folder of the runs.
+        jobs: Runs at a time, on the same device; the CPU's cores are shared out among them.
+        gpus: Numbers of the GPUs to spread them over, `jobs` on each; none leaves the device to the config.
+        tell: Called with a line at the beginning and the end of each run.
+
+    Returns:
+        What became of each, in their order.
+
+    Raises:
+        ValueError: If two runs have the same name, a config is missing, or `jobs` is below 1.
+    """
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two runs are called {next(name for name in names if names.count(name) > 1)}; rename one.")
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; it is the number of runs at a time and must be at least 1.")
+    found: dict[str, Trained | Failed] = {run.name: done for run in runs if (done := _done(run, out)) is not None}
+    waiting = [run for run in runs if run.name not in found]
+    if found:
+        tell(f"{len(found)} of {len(runs)} runs are done already.")
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    for _ in range(jobs):
+        for visible in [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus or []] or [{}]:
+            places.put({**os.environ, "OMP_NUM_THREADS": threads, **visible})
+    pool = ThreadPoolExecutor(places.qsize())
+    with _children() as children:
+        try:
+            futures = [pool.submit(_train, run, out, places, children, tell) for run in waiting]
+            for future in as_completed(futures):
+                made = future.result()
+                found[made.run.name] = made
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [found[name] for name in names]
+
+
+def _train(
+    run: Run, out: Path, places: "SimpleQueue[dict[str, str]]", children: "_Children", tell: Callable[[str], object]
+) -> Trained | Failed:
+    """One run from its beginning, or from its last checkpoint, to its end."""
+    environment, folder = places.get(), run.folder(out)
+    log, record = folder / "log.txt", folder / "run.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads(record.read_text())["seconds"] if record.exists() else 0.0
+    command = run.command(out)
+    tell(f"{run.name}: {'goes on' if '--ckpt_path=last' in command else 'begins'}; it talks to {log}")
+    started = time.perf_counter()
+    try:
+        with log.open("a") as said:
+            said.write(f"$ lightning {shlex.join(command)}\n")
+            said.flush()
+            status = children.run([*COMMAND, *command], stdout=said, stderr=subprocess.STDOUT, env=environment)
+    finally:
+        places.put(environment)
+    seconds = before + time.perf_counter() - started
+    summary = {"options": run.options, "config": str(run.config), "key": run.key, "seconds": seconds, "status": status}
+    record.write_text(json.dumps(summary, indent=2) + "\n")
+    if status:
+        reason = _last_words(log) or f"exit status {status}"
+        tell(f"{run.name}: FAILED, {reason}")
+        return Failed(run, reason, log)
+    done = _done(run, out)
+    if done is None:
+        return Failed(run, "it ended without a checkpoint", log)
+    _write_hparams(done)
+    tell(f"{run.name}: done in {seconds:.0f} s")
+    return done
+
+
+def _done(run: Run, out: Path) -> Trained | None:
+    """What there is of a run that came to its end."""
+    folder = run.folder(out)
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        checkpoint = find_last(folder)
+    except (OSError, ValueError):
+        return None
+    return Trained(run, checkpoint.parent.parent, record["seconds"]) if record["status"] == 0 else None
+
+
+def _write_hparams(done: Trained) -> None:
+    """Puts the run's parameters where TensorBoard's HParams tab looks for them, its curves giving the metrics.
+
+    The summary of the whole experiment is left out: TensorBoard makes it from all runs that it sees.
+    """
+    shown = done.run.options if done.run.shown is None else done.run.shown
+    values = {
+        name.replace("init_args.", ""): value if isinstance(value, bool | int | float | str) else short(value)
+        for name, value in shown.items()
+    }
+    _, start, end = hparams({"run": done.run.name, **values}, {})  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(done.folder), filename_suffix=".hparams") as writer:
+        for summary in (start, end):
+            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+
+
+class _Children:
+    """The processes that are at work, so that they can be told to stop."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+        self._lock = threading.Lock()
+
+    def run(self, command: list[str], **options: Any) -> int:
+        """Runs a command to its end and gives its exit status."""
+        with self._lock:
+            if self.stopped:
+                return 143
+            child = subprocess.Popen(command, start_new_session=True, **options)  # Ctrl-C reaches them by `stop` alone
+            self.running.add(child)
+        try:
+            return child.wait()
+        finally:
+            self.running.discard(child)
+
+    def stop(self) -> None:
+        """Asks all to save and end, and waits for them."""
+        with self._lock:
+            self.stopped = True
+            running = list(self.running)
+        for child in running:
+            child.terminate()
+        for child in running:
+            child.wait()
+
+
+@contextmanager
+def _children() -> Iterator[_Children]:
+    """Processes that end with this one: where it is interrupted or terminated they save their state first."""
+    children = _Children()
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield children
+    except BaseException:
+        children.stop()
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _last_words(log: Path) -> str:
+    """What a command said at its end: its own sentence where there is one, else the last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    started = max(index for index, line in enumerate(lines) if line.startswith("$ lightning"))
+    said = lines[started + 1 :]
+    told = [line.removeprefix("lightning: ") for line in said if line.startswith("lightning: ")]
+    return (told or said or [""])[-1]
+
+
+def _spelled(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

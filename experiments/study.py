@@ -1,0 +1,484 @@
+"""What every study stands on: trainings, samples and their measures, and what is left of them to read.
+
+A study is a function that takes a `Study` and asks it for trained models (`fit`: each is a run of `lightning fit`, see
+`runs`), for samples of them (`draw`) and for their quality (`gauge`), and hands it figures, tables and one finding.
+Under `runs/studies/NAME/` it leaves them as PNG, CSV and Markdown, together on a page (`index.html`), and as a record
+(`study.json`). Interrupted and started again it goes on: trainings and samples that are there are not made again.
+
+    def rates(study: Study, values: list[float] = [1e-3, 1e-4]) -> None:
+        '''Which learning rate is best?'''
+        trained = study.fit({f"{value:g}": {"model.init_args.optimizer.init_args.lr": value} for value in values})
+        gauge = study.gauge(trained)
+        rows = [{"lr": name, **gauge.measure(study.draw(run, gauge))} for name, run in trained.items()]
+        study.table("rates", rows)
+        study.finding(f"The best learning rate is {min(rows, key=lambda row: row[gauge.metric])['lr']}.")
+
+    if __name__ == "__main__":
+        main(rates, "configs/ddpm_digits.yaml", {"trainer.max_steps": 400})
+
+Run as it is, it is small and works on embedded data. `--config configs/ddpm_fashion_mnist.yaml` takes another
+experiment in its place, and options of `lightning fit`, such as `--data.init_args.root FOLDER`, hold for all of its
+trainings.
+"""
+
+import csv
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from diffusion_lit.checkpoints import load_data, load_module
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.evaluation.choose import make_extractor
+from diffusion_lit.evaluation.features import FeatureExtractor, Features
+from diffusion_lit.evaluation.generation import (
+    Job,
+    Samples,
+    class_frequencies,
+    draw_labels,
+    gather_shards,
+    generate_shards,
+)
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
+from diffusion_lit.evaluation.receipt import commit, hardware
+from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.pictures import grid_image
+from diffusion_lit.report import Page
+from diffusion_lit.sample import pick_device
+from experiments.runs import Failed, Run, Trained, fit
+
+ROOT = Path("runs/studies")
+OVERRIDES = ("trainer", "model", "data", "ema", "guard", "checkpoint", "sample_grid", "trajectory")
+
+
+class StudyFailed(Exception):
+    """A study that has nothing to go on with, told in a sentence."""
+
+
+@dataclass
+class Setup:
+    """What every study can be told.
+
+    Args:
+        config: The experiment that is varied, a YAML of `lightning fit`; the study's own small one when omitted.
+        out: Folder for the results; runs/studies/NAME by default, with the config's name where one is given.
+        num_samples: Samples that each figure is measured on.
+        extractor: What pictures are compared by: classifier, inception, pixels, ...; auto is a classifier of the data
+            set where it has classes, else as in `lightning evaluate`.
+        extractor_weights: Local file of the extractor's weights.
+        jobs: Trainings at a time, on the same device.
+        gpus: Numbers of the GPUs to spread trainings over, such as [0, 1]; by default the device is the config's.
+        device: Where samples are drawn: auto, cpu, cuda, ...
+        batch_size: Samples drawn at a time.
+        seed: Seed of the first sample.
+    """
+
+    config: str | None = None
+    out: str | None = None
+    num_samples: int = 1000
+    extractor: str = "auto"
+    extractor_weights: str | None = None
+    jobs: int = 1
+    gpus: list[int] | None = None
+    device: str = "auto"
+    batch_size: int = 250
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What samples are measured by: an extractor, and the pictures that it compares them with.
+
+    Args:
+        data: The data set, set up.
+        extractor: The loaded extractor.
+        reference: Features of the training pictures.
+        floor: The Fréchet distance of real pictures to real ones, and at what number; None where there are too few.
+    """
+
+    data: Any
+    extractor: FeatureExtractor
+    reference: Reference
+    floor: tuple[float, int] | None
+
+    @property
+    def metric(self) -> str:
+        """Name of the Fréchet distance, such as `fd_classifier`."""
+        return self.extractor.metric
+
+    def measure(self, samples: "Samples | Features | Tensor") -> dict[str, float]:
+        """How good and how varied samples are.
+
+        Args:
+            samples: From `Study.draw`, their features, or uint8 pictures (N, C, H, W).
+
+        Returns:
+            The Fréchet distance to the training pictures under the name of `metric`, `precision` and `recall`.
+        """
+        if isinstance(samples, Tensor):
+            samples = self.extractor.extract(samples, 250)
+        features = (samples.features if isinstance(samples, Samples) else samples).features
+        assert self.reference.features is not None
+        precision, recall = precision_recall(features, self.reference.features.features)
+        distance = frechet_distance(Statistics.of(features), self.reference.statistics)
+        return {self.metric: distance, "precision": precision, "recall": recall}
+
+    def draw_floor(self, axes: Any) -> None:
+        """Marks what real pictures get, in a plot of the Fréchet distance."""
+        if self.floor is not None:
+            axes.axhline(self.floor[0], color="grey", linestyle="--", label=f"real against real, n = {self.floor[1]:,}")
+
+
+@dataclass
+class Study:
+    """A study at work.
+
+    Args:
+        name: Its name, that of its folder.
+        title: What it asks.
+        setup: What it was told.
+        config: The experiment that it varies.
+        options: What holds for all of its trainings beside the config.
+        about: A paragraph on what it does.
+    """
+
+    name: str
+    title: str
+    setup: Setup
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        """Makes the folder and starts the clock."""
+        self.folder = Path(self.setup.out) if self.setup.out else ROOT / self.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = pick_device(self.setup.device)
+        self.shown: list[tuple[str, str, Any, str]] = []  # kind, name, content, caption
+        self.findings: list[str] = []
+        self.trained: dict[str, Trained] = {}
+        self.failed: list[Failed] = []
+        self._begin = time.perf_counter()
+        self._waited = 0.0
+
+    def fit(self, variants: Mapping[str, dict[str, Any]], config: str | None = None) -> dict[str, Trained]:
+        """Trains models, those that are there already left alone.
+
+        Args:
+            variants: What differs, by the options of `lightning fit`, for each training's name.
+            config: Another experiment than the study's.
+
+        Returns:
+            The trained ones by name, in order; those that failed are told and left out.
+
+        Raises:
+            StudyFailed: If all of them failed.
+        """
+        runs = [
+            Run(name, config or self.config, {**self.options, **options}, options) for name, options in variants.items()
+        ]
+        started = time.perf_counter()
+        results = fit(runs, self.folder / "runs", self.setup.jobs, self.setup.gpus, self.tell)
+        self._waited += time.perf_counter() - started
+        self.failed += [result for result in results if isinstance(result, Failed)]
+        done = {result.run.name: result for result in results if isinstance(result, Trained)}
+        self.trained |= done
+        if not done:
+            raise StudyFailed(f"No training of {self.name} came to its end: {self.failed[-1].reason}")
+        return done
+
+    def gauge(self, trained: "dict[str, Trained] | Path | str") -> Gauge:
+        """What samples are measured by.
+
+        Args:
+            trained: Trainings on the same data, or a checkpoint of one.
+
+        Returns:
+            The extractor with its reference, from the cache or computed now.
+        """
+        path = next(iter(trained.values())).ckpt_path if isinstance(trained, dict) else trained
+        data: Any = load_data(path)
+        data.prepare_data()
+        data.setup()
+        name = self.setup.extractor
+        if name == "auto" and data.num_classes:
+            name = "classifier"
+        extractor = make_extractor(name, self.setup.extractor_weights, data.image_shape)
+        extractor.load(data)
+        extractor.to(self.device)
+        reference = reference_of(data, "train", extractor, 250)
+        held_out = reference_of(data, "val", extractor, 250, self.setup.num_samples).features
+        return Gauge(data, extractor, reference, real_against_real(reference, held_out, self.setup.num_samples))
+
+    def draw(
+        self,
+        trained: "Trained | Path | str",
+        gauge: Gauge,
+        sampling: Sampling | None = None,
+        labels: Tensor | None = None,
+        count: int | None = None,
+    ) -> Samples:
+        """Draws samples, those that are there already left alone.
+
+        Args:
+            trained: A training, or a checkpoint.
+            gauge: What they will be measured by.
+            sampling: How they are drawn; as the model was trained to be when omitted.
+            labels: Class of each sample, int64 (count,); by default drawn by the training set's frequencies.
+            count: Number of samples; that of the setup when omitted.
+
+        Returns:
+            Their features and pictures, uint8 (count, C, H, W).
+        """
+        path = Path(trained.ckpt_path if isinstance(trained, Trained) else trained)
+        module = load_module(path).to(self.device)
+        setting = sampling or module.sampling
+        count, seed = count or self.setup.num_samples, self.setup.seed
+        if labels is None:
+            labels = draw_labels(range(seed, seed + count), class_frequencies(gauge.data, module.num_classes))
+        record = {
+            "checkpoint": file_hash(path),
+            "sampling": setting.record(),
+            "labels": None if labels is None else labels.tolist(),
+            "extractor": gauge.extractor.identity(),
+        }
+        job = Job(setting, count, seed, labels, record, self.folder / "samples", self.setup.batch_size, True)
+        generate_shards(job, module, gauge.extractor)
+        return gather_shards(job)
+
+    def tell(self, line: str) -> None:
+        """Says something to whoever waits."""
+        print(f"{self.name}: {line}", flush=True)
+
+    def text(self, paragraph: str) -> None:
+        """Puts a paragraph on the page."""
+        self.shown.append(("text", "", paragraph, ""))
+
+    def figure(self, name: str, figure: Figure, caption: str) -> Path:
+        """Keeps a figure.
+
+        Args:
+            name: Its file's name without ending.
+            figure: Drawn with matplotlib.
+            caption: A sentence on what it shows.
+
+        Returns:
+            The PNG file.
+        """
+        path = self.folder / f"{name}.png"
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        self.shown.append(("picture", name, path, caption))
+        return path
+
+    def pictures(self, name: str, images: Tensor | Image.Image, caption: str, columns: int = 10) -> Path:
+        """Keeps pictures.
+
+        Args:
+            name: Their file's name without ending.
+            images: uint8 or, in [-1, 1], float pictures (N, C, H, W) to lay out in rows, or a picture as it is.
+            caption: A sentence on what they show.
+            columns: Pictures per row.
+
+        Returns:
+            The PNG file.
+        """
+        if isinstance(images, Tensor):
+            scaled = images / 127.5 - 1 if images.dtype == torch.uint8 else images
+            images = grid_image(scaled, columns)
+        path = self.folder / f"{name}.png"
+        images.save(path)
+        self.shown.append(("picture", name, path, caption))
+        return path
+
+    def table(self, name: str, rows: list[dict[str, Any]], caption: str = "") -> None:
+        """Keeps a table as CSV and Markdown, and prints it.
+
+        Args:
+            name: Its files' name without ending.
+            rows: Values by column; all of the same columns.
+            caption: A sentence on what it shows.
+        """
+        header = list(rows[0])
+        with (self.folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([header, *([row[column] for column in header] for row in rows)])
+        told = markdown(rows)
+        (self.folder / f"{name}.md").write_text(told)
+        print(told, end="", flush=True)
+        self.shown.append(("table", name, rows, caption))
+
+    def finding(self, sentence: str) -> None:
+        """States what was found, in one sentence with its numbers."""
+        self.findings.append(sentence)
+        self.tell(sentence)
+
+    def write(self) -> Path:
+        """Writes the page and the record.
+
+        Returns:
+            The page.
+        """
+        here = hardware(self.device, 1)
+        seconds = {
+            "training": round(sum(run.seconds for run in self.trained.values()), 1),
+            "sampling and drawing": round(time.perf_counter() - self._begin - self._waited, 1),
+        }
+        cost = f"{seconds['training']:.0f} s of training, {seconds['sampling and drawing']:.0f} s for the rest"
+        command = " ".join(["python -m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+        page = Page(self.title, self.name)
+        for sentence in self.findings:
+            page.text(sentence)
+        page.text(self.about)
+        page.command(command)
+        page.text(f"{cost}; {here['device']}, {here['processor']}, {here['threads']} threads.")
+        for kind, _, content, caption in self.shown:
+            if kind == "text":
+                page.text(content)
+            elif kind == "picture":
+                page.picture(content, caption)
+            else:
+                page.table(list(content[0]), [list(row.values()) for row in content], caption)
+        for failed in self.failed:
+            page.text(f"The training {failed.run.name} failed: {failed.reason}")
+        record = {
+            "name": self.name,
+            "title": self.title,
+            "findings": self.findings,
+            "command": command,
+            "config": self.config,
+            "options": self.options,
+            "setup": asdict(self.setup),
+            "seconds": seconds,
+            "hardware": here,
+            "commit": commit(),
+            "figures": [
+                {"file": path.name, "caption": caption} for kind, _, path, caption in self.shown if kind == "picture"
+            ],
+            "tables": {name: rows for kind, name, rows, _ in self.shown if kind == "table"},
+            "runs": {name: str(run.folder) for name, run in self.trained.items()},
+            "failed": {failed.run.name: failed.reason for failed in self.failed},
+        }
+        (self.folder / "study.json").write_text(json.dumps(record, indent=2) + "\n")
+        page.write(self.folder / "index.html")
+        self.tell(f"{cost}; see {self.folder}/index.html")
+        return self.folder / "index.html"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table in Markdown, numbers to the right.
+
+    Args:
+        rows: Values by column; all of the same columns.
+
+    Returns:
+        Its lines.
+    """
+    header = list(rows[0])
+    numbers = [all(isinstance(row[column], int | float | None) for row in rows) for column in header]
+    lines = [header, ["---:" if number else "---" for number in numbers]]
+    lines += [[shown(row[column]) for column in header] for row in rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a table: a float with four digits, None as nothing."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(
+    function: Callable[..., None],
+    config: str,
+    options: dict[str, Any] | None = None,
+    args: list[str] | None = None,
+    **defaults: Any,
+) -> Study:
+    """The command line of a study.
+
+    Args:
+        function: Called with the study and its own arguments, which become options; the first line of its docstring is
+            the title, the rest up to its arguments what the page says about it.
+        config: The small experiment that it varies by default.
+        options: What holds for it beside the config; not for another config.
+        args: The command line without the program's name; the process's own by default.
+        defaults: Defaults of `Setup` that differ for this study.
+
+    Returns:
+        The study, written.
+
+    Raises:
+        SystemExit: With status 1 if a training failed, 2 if the user got something wrong.
+    """
+    name = function.__name__
+    title, _, about = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip().partition("\n")
+    given, overrides = split(sys.argv[1:] if args is None else args)
+    parser = ArgumentParser(
+        prog=f"python -m experiments.{name}",
+        description=f"{title} {' '.join(about.split())}",
+        epilog="Options of `lightning fit`, such as --data.init_args.root FOLDER, hold for all trainings.",
+    )
+    parser.add_class_arguments(Setup, fail_untyped=True)
+    parser.add_function_arguments(function, skip={"study"}, fail_untyped=True)
+    parser.set_defaults(defaults)
+    told = parser.parse_args(given).as_dict()
+    setup = Setup(**{key: told.pop(key) for key in Setup.__dataclass_fields__})
+    if setup.config is not None:
+        name, options = f"{name}-{Path(setup.config).stem}", {}
+    try:
+        study = Study(
+            name, title, setup, setup.config or config, {**(options or {}), **overrides}, " ".join(about.split())
+        )
+        function(study, **told)
+        study.write()
+    except (StudyFailed, ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, StudyFailed) else 2) from error
+    except KeyboardInterrupt as error:
+        print(f"{name}: Interrupted; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from error
+    if study.failed:
+        raise SystemExit(1)
+    return study
+
+
+def split(args: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Tells the options of `lightning fit` from a study's own.
+
+    Args:
+        args: A command line.
+
+    Returns:
+        The study's own, and the others by name.
+
+    Raises:
+        SystemExit: If the last one has no value.
+    """
+    own, overrides = [], {}
+    words = iter(args)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name[2:].split(".")[0] not in OVERRIDES or "." not in name:
+            own.append(word)
+            continue
+        found = value if equals else next(words, None)
+        if found is None:
+            print(f"{name} needs a value.", file=sys.stderr)
+            raise SystemExit(2)
+        overrides[name[2:]] = found
+    return own, overrides
