@@ -26,7 +26,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.features import FeatureExtractor, Features
+from diffusion_lit.evaluation.classifiers import training_labels
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import (
     Job,
     Samples,
@@ -60,7 +63,7 @@ from diffusion_lit.evaluation.store import file_hash
 from diffusion_lit.pictures import grid_image
 from diffusion_lit.report import Page
 from diffusion_lit.sample import pick_device
-from experiments.runs import Failed, Run, Trained, fit
+from experiments.runs import Failed, Run, Trained, find_config, fit
 
 ROOT = Path("runs/studies")
 OVERRIDES = ("trainer", "model", "data", "ema", "guard", "checkpoint", "sample_grid", "trajectory")
@@ -76,10 +79,10 @@ class Setup:
 
     Args:
         config: The experiment that is varied, a YAML of `lightning fit`; the study's own small one when omitted.
-        out: Folder for the results; runs/studies/NAME by default, with the config's name where one is given.
+        out: Folder for the results; runs/studies/NAME by default, with the name of other data or another config behind.
         num_samples: Samples that each figure is measured on.
         extractor: What pictures are compared by: classifier, inception, pixels, ...; auto is a classifier of the data
-            set where it has classes, else as in `lightning evaluate`.
+            set where it has classes, else as in `lightning evaluate`, else thumbnails.
         extractor_weights: Local file of the extractor's weights.
         jobs: Trainings at a time, on the same device.
         gpus: Numbers of the GPUs to spread trainings over, such as [0, 1]; by default the device is the config's.
@@ -98,6 +101,25 @@ class Setup:
     device: str = "auto"
     batch_size: int = 250
     seed: int = 0
+
+
+class Thumbnails(FeatureExtractor):
+    """Colours and layout alone: pictures shrunk to at most 8x8, for data without classes where Inception is missing."""
+
+    name = "thumbnails"
+    transform = "uint8 / 255, mean over the parts of an 8x8 grid, flattened"
+
+    def load(self, data: Any = None) -> None:
+        """Nothing to load."""
+
+    @property
+    def network(self) -> None:
+        """None."""
+
+    def compute(self, images: Tensor) -> Features:
+        """At most C * 64 features."""
+        side = min(8, images.shape[-1])
+        return Features(adaptive_avg_pool2d(images.float() / 255, side).flatten(1))
 
 
 @dataclass(frozen=True)
@@ -202,6 +224,26 @@ class Study:
             raise StudyFailed(f"No training of {self.name} came to its end: {self.failed[-1].reason}")
         return done
 
+    def value(self, name: str) -> Any:
+        """A setting that holds for all of the study's trainings.
+
+        Args:
+            name: As on the command line of `lightning fit`, such as `trainer.max_steps`.
+
+        Returns:
+            What the options say, else the config, else configs/base.yaml; None where none says anything.
+        """
+        if name in self.options:
+            given = self.options[name]
+            return yaml.safe_load(given) if isinstance(given, str) else given
+        for path in (find_config(self.config), find_config("configs/base.yaml")):
+            found: Any = yaml.safe_load(path.read_text())
+            for key in name.split("."):
+                found = found.get(key) if isinstance(found, dict) else None
+            if found is not None:
+                return found
+        return None
+
     def gauge(self, trained: "dict[str, Trained] | Path | str") -> Gauge:
         """What samples are measured by.
 
@@ -215,15 +257,25 @@ class Study:
         data: Any = load_data(path)
         data.prepare_data()
         data.setup()
-        name = self.setup.extractor
-        if name == "auto" and data.num_classes:
-            name = "classifier"
-        extractor = make_extractor(name, self.setup.extractor_weights, data.image_shape)
-        extractor.load(data)
-        extractor.to(self.device)
+        extractor = self._extractor(data).to(self.device)
         reference = reference_of(data, "train", extractor, 250)
         held_out = reference_of(data, "val", extractor, 250, self.setup.num_samples).features
         return Gauge(data, extractor, reference, real_against_real(reference, held_out, self.setup.num_samples))
+
+    def _extractor(self, data: Any) -> FeatureExtractor:
+        """The extractor that was asked for, loaded; one that fits the data where none was."""
+        name = self.setup.extractor
+        if name == "auto" and training_labels(data) is not None:
+            name = "classifier"
+        extractor = make_extractor(name, self.setup.extractor_weights, data.image_shape)
+        try:
+            extractor.load(data)
+        except MissingWeights as error:
+            if name != "auto":
+                raise
+            self.tell(f"Measuring by thumbnails, since there is nothing better: {error}")
+            return Thumbnails()
+        return extractor
 
     def draw(
         self,
@@ -379,6 +431,36 @@ class Study:
         return self.folder / "index.html"
 
 
+def picture_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
+    """Rows of pictures with a name before each.
+
+    Args:
+        rows: Pictures (N, C, H, W) by the row's name, uint8 or float in [-1, 1]; as many in each row.
+        columns: Titles of the N columns.
+        width: Width of the figure in inches.
+
+    Returns:
+        The figure.
+    """
+    count = len(next(iter(rows.values())))
+    figure, panels = plt.subplots(
+        len(rows), 1, figsize=(width, 0.25 + len(rows) * 0.8 * width / count), layout="constrained", squeeze=False
+    )
+    for axes, (name, images) in zip(panels[:, 0], rows.items(), strict=True):
+        row = grid_image(images / 127.5 - 1 if images.dtype == torch.uint8 else images, count)
+        axes.imshow(row, cmap="gray", interpolation="nearest")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_yticks([])
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+    if columns is not None:
+        top = panels[0, 0]
+        top.xaxis.tick_top()
+        top.set_xticks([(index + 0.5) * row.width / count for index in range(count)], columns)
+        top.tick_params(length=0)
+    return figure
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table in Markdown, numbers to the right.
 
@@ -440,6 +522,8 @@ def main(
     setup = Setup(**{key: told.pop(key) for key in Setup.__dataclass_fields__})
     if setup.config is not None:
         name, options = f"{name}-{Path(setup.config).stem}", {}
+    elif "data.class_path" in overrides:
+        name += f"-{overrides['data.class_path'].rpartition('.')[2]}"
     try:
         study = Study(
             name, title, setup, setup.config or config, {**(options or {}), **overrides}, " ".join(about.split())
