@@ -153,10 +153,10 @@ class Trajectory(Pictures):
 
     def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
         """Draws the strip and the animation, of a model that samples step by step."""
-        if not hasattr(module, "denoiser"):
-            return
         recorder = StepRecorder(keep=max(self.count, 16))
         self.draw(module, max(self.count, 16), recorder)
+        if not recorder.x:
+            return
         frames = recorder.frames(columns=4)
         self.write(trainer, "trajectory/animation", "trajectory", frames[-1], save_gif(frames, None))
         recorder.x = [x[: self.count] for x in recorder.x]

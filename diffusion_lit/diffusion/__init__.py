@@ -1,6 +1,8 @@
 """The mathematics of diffusion, in the coordinates x = x0 + sigma * n; torch only."""
 
 from diffusion_lit.diffusion.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from diffusion_lit.diffusion.cold import ColdSampling
+from diffusion_lit.diffusion.degradations import Blur, Degradation, Mask, Pixelate, Snow
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS
@@ -53,13 +55,16 @@ __all__ = [
     "GRIDS",
     "SAMPLERS",
     "Autoguidance",
+    "Blur",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ClipX0",
+    "ColdSampling",
     "Conditioned",
     "Constant",
     "ContinuousVP",
     "CosineSchedule",
+    "Degradation",
     "Denoiser",
     "DenoiserWrapper",
     "DenoisingLoss",
@@ -78,9 +83,11 @@ __all__ = [
     "LogNormal",
     "LogitNormal",
     "LossWeight",
+    "Mask",
     "MinSNR",
     "NoiseLevels",
     "PaperWeight",
+    "Pixelate",
     "Sampler",
     "Sampling",
     "ScaledLinearSchedule",
@@ -88,6 +95,7 @@ __all__ = [
     "Schedule",
     "SeededNoise",
     "SigmoidSchedule",
+    "Snow",
     "UniformT",
     "UnitWeight",
     "VScaling",

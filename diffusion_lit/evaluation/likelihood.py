@@ -58,6 +58,8 @@ def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) 
     Raises:
         ValueError: If the model does not denoise pictures themselves, such as a latent one.
     """
+    if not hasattr(module, "denoiser"):
+        raise ValueError(f"A {type(module).__name__} denoises nothing, so that it gives no likelihood.")
     net = module.denoiser.net
     if tuple(module.image_shape) != (net.in_channels, net.image_size, net.image_size):
         raise ValueError("The model denoises a code and not pictures, so that it gives them no likelihood.")

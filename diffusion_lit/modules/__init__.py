@@ -2,6 +2,7 @@
 
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.classifier import Classifier
+from diffusion_lit.modules.cold import ColdDiffusion
 from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
 from diffusion_lit.modules.latent import LatentDiffusion
@@ -16,6 +17,7 @@ __all__ = [
     "L2",
     "VAE",
     "Classifier",
+    "ColdDiffusion",
     "DiffusionModule",
     "DiscretisedGaussian",
     "DiscretisedLogistic",

@@ -1,0 +1,247 @@
+"""Deterministic degradations of a picture, which stand where noise stands elsewhere: x_t = D(x0, t).
+
+D(x0, 0) = x0, and each further step takes more of the picture away, up to t = T. What tells the degradation of one
+picture from that of another (where a hole is, which flakes fall) is a standard normal map n that stays the same along
+the whole way, so that D is a function of (x0, t, n). Blur and pixelation do not look at it.
+
+    blur       x_t = A_t x0 A_t',  A_t = C' diag(exp(-(pi k / H)^2 s_t^2 / 2)) C,  C the orthonormal DCT-II
+    mask       x_t = m_t x0,  m_t = prod_{i <= t} (1 - exp(-r^2 / (2 w_i^2))),  r the distance from the hole's centre
+    pixelate   x_t = x0 averaged over squares of 2^t pixels
+    snow       x_t = x0, paled, under a_t = t / T of the flakes
+
+Lengths are shares of the picture's side, so that the same settings mean the same at every size.
+
+Source: Bansal et al. 2022, Cold Diffusion (arXiv 2208.09392), section 4; snow after Hendrycks & Dietterich 2019
+(arXiv 1903.12261).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Degradation(nn.Module):
+    """Base: T steps from a picture to what is left of it.
+
+    Args:
+        num_steps: Number T of steps, at least 1.
+
+    Raises:
+        ValueError: If there is no step.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; a degradation has at least 1 step.")
+        self.num_steps = num_steps
+
+    def forward(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
+        """Degrades pictures.
+
+        Args:
+            x0: Pictures (B, C, H, W) in [-1, 1], H = W.
+            t: Steps in [0, T], whole numbers of shape () or (B,).
+            noise: Standard normal map of each picture, shape (B, 1, H, W).
+
+        Returns:
+            x_t of x0's shape; x0 itself where t is 0.
+
+        Raises:
+            ValueError: If a step is outside [0, T], or the pictures are not square.
+        """
+        t = torch.as_tensor(t, device=x0.device).expand(len(x0))
+        if len(t) and not (t.amin() >= 0 and t.amax() <= self.num_steps):
+            raise ValueError(f"Steps reach from {t.min()} to {t.max()}, but must be in [0, {self.num_steps}].")
+        if x0.shape[-1] != x0.shape[-2]:
+            raise ValueError(f"Pictures are {x0.shape[-2]}x{x0.shape[-1]}; degradations take square ones.")
+        return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
+
+    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t for t of shape (B,), of which those of step 0 are not looked at; see `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it degrades pictures.")
+
+
+def _check_widths(first: float, last: float) -> None:
+    if not 0 < first <= last:
+        raise ValueError(f"Widths go from {first} to {last}; they are shares of the side, above 0 and rising.")
+
+
+class Blur(Degradation):
+    """Gaussian blur that widens geometrically, with mirrored edges: the heat equation, exact on the pixels' cosines.
+
+    Args:
+        num_steps: Number T of steps.
+        first: Standard deviation of the first step as a share of the side.
+        last: That of step T; at 1 a picture is its mean colour, at 0.1 its large shapes are left.
+
+    Raises:
+        ValueError: If the widths are not positive and rising.
+
+    Source: Bansal 2022, section 4.1; as a heat equation Rissanen 2022 (arXiv 2206.13397), section 3.1.
+    """
+
+    def __init__(self, num_steps: int = 40, first: float = 0.02, last: float = 0.25) -> None:
+        super().__init__(num_steps)
+        _check_widths(first, last)
+        self.first, self.last = first, last
+
+    def widths(self) -> Tensor:
+        """Standard deviation of each step as a share of the side, 0 at step 0, float64 (T+1,)."""
+        rising = torch.logspace(math.log10(self.first), math.log10(self.last), self.num_steps, dtype=torch.float64)
+        return torch.cat([rising.new_zeros(1), rising])
+
+    def matrices(self, size: int) -> Tensor:
+        """A_t of each step.
+
+        Args:
+            size: Side H of the pictures.
+
+        Returns:
+            Float64 (T+1, H, H), the identity at step 0.
+        """
+        k = torch.arange(size, dtype=torch.float64)
+        cosines = torch.cos(math.pi * k[:, None] * (k + 0.5) / size) * math.sqrt(2 / size)
+        cosines[0] /= math.sqrt(2)
+        kept = torch.exp(-0.5 * (math.pi * k * self.widths()[:, None]) ** 2)
+        return cosines.T @ (kept[:, :, None] * cosines)
+
+    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Blurs; see `Degradation.degrade`."""
+        blur = self.matrices(x0.shape[-1])[t.cpu()].to(x0)[:, None]
+        return blur @ x0 @ blur.mT
+
+
+class Mask(Degradation):
+    """A soft round hole that grows over the picture, grey (0) inside; its centre is any pixel, each as likely.
+
+    Args:
+        num_steps: Number T of steps.
+        first: Standard deviation w_1 of the first step's Gaussian as a share of the side.
+        last: That of step T; at 1 nothing of the picture is left, at 0.2 its corners are.
+
+    Raises:
+        ValueError: If the widths are not positive and rising.
+
+    Source: Bansal 2022, section 4.2.
+    """
+
+    def __init__(self, num_steps: int = 50, first: float = 0.03, last: float = 1.0) -> None:
+        super().__init__(num_steps)
+        _check_widths(first, last)
+        self.first, self.last = first, last
+
+    def masks(self, size: int) -> Tensor:
+        """m_t at each offset from the centre.
+
+        Args:
+            size: Side H of the pictures.
+
+        Returns:
+            Float64 (T+1, 2H-1, 2H-1), 1 at step 0; the centre is at [H-1, H-1].
+        """
+        offset = torch.arange(1 - size, size, dtype=torch.float64) / size
+        squared = offset[:, None] ** 2 + offset**2
+        widths = torch.linspace(self.first, self.last, self.num_steps, dtype=torch.float64)
+        closed = -torch.expm1(-squared / (2 * widths[:, None, None] ** 2))
+        return torch.cat([torch.ones_like(closed[:1]), closed.cumprod(0)])
+
+    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Masks; see `Degradation.degrade`."""
+        size = x0.shape[-1]
+        centre = noise.flatten(1).argmax(1).cpu()  # where independent draws are largest is uniform over the pixels
+        pixels = torch.arange(size)
+        rows = pixels + (size - 1 - centre // size)[:, None]
+        columns = pixels + (size - 1 - centre % size)[:, None]
+        mask = self.masks(size)[t.cpu()[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return x0 * mask[:, None].to(x0)
+
+
+class Pixelate(Degradation):
+    """Averages over squares of 2^t pixels, shown at the old size.
+
+    Args:
+        num_steps: Number T of steps; 2^T must divide the side.
+
+    Source: Bansal 2022, section 4.3.
+    """
+
+    def __init__(self, num_steps: int = 3) -> None:
+        super().__init__(num_steps)
+
+    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Pixelates; see `Degradation.degrade`.
+
+        Raises:
+            ValueError: If the squares do not divide the picture.
+        """
+        if x0.shape[-1] % 2**self.num_steps:
+            raise ValueError(
+                f"{self.num_steps} steps of pixelation make squares of {2**self.num_steps} pixels, which do not divide "
+                f"pictures of {x0.shape[-1]}; lower num_steps."
+            )
+        x = made = x0
+        for step in range(1, self.num_steps + 1):
+            x = F.avg_pool2d(x, 2)
+            coarse = x.repeat_interleave(2**step, -1).repeat_interleave(2**step, -2)
+            made = torch.where((t == step)[:, None, None, None], coarse, made)
+        return made
+
+
+class Snow(Degradation):
+    """Snowfall: the picture pales, and flakes blown along a diagonal cover more and more of it.
+
+    Args:
+        num_steps: Number T of steps.
+        density: Share of the sky that is white at step T, in (0, 1).
+        pale: Share of the paled picture at step T, in [0, 1].
+        flake: Size of a flake as a share of the side.
+
+    Raises:
+        ValueError: If a share is out of range.
+
+    Source: Bansal 2022, section 4.4, after ImageNet-C's snow (arXiv 1903.12261): thresholded noise under motion blur,
+    and paling towards max(x, 1.5 grey + 0.5), x in [0, 1].
+    """
+
+    def __init__(self, num_steps: int = 40, density: float = 0.4, pale: float = 0.5, flake: float = 0.06) -> None:
+        super().__init__(num_steps)
+        if not (0 < density < 1 and 0 <= pale <= 1 and 0 < flake <= 1):
+            raise ValueError(
+                f"Snow of density {density}, pale {pale} and flake {flake} cannot fall; density lies in (0, 1), pale "
+                "in [0, 1] and flake in (0, 1]."
+            )
+        self.density, self.pale, self.flake = density, pale, flake
+
+    def flakes(self, t: Tensor, noise: Tensor) -> Tensor:
+        """Brightness of the snow over each pixel, which only grows with t.
+
+        Args:
+            t: Steps (B,).
+            noise: Standard normal (B, 1, H, W).
+
+        Returns:
+            Shape (B, 1, H, W) in [0, 1].
+        """
+        size = noise.shape[-1]
+        side = max(1, round(self.flake * size))
+        coarse = noise[..., : -(-size // side), : -(-size // side)]
+        sky = coarse.repeat_interleave(side, -1).repeat_interleave(side, -2)[..., :size, :size]
+        share = (t / self.num_steps).to(noise)[:, None, None, None]
+        threshold = -math.sqrt(2) * torch.erfinv(2 * self.density * share.clamp(min=1e-6) - 1)
+        fallen = (2 * (sky - threshold)).clamp(0, 1)
+        blown = max(2, round(1.5 * side))
+        streak = torch.eye(blown, dtype=noise.dtype, device=noise.device)[None, None] / blown
+        before = (blown - 1) // 2
+        padding = (before, blown - 1 - before) * 2
+        return F.conv2d(F.pad(fallen, padding, mode="replicate"), streak).clamp(0, 1)
+
+    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Lets it snow; see `Degradation.degrade`."""
+        x = (x0 + 1) / 2
+        share = self.pale * (t / self.num_steps).to(x)[:, None, None, None]
+        paled = torch.maximum(x, (1.5 * x.mean(1, keepdim=True) + 0.5).clamp(max=1))
+        x = torch.lerp(x, paled, share)
+        return 2 * torch.lerp(x, torch.ones_like(x), self.flakes(t, noise)) - 1
