@@ -57,7 +57,8 @@ class Degradation(nn.Module):
             raise ValueError(f"Steps reach from {t.min()} to {t.max()}, but must be in [0, {self.num_steps}].")
         if x0.shape[-1] != x0.shape[-2]:
             raise ValueError(f"Pictures are {x0.shape[-2]}x{x0.shape[-1]}; degradations take square ones.")
-        return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
+        with torch.autocast(x0.device.type, enabled=False):  # of the network's precision nothing here may depend
+            return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for t of shape (B,), of which those of step 0 are not looked at; see `forward`."""
@@ -83,7 +84,7 @@ class Blur(Degradation):
     Source: Bansal 2022, section 4.1; as a heat equation Rissanen 2022 (arXiv 2206.13397), section 3.1.
     """
 
-    def __init__(self, num_steps: int = 40, first: float = 0.02, last: float = 0.25) -> None:
+    def __init__(self, num_steps: int = 20, first: float = 0.03, last: float = 0.3) -> None:
         super().__init__(num_steps)
         _check_widths(first, last)
         self.first, self.last = first, last
