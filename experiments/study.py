@@ -59,13 +59,14 @@ from diffusion_lit.evaluation.generation import (
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from diffusion_lit.evaluation.receipt import commit, hardware
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
-from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.evaluation.store import file_hash, key_of, read_tensors, write_tensors
 from diffusion_lit.pictures import grid_image
 from diffusion_lit.report import Page
 from diffusion_lit.sample import pick_device
 from experiments.runs import Failed, Run, Trained, find_config, fit
 
 ROOT = Path("runs/studies")
+QUIET = {"trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}  # the study draws and measures itself
 OVERRIDES = ("trainer", "model", "data", "ema", "guard", "checkpoint", "sample_grid", "trajectory")
 
 
@@ -313,6 +314,23 @@ class Study:
         generate_shards(job, module, gauge.extractor)
         return gather_shards(job)
 
+    def keep(self, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What else takes time to compute: made once and kept beside the samples.
+
+        Args:
+            record: Plain values that determine it, such as the hash of a checkpoint.
+            make: Computes it.
+
+        Returns:
+            Tensors by name, on the CPU.
+        """
+        path = self.folder / "kept" / f"{key_of(record)[:16]}.safetensors"
+        kept = read_tensors(path, record)
+        if kept is None:
+            kept = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
+            write_tensors(path, kept, record)
+        return kept
+
     def tell(self, line: str) -> None:
         """Says something to whoever waits."""
         print(f"{self.name}: {line}", flush=True)
@@ -333,7 +351,7 @@ class Study:
             The PNG file.
         """
         path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
         self.shown.append(("picture", name, path, caption))
         return path

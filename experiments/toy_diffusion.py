@@ -1,0 +1,144 @@
+"""The simplest thing that works: mix a picture with noise, train a network to take it back, take it back in five steps.
+
+A picture x0 and noise n are mixed with a random amount t in (0, 1),
+
+    x_t = (1 - t) x0 + t n,
+
+and a small U-Net that is not told t predicts x0 from x_t by squared error. Drawing starts at t = 1, and each of N steps
+moves the mix towards the prediction x0_hat, by 1/N of the way at first and all of it at last:
+
+    x_{t'} = x0_hat + (t' / t) (x_t - x0_hat),        t = 1, 1 - 1/N, ..., 1/N, 0
+
+That is the flow path of the project's own core, `X0Scaling()` with `UniformT()` noise levels, and its sampler `euler`
+on the grid `trailing`; nothing here is made for the toy but the figures.
+
+    python -m experiments.toy_diffusion
+    python -m experiments.toy_diffusion --data.class_path datamodules.FashionMNIST --data.init_args.root FOLDER
+"""
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from diffusion_lit.checkpoints import load_module
+from diffusion_lit.diffusion.conversions import flow_time_to_sigma
+from diffusion_lit.evaluation.features import take
+from diffusion_lit.pictures import StepRecorder
+from experiments.study import Gauge, Study, main, picture_rows
+
+AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]
+
+
+def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> None:  # noqa: B006 (never changed)
+    """What is the simplest diffusion model that works?
+
+    A small U-Net that is not told the amount of noise predicts the clean picture from its linear mix with noise, and
+    draws pictures in a few steps.
+
+    Args:
+        study: Where it works.
+        num_steps: Numbers of steps to draw with.
+    """
+    trained = study.fit({"toy": {}})["toy"]
+    module = load_module(trained.ckpt_path)
+    gauge = study.gauge(trained.ckpt_path)
+    real = held_out(gauge, 9)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(study.setup.seed))
+
+    names = [f"{amount:.2f}" for amount in AMOUNTS.tolist()]
+    forward = {f"picture {row + 1}": mix(real[row], noise[row], AMOUNTS) for row in range(4)}
+    figure = picture_rows(forward, names)
+    figure.suptitle("amount of noise t")
+    study.figure("forward", figure, "The forward process: (1 - t) x0 + t n for four held-out pictures.")
+
+    with torch.no_grad():
+        inputs = torch.cat([mix(real[row : row + 1], noise[row : row + 1], AMOUNTS[row]) for row in range(9)])
+        outputs = module.denoiser(inputs / (1 - AMOUNTS)[:, None, None, None], flow_time_to_sigma(AMOUNTS))
+    rows = {"picture": real, "input": inputs, "output": outputs}
+    figure = picture_rows(rows, names)
+    figure.suptitle("amount of noise t, which the network is not told")
+    study.figure("denoiser", figure, "What the denoiser is given, and what it makes of it in one call.")
+    errors = (outputs - real).square().flatten(1).mean(1)
+
+    recorder = StepRecorder(keep=8)
+    module.generate(range(study.setup.seed, study.setup.seed + 8), sampling=module.sampling, callback=recorder)
+    steps = len(recorder.x)
+    visible = [x / (1 + sigma) for x, sigma in zip(recorder.x, recorder.sigmas, strict=True)]
+    rows = {}
+    for step in range(steps):
+        rows[f"{step + 1}: mix"] = visible[step]
+        rows[f"{step + 1}: prediction"] = recorder.x0_hat[step]
+    caption = f"The {steps} steps of eight samples: the mix that goes into the network, above the prediction it makes."
+    study.figure("five_steps", picture_rows(rows), caption)
+
+    rows = []
+    for count in num_steps:
+        drawn = study.draw(trained, gauge, module.sampling.but(num_steps=count))
+        rows.append({"steps": count, **gauge.measure(drawn)})
+        if count == module.sampling.num_steps:
+            study.pictures("samples", drawn.images[:80], f"Samples in {count} steps.")
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training pictures.")
+    study.figure("quality", quality(rows, gauge), "The Fréchet distance to the training pictures against the steps.")
+    best = min(rows, key=lambda row: row[gauge.metric])
+    asked = next((row for row in rows if row["steps"] == module.sampling.num_steps), best)
+    floor = "" if gauge.floor is None else f" (real pictures get {gauge.floor[0]:.3g})"
+    study.finding(
+        f"A network that is not told the noise draws with {gauge.metric} {asked[gauge.metric]:.3g} in {asked['steps']} "
+        f"steps and at best {best[gauge.metric]:.3g}, in {best['steps']}{floor}; its squared error is "
+        f"{errors[0]:.2g} on a clean picture and {errors[-1]:.2g} on pure noise."
+    )
+
+
+def held_out(gauge: Gauge, count: int) -> Tensor:
+    """Pictures that were not trained on.
+
+    Args:
+        gauge: Knows the data.
+        count: How many.
+
+    Returns:
+        The first of the validation split, (count, C, H, W) in [-1, 1].
+    """
+    images = gauge.data.reference_images("val")
+    return take(images, torch.arange(min(count, len(images)))).float() / 127.5 - 1
+
+
+def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
+    """The linear mix of a picture and noise.
+
+    Args:
+        x0: A picture (C, H, W), or a batch of one.
+        noise: Standard normal of the same shape.
+        amount: t in [0, 1], shape () or (T,).
+
+    Returns:
+        (1 - t) x0 + t n, shape (T, C, H, W).
+    """
+    t = amount.reshape(-1, 1, 1, 1)
+    return (1 - t) * x0 + t * noise
+
+
+def quality(rows: list[dict[str, float]], gauge: Gauge) -> plt.Figure:
+    """The Fréchet distance against the number of steps.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    steps = [row["steps"] for row in rows]
+    axes.plot(steps, [row[gauge.metric] for row in rows], marker="o", label="samples")
+    gauge.draw_floor(axes)
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=gauge.metric)
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    main(toy_diffusion, "configs/studies/toy_diffusion.yaml")
