@@ -322,12 +322,12 @@ class Study:
             make: Computes it.
 
         Returns:
-            Tensors by name, on the CPU.
+            Tensors by name.
         """
         path = self.folder / "kept" / f"{key_of(record)[:16]}.safetensors"
         kept = read_tensors(path, record)
         if kept is None:
-            kept = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
+            kept = make()
             write_tensors(path, kept, record)
         return kept
 
