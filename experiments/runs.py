@@ -9,6 +9,7 @@ finds both.
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -69,7 +70,8 @@ class Run:
 
     def folder(self, out: Path) -> Path:
         """Where the run lies under a study's folder of runs."""
-        return out / f"{self.name.replace('/', '_')}-{self.key}"
+        plain = re.sub(r"[^\w.=,+-]+", "_", self.name)
+        return out / f"{plain}-{self.key}"
 
     def command(self, out: Path) -> list[str]:
         """The arguments of `lightning`, which go on with what is there."""
@@ -259,7 +261,7 @@ def _train(
     record.write_text(json.dumps(summary, indent=2) + "\n")
     if status:
         reason = _last_words(log) or f"exit status {status}"
-        tell(f"{run.name}: FAILED, {reason}")
+        tell(f"{run.name}: {'stopped' if children.stopped else 'FAILED'}, {reason}")
         return Failed(run, reason, log)
     done = _done(run, out)
     if done is None:
