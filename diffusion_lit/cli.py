@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from diffusion_lit.hardware import keep_freed_memory
+
 
 class Command(NamedTuple):
     """A command beside LightningCLI's own: where its function lives, and its line in the help."""
@@ -25,6 +27,7 @@ COMMANDS = {
     "evaluate": Command(
         "diffusion_lit.evaluation.command", "evaluate", "measure a checkpoint: FID and more, with a receipt"
     ),
+    "report": Command("diffusion_lit.report.run", "report", "put a run on one HTML page: curves, samples, evaluations"),
     "export": Command("diffusion_lit.export", "export", "write a checkpoint's model as safetensors and JSON"),
 }
 
@@ -60,6 +63,7 @@ def main(args: list[str] | None = None) -> None:
         args: The command line without the program's name; the process's own by default.
     """
     args = sys.argv[1:] if args is None else args
+    keep_freed_memory()
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
     elif args[0] in COMMANDS:

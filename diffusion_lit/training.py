@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
@@ -37,6 +39,8 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.checkpoints import find_last, read_checkpoint
 from diffusion_lit.export import is_export
+from diffusion_lit.hardware import bf16_pays, device_type, use_threads
+from diffusion_lit.precision import TrainInBf16
 from diffusion_lit.saving import SafeCheckpointIO, quiet_writer_threads
 from diffusion_lit.stopping import RunStopped, explain
 
@@ -92,6 +96,12 @@ class CLI(LightningCLI):
             default=False,
             help="Compiles the network, and nothing else; --model.compile says the same.",
         )
+        parser.add_argument(
+            "--channels_last",
+            type=bool | None,
+            default=None,
+            help="Keeps feature maps in the layout NHWC; by default on CUDA, where tensor cores want it.",
+        )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         for source, target, compute in (
@@ -129,7 +139,9 @@ class CLI(LightningCLI):
             print(f"Continuing from {path}")
         if self.config["subcommand"] == "fit" and is_export(path):
             raise UserError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
-        self.recorded = read_checkpoint(path).get("hyper_parameters", {})
+        checkpoint = read_checkpoint(path)
+        self.recorded = checkpoint.get("hyper_parameters", {})
+        self.trained_in = checkpoint.get("diffusion_lit", {}).get("precision", "32-true")
 
     def _name_run(self, config: Namespace) -> None:
         """Names the run after its config."""
@@ -153,7 +165,28 @@ class CLI(LightningCLI):
             always.append(LearningRateMonitor(logging_interval="step"))
         given = config.get("plugins") or []
         config["plugins"] = [*(given if isinstance(given, list) else [given]), SafeCheckpointIO()]
+        if self.subcommand == "fit":
+            self._suit_hardware(config)
         return super()._instantiate_trainer(config, [*callbacks, *always])
+
+    def _suit_hardware(self, config: dict[str, Any]) -> None:
+        """Fills in what the user left to the hardware: threads, precision, and how cuDNN chooses its kernels.
+
+        A run that is continued keeps the precision that it was started in. Lightning's other strategies bring plugins
+        of their own for precision and stay in float32.
+        """
+        use_threads()
+        device = device_type(str(config.get("accelerator") or "auto"))
+        strategy = config.get("strategy") or "auto"
+        usual = isinstance(strategy, str) and strategy.startswith(("auto", "ddp"))
+        if config.get("precision") is None and usual and not any(isinstance(p, Precision) for p in config["plugins"]):
+            trained_in = getattr(self, "trained_in", "bf16-mixed" if bf16_pays(device) else "32-true")
+            if trained_in == "bf16-mixed":
+                config["plugins"].append(TrainInBf16(device))
+            else:
+                config["precision"] = trained_in
+        if config.get("benchmark") is None and device == "cuda" and not config.get("deterministic"):
+            config["benchmark"] = True
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs, and finds words for what goes wrong on the way."""
@@ -168,6 +201,10 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
         self._refuse_what_the_data_decides()
+        chosen = self.config[self.subcommand].get("channels_last")
+        on_cuda = isinstance(self.trainer.accelerator, CUDAAccelerator)
+        if on_cuda if chosen is None else chosen:
+            self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay
         path = self.config[self.subcommand].get("ckpt_path")

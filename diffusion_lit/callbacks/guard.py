@@ -83,7 +83,10 @@ class NonFiniteGuard(Callback):
             torch.distributed.all_reduce(bad)
             ok = bad == 0
         self._note(~ok, trainer.global_step + 1, getattr(pl_module, "sigma_range", None))
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused one leaves a step out by itself
+        fused = all(
+            group.get("fused") for group in optimizer.param_groups
+        )  # a checkpoint may bring groups that are not
+        if fused and getattr(optimizer, "_step_supports_amp_scaling", False):  # it leaves a step out by itself
             optimizer.found_inf, optimizer.grad_scale = (~ok).float(), None
             return
         self._ok = ok

@@ -6,6 +6,9 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from diffusion_lit.hardware import describe
+from diffusion_lit.precision import TrainInBf16
+
 
 class Throughput(Callback):
     """Logs training images per second, all ranks together, validation and pictures not counted."""
@@ -37,7 +40,12 @@ class Throughput(Callback):
 
 
 class RunSummary(Callback):
-    """Prints, when training ends, what the run reached and where its pictures, checkpoints and logs lie."""
+    """Prints what the hardware decided when training starts, and what the run reached and left when it ends."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what was chosen for the hardware and how to choose otherwise."""
+        if trainer.is_global_zero:
+            print("\n".join(hardware_lines(trainer, pl_module)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the summary on rank 0."""
@@ -80,6 +88,32 @@ class RunSummary(Callback):
         if "val/loss" in metrics:
             figures.append(("validation loss", f"{metrics['val/loss']:.4g}"))
         return figures
+
+
+def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """What a run computes on and in which way, and the options that say otherwise.
+
+    Args:
+        trainer: The trainer, its optimizers made.
+        pl_module: The module.
+
+    Returns:
+        Two lines.
+    """
+    figures = (
+        ""
+        if trainer.precision == "32-true" or not isinstance(trainer.precision_plugin, TrainInBf16)
+        else (", figures in 32-true")
+    )
+    optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.optimizers]
+    kinds = [f"{'fused ' if one.param_groups[0].get('fused') else ''}{type(one).__name__}" for one in optimizers]
+    ranks = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    where = f"{ranks}{describe(pl_module.device.type)}"
+    return [
+        f"On {where}: training in {trainer.precision}{figures}; {', '.join(kinds)}.",
+        "Chosen by the hardware; --trainer.precision 32-true, --model.init_args.optimizer.init_args.fused false and "
+        "OMP_NUM_THREADS=N say otherwise.",
+    ]
 
 
 def _short(path: Path) -> str:

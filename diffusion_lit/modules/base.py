@@ -90,9 +90,12 @@ class KeyedModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""
-        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        names = getattr(datamodule, "class_names", None)
-        checkpoint["diffusion_lit"] = {"class_names": list(names or self.class_names), "seed": run_seed()}
+        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        checkpoint["diffusion_lit"] = {
+            "class_names": list(names or self.class_names),
+            "seed": run_seed(),
+            "precision": "32-true" if self._trainer is None else str(self.trainer.precision),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the names of the classes from the checkpoint."""

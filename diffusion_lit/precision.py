@@ -1,0 +1,32 @@
+"""Training in bf16 where it pays, with every figure still taken in float32."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.plugins import MixedPrecision, Precision
+
+
+class TrainInBf16(MixedPrecision):
+    """The training step under bf16 autocast; validation, test and predict in float32.
+
+    Weights, gradients, optimizer and average are in float32 as under Lightning's `bf16-mixed`, and so are
+    preconditioning and loss. Unlike there, what is measured does not depend on whether the hardware has bf16.
+
+    Args:
+        device: Kind of the device, `cpu` or `cuda`.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__("bf16-mixed", device)
+
+    @contextmanager
+    def val_step_context(self) -> Generator[None, None, None]:
+        """Leaves autocast off."""
+        yield
+
+    test_step_context = predict_step_context = val_step_context
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Clips, also for a fused optimizer: there is no gradient scaler that it could get in the way of."""
+        Precision.clip_gradients(self, *args, **kwargs)
