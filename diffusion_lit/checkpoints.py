@@ -161,6 +161,19 @@ def _described(checkpoint: dict[str, Any], key: str, what: str, path: str | Path
         )
 
 
+def versions(run: Path) -> list[Path]:
+    """The versions of a run.
+
+    Args:
+        run: The run's folder, `runs/NAME`.
+
+    Returns:
+        Its folders `version_N`, the newest first.
+    """
+    found = [folder for folder in run.glob("version_*") if re.fullmatch(r"version_\d+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.split("_")[1]), reverse=True)
+
+
 def find_last(run: Path) -> Path:
     """The last checkpoint of a run's newest version that has one.
 
@@ -173,8 +186,7 @@ def find_last(run: Path) -> Path:
     Raises:
         ValueError: If no version holds a last checkpoint.
     """
-    versions = [folder for folder in run.glob("version_*") if re.fullmatch(r"version_\d+", folder.name)]
-    for folder in sorted(versions, key=lambda folder: int(folder.name.split("_")[1]), reverse=True):
+    for folder in versions(run):
         last = folder / "checkpoints" / "last.ckpt"
         if last.is_file():
             return last

@@ -127,7 +127,11 @@ def test_tables_show_numbers_for_reading_and_refuse_ragged_rows():
     assert "1,234,567" in read.text
     assert "0.1235" in read.text
     assert "True" in read.text
-    assert [cell.get("class") for cell in read.all("td")] == [None, "number", "number", None, None, "number"]
+    assert [cell.get("class") for cell in read.all("td")] == [
+        *["short", "number short", "number short"],
+        *["short", "short", "number short"],
+    ]
+    assert [title.get("class") for title in read.all("th")] == [None, "number", "number"]
     with pytest.raises(ValueError, match=r"has 1 cells, but the table has 2 columns"):
         page.table(["a", "b"], [["one"]])
 

@@ -1,6 +1,7 @@
 """A receipt as a page to read: tables of the figures, and a plot of quality against cost."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -39,105 +40,134 @@ def setting_name(result: dict[str, Any]) -> str:
     return name + (f", cfg {sampling['cfg_scale']:g}" if result["conditional"] else "")
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    """The figures as Markdown tables, one per reference, the floor as the last row.
+class Table(NamedTuple):
+    """A table of figures.
+
+    Args:
+        title: Its title.
+        note: What a reader must know, or nothing.
+        words: Number of columns on the left that hold words; those after them hold figures.
+        header: Titles of the columns.
+        rows: Cells as text.
+        closing: Number of columns on the right that hold words.
+    """
+
+    title: str
+    note: str
+    words: int
+    header: list[str]
+    rows: list[list[str]]
+    closing: int = 0
+
+    def markdown(self) -> list[str]:
+        """The table in Markdown.
+
+        Returns:
+            Its lines.
+        """
+        figures = len(self.header) - self.words - self.closing
+        rule = ["---"] * self.words + ["---:"] * figures + ["---"] * self.closing
+        note = [self.note, ""] if self.note else []
+        return [f"### {self.title}", "", *note, *(_line(cells) for cells in (self.header, rule, *self.rows)), ""]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """All figures of a report.
 
     Args:
         report: The report.
 
     Returns:
-        Lines.
+        A table per reference, the floor as its last row, and those of what else was asked for.
     """
-    lines: list[str] = []
+    others = (single_image_table(report), per_class_table(report), memorization_table(report))
+    return [*reference_tables(report), *(table for table in others if table.rows)]
+
+
+def reference_tables(report: dict[str, Any]) -> list[Table]:
+    """The figures against each reference.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A table per reference, a row per setting and the floor as the last.
+    """
+    found = []
     for name, reference in report["references"].items():
         figures = list(next(iter(report["results"]))["references"][name]["figures"])
-        lines += [f"### Against {name}", "", "| setting | NFE | " + " | ".join(figures) + " |"]
-        lines += ["| --- | ---: |" + " ---: |" * len(figures)]
+        rows = []
         for result in report["results"]:
             values = result["references"][name]["figures"]
             cells = [shown(values[figure], figure) for figure in figures]
-            lines.append(f"| {setting_name(result)} | {result['nfe']} | " + " | ".join(cells) + " |")
+            rows.append([setting_name(result), str(result["nfe"]), *cells])
         floor = reference.get("floor")
         if floor:
             cells = [
                 shown(floor["figures"][figure], figure) if figure in floor["figures"] else "" for figure in figures
             ]
-            lines.append(f"| real against real, n = {floor['count']:,} | | " + " | ".join(cells) + " |")
-        lines.append("")
-    return lines
+            rows.append([f"real against real, n = {floor['count']:,}", "", *cells])
+        found.append(Table(f"Against {name}", "", 1, ["setting", "NFE", *figures], rows))
+    return found
 
 
-def single_image_table(report: dict[str, Any]) -> list[str]:
+def single_image_table(report: dict[str, Any]) -> Table:
     """The figures of a model of one picture.
 
     Args:
         report: The report.
 
     Returns:
-        Lines of Markdown; none for other models.
+        A row per setting; none for other models.
     """
     found = [result for result in report["results"] if "single_image" in result]
-    if not found:
-        return []
-    figures = list(found[0]["single_image"])
-    lines = ["### Against the one training picture", "", "| setting | NFE | " + " | ".join(figures) + " |"]
-    lines.append("| --- | ---: |" + " ---: |" * len(figures))
-    for result in found:
-        cells = [f"{value:.4g}" for value in result["single_image"].values()]
-        lines.append(f"| {setting_name(result)} | {result['nfe']} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    rows = [
+        [setting_name(result), str(result["nfe"]), *(f"{value:.4g}" for value in result["single_image"].values())]
+        for result in found
+    ]
+    figures = list(found[0]["single_image"]) if found else []
+    return Table("Against the one training picture", "", 1, ["setting", "NFE", *figures], rows)
 
 
-def per_class_table(report: dict[str, Any]) -> list[str]:
-    """The Fréchet distance of each class, a row per setting and reference.
+def per_class_table(report: dict[str, Any]) -> Table:
+    """The Fréchet distance of each class.
 
     Args:
         report: The report.
 
     Returns:
-        Lines of Markdown; none where it was not asked for.
+        A row per setting and reference; none where it was not asked for.
     """
-    lines: list[str] = []
+    rows: list[list[str]] = []
+    names: list[str] = []
     metric = report["extractor"]["metric"]
     for result in report["results"]:
         for name, classes in result.get("per_class", {}).items():
-            if not lines:
-                lines = [f"### {metric} of each class", "", "| setting | against | " + " | ".join(classes) + " |"]
-                lines.append("| --- | --- |" + " ---: |" * len(classes))
+            names = names or list(classes)
             cells = [
                 f"{entry[metric]:.4g} (n = {entry['generated']:,})" if metric in entry else "too few"
                 for entry in classes.values()
             ]
-            lines.append(f"| {setting_name(result)} | {name} | " + " | ".join(cells) + " |")
-    return [*lines, ""] if lines else []
+            rows.append([setting_name(result), name, *cells])
+    return Table(f"{metric} of each class", "", 2, ["setting", "against", *names], rows)
 
 
-def memorization_table(report: dict[str, Any]) -> list[str]:
-    """Whether training pictures are repeated, a row per setting and space.
+def memorization_table(report: dict[str, Any]) -> Table:
+    """Whether training pictures are repeated.
 
     Args:
         report: The report.
 
     Returns:
-        Lines of Markdown; none where it was not asked for.
+        A row per setting and space; none where it was not asked for.
     """
-    lines: list[str] = []
+    rows = []
     for result in report["results"]:
-        found = result.get("memorization")
-        if not found:
-            continue
-        lines = lines or [
-            "### Memorisation",
-            "",
-            "r is the distance to the nearest training picture over that to the nearest held-out one. A copy has an r "
-            "too small to occur once by chance; p is the probability of so many samples below the held-out 1% "
-            "quantile.",
-            "",
-            "| setting | space | copies | below the quantile | by chance | p | nearest is training | by chance | "
-            "verdict |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-        ]
-        for space, figures in found["spaces"].items():
+        for space, figures in result.get("memorization", {}).get("spaces", {}).items():
             cells = [
                 setting_name(result),
                 space,
@@ -149,8 +179,48 @@ def memorization_table(report: dict[str, Any]) -> list[str]:
                 f"{figures['nearest_is_training_by_chance']:.1%}",
                 "memorised" if figures["memorised"] else "not memorised",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""] if lines else []
+            rows.append(cells)
+    note = (
+        "r is the distance to the nearest training picture over that to the nearest held-out one. A copy has an r too "
+        "small to occur once by chance; p is the probability of so many samples below the held-out 1% quantile."
+    )
+    counts = ["copies", "below the quantile", "by chance", "p", "nearest is training", "by chance"]
+    return Table("Memorisation", note, 2, ["setting", "space", *counts, "verdict"], rows, closing=1)
+
+
+def likelihood_sentence(report: dict[str, Any]) -> str | None:
+    """The likelihood in words.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A sentence, or None where it was not asked for.
+    """
+    if "likelihood" not in report:
+        return None
+    likelihood = report["likelihood"]
+    return (
+        f"Likelihood: {likelihood['bits_per_dim']:.4f} ± {likelihood['standard_error']:.4f} bits per dimension over "
+        f"{likelihood['count']:,} pictures of {likelihood['split']}."
+    )
+
+
+def blocks_sentence(report: dict[str, Any]) -> str:
+    """What the figures are taken over.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A sentence.
+    """
+    extractor, samples = report["extractor"], report["samples"]
+    return (
+        f"{samples['num_blocks']} block(s) of {samples['num_samples']:,} samples "
+        f"({extractor['metric']}_{short_count(samples['num_samples'])}): mean ± standard deviation over the blocks "
+        "(minimum)."
+    )
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -162,24 +232,13 @@ def markdown(report: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    checkpoint, extractor, samples = report["checkpoint"], report["extractor"], report["samples"]
-    lines = [f"# Evaluation of {checkpoint['file']}", ""]
+    lines = [f"# Evaluation of {report['checkpoint']['file']}", ""]
     if report["references"]:
-        lines += [
-            f"{samples['num_blocks']} block(s) of {samples['num_samples']:,} samples "
-            f"({extractor['metric']}_{short_count(samples['num_samples'])}): mean ± standard deviation over the blocks "
-            "(minimum).",
-            "",
-            *table(report),
-        ]
-    lines += [*single_image_table(report), *per_class_table(report), *memorization_table(report)]
-    if "likelihood" in report:
-        likelihood = report["likelihood"]
-        lines += [
-            f"Likelihood: {likelihood['bits_per_dim']:.4f} ± {likelihood['standard_error']:.4f} bits per dimension "
-            f"over {likelihood['count']:,} pictures of {likelihood['split']}.",
-            "",
-        ]
+        lines += [blocks_sentence(report), ""]
+    lines += [line for table in tables(report) for line in table.markdown()]
+    likelihood = likelihood_sentence(report)
+    if likelihood:
+        lines += [likelihood, ""]
     if report["warnings"]:
         lines += ["## Warnings", "", *[f"- {warning}" for warning in report["warnings"]], ""]
     lines += ["## Receipt", ""]

@@ -23,6 +23,7 @@ Source = Path | str | Image.Image | Figure
 
 SMALL = 200  # pictures below this many pixels a side are enlarged by a whole factor
 INCH = 96  # CSS pixels
+SHORT = 28  # characters of a cell that is not broken into lines
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #59636e; --paper: #ffffff; --well: #f3f5f7; --line: #d5dae0;
@@ -45,9 +46,10 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; } caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; } .number { text-align: right; } .short { white-space: nowrap; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; }
-figure { margin: 0; max-width: 100%; }
+figure { margin: 0; max-width: calc((100% - (var(--columns) - 1) * 1rem) / var(--columns)); }
+@media (max-width: 44rem) { figure { max-width: 100%; } }
 img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 img.pixels { image-rendering: pixelated; }
 figcaption { font-size: .85rem; padding-top: .3rem; max-width: 40rem; }
@@ -141,9 +143,14 @@ class Page:
         for row in rows:
             if len(row) != len(header):
                 raise ValueError(f"The row {list(row)} has {len(row)} cells, but the table has {len(header)} columns.")
+        numbers = [any(_is_number(row[column]) for row in rows) for column in range(len(header))]
+        titles = (
+            f'<th scope="col"{_class("number" if number else "")}>{_text(name)}</th>'
+            for name, number in zip(header, numbers, strict=True)
+        )
         lines = ['<div class="scroll"><table>']
         lines += [f"<caption>{_text(caption)}</caption>"] if caption else []
-        lines += ["<thead><tr>" + "".join(f'<th scope="col">{_text(name)}</th>' for name in header) + "</tr></thead>"]
+        lines += [f"<thead><tr>{''.join(titles)}</tr></thead>"]
         lines += ["<tbody>", *("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows), "</tbody></table></div>"]
         self._parts.append("\n".join(lines))
 
@@ -154,15 +161,17 @@ class Page:
             source: A PNG, JPEG or GIF file (animated or not), a PIL picture or a matplotlib figure.
             caption: What it shows; also its text for who cannot see it.
         """
-        self.pictures([(source, caption)])
+        self.pictures([(source, caption)], columns=1)
 
-    def pictures(self, pictures: Sequence[tuple[Source, str]]) -> None:
+    def pictures(self, pictures: Sequence[tuple[Source, str]], columns: int = 2) -> None:
         """Adds pictures side by side, one below the other where the screen is narrow.
 
         Args:
             pictures: Source and caption of each, as for `picture`.
+            columns: Large pictures shrink until so many of them stand side by side; of small ones there may be more.
         """
-        self._parts.append('<div class="row">' + "\n".join(_figure(*pair) for pair in pictures) + "</div>")
+        figures = "\n".join(_figure(*pair) for pair in pictures)
+        self._parts.append(f'<div class="row" style="--columns: {columns}">\n{figures}\n</div>')
 
     def html(self) -> str:
         """The page.
@@ -206,11 +215,20 @@ def _text(value: Any) -> str:
     return escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value)))
 
 
+def _class(names: str) -> str:
+    return f' class="{names}"' if names else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _cell(value: Any) -> str:
-    """A cell of a table; numbers stand to the right."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"<td>{'' if value is None else _text(value)}</td>"
-    return f'<td class="number">{value:,}</td>' if isinstance(value, int) else f'<td class="number">{value:.4g}</td>'
+    """A cell of a table; numbers stand to the right, and what is short stays on a line."""
+    if _is_number(value):
+        return f'<td class="number short">{f"{value:,}" if isinstance(value, int) else f"{value:.4g}"}</td>'
+    text = "" if value is None else str(value)
+    return f"<td{_class('short' if len(text) <= SHORT else '')}>{_text(text)}</td>"
 
 
 def _figure(source: Source, caption: str) -> str:
@@ -223,9 +241,8 @@ def _figure(source: Source, caption: str) -> str:
         image = f'<p class="missing">The picture {_text(name)} {reason}.</p>'
     else:
         data = base64.b64encode(encoded).decode()
-        pixelated = ' class="pixels"' if pixels else ""
         image = (
-            f'<img{pixelated} width="{width}" height="{height}" '
+            f'<img{_class("pixels" if pixels else "")} width="{width}" height="{height}" '
             f'alt="{_text(caption or name or "figure")}" src="data:image/{kind};base64,{data}">'
         )
     return f"<figure>{image}{f'<figcaption>{_text(caption)}</figcaption>' if caption else ''}</figure>"

@@ -1,0 +1,174 @@
+"""Facts of a run in words: its configuration, size, evaluations, times."""
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from diffusion_lit.evaluation.store import file_hash
+
+HARDWARE = "hardware/text_summary"  # TensorBoard's tag of what `RunSummary` records
+
+
+def inside(config: Any, *keys: str) -> Any:
+    """A value of a nested configuration.
+
+    Args:
+        config: Nested dictionaries.
+        keys: The way to the value.
+
+    Returns:
+        It, or None where the way breaks off.
+    """
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def class_name(node: Any) -> str:
+    """The class that a part of a configuration names, without its module; empty where it names none."""
+    return str(inside(node, "class_path") or "").rpartition(".")[2]
+
+
+def describe(value: Any) -> str:
+    """A value of a configuration as an expression.
+
+    Args:
+        value: A plain value, or a class with its arguments as `class_path` and `init_args`.
+
+    Returns:
+        Such as `AdamW(lr=0.002, betas=[0.9, 0.999])`; arguments that are None are left out.
+    """
+    if isinstance(value, dict):
+        name, values = class_name(value), value.get("init_args") or {} if "class_path" in value else value
+        given = ", ".join(f"{key}={describe(one)}" for key, one in values.items() if one is not None)
+        return f"{name}({given})"
+    return "[" + ", ".join(map(describe, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def settings(config: dict[str, Any], module: Any) -> list[list[str]]:
+    """The settings that tell runs apart.
+
+    Args:
+        config: The run's configuration.
+        module: The module of its last checkpoint, or None.
+
+    Returns:
+        Name and value of each.
+    """
+    rows = []
+    for part in ("model", "data"):
+        rows.append([part, class_name(config.get(part))])
+        values = inside(config, part, "init_args") or {}
+        rows += [[f"{part}.{key}", describe(value)] for key, value in values.items() if value is not None]
+    sampling = getattr(module, "sampling", None)
+    if sampling is not None and inside(config, "model", "init_args", "sampling") is None:
+        chosen = {key: value for key, value in sampling.record().items() if value not in (None, {})}
+        rows.append(["model.sampling, by default", describe(chosen)])
+    trainer = config.get("trainer") or {}
+    names = ("max_steps", "max_epochs", "precision", "accelerator", "strategy", "devices", "num_nodes")
+    for key in (*names, "accumulate_grad_batches", "gradient_clip_val"):
+        if trainer.get(key) is not None:
+            rows.append([f"trainer.{key}", describe(trainer[key])])
+    rows += [[key, describe(config[key])] for key in ("ema", "seed_everything", "compile") if key in config]
+    return rows
+
+
+def parameters(module: Any) -> list[str]:
+    """How large a model is.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The number of parameters of its network, and of all of it where there is more, such as a frozen autoencoder.
+    """
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    net = getattr(module, "net", None)
+    own = whole if net is None else sum(parameter.numel() for parameter in net.parameters())
+    told = [f"{magnitude(own)} in the network ({own:,})"]
+    return told if own == whole else [*told, f"{magnitude(whole)} in all ({whole:,})"]
+
+
+def receipts(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The reports of `lightning evaluate` on checkpoints of a run, found in and beside it and in the current folder.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        File and content of each report that lies in the run's folder or was made of one of its checkpoints.
+    """
+    hashes: set[str] = set()
+    home = run.resolve()
+    places = [*run.rglob("*.json"), *run.parent.glob("*.json"), *Path().glob("*.json")]
+    found = []
+    for path in sorted({place.resolve() for place in places}):
+        try:
+            content = json.loads(path.read_text())
+            file, digest = Path(content["checkpoint"]["file"]), content["checkpoint"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another kind of file
+        hashes = hashes or {file_hash(one) for one in (run / "checkpoints").glob("*.ckpt")}
+        if home in path.parents or home in file.resolve().parents or digest in hashes:
+            found.append((path, content))
+    return found
+
+
+def step_of(path: Path) -> int:
+    """The training step that a picture is called by.
+
+    Args:
+        path: A file such as step_0000450.png.
+
+    Returns:
+        Its number, 0 where the name has none.
+    """
+    number = re.search(r"(\d+)$", path.stem)
+    return int(number[1]) if number else 0
+
+
+def duration(seconds: float) -> str:
+    """A time in words.
+
+    Args:
+        seconds: How long.
+
+    Returns:
+        Such as "42 s", "2 min 33 s" or "3 h 5 min".
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(whole / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def magnitude(count: int) -> str:
+    """A large number in words.
+
+    Args:
+        count: A number.
+
+    Returns:
+        Such as "755 thousand" or "35.7 million".
+    """
+    for size, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,}"
+
+
+def moment(time: float) -> str:
+    """A moment in words.
+
+    Args:
+        time: Seconds since 1970.
+
+    Returns:
+        Date and time to the minute, UTC.
+    """
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")

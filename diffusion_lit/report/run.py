@@ -1,0 +1,334 @@
+"""`lightning report`: a run on one page, whether it goes on, was stopped or is over."""
+
+import json
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+import yaml
+
+from diffusion_lit.checkpoints import load_module, read_checkpoint, versions
+from diffusion_lit.evaluation.page import blocks_sentence, likelihood_sentence, tables
+from diffusion_lit.report.curves import LAST, draw, panels, title
+from diffusion_lit.report.events import History, read_history
+from diffusion_lit.report.facts import (
+    HARDWARE,
+    class_name,
+    duration,
+    inside,
+    magnitude,
+    moment,
+    parameters,
+    receipts,
+    settings,
+    step_of,
+)
+from diffusion_lit.report.page import Page
+
+GRIDS = 6  # grids shown over time, first and last among them
+MORE_IS_BETTER = ("psnr", "ssim", "accuracy", "active_channels")
+PICTURES = {  # folders of pictures that callbacks write, and what they show
+    "trajectory": "From noise to picture: each pair of rows is x (scaled to unit variance) above the model's x0_hat.",
+    "reconstructions": "Held-out pictures, each row above its reconstructions.",
+    "interpolations": "Straight ways in latent space between pairs of held-out pictures, decoded.",
+}
+
+
+def report(run: str, out: str | None = None) -> None:
+    """Makes one self-contained HTML page of a run.
+
+    It shows figures, curves, samples over time, evaluations, cost and configuration; the run may be going on, stopped
+    or over. Reports of `lightning evaluate` are found in the run's folder, in the one above it and in the current one,
+    where they name a checkpoint of the run.
+
+    Args:
+        run: The run's folder, runs/NAME/version_N, or runs/NAME for the newest version.
+        out: The page; report.html in the run's folder by default.
+
+    Raises:
+        ValueError: If there is no run in the folder.
+    """
+    folder = find_run(Path(run))
+    path = folder / "report.html" if out is None else Path(out)
+    if path.suffix != ".html":
+        raise ValueError(f"--out {out} must end in .html.")
+    made = RunPage(folder)
+    made.build().write(path)
+    for problem in made.problems:
+        print(problem)
+    print(f"The report is {path}")
+
+
+def find_run(folder: Path) -> Path:
+    """The folder of one version of a run.
+
+    Args:
+        folder: It, or the folder of its versions.
+
+    Returns:
+        The folder that holds the run's files.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not folder.exists():
+        raise ValueError(f"There is no folder {folder}; `lightning fit` writes runs/NAME/version_N.")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the run's folder, runs/NAME/version_N.")
+    if is_run(folder):
+        return folder
+    for version in versions(folder):
+        if is_run(version):
+            return version
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and versions(path))
+    if names:
+        raise ValueError(f"{folder} holds the runs {', '.join(names)}; give one of them, such as {folder / names[0]}.")
+    raise ValueError(
+        f"{folder} holds no run: neither config.yaml nor TensorBoard's event files nor checkpoints; give "
+        "runs/NAME/version_N."
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds anything that `lightning fit` leaves."""
+    return (folder / "config.yaml").is_file() or any(
+        any(folder.glob(pattern)) for pattern in ("events.out.tfevents.*", "checkpoints/*.ckpt")
+    )
+
+
+class RunPage:
+    """Reads a run and lays it out.
+
+    What is damaged or not there yet costs its own part of the page, which says so.
+
+    Args:
+        folder: The folder of one version of a run.
+
+    Attributes:
+        problems: Sentences on what could not be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+        self.config = self._read_config()
+        self.history: History = read_history(folder)
+        for session in self.history.sessions:
+            if not session.whole:
+                self.problems.append(
+                    f"{session.file} ends within a record or is damaged, or is being written to; the curves show what "
+                    "comes before."
+                )
+        self.checkpoint: dict[str, Any] = {}
+        self.module: Any = None
+        self._read_checkpoint()
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load((self.folder / "config.yaml").read_text())
+        except FileNotFoundError:
+            self.problems.append("The run has no config.yaml.")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            self.problems.append("config.yaml cannot be read.")
+        else:
+            if isinstance(content, dict):
+                return content
+            self.problems.append("config.yaml holds no configuration.")
+        return {}
+
+    def _read_checkpoint(self) -> None:
+        """The last checkpoint and the module that it describes, as far as they can be had."""
+        path = self.folder / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            self.problems.append("The run has no checkpoint checkpoints/last.ckpt yet.")
+            return
+        try:
+            self.checkpoint = read_checkpoint(path)
+            self.module = load_module(path)
+        except ValueError as error:
+            self.problems.append(str(error))
+
+    @property
+    def steps(self) -> int:
+        """Training steps done, as far as log and checkpoint know."""
+        return max(self.history.last_step, int(self.checkpoint.get("global_step", 0)))
+
+    def build(self) -> Page:
+        """Lays the page out.
+
+        Returns:
+            The page.
+        """
+        name = "/".join(self.folder.resolve().parts[-2:])
+        page = Page(f"Run {name}", self._subtitle())
+        for problem in self.problems:
+            page.text(problem)
+        self._results(page)
+        self._curves(page)
+        self._pictures(page)
+        self._evaluations(page)
+        self._cost(page)
+        self._configuration(page)
+        return page
+
+    def _subtitle(self) -> str:
+        """What was trained on what, and how far it is."""
+        model, data = (class_name(self.config.get(key)) for key in ("model", "data"))
+        net = class_name(inside(self.config, "model", "init_args", "net"))
+        what = f"{model or 'A model'}{f' with {net}' if net else ''}{f' on {data}' if data else ''}"
+        return f"{what}; {self._progress()}."
+
+    def _progress(self) -> str:
+        trainer = self.config.get("trainer") or {}
+        steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
+        if steps and steps > 0:
+            done = f"step {self.steps:,} of {steps:,}"
+        elif epochs and epochs > 0:
+            done = f"step {self.steps:,}, epoch {int(self.history.last('epoch') or 0) + 1:,} of {epochs:,}"
+        else:
+            done = f"step {self.steps:,}"
+        return done if self.history.end is None else f"{done}, last heard of {moment(self.history.end)}"
+
+    def _results(self, page: Page) -> None:
+        """The newest pictures beside the newest figures."""
+        page.heading("Result")
+        newest = [
+            (found[-1], f"{words} at step {step_of(found[-1]):,}")
+            for words, found in (
+                ("Samples", self._files("samples", "png")),
+                ("From noise to picture", self._files("trajectory", "gif")),
+            )
+            if found
+        ]
+        if newest:
+            page.pictures(newest)
+        rows = self._figures()
+        if rows:
+            header = ["figure", "last", "at step", "best", "at step", "real against real"]
+            page.table(header, rows)
+        if not newest and not rows:
+            page.text("The run has logged no figures and drawn no pictures yet.")
+
+    def _figures(self) -> list[list[Any]]:
+        """A row for each figure that validation or testing measured."""
+        rows = []
+        for panel in panels(self.history):
+            for tag in panel.tags if panel.name not in (*LAST, "loss_by_sigma") else ():
+                steps, values = self.history.scalars[tag]
+                finite = np.flatnonzero(np.isfinite(values))
+                if tag.startswith("train/") or not len(finite):
+                    continue
+                choose = np.argmax if panel.name in MORE_IS_BETTER else np.argmin
+                best = finite[choose(values[finite])]
+                real = None if panel.floor is None else self.history.last(panel.floor)
+                last = finite[-1]
+                rows.append([tag, values[last].item(), int(steps[last]), values[best].item(), int(steps[best]), real])
+        return rows
+
+    def _curves(self, page: Page) -> None:
+        page.heading("Curves")
+        curves = [
+            panel for panel in panels(self.history) if any(len(self.history.scalars[t][0]) > 1 for t in panel.tags)
+        ]
+        if not curves:
+            page.text("Nothing was logged twice yet.")
+        page.pictures(
+            [(draw(panel, self.history), f"{title(panel.name)} against the training step") for panel in curves]
+        )
+
+    def _pictures(self, page: Page) -> None:
+        """Grids over time, and the newest of each other kind of picture."""
+        grids = self._files("samples", "png")
+        if grids:
+            page.heading("Samples over time")
+            page.text("The same seeds and labels at each age of the model.")
+            chosen = sorted({round(place) for place in np.linspace(0, len(grids) - 1, GRIDS)})
+            page.pictures([(grids[index], f"step {step_of(grids[index]):,}") for index in chosen], columns=3)
+        for name, caption in PICTURES.items():
+            found = self._files(name, "png")
+            if found:
+                page.heading(name.capitalize())
+                page.picture(found[-1], f"{caption} Step {step_of(found[-1]):,}.")
+
+    def _files(self, name: str, ending: str) -> list[Path]:
+        """The pictures of a kind, the oldest first."""
+        return sorted((self.folder / name).glob(f"step_*.{ending}"), key=step_of)
+
+    def _evaluations(self, page: Page) -> None:
+        page.heading("Evaluation")
+        found = receipts(self.folder)
+        if not found:
+            last, receipt = self.folder / "checkpoints" / "last.ckpt", self.folder / "evaluation.json"
+            page.text("No report of lightning evaluate was found beside the run. To make one:")
+            page.command(f"lightning evaluate --ckpt_path {quote(str(last))} --out {quote(str(receipt))}")
+        for path, content in found:
+            try:
+                self._evaluation(page, path, content)
+            except (KeyError, TypeError, ValueError, StopIteration):
+                page.text(f"{path.name} is not a whole report of lightning evaluate.")
+
+    def _evaluation(self, page: Page, path: Path, receipt: dict[str, Any]) -> None:
+        """One receipt: its tables, its pictures and what it was made with."""
+        shown, facts = tables(receipt), receipt["run"]
+        checkpoint = receipt["checkpoint"]
+        page.heading(path.name, level=3)
+        page.text(
+            f"{Path(checkpoint['file']).name} of step {checkpoint['step']:,}, weights: {checkpoint['weights']}; "
+            f"samples drawn in {duration(facts['sampling_seconds'])} by {facts['processor']}, {facts['ranks']} rank(s)."
+        )
+        if receipt["references"]:
+            page.text(blocks_sentence(receipt))
+        for table in shown:
+            page.heading(table.title, level=3)
+            if table.note:
+                page.text(table.note)
+            page.table(table.header, table.rows)
+        likelihood = likelihood_sentence(receipt)
+        if likelihood:
+            page.text(likelihood)
+        for warning in receipt["warnings"]:
+            page.text(f"Warning: {warning}")
+        pictures = sorted(path.parent.glob(f"{path.stem}*.png"))
+        page.pictures([(picture, self._explained(picture, path)) for picture in pictures])
+        page.listing(json.dumps(receipt, indent=2), f"{path.name}, whole")
+
+    def _explained(self, picture: Path, receipt: Path) -> str:
+        """What a picture of `lightning evaluate` shows."""
+        if picture.stem == receipt.stem:
+            return "Quality against cost."
+        setting = picture.stem.removeprefix(f"{receipt.stem}.").removeprefix("memorization_")
+        return f"{setting}: sample, its nearest training picture, its nearest held-out picture; the worst first."
+
+    def _cost(self, page: Page) -> None:
+        page.heading("Cost")
+        rows: list[list[Any]] = []
+        if self.module is not None:
+            rows += [["parameters", text] for text in parameters(self.module)]
+        batch = inside(self.config, "data", "init_args", "batch_size")
+        rows.append(["training steps", f"{self.steps:,}"])
+        if isinstance(batch, int):
+            accumulated = (self.config.get("trainer") or {}).get("accumulate_grad_batches") or 1
+            rows.append(["images seen", f"about {magnitude(self.steps * batch * accumulated)} in batches of {batch:,}"])
+        if self.history.sessions:
+            times = len(self.history.sessions)
+            sessions = "in one go" if times == 1 else f"in {times} sessions"
+            rows.append(["time", f"{duration(self.history.seconds)}, pictures and metrics included, {sessions}"])
+        if "train/images_per_second" in self.history.scalars:
+            speed = float(np.median(self.history.scalars["train/images_per_second"][1]))
+            rows.append(["training speed", f"{speed:.4g} images/s (median), pictures and metrics not counted"])
+        told = list(dict.fromkeys(s.texts[HARDWARE] for s in self.history.sessions if HARDWARE in s.texts))
+        rows += [["hardware", text] for text in told or ["not recorded by this run"]]
+        page.table(["what", "how much"], rows)
+
+    def _configuration(self, page: Page) -> None:
+        if not self.config:
+            return
+        page.heading("Configuration")
+        path = self.folder / "config.yaml"
+        given, anew = quote(str(path)), "" if self.config.get("ckpt_path") is None else " --ckpt_path null"
+        page.text("To train it anew, and to go on where it stopped:")
+        page.command(f"lightning fit --config {given}{anew}")
+        page.command(f"lightning fit --config {given} --ckpt_path last")
+        page.table(["what", "value"], settings(self.config, self.module))
+        page.listing(path.read_text(errors="replace"), "config.yaml, whole")
