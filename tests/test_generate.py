@@ -118,3 +118,20 @@ def test_labels_that_the_model_does_not_know_are_refused():
         Sampling(num_steps=1).generate(model(num_classes=0), (1, 4, 4), [0], torch.tensor([0]))
     with pytest.raises(ValueError, match="2 samples need 2 labels"):
         Sampling(num_steps=1).generate(model(), (1, 4, 4), [0, 1], torch.tensor([0]))
+
+
+def test_options_of_the_threshold_reach_it_and_unknown_ones_are_refused():
+    sampling = Sampling(clip_x0="dynamic", clip_options={"percentile": 0.9, "ceiling": 1.5})
+    clip = sampling.guide(torch.nn.Identity(), labelled=False)
+    assert (clip.dynamic, clip.percentile, clip.ceiling) == (True, 0.9, 1.5)
+    assert sampling.but(clip_x0="static").clip_options == {}
+    with pytest.raises(ValueError, match="threshold 'static' has no option 'ceiling'; it takes limit"):
+        Sampling(clip_x0="static", clip_options={"ceiling": 2})
+
+
+def test_a_grid_that_ends_above_0_gives_the_picture_of_the_variance_preserving_path():
+    scaling = EpsScaling(LinearSchedule())
+    sampling = Sampling("ddim", 10, "trailing", grid_options={"to_zero": False})
+    x = torch.ones(1, 1, 2, 2)
+    torch.testing.assert_close(sampling.finish(scaling, x), x * float(LinearSchedule().alpha_bar[0]) ** 0.5)
+    assert torch.equal(Sampling("ddim", 10, "trailing").finish(scaling, x), x)

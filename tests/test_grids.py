@@ -149,3 +149,26 @@ def test_bad_options_are_refused_in_a_sentence():
         GRIDS["karras"](4, EDMScaling(), rho=0)
     with pytest.raises(ValueError, match="would start at the lowest noise level; give 2 or more, or trailing"):
         GRIDS["leading"](1, EDMScaling())
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "steps", "end"),
+    [
+        ("leading", {"steps_offset": 1}, [751, 501, 251, 1], None),
+        ("leading", {"steps_offset": 1, "to_zero": False}, [751, 501, 251, 1], 0),
+        ("leading", {"to_zero": False}, [750, 500, 250], 0),  # the step from the lowest level to itself is left out
+        ("trailing", {"to_zero": False}, [999, 749, 499, 249], 0),
+        ("linspace", {"to_zero": False}, [999, 666, 333], 0),
+    ],
+)
+def test_a_strided_grid_may_be_moved_up_and_end_at_the_lowest_level(grid, options, steps, end):
+    levels = sigmas_of(linear_betas())
+    expected = [*levels[steps], 0.0 if end is None else levels[end]]
+    np.testing.assert_allclose(GRIDS[grid](4, EpsScaling(LinearSchedule()), **options), expected, rtol=1e-9)
+
+
+def test_an_offset_beyond_the_schedule_is_refused():
+    with pytest.raises(ValueError, match="first step would be 1000"):
+        GRIDS["leading"](1000, EpsScaling(LinearSchedule()), steps_offset=1)
+    with pytest.raises(ValueError, match="steps_offset is -1"):
+        GRIDS["leading"](10, EpsScaling(LinearSchedule()), steps_offset=-1)

@@ -9,7 +9,7 @@ Conventions that differ, and what is done about them:
 - DDIM there takes its previous step to be t - T / N, which is the next of its grid under leading and trailing spacing
   only; under linspace spacing its steps and its grid disagree, so that there is nothing to compare.
 - DDIM there keeps with clip_sample the noise of the unclipped estimate, unless use_clipped_model_output is set. Here
-  the clipped estimate is the estimate, so it is set.
+  that is the default, so it is set; test_pretrained.py compares the other way.
 - UniPC and DPM-Solver there take N of N + 1 evenly spaced steps under linspace spacing. They get trailing spacing.
 - UniPC there gives nan with bh1 and a last level of 0. It gets final_sigmas_type "sigma_min", for which it takes lower
   orders in its last steps by default, and here it does not; so lower_order_final is off.

@@ -98,3 +98,23 @@ def test_bad_input_is_named():
         ClipX0(torch.zeros_like, limit=0)
     with pytest.raises(NotImplementedError):
         DenoiserWrapper(torch.zeros_like)(*noisy())
+
+
+def test_a_dynamic_threshold_has_a_ceiling():
+    x, sigma = noisy(9.0)
+    clipped = ClipX0(lambda x, sigma: x, dynamic=True, ceiling=1.5)(x, sigma)
+    torch.testing.assert_close(clipped, x.clamp(-1.5, 1.5) / 1.5)
+    with pytest.raises(ValueError, match=r"ceiling is 0\.5"):
+        ClipX0(torch.zeros_like, dynamic=True, ceiling=0.5)
+
+
+def test_the_estimate_before_the_threshold_is_told_through_bound_labels():
+    net = TinyNet(num_classes=3)
+    guided = ClassifierFreeGuidance(Denoiser(net, EDMScaling()), 4.0)
+    x, sigma = noisy()
+    clipped, free = Conditioned(ClipX0(guided), LABEL).unclipped(x, sigma)
+    assert len(net.calls) == 1
+    torch.testing.assert_close(free, guided(x, sigma, LABEL))
+    assert torch.equal(clipped, free.clamp(-1, 1)) and float(free.abs().max()) > 1
+    first, second = Conditioned(guided, LABEL).unclipped(x, sigma)
+    assert torch.equal(first, second)

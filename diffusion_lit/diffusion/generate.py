@@ -23,6 +23,8 @@ from diffusion_lit.diffusion.samplers.common import Noise
 from diffusion_lit.diffusion.scaling import Scaling
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
 
+CLIP_OPTIONS = {"none": set[str](), "static": {"limit"}, "dynamic": {"limit", "percentile", "ceiling"}}
+
 StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -44,6 +46,7 @@ class Sampling:
         clip_x0: Threshold on predicted images: `none`, `static` (to [-1, 1]) or `dynamic` (a quantile, Saharia 2022).
         sampler_options: Further arguments of the sampler, such as `{"S_churn": 40}` or `{"eta": 0.5}`.
         grid_options: Further arguments of the grid, such as `{"rho": 7}`.
+        clip_options: Further arguments of the threshold: `limit`, and of a dynamic one `percentile` and `ceiling`.
 
     Raises:
         ValueError: If a name is unknown, `num_steps` is below 1, or the range of noise levels is empty.
@@ -60,12 +63,13 @@ class Sampling:
     clip_x0: str = "none"
     sampler_options: dict[str, Any] = field(default_factory=dict)
     grid_options: dict[str, Any] = field(default_factory=dict)
+    clip_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses what no sampler could run."""
         _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("grid", self.grid, GRIDS)
-        _one_of("clip_x0", self.clip_x0, ("none", "static", "dynamic"))
+        _one_of("clip_x0", self.clip_x0, CLIP_OPTIONS)
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}; sampling needs at least 1 step.")
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
@@ -77,15 +81,13 @@ class Sampling:
             for name, parameter in inspect.signature(SAMPLERS[self.sampler].function).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("noise", "callback")
         }
-        for option in self.sampler_options:
-            if option not in known:
-                allowed = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-                raise ValueError(f"The sampler {self.sampler!r} has no option {option!r}; {allowed}.")
+        _check_options(f"sampler {self.sampler!r}", self.sampler_options, known)
+        _check_options(f"threshold {self.clip_x0!r}", self.clip_options, CLIP_OPTIONS[self.clip_x0])
 
     def but(self, **changes: Any) -> "Sampling":
         """The same settings with some replaced, `None` meaning unchanged.
 
-        Options of the sampler and of the grid belong to their name: they are dropped when the name changes.
+        Options of the sampler, the grid and the threshold belong to their name: they are dropped when the name changes.
 
         Args:
             changes: Fields and their new values.
@@ -94,7 +96,7 @@ class Sampling:
             New settings.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
-        for name, options in (("sampler", "sampler_options"), ("grid", "grid_options")):
+        for name, options in (("sampler", "sampler_options"), ("grid", "grid_options"), ("clip_x0", "clip_options")):
             if changes.get(name, getattr(self, name)) != getattr(self, name):
                 changes.setdefault(options, {})
         return replace(self, **changes)
@@ -151,7 +153,7 @@ class Sampling:
         if labelled:
             model = ClassifierFreeGuidance(model, self.cfg_scale, self.guidance_interval, self.guidance_rescale)
         if self.clip_x0 != "none":
-            model = ClipX0(model, dynamic=self.clip_x0 == "dynamic")
+            model = ClipX0(model, dynamic=self.clip_x0 == "dynamic", **self.clip_options)
         return model
 
     @torch.no_grad()
@@ -184,7 +186,7 @@ class Sampling:
             labels = labels.to(device)
         noise = SeededNoise(seeds)
         x = self.start(denoiser.scaling, noise(torch.empty(len(seeds), *shape, device=device)))
-        return self.run(self.wrap(denoiser, labels), x, noise=noise, callback=callback)
+        return self.finish(denoiser.scaling, self.run(self.wrap(denoiser, labels), x, noise=noise, callback=callback))
 
     def start(self, scaling: Scaling, noise: Tensor) -> Tensor:
         """The state that sampling starts from.
@@ -198,6 +200,19 @@ class Sampling:
         """
         sigma_max = self.sigmas(scaling)[0]
         return noise * (sigma_max.square().add(1).sqrt() if scaling.variance_preserving else sigma_max).float()
+
+    def finish(self, scaling: Scaling, x: Tensor) -> Tensor:
+        """The picture in the state that sampling ends with.
+
+        Args:
+            scaling: The model's prediction type.
+            x: The state at the grid's last level, shape (B, C, H, W).
+
+        Returns:
+            x itself; where the grid ends above 0 on a variance-preserving path, x / sqrt(1 + sigma^2), as it is there.
+        """
+        sigma = float(self.sigmas(scaling)[-1])
+        return x / (1 + sigma**2) ** 0.5 if scaling.variance_preserving and sigma > 0 else x
 
     def run(
         self,
@@ -286,6 +301,13 @@ def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor 
     if outside.numel():
         raise ValueError(f"Label {int(outside[0])} is outside the model's classes 0 to {num_classes - 1}.")
     return labels.long()
+
+
+def _check_options(what: str, options: dict[str, Any], known: set[str]) -> None:
+    for option in options:
+        if option not in known:
+            allowed = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+            raise ValueError(f"The {what} has no option {option!r}; {allowed}.")
 
 
 def _one_of(what: str, name: str, table: Any) -> None:

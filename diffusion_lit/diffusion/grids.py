@@ -119,7 +119,13 @@ def uniform_t(
 
 
 def leading(
-    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+    num_steps: int,
+    scaling: Scaling,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    steps_offset: int = 0,
+    to_zero: bool = True,
 ) -> Tensor:
     """Every (T // N)-th of T steps, from the first one on; the highest level stays below sigma_max.
 
@@ -128,9 +134,11 @@ def leading(
         scaling: The model's scaling, which knows its range and its path.
         sigma_min: The lowest level above 0; None is the model's.
         sigma_max: The highest level; None is the model's.
+        steps_offset: Number of steps by which all are moved up, 0 or more.
+        to_zero: Whether the last step goes to 0; otherwise it ends at sigma_min, and is left out where it begins there.
 
     Returns:
-        Float64 levels of shape (N+1,), falling, the last 0.
+        Float64 levels of shape (N+1,), falling, the last 0 or sigma_min.
 
     Raises:
         ValueError: If num_steps is below 2 or above the steps within the range, or the range is empty.
@@ -141,13 +149,25 @@ def leading(
         raise ValueError(
             "The leading grid with num_steps 1 would start at the lowest noise level; give 2 or more, or trailing."
         )
+    if steps_offset < 0:
+        raise ValueError(f"The leading grid's steps_offset is {steps_offset}; give 0 or more.")
     return _strided(
-        num_steps, scaling, sigma_min, sigma_max, lambda total: torch.arange(num_steps) * (total // num_steps)
+        num_steps,
+        scaling,
+        sigma_min,
+        sigma_max,
+        lambda total: torch.arange(num_steps) * (total // num_steps) + steps_offset,
+        to_zero,
     )
 
 
 def linspace(
-    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+    num_steps: int,
+    scaling: Scaling,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    to_zero: bool = True,
 ) -> Tensor:
     """The steps nearest to N evenly spaced ones from the last of T to the first, both ends included.
 
@@ -156,9 +176,10 @@ def linspace(
         scaling: The model's scaling, which knows its range and its path.
         sigma_min: The lowest level above 0; None is the model's.
         sigma_max: The highest level; None is the model's.
+        to_zero: Whether the last step goes to 0; otherwise it ends at sigma_min, and is left out where it begins there.
 
     Returns:
-        Float64 levels of shape (N+1,), falling, the last 0.
+        Float64 levels of shape (N+1,), falling, the last 0 or sigma_min.
 
     Raises:
         ValueError: If num_steps is below 1 or above the steps within the range, or the range is empty.
@@ -166,12 +187,22 @@ def linspace(
     Source: arXiv 2102.09672, section 4; arXiv 2305.08891, table 2.
     """
     return _strided(
-        num_steps, scaling, sigma_min, sigma_max, lambda total: _falling(total - 1, 0, num_steps).round().flip(0)
+        num_steps,
+        scaling,
+        sigma_min,
+        sigma_max,
+        lambda total: _falling(total - 1, 0, num_steps).round().flip(0),
+        to_zero,
     )
 
 
 def trailing(
-    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+    num_steps: int,
+    scaling: Scaling,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    to_zero: bool = True,
 ) -> Tensor:
     """Every (T / N)-th of T steps, from the last one down; the lowest level stays above sigma_min.
 
@@ -180,9 +211,10 @@ def trailing(
         scaling: The model's scaling, which knows its range and its path.
         sigma_min: The lowest level above 0; None is the model's.
         sigma_max: The highest level; None is the model's.
+        to_zero: Whether the last step goes to 0; otherwise it ends at sigma_min, and is left out where it begins there.
 
     Returns:
-        Float64 levels of shape (N+1,), falling, the last 0.
+        Float64 levels of shape (N+1,), falling, the last 0 or sigma_min.
 
     Raises:
         ValueError: If num_steps is below 1 or above the steps within the range, or the range is empty.
@@ -195,6 +227,7 @@ def trailing(
         sigma_min,
         sigma_max,
         lambda total: (total / num_steps * torch.arange(1, num_steps + 1, dtype=torch.float64)).round() - 1,
+        to_zero,
     )
 
 
@@ -255,6 +288,7 @@ def _strided(
     sigma_min: float | None,
     sigma_max: float | None,
     spacing: Callable[[int], Tensor],
+    to_zero: bool,
 ) -> Tensor:
     """Whole steps of the path within the range: `spacing(total)` picks N rising ones of 0 to total - 1."""
     low, high = _range(num_steps, scaling, sigma_min, sigma_max)
@@ -266,7 +300,16 @@ def _strided(
             f"num_steps is {num_steps}, but the schedule has {total} steps between {low} and {high}; give fewer."
         )
     steps = first + spacing(total).to(torch.float64)
-    return _finish(path.sigma(steps.flip(0)), low, high)
+    if steps[-1] > last:
+        raise ValueError(
+            f"The grid's first step would be {int(steps[-1])}, beyond the last of the schedule, {last}; give a smaller "
+            "steps_offset or another num_steps."
+        )
+    levels = _finish(path.sigma(steps.flip(0)), low, high)
+    if to_zero:
+        return levels
+    levels[-1] = path.sigma(levels.new_tensor(float(first)))
+    return levels if levels[-1] < levels[-2] else levels[:-1]
 
 
 def _range(num_steps: int, scaling: Scaling, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:

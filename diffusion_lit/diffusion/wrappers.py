@@ -3,6 +3,7 @@
 A wrapper changes x0_hat and nothing else, so that samplers never see what wraps. Guidance, in its own file, is one.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,21 @@ class DenoiserWrapper(nn.Module):
         """
         return self.transform(evaluate_plain(self.denoiser), x, sigma, label)[0]
 
+    def unclipped(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Estimates the clean image, and gives beside it what it was before `ClipX0` clipped it.
+
+        Args:
+            x: As for `forward`.
+            sigma: As for `forward`.
+            label: As for `forward`.
+
+        Returns:
+            x0_hat with and without the threshold, both (B, C, H, W). What changes an estimate after a threshold hides
+            it: the two are the same.
+        """
+        x0_hat = self.forward(x, sigma, label)
+        return x0_hat, x0_hat
+
     @property
     def learned_variance(self) -> Callable[..., tuple[Tensor, ...]]:
         """The wrapped `LearnedVarianceDenoiser.learned_variance`, with what this wrapper does to x0_hat."""
@@ -127,44 +143,74 @@ class Conditioned(DenoiserWrapper):
             raise ValueError("A label was given to a denoiser whose labels are bound already; leave it out.")
         return evaluate(x, sigma, self.label)
 
+    def unclipped(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the wrapped denoiser says at the bound labels; see `DenoiserWrapper.unclipped`."""
+        if not isinstance(self.denoiser, DenoiserWrapper):
+            return super().unclipped(x, sigma, label)
+        return self.denoiser.unclipped(x, sigma, self.label)
+
 
 class ClipX0(DenoiserWrapper):
     """A denoiser whose estimates stay in the range of images.
 
-    Static: x0_hat is clamped to [-limit, limit]. Dynamic: with s the given percentile of |x0_hat| in each sample, and
-    at least `limit`, x0_hat is clamped to [-s, s] and multiplied by limit / s, which saturates less under strong
-    guidance.
+    Static: x0_hat is clamped to [-limit, limit]. Dynamic: with s the given percentile of |x0_hat| in each sample, at
+    least `limit` and at most `ceiling`, x0_hat is clamped to [-s, s] and multiplied by limit / s, which saturates less
+    under strong guidance.
 
     Args:
         denoiser: Any denoiser.
         dynamic: Whether the threshold follows each sample.
         percentile: Share of the pixels, in (0, 1], that a dynamic threshold leaves alone.
         limit: Largest magnitude of an image, positive.
+        ceiling: Largest dynamic threshold s, at least `limit`.
 
     Raises:
-        ValueError: If `percentile` or `limit` is out of range.
+        ValueError: If `percentile`, `limit` or `ceiling` is out of range.
 
     Source: Saharia et al. 2022 (arXiv 2205.11487), section 2.3 and appendix A.2.
     """
 
     def __init__(
-        self, denoiser: DenoiserLike, dynamic: bool = False, percentile: float = 0.995, limit: float = 1.0
+        self,
+        denoiser: DenoiserLike,
+        dynamic: bool = False,
+        percentile: float = 0.995,
+        limit: float = 1.0,
+        ceiling: float = math.inf,
     ) -> None:
         super().__init__(denoiser)
         if not 0 < percentile <= 1:
             raise ValueError(f"The percentile is {percentile}, but must be a share in (0, 1]; 0.995 is the usual one.")
         if not limit > 0:
             raise ValueError(f"The limit is {limit}, but must be positive; it is 1 for images in [-1, 1].")
-        self.dynamic, self.percentile, self.limit = dynamic, percentile, limit
+        if not ceiling >= limit:
+            raise ValueError(f"The ceiling is {ceiling}, but must be at least the limit, {limit}.")
+        self.dynamic, self.percentile, self.limit, self.ceiling = dynamic, percentile, limit, ceiling
 
     def transform(
         self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Evaluates and clips x0_hat; see `DenoiserWrapper.transform`."""
         x0_hat, *rest = evaluate(x, sigma, label)
+        return (self.clip(x0_hat), *rest)
+
+    def unclipped(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `DenoiserWrapper.unclipped`."""
+        (x0_hat,) = evaluate_plain(self.denoiser)(x, sigma, label)
+        return self.clip(x0_hat), x0_hat
+
+    def clip(self, x0_hat: Tensor) -> Tensor:
+        """Clips estimates.
+
+        Args:
+            x0_hat: Shape (B, C, H, W).
+
+        Returns:
+            Of the same shape, in [-limit, limit].
+        """
         if not self.dynamic:
-            return (x0_hat.clamp(-self.limit, self.limit), *rest)
+            return x0_hat.clamp(-self.limit, self.limit)
         # One row at a time: torch.quantile refuses more than 2^24 values.
         extents = [torch.quantile(row.abs().flatten(), self.percentile) for row in x0_hat]
-        extent = per_sample(torch.stack(extents).clamp(min=self.limit), x0_hat)
-        return (x0_hat.clamp(-extent, extent) * (self.limit / extent), *rest)
+        extent = per_sample(torch.stack(extents).clamp(self.limit, self.ceiling), x0_hat)
+        return x0_hat.clamp(-extent, extent) * (self.limit / extent)

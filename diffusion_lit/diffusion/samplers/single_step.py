@@ -30,18 +30,26 @@ Split = Callable[[float, float], tuple[float, float]]
 
 
 def _first_order(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, split: Split, stochastic: bool, noise: Noise, callback: Callback | None
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    split: Split,
+    stochastic: bool,
+    noise: Noise,
+    callback: Callback | None,
+    clipped_noise: bool = True,
 ) -> Tensor:
     """Runs the step of the module's docstring with `(down, up) = split(s, t)`."""
     dtype = x.dtype
     x, levels = begin(x, sigmas, stochastic=stochastic)
+    unclipped = None if clipped_noise else getattr(denoise, "unclipped", None)
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         level = level_like(x, sigma)
-        x0_hat = denoise(x, level)
+        x0_hat, x0_free = (denoise(x, level), None) if unclipped is None else unclipped(x, level)
         if callback is not None:
             callback(step, x, x0_hat, level)
         down, up = split(sigma, sigma_next)
-        x = toward(x, x0_hat, down / sigma)
+        x = toward(x, x0_hat, down / sigma) if x0_free is None else x0_hat + down / sigma * (x - x0_free)
         if up > 0:
             x = x + up * noise(x)
     return x.to(dtype)
@@ -53,19 +61,22 @@ def ddim(
     sigmas: Tensor,
     *,
     eta: float = 0.0,
+    use_clipped_model_output: bool = True,
     noise: Noise = torch.randn_like,
     callback: Callback | None = None,
 ) -> Tensor:
     """Denoising diffusion implicit models: the deterministic step, or with eta a share of the posterior's noise.
 
-    Where x0_hat is clipped the noise follows it, eps = (x - x0_hat) / sigma, as diffusers' DDIM scheduler does with
-    use_clipped_model_output only.
+    Where x0_hat is clipped the noise follows it, eps = (x - x0_hat) / sigma, unless `use_clipped_model_output` is off.
 
     Args:
         denoise: Any `denoise(x, sigma) -> x0_hat`.
         x: The state at `sigmas[0]`, shape (B, ...).
         sigmas: The grid, shape (N+1,); with eta 0 it may also rise (inversion).
         eta: From 0 (Euler's method) to 1 (DDPM with the posterior variance).
+        use_clipped_model_output: Whether eps is that of the clipped x0_hat; otherwise it is that of the estimate before
+            `ClipX0` clipped it, which denoise tells by its method `unclipped(x, sigma) -> (x0_hat, x0_free)` where it
+            has one. The name and the choice are diffusers', whose default is False.
         noise: Draws standard normal noise like its argument.
         callback: Called as `callback(step, x, x0_hat, sigma)` before each step.
 
@@ -78,7 +89,16 @@ def ddim(
     Source: arXiv 2010.02502, eq. 12 and 16.
     """
     check_range("eta", eta, 0, 1)
-    return _first_order(denoise, x, sigmas, lambda s, t: ancestral_split(s, t, eta), eta > 0, noise, callback)
+    return _first_order(
+        denoise,
+        x,
+        sigmas,
+        lambda s, t: ancestral_split(s, t, eta),
+        eta > 0,
+        noise,
+        callback,
+        clipped_noise=use_clipped_model_output,
+    )
 
 
 def euler(
