@@ -9,13 +9,17 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from diffusion_lit.hardware import keep_freed_memory
 
 
 class Command(NamedTuple):
-    """A command beside LightningCLI's own: where its function lives, and its line in the help."""
+    """A command beside LightningCLI's own: where its function lives, and its line in the help.
+
+    In place of a function there may be a table of them by name, and then the command's first word is a name.
+    """
 
     module: str
     function: str
@@ -28,6 +32,7 @@ COMMANDS = {
         "diffusion_lit.evaluation.command", "evaluate", "measure a checkpoint: FID and more, with a receipt"
     ),
     "report": Command("diffusion_lit.report.run", "report", "put a run on one HTML page: curves, samples, evaluations"),
+    "edit": Command("diffusion_lit.edit", "TASKS", "edit pictures: `lightning edit --help` lists the tasks"),
     "export": Command("diffusion_lit.export", "export", "write a checkpoint's model as safetensors and JSON"),
 }
 
@@ -67,7 +72,7 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
     elif args[0] in COMMANDS:
-        _run_function(COMMANDS[args[0]], args)
+        _run_command(COMMANDS[args[0]], args)
     elif args[0] in TRAINING:
         from diffusion_lit.training import run
 
@@ -76,13 +81,31 @@ def main(args: list[str] | None = None) -> None:
         _stop(f"There is no command {args[0]!r}; choose one of {', '.join([*TRAINING, *COMMANDS])}.")
 
 
-def _run_function(command: Command, args: list[str]) -> None:
+def _run_command(command: Command, args: list[str]) -> None:
+    """Runs a command's function, or of a table the one that the next word names."""
+    from importlib import import_module
+
+    module = import_module(command.module)
+    target: Any = getattr(module, command.function)
+    notes = getattr(module, "help_notes", str)()
+    if not isinstance(target, dict):
+        _run_function(target, args[:1], args[1:], notes)
+    elif args[1:] and args[1] in target:
+        _run_function(target[args[1]], args[:2], args[2:], notes)
+    elif args[1:] and args[1] not in ("-h", "--help", "help"):
+        _stop(f"There is no task {args[1]!r} of `lightning {args[0]}`; choose one of {', '.join(target)}.")
+    else:
+        lines = [f"usage: lightning {args[0]} TASK ...", "", "tasks:"]
+        lines += [f"  {name:<15} {_summary(function).splitlines()[0]}" for name, function in target.items()]
+        print("\n".join([*lines, "", f"`lightning {args[0]} TASK --help` lists a task's options."]))
+
+
+def _run_function(function: Callable[..., Any], names: list[str], args: list[str], notes: str) -> None:
     """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence.
 
-    A module may have a function `help_notes` whose text closes the help.
+    An argument that is a dataclass is given by its fields, each an option of the command.
     """
     from argparse import RawDescriptionHelpFormatter
-    from importlib import import_module
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -93,33 +116,37 @@ def _run_function(command: Command, args: list[str]) -> None:
         """Errors without the page of usage."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            _stop(f"{message}\nThe options are listed by: lightning {args[0]} --help")
+            _stop(f"{message}\nThe options are listed by: {self.prog} --help")
 
-    module = import_module(command.module)
-    function: Callable[..., Any] = getattr(module, command.function)
     parser = Parser(
-        prog=f"lightning {args[0]}",
+        prog=" ".join(["lightning", *names]),
         allow_abbrev=False,
         description=_summary(function),
-        epilog=getattr(module, "help_notes", str)(),
+        epilog=notes,
         formatter_class=Formatter,
     )
-    parser.add_function_arguments(function, fail_untyped=True)
-    options = parser.parse_args(_spell_out_flags(args[1:], function))
+    types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+    spread = {name: kind for name, kind in types.items() if is_dataclass(kind)}
+    parser.add_function_arguments(function, fail_untyped=True, skip=set(spread))
+    for kind in spread.values():
+        parser.add_class_arguments(kind, fail_untyped=True, instantiate=False)
+        types |= {option.name: option.type for option in fields(kind)}
+    flags = {f"--{name}" for name, kind in types.items() if kind is bool}
+    options = parser.parse_args(_spell_out_flags(args, flags))
+    values = parser.instantiate_classes(options).as_dict()
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        function(**parser.instantiate_classes(options).as_dict())
+        for name, kind in spread.items():
+            values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
+        function(**values)
     except (ValueError, OSError) as error:
         _stop(str(error))
     except KeyboardInterrupt:
         _stop("Interrupted.", status=130)
 
 
-def _spell_out_flags(args: list[str], function: Callable[..., Any]) -> list[str]:
+def _spell_out_flags(args: list[str], flags: set[str]) -> list[str]:
     """Lets a boolean option stand alone: `--trajectory` is `--trajectory=true`."""
-    flags = {
-        f"--{name}" for name, default in inspect.signature(function).parameters.items() if default.annotation is bool
-    }
     following = [*args[1:], ""]
     return [
         f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg

@@ -6,18 +6,18 @@ nor the number of devices changes the training. What the network itself draws (d
 """
 
 import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_lit.diffusion.denoiser import Denoiser
-from diffusion_lit.diffusion.generate import Sampling, StepCallback
+from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.loss import DenoisingLoss
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.modules.optim import configure_optimizers
@@ -102,8 +102,8 @@ class KeyedModule(LightningModule):
         self.class_names = checkpoint.get("diffusion_lit", {}).get("class_names", self.class_names)
 
 
-class DiffusionModule(KeyedModule):
-    """Trains a denoiser on pictures and samples from it.
+class DiffusionModule(PixelModel, KeyedModule):
+    """Trains a denoiser on pictures and samples from it, as `PixelModel` says.
 
     Args:
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
@@ -148,46 +148,6 @@ class DiffusionModule(KeyedModule):
         self.label_dropout = label_dropout
         self.class_names = [str(index) for index in range(denoiser.num_classes)]
 
-    @property
-    def net(self) -> nn.Module:
-        """The network inside the denoiser."""
-        return self.denoiser.net
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, 0 for an unconditional model."""
-        return self.denoiser.num_classes
-
-    @property
-    def x_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of what is denoised."""
-        net: Any = self.net
-        return (int(net.in_channels), int(net.image_size), int(net.image_size))
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the pictures that the model makes."""
-        return self.x_shape
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] as what is denoised: themselves, unless a subclass works on latents."""
-        return images
-
-    def decode(self, x: Tensor) -> Tensor:
-        """The pictures of what was denoised; the inverse of `encode`."""
-        return x
-
-    def shrink_mask(self, known: Tensor) -> Tensor:
-        """Which entries of what is denoised depend on known pixels alone.
-
-        Args:
-            known: 1 where a pixel is known and 0 elsewhere, shape (B, 1, H, W).
-
-        Returns:
-            The same at the size of what is denoised; the mask itself here.
-        """
-        return known
-
     def x0(self, batch: dict[str, Tensor], split: str, batch_idx: int) -> Tensor:
         """What is denoised of a batch.
 
@@ -200,35 +160,6 @@ class DiffusionModule(KeyedModule):
             Shape (B, *x_shape).
         """
         return batch["image"]
-
-    def generate(
-        self,
-        seeds: Sequence[int],
-        labels: Tensor | None = None,
-        sampling: Sampling | None = None,
-        callback: StepCallback | None = None,
-    ) -> Tensor:
-        """Draws one picture per seed.
-
-        Args:
-            seeds: One seed per picture.
-            labels: Class indices of shape (B,), or None for unconditional sampling.
-            sampling: Other settings than the module's own.
-            callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
-
-        Returns:
-            Pictures (B, C, H, W), in [-1, 1] up to the model's own overshoot.
-
-        Raises:
-            ValueError: If a label is outside the model's classes, or the model has none.
-        """
-        training = self.training
-        self.eval()
-        try:
-            x = (sampling or self.sampling).generate(self.denoiser, self.x_shape, seeds, labels, callback)
-        finally:
-            self.train(training)
-        return self.decode(x)
 
     def draw(self, label: Tensor | None, shape: torch.Size, *key: int | str) -> Draws:
         """Draws noise levels, noise and label dropout for the global batch and takes this rank's rows.

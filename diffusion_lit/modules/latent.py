@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d
 
 from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
 from diffusion_lit.diffusion.generate import StepCallback, refuse_clipping
+from diffusion_lit.diffusion.models import LatentModel
 from diffusion_lit.modules.base import DiffusionModule, run_seed
 from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
 from diffusion_lit.modules.latents import (
@@ -28,7 +28,7 @@ from diffusion_lit.modules.latents import (
 )
 
 
-class LatentDiffusion(DiffusionModule):
+class LatentDiffusion(LatentModel, DiffusionModule):
     """Denoising on the latents of a frozen autoencoder.
 
     Args:
@@ -183,14 +183,6 @@ class LatentDiffusion(DiffusionModule):
         """Pictures (B, C, H, W) of standardised latents (B, c, h, w)."""
         return self.space.decode(x)
 
-    def shrink_mask(self, known: Tensor) -> Tensor:
-        """Marks a latent position as known where all pixels of its square are; see `DiffusionModule.shrink_mask`.
-
-        The encoder sees further than that square, so that what is made of such latents is known but nearly; an editor
-        pastes the known pixels back.
-        """
-        return -max_pool2d(-known, self.image_shape[1] // self.space.shape[1])
-
     def reconstruct(self, images: Tensor) -> Tensor:
         """Pictures (B, C, H, W) through the autoencoder and back."""
         return self.space.reconstruct(images)
@@ -206,23 +198,13 @@ class LatentDiffusion(DiffusionModule):
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one picture per seed; see `DiffusionModule.generate`. The callback sees decoded pictures.
+        """Draws one picture per seed; see `LatentModel.generate`.
 
         Raises:
             ValueError: As there, or if predictions are to be clipped, which latents cannot be.
         """
         refuse_clipping(sampling or self.sampling)
-        return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
-
-    def _decoded(self, callback: StepCallback) -> StepCallback:
-        """Shows a callback pictures: x0_hat decoded, and x decoded at the unit variance that latents have."""
-
-        def decoded(step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
-            keep = slice(getattr(callback, "keep", None))
-            spread = torch.as_tensor(sigma).to(x).square().add(1).sqrt().expand(len(x))[keep].reshape(-1, 1, 1, 1)
-            callback(step, self.decode(x[keep] / spread) * spread, self.decode(x0_hat[keep]), sigma)
-
-        return decoded
+        return super().generate(seeds, labels, sampling, callback)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the autoencoder, its hash and the scale of the latents."""

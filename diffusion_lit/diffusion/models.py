@@ -1,0 +1,128 @@
+"""What a denoiser needs to make pictures: settings, shapes, and the way between pictures and what is denoised.
+
+`PixelModel` denoises the pictures themselves, `LatentModel` the latents of an autoencoder. The modules that are trained
+here and the models of other libraries share them, so that sampling and editing see no difference.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+
+from diffusion_lit.diffusion.denoiser import Denoiser
+from diffusion_lit.diffusion.generate import Sampling, StepCallback
+
+
+class PixelModel(nn.Module):
+    """A denoiser of pictures, and how pictures are drawn from it.
+
+    Attributes:
+        denoiser: The model, `(x, sigma, label) -> x0_hat`.
+        sampling: How pictures are drawn unless told otherwise.
+    """
+
+    denoiser: Denoiser
+    sampling: Sampling
+
+    @property
+    def net(self) -> nn.Module:
+        """The network inside the denoiser."""
+        return self.denoiser.net
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for an unconditional model."""
+        return self.denoiser.num_classes
+
+    @property
+    def x_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of what is denoised."""
+        net: Any = self.net
+        return (int(net.in_channels), int(net.image_size), int(net.image_size))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the pictures that the model makes."""
+        return self.x_shape
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in [-1, 1] as what is denoised: themselves, unless a subclass works on latents."""
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The pictures of what was denoised; the inverse of `encode`."""
+        return x
+
+    def shrink_mask(self, known: Tensor) -> Tensor:
+        """Which entries of what is denoised depend on known pixels alone.
+
+        Args:
+            known: 1 where a pixel is known and 0 elsewhere, shape (B, 1, H, W).
+
+        Returns:
+            The same at the size of what is denoised; the mask itself here.
+        """
+        return known
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        sampling: Sampling | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Draws one picture per seed.
+
+        Args:
+            seeds: One seed per picture.
+            labels: Class indices of shape (B,), or None for unconditional sampling.
+            sampling: Other settings than the model's own.
+            callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
+
+        Returns:
+            Pictures (B, C, H, W), in [-1, 1] up to the model's own overshoot.
+
+        Raises:
+            ValueError: If a label is outside the model's classes, or the model has none.
+        """
+        training = self.training
+        self.eval()
+        try:
+            x = (sampling or self.sampling).generate(self.denoiser, self.x_shape, seeds, labels, callback)
+        finally:
+            self.train(training)
+        return self.decode(x)
+
+
+class LatentModel(PixelModel):
+    """A denoiser of the latents of an autoencoder; a subclass says `image_shape`, `encode` and `decode`."""
+
+    def shrink_mask(self, known: Tensor) -> Tensor:
+        """Marks a latent position as known where all pixels of its square are; see `PixelModel.shrink_mask`.
+
+        The encoder sees further than that square, so that what is made of such latents is known but nearly; an editor
+        pastes the known pixels back.
+        """
+        return -max_pool2d(-known, self.image_shape[1] // self.x_shape[1])
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        sampling: Sampling | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Draws one picture per seed; see `PixelModel.generate`. The callback sees decoded pictures."""
+        return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
+
+    def _decoded(self, callback: StepCallback) -> StepCallback:
+        """Shows a callback pictures: x0_hat decoded, and x decoded at the unit variance that latents have."""
+
+        def decoded(step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
+            keep = slice(getattr(callback, "keep", None))
+            spread = torch.as_tensor(sigma).to(x).square().add(1).sqrt().expand(len(x))[keep].reshape(-1, 1, 1, 1)
+            callback(step, self.decode(x[keep] / spread) * spread, self.decode(x0_hat[keep]), sigma)
+
+        return decoded
