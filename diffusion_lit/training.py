@@ -20,7 +20,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -53,6 +53,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "trajectory": Trajectory,
     "loss_by_noise_level": LossByNoiseLevel,
 }
+FREE = ("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach")  # how, not what, a run computes
 
 
 class UserError(Exception):
@@ -163,8 +164,13 @@ class CLI(LightningCLI):
         always: list[Callback] = [Throughput(), RunSummary()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
-        given = config.get("plugins") or []
-        config["plugins"] = [*(given if isinstance(given, list) else [given]), SafeCheckpointIO()]
+        for key in ("callbacks", "plugins"):
+            given = config.get(key) or []
+            config[key] = given if isinstance(given, list) else [given]
+        bars = [callback for callback in [*callbacks, *config["callbacks"]] if isinstance(callback, ProgressBar)]
+        if config.get("enable_progress_bar") is not False and not bars:
+            always.append(TQDMProgressBar())  # where rich is installed, Lightning would take its "Epoch 1/-2"
+        config["plugins"].append(SafeCheckpointIO())
         if self.subcommand == "fit":
             self._suit_hardware(config)
         return super()._instantiate_trainer(config, [*callbacks, *always])
@@ -202,7 +208,7 @@ class CLI(LightningCLI):
         """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
         self._refuse_what_the_data_decides()
         chosen = self.config[self.subcommand].get("channels_last")
-        on_cuda = isinstance(self.trainer.accelerator, CUDAAccelerator)
+        on_cuda = isinstance(self.trainer.accelerator, CUDAAccelerator) and hasattr(self.model, "net")
         if on_cuda if chosen is None else chosen:
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
@@ -217,7 +223,7 @@ class CLI(LightningCLI):
                 "it was trained with."
             )
         for key in sorted(recorded.keys() & now.keys()):
-            if recorded[key] != now[key] and not key.startswith("_"):
+            if recorded[key] != now[key] and not key.startswith("_") and key not in FREE:
                 if key.startswith("net."):
                     raise UserError(
                         f"The checkpoint {path} was trained with model.{key} = {recorded[key]!r}, but this run says "

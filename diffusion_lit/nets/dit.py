@@ -13,10 +13,9 @@ last layer, so that a new network predicts zero.
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diffusion_lit.nets.checks import require_image, require_image_size, require_not_negative, require_positive
-from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName
+from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName, attention, recomputed
 
 
 def position_code(height: int, width: int, channels: int) -> Tensor:
@@ -58,7 +57,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=-1)
         y = torch.addcmul(shift1, self.norm(x), scale1 + 1)
         q, k, v = rearrange(self.qkv(y), "b n (t h d) -> t b h n d", t=3, h=self.num_heads).unbind(0)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        y = rearrange(attention(q, k, v), "b h n d -> b n (h d)")
         x = torch.addcmul(x, gate1, self.proj(y))
         y = torch.addcmul(shift2, self.norm(x), scale2 + 1)
         return torch.addcmul(x, gate2, self.mlp(y))
@@ -80,6 +79,8 @@ class DiT(nn.Module):
             for a network that ignores c_noise.
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none.
+        activation_checkpointing: Keep only the tokens between blocks for the backward pass and compute what lies within
+            a block again: less than half the memory, for about a third more time.
 
     Raises:
         ValueError: An argument is out of range, or the patches do not divide the image size.
@@ -100,8 +101,10 @@ class DiT(nn.Module):
         noise_embedding: NoiseEmbeddingName = "positional",
         out_channels: int | None = None,
         augment_dim: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         out_channels = in_channels if out_channels is None else out_channels
         require_positive(
             in_channels=in_channels,
@@ -178,7 +181,8 @@ class DiT(nn.Module):
         x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         x = x + self.places(height, width).to(x)
         for block in self.blocks:
-            x = block(x, emb)
+            checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+            x = recomputed(block, x, emb) if checkpointing else block(x, emb)
         shift, scale = self.modulation(emb)[:, None].chunk(2, dim=-1)
         x = self.out(torch.addcmul(shift, self.norm(x), scale + 1))
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)

@@ -9,6 +9,7 @@ trains in float32 and under bf16 autocast:
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
@@ -16,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffusion_lit.nets.checks import require_one_of
 
@@ -69,7 +71,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix the values: q, k, v of shape (B, heads, positions, d) to the same shape."""
-        return F.scaled_dot_product_attention(q, k, v)
+        return attention(q, k, v)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the feature map (B, C, H, W) with what each position gathered from all others added."""
@@ -77,6 +79,21 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (t n d) h w -> t b n (h w) d", t=3, n=self.heads).unbind(0)
         y = rearrange(self.attend(q, k, v), "b n (h w) d -> b (n d) h w", h=height)
         return scaled_sum(x, self.proj(y), self.skip_scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v of shape (B, heads, positions, d), through a fused kernel.
+
+    The fused kernels want the d values of a position side by side: else torch falls back, on every device, to products
+    that keep the whole matrix of positions by positions. A CPU's kernel for bfloat16 packs its input anew, which at the
+    64 positions of a small map took 3 times as long as the one for float32 (22 ms against 7, both ways, one core of a
+    Xeon with AMX), so that on a CPU attention is in float32.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with no_autocast(q.device):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class LinearAttention(Attention):
@@ -256,6 +273,15 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """Return function(*args), keeping for the backward pass only the arguments, from which it is computed again.
+
+    Source: Chen 2016, arXiv 1604.06174.
+    """
+    made: Tensor = checkpoint(function, *args, use_reentrant=False)
+    return made
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:

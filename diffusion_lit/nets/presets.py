@@ -28,6 +28,7 @@ class DDPMCIFAR10(UNet):
         noise_embedding: "positional", the paper's; "fourier" suits EDM and flow matching.
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none as in the paper.
+        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
 
     Source: Ho 2020, arXiv 2006.11239, appendix B.
     """
@@ -41,6 +42,7 @@ class DDPMCIFAR10(UNet):
         noise_embedding: NoiseEmbeddingName = "positional",
         out_channels: int | None = None,
         augment_dim: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -55,6 +57,7 @@ class DDPMCIFAR10(UNet):
             noise_embedding=noise_embedding,
             out_channels=out_channels,
             augment_dim=augment_dim,
+            activation_checkpointing=activation_checkpointing,
             adaptive_scale=False,
             resample="conv",
             decoder_attention="all",
@@ -76,6 +79,7 @@ class DDPMpp(UNet):
         noise_embedding: "positional", the paper's, also for c_noise = ln(sigma) / 4.
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels; the paper's is 9, and 0 leaves them out.
+        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
 
     Source: Song 2021, arXiv 2011.13456, appendix H; Karras 2022, arXiv 2206.00364, table 7 and appendix F.2.
     """
@@ -90,6 +94,7 @@ class DDPMpp(UNet):
         noise_embedding: NoiseEmbeddingName = "positional",
         out_channels: int | None = None,
         augment_dim: int = 9,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -104,6 +109,7 @@ class DDPMpp(UNet):
             noise_embedding=noise_embedding,
             out_channels=out_channels,
             augment_dim=augment_dim,
+            activation_checkpointing=activation_checkpointing,
             adaptive_scale=False,
             resample="block",
             resample_filter=(1, 1),
@@ -129,6 +135,7 @@ class PlainUNet(UNet):
         patch_size: Side of the squares of pixels that the stem folds into channels; 1 for none.
         out_channels: Channels of the output; None for those of the image.
         augment_dim: Length of the augmentation labels, 0 for none.
+        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
     """
 
     def __init__(
@@ -144,6 +151,7 @@ class PlainUNet(UNet):
         patch_size: int = 1,
         out_channels: int | None = None,
         augment_dim: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -158,6 +166,7 @@ class PlainUNet(UNet):
             noise_embedding="none",
             out_channels=out_channels,
             augment_dim=augment_dim,
+            activation_checkpointing=activation_checkpointing,
         )
 
 
@@ -174,6 +183,7 @@ class DiT_S_2(DiT):
         noise_embedding: "positional", the paper's; "fourier" suits EDM and flow matching.
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none.
+        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
 
     Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
     """
@@ -186,6 +196,7 @@ class DiT_S_2(DiT):
         noise_embedding: NoiseEmbeddingName = "positional",
         out_channels: int | None = None,
         augment_dim: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -198,6 +209,7 @@ class DiT_S_2(DiT):
             noise_embedding=noise_embedding,
             out_channels=out_channels,
             augment_dim=augment_dim,
+            activation_checkpointing=activation_checkpointing,
         )
 
 
@@ -211,6 +223,7 @@ class DiT_B_2(DiT):
         noise_embedding: "positional", the paper's; "fourier" suits EDM and flow matching.
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none.
+        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
 
     Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
     """
@@ -223,6 +236,7 @@ class DiT_B_2(DiT):
         noise_embedding: NoiseEmbeddingName = "positional",
         out_channels: int | None = None,
         augment_dim: int = 0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -235,4 +249,5 @@ class DiT_B_2(DiT):
             noise_embedding=noise_embedding,
             out_channels=out_channels,
             augment_dim=augment_dim,
+            activation_checkpointing=activation_checkpointing,
         )

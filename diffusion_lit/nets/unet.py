@@ -38,6 +38,7 @@ from diffusion_lit.nets.layers import (
     ResampleName,
     downsample,
     initialise,
+    recomputed,
     scaled_sum,
     upsample,
     zero_init,
@@ -145,6 +146,8 @@ class UNet(nn.Module):
         resample_filter: Filter of "pool" and "block", and of the upsampling in "conv"; (1, 1) is average and nearest.
         skip_scale: Factor on every residual sum: 1, or 0.7071 to keep the variance (DDPM++).
         decoder_attention: On the way up, attention behind "all" blocks of a level (DDPM) or its "last" (DDPM++).
+        activation_checkpointing: Keep only the feature maps between blocks for the backward pass and compute what lies
+            within a block again: less than half the memory, for about a third more time.
 
     Raises:
         ValueError: An argument is out of range, or the levels do not divide the image size.
@@ -174,8 +177,10 @@ class UNet(nn.Module):
         resample_filter: tuple[float, ...] = (1, 1),
         skip_scale: float = 1.0,
         decoder_attention: Literal["all", "last"] = "all",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         out_channels = in_channels if out_channels is None else out_channels
         require_positive(
             in_channels=in_channels,
@@ -293,12 +298,32 @@ class UNet(nn.Module):
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))
         skips = [x]
         for layer in self.encoder:
-            x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
+            x = self.run(layer, emb, x)
             skips.append(x)
         for layer in self.middle:
-            x = layer(x, emb)
+            x = self.run(layer, emb, x)
         for layer, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
-            if takes_skip:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
+            x = self.run(layer, emb, x, skips.pop() if takes_skip else None)
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.patch_size)
+
+    def run(self, layer: nn.Module, emb: Tensor | None, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Run a stage or a resampling on x, joined by a skip connection; with activation checkpointing keep just these.
+
+        Args:
+            layer: The stage or resampling.
+            emb: The embedding of the conditions, shape (B, emb_channels).
+            x: Feature map, shape (B, C, H, W).
+            skip: Feature map that joins it, shape (B, C', H, W), or None.
+
+        Returns:
+            The feature map behind the layer.
+        """
+
+        def compute(x: Tensor, skip: Tensor | None) -> Tensor:
+            x = x if skip is None else torch.cat([x, skip], dim=1)
+            made: Tensor = layer(x, emb) if isinstance(layer, Stage) else layer(x)
+            return made
+
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return recomputed(compute, x, skip)
+        return compute(x, skip)
