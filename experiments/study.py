@@ -241,6 +241,8 @@ class Study:
             found: Any = yaml.safe_load(path.read_text())
             for key in name.split("."):
                 found = found.get(key) if isinstance(found, dict) else None
+                if isinstance(found, str) and found.endswith(".yaml"):  # a part that has a file of its own
+                    found = yaml.safe_load((path.parent / found).read_text())
             if found is not None:
                 return found
         return None
