@@ -61,6 +61,14 @@ def test_help_needs_nothing_and_lists_every_command(lightning, capsys):
             assert f"\n  {command} " in text
 
 
+def test_the_progress_bar_is_the_same_whatever_is_installed(lightning, monkeypatch, capsys):
+    from lightning.pytorch.trainer.connectors import callback_connector
+
+    monkeypatch.setattr(callback_connector, "_RICH_AVAILABLE", True)
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=2", "--trainer.enable_progress_bar=true")
+    assert "Epoch 0:" in "".join(capsys.readouterr())
+
+
 def test_a_run_leaves_everything_in_its_folder(lightning, tmp_path, capsys):
     lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=3")
     run = tmp_path / "runs/edm_digits/version_0"
