@@ -1,13 +1,16 @@
 """What a run tells its user: images per second while it goes, and where everything lies when it ends."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from diffusion_lit.evaluation.receipt import hardware
 from diffusion_lit.hardware import describe
 from diffusion_lit.precision import TrainInBf16
+from diffusion_lit.saving import TensorBoardLogger
 
 
 class Throughput(Callback):
@@ -40,12 +43,18 @@ class Throughput(Callback):
 
 
 class RunSummary(Callback):
-    """Prints what the hardware decided when training starts, and what the run reached and left when it ends."""
+    """Tells what the hardware decided when training starts, and what the run reached and left when it ends."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what was chosen for the hardware and how to choose otherwise."""
-        if trainer.is_global_zero:
-            print("\n".join(hardware_lines(trainer, pl_module)))
+        """Prints what was chosen for the hardware and how to choose otherwise, and puts it on record in the log."""
+        if not trainer.is_global_zero:
+            return
+        lines = hardware_lines(trainer, pl_module)
+        print("\n".join(lines))
+        record = f"{hardware(pl_module.device, trainer.world_size)['processor']}. {lines[0]}"
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.attempt(partial(_write_text, logger, "hardware", record, trainer.global_step))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the summary on rank 0."""
@@ -88,6 +97,10 @@ class RunSummary(Callback):
         if "val/loss" in metrics:
             figures.append(("validation loss", f"{metrics['val/loss']:.4g}"))
         return figures
+
+
+def _write_text(logger: TensorBoardLogger, tag: str, text: str, step: int) -> None:
+    logger.experiment.add_text(tag, text, step)
 
 
 def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:

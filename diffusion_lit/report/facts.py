@@ -82,13 +82,18 @@ def parameters(module: Any) -> list[str]:
         module: The module.
 
     Returns:
-        The number of parameters of its network, and of all of it where there is more, such as a frozen autoencoder.
+        The number of parameters of its network; of all of it, where more is trained; of an autoencoder that it uses.
     """
-    whole = sum(parameter.numel() for parameter in module.parameters())
-    net = getattr(module, "net", None)
-    own = whole if net is None else sum(parameter.numel() for parameter in net.parameters())
+    own, whole = count(getattr(module, "net", module)), count(module)
     told = [f"{magnitude(own)} in the network ({own:,})"]
-    return told if own == whole else [*told, f"{magnitude(whole)} in all ({whole:,})"]
+    told += [f"{magnitude(whole)} in all ({whole:,})"] if whole > own else []
+    space = getattr(module, "space", None)
+    return told if space is None else [*told, f"{magnitude(count(space.net))} in the autoencoder, which is frozen"]
+
+
+def count(module: Any) -> int:
+    """The number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def receipts(run: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -147,19 +152,19 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def magnitude(count: int) -> str:
+def magnitude(number: int) -> str:
     """A large number in words.
 
     Args:
-        count: A number.
+        number: It.
 
     Returns:
         Such as "755 thousand" or "35.7 million".
     """
     for size, word in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if count >= size:
-            return f"{count / size:.3g} {word}"
-    return f"{count:,}"
+        if number >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,}"
 
 
 def moment(time: float) -> str:

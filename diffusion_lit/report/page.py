@@ -145,7 +145,7 @@ class Page:
                 raise ValueError(f"The row {list(row)} has {len(row)} cells, but the table has {len(header)} columns.")
         numbers = [any(_is_number(row[column]) for row in rows) for column in range(len(header))]
         titles = (
-            f'<th scope="col"{_class("number" if number else "")}>{_text(name)}</th>'
+            f'<th scope="col"{_class("number short" if number else "short")}>{_text(name)}</th>'
             for name, number in zip(header, numbers, strict=True)
         )
         lines = ['<div class="scroll"><table>']
