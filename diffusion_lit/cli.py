@@ -103,7 +103,8 @@ def _run_command(command: Command, args: list[str]) -> None:
 def _run_function(function: Callable[..., Any], names: list[str], args: list[str], notes: str) -> None:
     """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence.
 
-    An argument that is a dataclass is given by its fields, each an option of the command.
+    An argument that is a dataclass is given by its fields, each an option of the command. One that is a list of texts
+    is given one by one, `--prompt "a" --prompt "b"`, each as it stands.
     """
     from argparse import RawDescriptionHelpFormatter
 
@@ -126,14 +127,15 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
         formatter_class=Formatter,
     )
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
-    spread = {name: kind for name, kind in types.items() if is_dataclass(kind)}
+    spread: dict[str, Any] = {name: kind for name, kind in types.items() if is_dataclass(kind)}
     parser.add_function_arguments(function, fail_untyped=True, skip=set(spread))
     for kind in spread.values():
         parser.add_class_arguments(kind, fail_untyped=True, instantiate=False)
         types |= {option.name: option.type for option in fields(kind)}
     flags = {f"--{name}" for name, kind in types.items() if kind is bool}
+    args, texts = _take_texts(args, {name for name, kind in types.items() if kind in (list[str], list[str] | None)})
     options = parser.parse_args(_spell_out_flags(args, flags))
-    values = parser.instantiate_classes(options).as_dict()
+    values = {**parser.instantiate_classes(options).as_dict(), **texts}
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         for name, kind in spread.items():
@@ -152,6 +154,23 @@ def _spell_out_flags(args: list[str], flags: set[str]) -> list[str]:
         f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg
         for arg, after in zip(args, following, strict=True)
     ]
+
+
+def _take_texts(args: list[str], names: set[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Takes the options that are lists of texts out of a command line: what is left of it, and the texts by name."""
+    left: list[str] = []
+    texts: dict[str, list[str]] = {}
+    words = iter(args)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in names:
+            left.append(word)
+            continue
+        following = text if equals else next(words, None)
+        if following is None:
+            _stop(f"{word} stands without its text; write {word} TEXT.")
+        texts.setdefault(name, []).append(following)
+    return left, texts
 
 
 def _summary(function: Callable[..., Any]) -> str:
