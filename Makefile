@@ -42,6 +42,9 @@ types: install ## check types
 	$(BIN)/mypy
 
 board: install ## open TensorBoard over all runs: make board PORT=6006
+	@$(BIN)/python -c 'import socket, sys; sys.exit(socket.socket().connect_ex(("127.0.0.1", int("$(PORT)"))) == 0)' 2>/dev/null || \
+		{ echo "Port $(PORT) is in use, or is no port; choose another, such as make board PORT=6007"; exit 1; }
+	@mkdir -p runs
 	$(BIN)/tensorboard --logdir runs --port $(PORT)
 
 clean: ## remove caches, not runs and not .venv
