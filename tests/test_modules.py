@@ -1,14 +1,19 @@
 """The LightningModules: draws keyed by step and independent of ranks, and the schedule of the learning rate."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from diffusion_lit.checkpoints import read_checkpoint
 from diffusion_lit.diffusion import Constant, CosineSchedule, DenoisingLoss, LinearSchedule, UnitWeight
 from diffusion_lit.modules import DDPM, EDM, Trapezoid
 from diffusion_lit.nets import UNet
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def net(**options):
@@ -143,3 +148,27 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_a_label_dropout_that_is_no_probability_is_refused():
     with pytest.raises(ValueError, match="label_dropout is 1.5"):
         EDM(net(), label_dropout=1.5)
+
+
+@pytest.mark.parametrize("after", [0, 6])
+def test_a_plateau_is_looked_for_after_each_validation_and_when_a_run_goes_on(after, lightning):
+    plateau = {"factor": 0.5, "patience": 0, "threshold": 1.0, "monitor": "val/loss"}  # no loss is low enough
+    scheduler = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": plateau}
+    command = [
+        *["fit", "--config", CONFIGS / "edm_digits.yaml", "--trainer.callbacks=[]", "--trainer.accelerator=cpu"],
+        *["--trainer.val_check_interval=3", "--trainer.limit_val_batches=1", "--sample_grid.every=0"],
+        *[
+            "--trajectory.every=0",
+            "--loss_by_noise_level.batches=0",
+            "--model.init_args.net.init_args.model_channels=8",
+        ],
+        *["--model.init_args.net.init_args.model_channels=8", "--data.init_args.batch_size=8"],
+        "--trainer.enable_progress_bar=false",
+        *["--model.init_args.optimizer.init_args.lr=1.0", f"--model.init_args.lr_scheduler={json.dumps(scheduler)}"],
+    ]
+    if after:
+        lightning(*command, f"--trainer.max_steps={after}")
+        command.append("--ckpt_path=last")
+    lightning(*command, "--trainer.max_steps=9")
+    state = read_checkpoint("runs/edm_digits/version_0/checkpoints/last.ckpt")
+    assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.125]  # halved three times

@@ -20,7 +20,7 @@ from diffusion_lit.diffusion.loss import DenoisingLoss
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
-from diffusion_lit.modules.optim import configure_optimizers
+from diffusion_lit.modules.optim import configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
 
@@ -87,6 +87,10 @@ class KeyedModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the learning-rate schedule."""
         return configure_optimizers(self, self.optimizer, self.lr_scheduler)
+
+    def on_validation_epoch_end(self) -> None:
+        """Tells a learning rate that waits for plateaus what validation gave."""
+        step_plateau(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""

@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule from the YAML, and the schedule that the configs use."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,25 @@ def configure_optimizers(
                 "trainer.max_epochs, or the schedule's total_steps."
             )
     if isinstance(scheduler, ReduceLROnPlateau):
-        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+        never = {"interval": "step", "frequency": sys.maxsize}  # by Lightning; by `step_plateau` after each validation
+        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss", **never}}
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def step_plateau(module: "LightningModule") -> None:
+    """Tells a `ReduceLROnPlateau` the loss of the validation that just ended.
+
+    Lightning would do so at the ends of epochs, or every so many steps of one, where validation by a number of training
+    steps has left either nothing or an old value.
+
+    Args:
+        module: The module, in training.
+    """
+    if module.trainer.state.fn != "fit" or module.trainer.sanity_checking:
+        return
+    for config in module.trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler.step(float(module.trainer.callback_metrics["val/loss"]))
 
 
 def _fused(optimizer: "OptimizerCallable", parameters: list[Tensor], module: "LightningModule") -> Optimizer:

@@ -219,6 +219,7 @@ class VAE(KeyedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the number of active latent channels."""
+        super().on_validation_epoch_end()
         self._log_active("val")
 
     def on_test_epoch_end(self) -> None:
