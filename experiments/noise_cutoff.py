@@ -1,0 +1,138 @@
+"""Ancestral sampling that stops adding noise: after k of its steps the rest take the mean alone.
+
+Each step of DDPM's sampler moves to the mean of q(x_next | x, x0_hat) and adds noise. The option `noise_until` of the
+sampler leaves the noise out after the first k steps. Sharpness is the mean squared Laplacian of the samples over that
+of the training pictures: 1 is as sharp (or as noisy) as real, below is smoother.
+
+    python -m experiments.noise_cutoff
+    python -m experiments.noise_cutoff --num_steps 1000 --until '[0, 300, 600, 900, 1000]'
+    python -m experiments.noise_cutoff --config configs/ddpm_fashion_mnist.yaml --data.init_args.root FOLDER
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from diffusion_lit.checkpoints import load_module
+from diffusion_lit.evaluation.features import take
+from experiments.study import QUIET, Gauge, Study, main, picture_rows
+
+MOST = 2000  # real pictures that sharpness is taken over
+
+
+def noise_cutoff(
+    study: Study,
+    num_steps: int = 200,
+    until: list[int] | None = None,
+    ckpt_path: str | None = None,
+) -> None:
+    """What happens when ancestral sampling stops adding noise before its end?
+
+    Draws samples of the same seeds whose first k steps add noise and whose other steps take the mean alone.
+
+    Args:
+        study: Where it works.
+        num_steps: Steps of the sampler.
+        until: The numbers k of steps that add noise; by default 0, 10, 30, 60, 90, 95 and 100% of them.
+        ckpt_path: A trained DDPM; by default one is trained.
+    """
+    path = ckpt_path or str(study.fit({"ddpm": {}})["ddpm"].ckpt_path)
+    cuts = until or sorted({round(num_steps * share) for share in (0, 0.1, 0.3, 0.6, 0.9, 0.95, 1)})
+    module, gauge = load_module(path), study.gauge(path)
+    default = module.sampling.but(sampler="ddpm", num_steps=num_steps, grid="trailing")
+    real = real_pictures(gauge)
+    scale = sharpness(real)
+    rows, shown = [], {}
+    for cut in cuts:
+        drawn = study.draw(path, gauge, default.but(sampler_options={"noise_until": cut}))
+        assert drawn.images is not None
+        rows.append({"noise until": cut, **gauge.measure(drawn), "sharpness": sharpness(drawn.images) / scale})
+        shown[f"k = {cut}"] = drawn.images[:12]
+    shown["real"] = real[:12]
+    caption = f"{study.setup.num_samples:,} samples against the training pictures, {num_steps:,} steps."
+    study.table("quality", rows, caption)
+    study.figure("quality", draw(rows, gauge, num_steps), "Quality and sharpness against where the noise stops.")
+    study.figure(
+        "samples",
+        picture_rows(shown),
+        f"Samples of the same seeds: the first k of {num_steps:,} steps add noise, the others take the mean.",
+    )
+    best, none, full = min(rows, key=lambda row: row[gauge.metric]), rows[0], rows[-1]
+    study.finding(
+        f"Noise in the first {best['noise until']:,} of {num_steps:,} steps is best with {gauge.metric} "
+        f"{best[gauge.metric]:.3g} at {best['sharpness']:.0%} of real sharpness; noise until step "
+        f"{none['noise until']:,} gives {none[gauge.metric]:.3g} at {none['sharpness']:.0%}, until step "
+        f"{full['noise until']:,} {full[gauge.metric]:.3g} at {full['sharpness']:.0%}."
+    )
+
+
+def sharpness(images: Tensor) -> float:
+    """The mean squared Laplacian of pictures, which edges and noise make large.
+
+    Args:
+        images: Pictures (N, C, H, W), uint8.
+
+    Returns:
+        Of pictures scaled to [-1, 1], away from their border.
+    """
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    pixels = (images.float() / 127.5 - 1).flatten(0, 1)[:, None]
+    return float(conv2d(pixels, kernel).square().mean())
+
+
+def real_pictures(gauge: Gauge) -> Tensor:
+    """Training pictures to compare with.
+
+    Args:
+        gauge: Knows the data.
+
+    Returns:
+        At most `MOST` of them, evenly spread, uint8 (N, C, H, W).
+    """
+    images = gauge.data.reference_images("train")
+    count = min(MOST, len(images))
+    return take(images, torch.arange(count) * len(images) // count)
+
+
+def draw(rows: list[dict[str, Any]], gauge: Gauge, num_steps: int) -> plt.Figure:
+    """Fréchet distance, sharpness, precision and recall against the number of steps that add noise.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+        num_steps: Steps of the sampler.
+
+    Returns:
+        The figure, of three panels.
+    """
+    figure, (distance, sharp, shares) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    cuts = [row["noise until"] for row in rows]
+    distance.plot(cuts, [row[gauge.metric] for row in rows], marker="o", label="samples")
+    gauge.draw_floor(distance)
+    distance.set(ylabel=gauge.metric, yscale="log")
+    distance.legend()
+    sharp.plot(cuts, [row["sharpness"] for row in rows], marker="o", label="samples")
+    sharp.axhline(1, color="grey", linestyle="--", label="training pictures")
+    sharp.set(ylabel="mean squared Laplacian, real = 1")
+    sharp.set_ylim(bottom=0)
+    sharp.legend()
+    for name in ("precision", "recall"):
+        shares.plot(cuts, [row[name] for row in rows], marker="o", label=name)
+    shares.set(ylabel="share of pictures", ylim=(0, 1.02))
+    shares.legend()
+    for axes in (distance, sharp, shares):
+        axes.set_xlabel(f"steps of {num_steps:,} that add noise")
+        axes.grid(True, alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    SMALL = {
+        **QUIET,
+        "trainer.max_steps": 800,
+        "model.init_args.net.init_args.model_channels": 16,
+    }
+    main(noise_cutoff, "configs/ddpm_digits.yaml", SMALL, num_samples=300)

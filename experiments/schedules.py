@@ -1,0 +1,197 @@
+"""Noise schedules: what they are, how a network is told the time, and what they and their length do for quality.
+
+A schedule is a table of betas; alpha_bar = prod(1 - beta) is the share of the signal that is left, and the log-SNR
+log(alpha_bar / (1 - alpha_bar)) what a denoiser has to work with. All schedules are on one figure, the sinusoidal
+embedding of the time on another. Then a DDPM is trained with 300, 512 and 1,000 steps, linear and cosine, and samples
+by ancestral sampling over all of its own steps, and over a few of them.
+
+    python -m experiments.schedules
+    python -m experiments.schedules --config configs/ddpm_fashion_mnist.yaml --data.init_args.root FOLDER
+"""
+
+import matplotlib.pyplot as plt
+import torch
+
+from diffusion_lit.checkpoints import load_module
+from diffusion_lit.diffusion.conversions import sigma_to_log_snr
+from diffusion_lit.diffusion.noise import (
+    ContinuousVP,
+    CosineSchedule,
+    LinearSchedule,
+    ScaledLinearSchedule,
+    Schedule,
+    SigmoidSchedule,
+)
+from diffusion_lit.nets.layers import Conditioning
+from experiments.study import QUIET, Gauge, Study, main, picture_rows
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "linear": LinearSchedule,
+    "scaled linear": ScaledLinearSchedule,
+    "cosine": CosineSchedule,
+    "sigmoid": SigmoidSchedule,
+    "continuous VP": ContinuousVP,
+}
+
+
+def schedules(
+    study: Study,
+    num_steps: list[int] = [300, 512, 1000],  # noqa: B006 (never changed)
+    compared: list[str] = ["linear", "cosine"],  # noqa: B006
+    few: int = 50,
+) -> None:
+    """Does it matter which noise schedule a DDPM has, and how many steps?
+
+    Draws all schedules and the embedding of the time, trains a DDPM for each schedule and number of steps, and compares
+    samples over all of its steps with samples over a few.
+
+    Args:
+        study: Where it works.
+        num_steps: Lengths of the trained schedules.
+        compared: Schedules to train with: linear, scaled linear, cosine, sigmoid, continuous VP.
+        few: Steps of the shorter way of sampling.
+
+    Raises:
+        ValueError: If there is no such schedule.
+    """
+    for name in compared:
+        if name not in SCHEDULES:
+            raise ValueError(f"There is no schedule {name!r}; choose some of {', '.join(SCHEDULES)}.")
+    study.figure(
+        "schedules",
+        curves({name: schedule() for name, schedule in SCHEDULES.items()}),
+        "All schedules at 1,000 steps. Betas are the noise added by each step, alpha_bar the share of the signal's "
+        "variance that is left, the log-SNR its ratio to the noise.",
+    )
+    study.figure(
+        "embeddings",
+        embeddings(),
+        "How a network is told the time: the cosines and sines of t at 64 frequencies from 1 to 1/10,000, before its "
+        "linear layers. Neighbouring times differ in the fast ones, distant times in the slow ones.",
+    )
+    variants = {
+        f"{name}, {steps}": {
+            "model.init_args.schedule": {
+                "class_path": f"diffusion_lit.diffusion.{SCHEDULES[name].__name__}",
+                "init_args": {"num_steps": steps},
+            },
+            "model.init_args.sampling": {"sampler": "ddpm", "num_steps": few, "grid": "trailing", "clip_x0": "static"},
+        }
+        for name in compared
+        for steps in num_steps
+    }
+    trained = study.fit(variants)
+    gauge = study.gauge(trained)
+    rows, shown = [], {}
+    for name, run in trained.items():
+        module = load_module(run.ckpt_path)
+        schedule, _, steps = name.partition(", ")
+        row = {"schedule": schedule, "steps": int(steps)}
+        for way, count in ((f"{few} of them", few), ("all steps", int(steps))):
+            drawn = study.draw(run, gauge, module.sampling.but(num_steps=count))
+            row |= {f"{key}, {way}": value for key, value in gauge.measure(drawn).items() if key != "precision"}
+            shown[name] = drawn.images[:12]
+        rows.append(row)
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples of each against the training pictures.")
+    study.figure("quality", quality(rows, gauge, few), "Quality against the number of steps that a schedule has.")
+    study.figure("samples", picture_rows(shown), "Samples of the same seeds, over all steps of each schedule.")
+    metric = f"{gauge.metric}, all steps"
+    best, worst = (pick(rows, key=lambda row: row[metric]) for pick in (min, max))
+    means = {
+        name: sum(values) / len(values)
+        for name in compared
+        if (values := [row[metric] for row in rows if row["schedule"] == name])
+    }
+    means_told = " and ".join(f"{value:.3g} with the {name} schedule" for name, value in means.items())
+    study.finding(
+        f"Over all steps {gauge.metric} is {means_told} on average, between {best[metric]:.3g} ({best['schedule']}, "
+        f"{best['steps']:,} steps) and {worst[metric]:.3g} ({worst['schedule']}, {worst['steps']:,} steps)."
+    )
+
+
+def curves(tables: dict[str, Schedule]) -> plt.Figure:
+    """Betas, alpha_bar and log-SNR of schedules.
+
+    Args:
+        tables: Schedules by name.
+
+    Returns:
+        The figure, of three panels.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for index, (name, schedule) in enumerate(tables.items()):
+        share = torch.arange(schedule.num_steps) / (schedule.num_steps - 1)
+        style = {"label": name, "linestyle": ("-", "--", "-", "-.", ":")[index % 5], "linewidth": 2}
+        for axes, values in zip(
+            panels, (schedule.betas, schedule.alpha_bar, sigma_to_log_snr(schedule.sigmas)), strict=True
+        ):
+            axes.plot(share, values, **style)
+    panels[0].set(yscale="log", ylabel="beta")
+    panels[1].set(ylabel="alpha_bar")
+    panels[2].set(ylabel="log-SNR = log(alpha_bar / (1 - alpha_bar))", ylim=(-12, 12))
+    for axes in panels:
+        axes.set_xlabel("t / (T - 1)")
+        axes.grid(True, alpha=0.3)
+    panels[0].legend()
+    return figure
+
+
+def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
+    """The sinusoidal embedding of every time, as the U-Net computes it, and how alike two times look.
+
+    Args:
+        features: Length of the embedding.
+        total: Number of times.
+
+    Returns:
+        The figure, of two panels.
+    """
+    conditioning = Conditioning(features, features, "positional", 0, 0)
+    with torch.no_grad():
+        table = conditioning.noise_features(torch.arange(total, dtype=torch.float32))
+    figure, (picture, likeness) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(3, 2))
+    image = picture.imshow(table.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+    picture.set(xlabel="time t", ylabel=f"feature: {features // 2} cosines, {features // 2} sines")
+    figure.colorbar(image, ax=picture)
+    for time in (0, total // 2, total - 1):
+        likeness.plot(torch.cosine_similarity(table, table[time : time + 1]), label=f"with t = {time}")
+    likeness.set(xlabel="time t", ylabel="cosine of the embeddings' angle")
+    likeness.legend()
+    likeness.grid(True, alpha=0.3)
+    return figure
+
+
+def quality(rows: list[dict[str, float]], gauge: Gauge, few: int) -> plt.Figure:
+    """The Fréchet distance and recall against the number of steps, a line for each schedule and way of sampling.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+        few: Steps of the shorter way.
+
+    Returns:
+        The figure, of two panels.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, measure in zip(panels, (gauge.metric, "recall"), strict=True):
+        for index, name in enumerate(dict.fromkeys(row["schedule"] for row in rows)):
+            own = [row for row in rows if row["schedule"] == name]
+            for way, style in (("all steps", "-"), (f"{few} of them", ":")):
+                values = [row[f"{measure}, {way}"] for row in own]
+                label = f"{name}, sampled over {way}"
+                axes.plot([row["steps"] for row in own], values, style, marker="o", color=f"C{index}", label=label)
+        axes.set(xlabel="steps T of the schedule", ylabel=measure, xticks=sorted({row["steps"] for row in rows}))
+        axes.set_ylim(bottom=0)
+        axes.grid(True, alpha=0.3)
+    gauge.draw_floor(panels[0])
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    SMALL = {
+        **QUIET,
+        "trainer.max_steps": 500,
+        "model.init_args.net.init_args.model_channels": 16,
+    }
+    main(schedules, "configs/ddpm_digits.yaml", SMALL, num_samples=200)
