@@ -68,6 +68,8 @@ def main(args: list[str] | None = None) -> None:
         args: The command line without the program's name; the process's own by default.
     """
     args = sys.argv[1:] if args is None else args
+    if "" not in sys.path:  # classes of one's own, in files where the command is given, have names too
+        sys.path.append("")
     keep_freed_memory()
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
