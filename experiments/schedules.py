@@ -9,6 +9,8 @@ by ancestral sampling over all of its own steps, and over a few of them.
     python -m experiments.schedules --config configs/ddpm_fashion_mnist.yaml --data.init_args.root FOLDER
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -121,7 +123,8 @@ def curves(tables: dict[str, Schedule]) -> plt.Figure:
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for index, (name, schedule) in enumerate(tables.items()):
         share = torch.arange(schedule.num_steps) / (schedule.num_steps - 1)
-        style = {"label": name, "linestyle": ("-", "--", "-", "-.", ":")[index % 5], "linewidth": 2}
+        dashes, width = ("-", "--", "-", "-.", ":")[index % 5], 4 if index == 0 else 2  # the last lies on the first
+        style: dict[str, Any] = {"label": name, "linestyle": dashes, "linewidth": width}
         for axes, values in zip(
             panels, (schedule.betas, schedule.alpha_bar, sigma_to_log_snr(schedule.sigmas)), strict=True
         ):
@@ -155,8 +158,8 @@ def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
     figure.colorbar(image, ax=picture)
     for time in (0, total // 2, total - 1):
         likeness.plot(torch.cosine_similarity(table, table[time : time + 1]), label=f"with t = {time}")
-    likeness.set(xlabel="time t", ylabel="cosine of the embeddings' angle")
-    likeness.legend()
+    likeness.set(xlabel="time t", ylabel="cosine similarity of embeddings", ylim=(-0.2, 1.05))
+    likeness.legend(loc="lower center", ncols=3)
     likeness.grid(True, alpha=0.3)
     return figure
 
