@@ -166,9 +166,9 @@ def bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 if __name__ == "__main__":
     SMALL = {
         **QUIET,
-        "trainer.max_steps": 800,
+        "trainer.max_steps": 500,
         "trainer.val_check_interval": 100,
         "loss_by_noise_level.batches": 0,
         "model.init_args.net.init_args.model_channels": 16,
     }
-    main(learning_rates, "configs/ddpm_digits.yaml", SMALL)
+    main(learning_rates, "configs/ddpm_digits.yaml", SMALL, num_samples=500)

@@ -25,7 +25,7 @@ MOST = 2000  # real pictures that sharpness is taken over
 
 def noise_cutoff(
     study: Study,
-    num_steps: int = 200,
+    num_steps: int = 100,
     until: list[int] | None = None,
     ckpt_path: str | None = None,
 ) -> None:
@@ -132,7 +132,7 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge, num_steps: int) -> plt.Figure
 if __name__ == "__main__":
     SMALL = {
         **QUIET,
-        "trainer.max_steps": 800,
+        "trainer.max_steps": 600,
         "model.init_args.net.init_args.model_channels": 16,
     }
-    main(noise_cutoff, "configs/ddpm_digits.yaml", SMALL, num_samples=300)
+    main(noise_cutoff, "configs/ddpm_digits.yaml", SMALL, num_samples=500)

@@ -66,6 +66,7 @@ from diffusion_lit.sample import pick_device
 from experiments.runs import Failed, Run, Trained, find_config, fit
 
 ROOT = Path("runs/studies")
+DPI = 130  # of figures
 QUIET = {"trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}  # the study draws and measures itself
 OVERRIDES = ("trainer", "model", "data", "ema", "guard", "checkpoint", "sample_grid", "trajectory")
 
@@ -353,7 +354,7 @@ class Study:
             The PNG file.
         """
         path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
         plt.close(figure)
         self.shown.append(("picture", name, path, caption))
         return path

@@ -157,7 +157,7 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 if __name__ == "__main__":
     SMALL = {
         **QUIET,
-        "trainer.max_steps": 800,
+        "trainer.max_steps": 600,
         "model.init_args.net.init_args.model_channels": 16,
     }
-    main(variance, "configs/ddpm_digits.yaml", SMALL)
+    main(variance, "configs/ddpm_digits.yaml", SMALL, num_samples=500)
