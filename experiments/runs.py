@@ -25,13 +25,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from diffusion_lit.checkpoints import find_last
 from diffusion_lit.evaluation.store import key_of
+from diffusion_lit.report.events import read_history
 
 PROJECT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-c", "from diffusion_lit.cli import main; main()"]
@@ -102,20 +103,14 @@ class Trained:
         return self.folder / "checkpoints" / "last.ckpt"
 
     @cached_property
-    def curves(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Everything that was logged: steps and values by name, such as `train/loss`."""
-        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
-        events.Reload()
-        found = {}
-        for name in events.Tags()["scalars"]:
-            points = {event.step: event.value for event in events.Scalars(name)}  # a continued run repeats some
-            found[name] = (sorted(points), [points[step] for step in sorted(points)])
-        return found
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Everything that was logged: steps and values, each of shape (N,), by name, such as `train/loss`."""
+        return read_history(self.folder).scalars
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last value of everything that was logged."""
-        return {name: values[-1] for name, (_, values) in self.curves.items()}
+        return {name: float(values[-1]) for name, (_, values) in self.curves.items()}
 
 
 @dataclass(frozen=True)
