@@ -36,12 +36,12 @@ STUDIES = [
 ]
 
 
-def studies(only: str | None = None, jobs: int = 1) -> None:
+def studies(only: str | None = None, jobs: int = 2) -> None:
     """Runs the studies and writes their page.
 
     Args:
         only: Names of some of them, such as `schedules,variance`; all by default.
-        jobs: Trainings at a time within a study.
+        jobs: Trainings at a time within a study; they share the cores.
 
     Raises:
         ValueError: If there is no such study.

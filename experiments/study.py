@@ -24,6 +24,7 @@ trainings.
 import csv
 import inspect
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -179,6 +180,7 @@ class Study:
         config: The experiment that it varies.
         options: What holds for all of its trainings beside the config.
         about: A paragraph on what it does.
+        command: The command line that it was started by.
     """
 
     name: str
@@ -187,6 +189,7 @@ class Study:
     config: str
     options: dict[str, Any] = field(default_factory=dict)
     about: str = ""
+    command: str = ""
 
     def __post_init__(self) -> None:
         """Makes the folder and starts the clock."""
@@ -412,12 +415,11 @@ class Study:
             "sampling and drawing": round(time.perf_counter() - self._begin - self._waited, 1),
         }
         cost = f"{seconds['training']:.0f} s of training, {seconds['sampling and drawing']:.0f} s for the rest"
-        command = " ".join(["python -m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
         page = Page(self.title, self.name)
         for sentence in self.findings:
             page.text(sentence)
         page.text(self.about)
-        page.command(command)
+        page.command(self.command)
         page.text(f"{cost}; {here['device']}, {here['processor']}, {here['threads']} threads.")
         for kind, _, content, caption in self.shown:
             if kind == "text":
@@ -432,7 +434,7 @@ class Study:
             "name": self.name,
             "title": self.title,
             "findings": self.findings,
-            "command": command,
+            "command": self.command,
             "config": self.config,
             "options": self.options,
             "setup": asdict(self.setup),
@@ -530,7 +532,9 @@ def main(
     """
     name = function.__name__
     title, _, about = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip().partition("\n")
-    given, overrides = split(sys.argv[1:] if args is None else args)
+    words = sys.argv[1:] if args is None else args
+    command = shlex.join(["python", "-m", f"experiments.{name}", *words])
+    given, overrides = split(words)
     parser = ArgumentParser(
         prog=f"python -m experiments.{name}",
         description=f"{title} {' '.join(about.split())}",
@@ -546,9 +550,8 @@ def main(
     elif "data.class_path" in overrides:
         name += f"-{overrides['data.class_path'].rpartition('.')[2]}"
     try:
-        study = Study(
-            name, title, setup, setup.config or config, {**(options or {}), **overrides}, " ".join(about.split())
-        )
+        shared = {**(options or {}), **overrides}
+        study = Study(name, title, setup, setup.config or config, shared, " ".join(about.split()), command)
         function(study, **told)
         study.write()
     except (StudyFailed, ValueError, OSError) as error:
