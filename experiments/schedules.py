@@ -186,8 +186,9 @@ def quality(rows: list[dict[str, float]], gauge: Gauge, few: int) -> plt.Figure:
         axes.set(xlabel="steps T of the schedule", ylabel=measure, xticks=sorted({row["steps"] for row in rows}))
         axes.set_ylim(bottom=0)
         axes.grid(True, alpha=0.3)
+    panels[1].set_ylim(top=1.02)
     gauge.draw_floor(panels[0])
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
