@@ -4,8 +4,9 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -43,6 +44,45 @@ def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.
     pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(pixels, nrow=columns, padding=max(1, scale // 2), pad_value=255).permute(1, 2, 0)
     return Image.fromarray(grid.numpy())
+
+
+class Cell(NamedTuple):
+    """One picture of a labelled grid, (C, H, W) in [-1, 1], and what stands below it."""
+
+    image: Tensor
+    note: str = ""
+
+
+def labelled_grid(rows: Sequence[Sequence[Cell]], columns: Sequence[str], names: Sequence[str]) -> Image.Image:
+    """Lays pictures out under headings, each pixel as a square.
+
+    Args:
+        rows: The pictures, as many in each row as there are columns; they may differ in size.
+        columns: What stands above each column.
+        names: What stands left of each row.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.35 * len(columns) + 0.6 * any(names), 1.55 * len(rows) + 0.3), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    for top, (row, name) in enumerate(zip(rows, names, strict=True)):
+        for left, (cell, heading) in enumerate(zip(row, columns, strict=True)):
+            panel, pixels = panels[top][left], to_uint8(cell.image)
+            grey = pixels[0].numpy() if len(pixels) < 3 else pixels.permute(1, 2, 0).numpy()
+            panel.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            panel.set_xlabel(cell.note, fontsize=8)
+            if top == 0:
+                panel.set_title(heading, fontsize=8)
+            if left == 0:
+                panel.set_ylabel(name, fontsize=8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 4.0) -> bytes:

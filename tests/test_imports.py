@@ -11,6 +11,7 @@ COMMANDS = {
     "diffusion_lit.cli",
     "diffusion_lit.training",
     "diffusion_lit.sample",
+    "diffusion_lit.edit",
 }
 RULES = {  # files under this folder may import of the project only these
     "diffusion_lit/diffusion": {"diffusion_lit.diffusion"},

@@ -1,0 +1,177 @@
+"""Views of a picture for anagrams: orthogonal changes with an exact inverse, each checked when it is made.
+
+A denoiser is trained on x0 + sigma n with n ~ N(0, I). Under a view v the same picture is v x0 + sigma v n, and v n is
+N(0, I) again only if v is orthogonal; a change that scales, smears or drops noise shows the denoiser what it never saw.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.rng import keyed_generator
+
+Change = Callable[[Tensor], Tensor]
+"""Changes pictures (B, C, H, W), keeping their shape."""
+
+PROBES = 8
+TOLERANCE = 1e-6
+PIECES = 4  # of a jigsaw, along each side
+
+
+class PictureView:
+    """A linear, orthogonal change of pictures and its inverse.
+
+    Args:
+        name: What to call it.
+        apply: Changes pictures (B, C, H, W) in any floating precision.
+        inverse: Changes them back.
+        image_shape: Shape (C, H, W) of the pictures.
+
+    Raises:
+        ValueError: If `inverse` does not undo `apply`, or `apply` changes shapes, is not linear or not orthogonal.
+    """
+
+    def __init__(self, name: str, apply: Change, inverse: Change, image_shape: tuple[int, int, int]) -> None:
+        self.name, self.apply, self.inverse = name, apply, inverse
+        self.image_shape = tuple(image_shape)
+        self._check()
+
+    def _check(self) -> None:
+        """Tries the defining properties on random pictures, on which a change that lacks one has no chance."""
+        generator = keyed_generator("picture view")
+        x = torch.randn(PROBES, *self.image_shape, generator=generator, dtype=torch.float64)
+        try:
+            y = self.apply(x)
+            back = self.inverse(y) if y.shape == x.shape else None
+            total = self.apply(x[:1] - 2 * x[1:2])
+        except RuntimeError as error:
+            raise self._refusal(f"cannot be applied to pictures {self.image_shape}") from error
+        if y.shape != x.shape:
+            raise self._refusal(f"turns pictures {self.image_shape} into {tuple(y.shape[1:])}")
+        if back is None or back.shape != x.shape or not _alike(back, x):
+            raise self._refusal("is not undone by its inverse")
+        if not _alike(total, y[:1] - 2 * y[1:2]):
+            raise self._refusal("is not linear")
+        if not _alike(_products(y), _products(x)):
+            raise self._refusal("is not orthogonal: it changes lengths or angles, and with them the noise")
+
+    def _refusal(self, why: str) -> ValueError:
+        return ValueError(
+            f"The view {self.name} {why}; a view must be linear, orthogonal and exactly invertible, such as "
+            f"{', '.join(VIEWS)}."
+        )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+def _products(x: Tensor) -> Tensor:
+    """The inner products of all pairs of pictures."""
+    return x.flatten(1) @ x.flatten(1).T
+
+
+def _places(image_shape: tuple[int, int, int]) -> Tensor:
+    """The numbers of a picture's pixels, shape (1, 1, H, W): what a view does to them says where each one goes."""
+    _, height, width = image_shape
+    return torch.arange(height * width).reshape(1, 1, height, width)
+
+
+def _rearrange(order: Tensor) -> Change:
+    """The change that puts pixel `order[i]` at place i."""
+
+    def change(x: Tensor) -> Tensor:
+        return x.flatten(2)[:, :, order.to(x.device)].reshape(x.shape)
+
+    return change
+
+
+def permutation(name: str, order: Tensor, image_shape: tuple[int, int, int]) -> PictureView:
+    """A rearrangement of pixels as a view.
+
+    Args:
+        name: What to call it.
+        order: Place i shows pixel `order[i]`, both counted row by row, shape (H * W,).
+        image_shape: Shape (C, H, W) of the pictures.
+
+    Returns:
+        The view.
+
+    Raises:
+        ValueError: If a pixel is missing or comes twice.
+    """
+    return PictureView(name, _rearrange(order), _rearrange(order.argsort()), image_shape)
+
+
+def _turned(quarters: int) -> Callable[[str, tuple[int, int, int]], PictureView]:
+    def make(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+        return PictureView(
+            name, lambda x: x.rot90(quarters, (-2, -1)), lambda x: x.rot90(-quarters, (-2, -1)), image_shape
+        )
+
+    return make
+
+
+def _flipped(dim: int) -> Callable[[str, tuple[int, int, int]], PictureView]:
+    return lambda name, image_shape: PictureView(name, lambda x: x.flip(dim), lambda x: x.flip(dim), image_shape)
+
+
+def _identity(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+    return PictureView(name, lambda x: x, lambda x: x, image_shape)
+
+
+def _negative(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+    return PictureView(name, torch.neg, torch.neg, image_shape)
+
+
+def _permute(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+    size = image_shape[1] * image_shape[2]
+    return permutation(name, torch.randperm(size, generator=keyed_generator("permute", size)), image_shape)
+
+
+def _jigsaw(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+    """4x4 square pieces, each moved to another place and turned by a quarter, a half or three quarters."""
+    _, height, width = image_shape
+    if height != width or height % PIECES:
+        raise ValueError(f"The view jigsaw cuts squares into {PIECES}x{PIECES} pieces, which {height}x{width} is not.")
+    side = height // PIECES
+    cut = _places(image_shape)[0, 0].unfold(0, side, side).unfold(1, side, side).flatten(0, 1)  # (pieces, side, side)
+    generator = keyed_generator("jigsaw")
+    order = torch.randperm(PIECES**2, generator=generator)
+    turns = torch.randint(4, (PIECES**2,), generator=generator).tolist()
+    laid = torch.stack([cut[piece].rot90(turn) for piece, turn in zip(order.tolist(), turns, strict=True)])
+    rows = laid.reshape(PIECES, PIECES, side, side).transpose(1, 2)
+    return permutation(name, rows.flatten(), image_shape)
+
+
+VIEWS: dict[str, Callable[[str, tuple[int, int, int]], PictureView]] = {
+    "identity": _identity,
+    "flip_horizontal": _flipped(-1),
+    "flip_vertical": _flipped(-2),
+    "rotate_90": _turned(1),
+    "rotate_180": _turned(2),
+    "rotate_270": _turned(3),
+    "jigsaw": _jigsaw,
+    "permute": _permute,
+    "negative": _negative,
+}
+
+
+def make_view(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+    """A view by its name.
+
+    Args:
+        name: A key of `VIEWS`. Rotations are counterclockwise; flip_horizontal swaps left and right; jigsaw moves and
+            turns 4x4 square pieces and permute every pixel, each by a fixed random order.
+        image_shape: Shape (C, H, W) of the pictures.
+
+    Returns:
+        The view.
+
+    Raises:
+        ValueError: If there is no such view, or it does not suit pictures of this shape.
+    """
+    if name not in VIEWS:
+        raise ValueError(f"There is no view {name!r}; choose among {', '.join(VIEWS)}.")
+    return VIEWS[name](name, image_shape)

@@ -1,0 +1,487 @@
+"""`lightning edit TASK`: what a trained denoiser can do beyond sampling, a command per task.
+
+The tasks themselves are the functions of `diffusion_lit.diffusion.editing`; here are their defaults, their pictures and
+their figures.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from torch.nn.functional import interpolate as enlarge
+
+from diffusion_lit.diffusion import editing
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.edit_options import SAMPLES, Options, PictureOptions, decibels, picture_size, read_pixels
+from diffusion_lit.pictures import Cell, grid_image, labelled_grid, save_gif
+
+BLURS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+
+
+def forward(options: PictureOptions, sigmas: list[float] = [0.1, 0.3, 1.0, 3.0, 10.0], num_samples: int = 1) -> None:  # noqa: B006 (never changed)
+    """Noises a picture: x = x0 + sigma n at several levels, shown as x / sqrt(1 + sigma^2).
+
+    Args:
+        options: Model, picture and output.
+        sigmas: Noise levels.
+        num_samples: Draws of the noise, a row each.
+    """
+    model = options.load()
+    seeds, image = options.seeds(num_samples), options.read(model)
+    images = image.expand(num_samples, -1, -1, -1)
+    noisy = {
+        sigma: editing.visible(model, editing.forward(model, images, sigma, seeds), sigma).cpu() for sigma in sigmas
+    }
+    rows = [[Cell(image[0])] + [Cell(noisy[sigma][row]) for sigma in sigmas] for row in range(num_samples)]
+    figure = labelled_grid(rows, ["picture", *[f"sigma {sigma:g}" for sigma in sigmas]], _seeds(seeds))
+    pictures = {"input": image} | {f"sigma_{sigma:g}": noisy[sigma] for sigma in sigmas}
+    options.write("forward", model, None, figure, pictures, {"sigmas": sigmas, "seeds": list(seeds)})
+
+
+def denoise(
+    options: PictureOptions,
+    sigmas: list[float] = [0.1, 0.3, 1.0, 3.0],  # noqa: B006
+    blur_sigma: float | None = None,
+    kernel_size: int | None = None,
+) -> None:
+    """Noises a picture to several levels and denoises it: by a Gaussian blur, in one step, and step by step.
+
+    Each with its PSNR. Steps are every 30th of 1,000 from the level down, unless told otherwise.
+
+    Args:
+        options: Model, picture, condition, sampling and output.
+        sigmas: Noise levels.
+        blur_sigma: Standard deviation of the blur in pixels; by default the best of 0.5, 0.75, 1, 1.5, 2 and 3 for each
+            level, which knows the answer.
+        kernel_size: Side of the blur's kernel in pixels, odd; by default it reaches out to 4 standard deviations.
+    """
+    model = options.load()
+    sampling = options.sampling(editing.strided(model.sampling, model.denoiser.scaling))
+    image, labels, seeds = options.read(model), options.labels(model, 1), options.seeds(1)
+    blurs = BLURS if blur_sigma is None else (blur_sigma,)
+    made: dict[str, dict[float, Tensor]] = {"noisy": {}, "blur": {}, "one_step": {}, "iterative": {}}
+    chosen = {}
+    for sigma in sigmas:
+        x = editing.forward(model, image, sigma, seeds)
+        noisy = model.decode(x).cpu()
+        tried = {blur: editing.gaussian_blur(noisy, blur, kernel_size) for blur in blurs}
+        best = max(tried, key=lambda blur: decibels(tried[blur], image)[0])
+        chosen[f"{sigma:g}"] = best
+        made["noisy"][sigma] = noisy
+        made["blur"][sigma] = tried[best]
+        made["one_step"][sigma] = editing.denoise_once(model, x, sigma, labels=labels, sampling=sampling).cpu()
+        made["iterative"][sigma] = editing.denoise(model, x, sigma, labels=labels, seeds=seeds, sampling=sampling).cpu()
+    figures = {name: {f"{s:g}": decibels(each[s], image)[0] for s in sigmas} for name, each in made.items()}
+    names = {"noisy": "noisy", "blur": "Gaussian blur", "one_step": "one step", "iterative": "step by step"}
+    rows = [[Cell(each[s][0], _db(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()]
+    figure = labelled_grid(rows, [f"sigma {s:g}" for s in sigmas], list(names.values()))
+    pictures = {"input": image} | {f"{name}_{s:g}": each[s] for name, each in made.items() for s in sigmas}
+    facts = {"psnr": figures, "blur_sigma": chosen, "seeds": list(seeds), "labels": options.names(model, labels)}
+    options.write("denoise", model, sampling, figure, pictures, facts)
+
+
+def img2img(
+    options: PictureOptions,
+    starts: list[int] = [1, 3, 5, 7, 10, 20],  # noqa: B006
+    num_samples: int = 1,
+) -> None:
+    """Noises a picture to a level and denoises it from there (SDEdit): from free invention to the picture itself.
+
+    A start is an index of the grid, 0 being all noise. The grid is every 30th of 1,000 steps unless told otherwise.
+
+    Args:
+        options: Model, picture, condition, sampling and output.
+        starts: Start levels, a column each.
+        num_samples: Results for each level, a row each.
+    """
+    model = options.load()
+    sampling = options.sampling(editing.strided(model.sampling, model.denoiser.scaling))
+    seeds, image = options.seeds(num_samples), options.read(model)
+    images, labels = image.expand(num_samples, -1, -1, -1), options.labels(model, num_samples)
+    levels = {start: editing.start_level(sampling, model.denoiser.scaling, start) for start in starts}
+    made = {
+        start: editing.img2img(model, images, start, labels=labels, seeds=seeds, sampling=sampling).cpu()
+        for start in starts
+    }
+    values = {start: decibels(made[start], image) for start in starts}
+    rows = [
+        [*[Cell(made[start][row], _db(values[start][row])) for start in starts], Cell(image[0])]
+        for row in range(num_samples)
+    ]
+    columns = [f"start {start}\nsigma {levels[start]:.3g}" for start in starts]
+    figure = labelled_grid(rows, [*columns, "picture"], _seeds(seeds))
+    facts = {
+        "starts": {str(start): {"sigma": levels[start], "psnr": values[start]} for start in starts},
+        "seeds": list(seeds),
+        "labels": options.names(model, labels),
+    }
+    pictures = {"input": image} | {f"start_{start}": made[start] for start in starts}
+    options.write("img2img", model, sampling, figure, pictures, facts)
+
+
+def inpaint(
+    options: PictureOptions,
+    mask: str | None = None,
+    box: tuple[int, int, int, int] | None = None,
+    resamplings: int = 5,
+    jump: int = 1,
+    num_samples: int = 4,
+) -> None:
+    """Fills in a part of a picture; the rest of the result is the picture itself, bit for bit.
+
+    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        options: Model, picture, condition, sampling and output.
+        mask: Picture file that is white (or transparent) where to fill in, of the size of the picture or of the model.
+        box: The part to fill in as JSON, '[left, top, right, bottom]', in pixels of the model's size; by default the
+            middle half.
+        resamplings: How often each window of steps is run (RePaint's r).
+        jump: Steps in a window (RePaint's j).
+        num_samples: Results.
+    """
+    model = options.load()
+    sampling = options.sampling(editing.revising(model.sampling))
+    seeds, image = options.seeds(num_samples), options.read(model)
+    known = _known(options, model, mask, box)
+    images, labels = image.expand(num_samples, -1, -1, -1), options.labels(model, num_samples)
+    made = editing.inpaint(
+        model, images, known, labels=labels, seeds=seeds, sampling=sampling, resamplings=resamplings, jump=jump
+    ).cpu()
+    seen = torch.where(known, image, 0.0)
+    values = decibels(made, image)
+    cells = [Cell(image[0]), Cell(seen[0]), *[Cell(x, _db(value)) for x, value in zip(made, values, strict=True)]]
+    figure = labelled_grid([cells], ["picture", "known", *_seeds(seeds)], [""])
+    facts = {
+        "known_share": float(known.float().mean()),
+        "known_pixels_are_the_pictures": bool((made == image)[known.expand_as(made)].all()),
+        "psnr": values,
+        "resamplings": resamplings,
+        "jump": jump,
+        "seeds": list(seeds),
+        "labels": options.names(model, labels),
+    }
+    pictures = {"input": image, "mask": 1.0 - 2.0 * known.float(), "result": made}
+    options.write("inpaint", model, sampling, figure, pictures, facts)
+
+
+def anagram(
+    options: Options,
+    view: list[str] = ["identity", "rotate_180"],  # noqa: B006
+    num_samples: int = 6,
+) -> None:
+    """Draws pictures that show something else under each view: turned round, mirrored, cut up, in the negative.
+
+    Views: identity, flip_horizontal, flip_vertical, rotate_90, rotate_180, rotate_270, jigsaw, permute, negative.
+
+    Args:
+        options: Model, a condition per view, sampling and output.
+        view: Two views or more, one by one: --view identity --view rotate_90.
+        num_samples: Results, a column each.
+    """
+    model = options.load()
+    editing.need_pixels(model, "An anagram")
+    seeds, sampling = options.seeds(num_samples), options.sampling(model.sampling)
+    made_views = [editing.make_view(name, model.image_shape) for name in view]
+    labels = None
+    if model.num_classes:
+        labels = options.several(model, len(view), f"An anagram of {len(view)} views").repeat(num_samples, 1)
+    else:
+        options.conditions(model)  # which refuses any
+    made = editing.anagram(model, made_views, labels, seeds=seeds, sampling=sampling).cpu()
+    names = options.names(model, None if labels is None else labels[0]) or [""] * len(view)
+    rows = [[Cell(x) for x in change.apply(made)] for change in made_views]
+    figure = labelled_grid(rows, _seeds(seeds), [f"{v}\n{name}" for v, name in zip(view, names, strict=True)])
+    facts = {"views": view, "labels": names, "seeds": list(seeds)}
+    pictures = {f"result_{name}": change.apply(made) for name, change in zip(view, made_views, strict=True)}
+    options.write("anagram", model, sampling, figure, pictures, facts)
+
+
+def hybrid(
+    options: Options, blur_sigma: float | None = None, kernel_size: int | None = None, num_samples: int = 6
+) -> None:
+    """Draws pictures that show one condition from afar and another from near, at several sizes.
+
+    Args:
+        options: Model, two conditions (the first from afar, the second from near), sampling and output.
+        blur_sigma: Standard deviation of the low-pass in pixels; by default a 32nd of the picture's height.
+        kernel_size: Side of its kernel in pixels, odd; by default it reaches out to 4 standard deviations.
+        num_samples: Results, a column each.
+    """
+    model = options.load()
+    editing.need_pixels(model, "A hybrid")
+    seeds, sampling = options.seeds(num_samples), options.sampling(model.sampling)
+    pair = options.several(model, 2, "A hybrid")
+    made = editing.hybrid(
+        model,
+        pair.repeat(num_samples, 1),
+        blur_sigma=blur_sigma,
+        kernel_size=kernel_size,
+        seeds=seeds,
+        sampling=sampling,
+    ).cpu()
+    far, near = options.names(model, pair)
+    figure = sizes_image(made, model.image_shape[1])
+    facts = {"far": far, "near": near, "blur_sigma": blur_sigma, "kernel_size": kernel_size, "seeds": list(seeds)}
+    options.write("hybrid", model, sampling, figure, {"result": made}, facts)
+
+
+def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 25) -> None:
+    """Walks from one sample to another along the great circle between their noise: a strip and a GIF.
+
+    Args:
+        options: Model, condition, sampling and output.
+        to_seed: Seed of the last picture; by default the one after --seed.
+        num_frames: Pictures on the way, both ends included.
+    """
+    model = options.load()
+    sampling = options.sampling(model.sampling)
+    if num_frames < 2:
+        raise ValueError(f"num_frames is {num_frames}; a way has two ends at least.")
+    last = options.seed + 1 if to_seed is None else to_seed
+    shares, labels = torch.linspace(0, 1, num_frames), options.labels(model, num_frames)
+    made = editing.interpolate(model, options.seed, last, shares, labels=labels, sampling=sampling).cpu()
+    shown = sorted({round(i) for i in torch.linspace(0, num_frames - 1, 9).tolist()})
+    figure = labelled_grid([[Cell(made[i]) for i in shown]], [f"{float(shares[i]):.2f}" for i in shown], [""])
+    facts = {"seeds": [options.seed, last], "num_frames": num_frames, "labels": options.names(model, labels)[:1]}
+    folder = options.write("interpolate", model, sampling, figure, {"frame": made}, facts)
+    scale = max(1, 256 // made.shape[-1])
+    frames = [grid_image(x[None], columns=1, scale=scale) for x in [*made, *made.flip(0)[1:]]]
+    save_gif(frames, folder / "interpolation.gif")
+
+
+def invert(options: PictureOptions) -> None:
+    """Takes a picture up the probability-flow ODE to its noise and back, and says how near it comes (PSNR).
+
+    Takes 100 steps, with heun where the model's own sampler draws noise, unless told otherwise.
+
+    Args:
+        options: Model, picture, condition, sampling and output.
+    """
+    model = options.load()
+    own: Sampling = model.sampling
+    quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.but(sampler="heun")
+    sampling = options.sampling(quiet.but(num_steps=100))
+    image, labels = options.read(model), options.labels(model, 1)
+    x = editing.invert(model, image, labels=labels, sampling=sampling)
+    sigma = float(sampling.sigmas(model.denoiser.scaling)[0])
+    back = editing.denoise(model, x, sigma, labels=labels, sampling=sampling).cpu()
+    noise = editing.visible(model, x, sigma).cpu()
+    value = decibels(back, image)[0]
+    cells = [Cell(image[0]), Cell(noise[0], f"sigma {sigma:.3g}"), Cell(back[0], _db(value))]
+    figure = labelled_grid([cells], ["picture", "its noise", "back"], [""])
+    facts = {
+        "psnr": value,
+        "sigma": sigma,
+        "noise_mean": float((x / sigma).mean()),
+        "noise_std": float((x / sigma).std()),
+        "labels": options.names(model, labels),
+    }
+    options.write("invert", model, sampling, figure, {"input": image, "noise": noise, "result": back}, facts)
+
+
+def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -> None:  # noqa: B006
+    """Draws the same seed for several conditions under several strengths of guidance.
+
+    Args:
+        options: Model, the conditions (all classes by default, ten at most), sampling and output.
+        cfg_scales: Strengths of guidance, a column each.
+    """
+    model = options.load()
+    if options.cfg_scale is not None:
+        raise ValueError("The sweep of guidance takes --cfg_scales, a list as JSON such as '[1, 5]', not --cfg_scale.")
+    if model.num_classes == 0:
+        raise ValueError("The model is unconditional, so that there is nothing to guide by; give a conditional one.")
+    sampling = options.sampling(model.sampling)
+    labels = torch.tensor(options.conditions(model) or list(range(min(10, model.num_classes))))
+    seeds = [options.seed] * len(labels)
+    made = editing.guidance_sweep(model, labels, cfg_scales, seeds=seeds, sampling=sampling).cpu()
+    names = options.names(model, labels)
+    figure = labelled_grid([[Cell(x) for x in row] for row in made], [f"cfg_scale {s:g}" for s in cfg_scales], names)
+    facts = {"cfg_scales": cfg_scales, "labels": names, "seeds": seeds}
+    pictures = {f"cfg_{scale:g}": made[:, column] for column, scale in enumerate(cfg_scales)}
+    options.write("guidance", model, sampling, figure, pictures, facts)
+
+
+def colorize(options: PictureOptions, resamplings: int = 5, jump: int = 1, num_samples: int = 4) -> None:
+    """Gives a picture other colours: its grey stays, to the last bit that rounding leaves.
+
+    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        options: Model, picture, condition, sampling and output.
+        resamplings: How often each window of steps is run (RePaint's r).
+        jump: Steps in a window (RePaint's j).
+        num_samples: Results.
+    """
+    model = options.load()
+    sampling = options.sampling(editing.revising(model.sampling))
+    seeds, image = options.seeds(num_samples), options.read(model)
+    labels = options.labels(model, num_samples)
+    grey = editing.to_grey(image) if image.shape[1] == 3 else image
+    made = editing.colorize(
+        model,
+        grey.expand(num_samples, -1, -1, -1),
+        labels=labels,
+        seeds=seeds,
+        sampling=sampling,
+        resamplings=resamplings,
+        jump=jump,
+    ).cpu()
+    error = float((editing.to_grey(made) - grey).abs().max())
+    _restored(options, "colorize", model, sampling, image, {"grey": grey}, made, seeds, labels, {"grey_error": error})
+
+
+def super_resolve(
+    options: PictureOptions, factor: int = 4, resamplings: int = 5, jump: int = 1, num_samples: int = 4
+) -> None:
+    """Gives a small picture detail: its pixels stay the means over squares of the result.
+
+    The picture is fitted to the model and shrunk; one that is smaller than the model's pictures is fitted to the small
+    size instead. Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        options: Model, picture, condition, sampling and output.
+        factor: Pixels of the result along the side of one of the small picture.
+        resamplings: How often each window of steps is run (RePaint's r).
+        jump: Steps in a window (RePaint's j).
+        num_samples: Results.
+    """
+    model = options.load()
+    sampling = options.sampling(editing.revising(model.sampling))
+    side = model.image_shape[1]
+    if factor < 2 or side % factor:
+        raise ValueError(f"factor is {factor}; it must be at least 2 and divide the model's {side} pixels.")
+    seeds, labels = options.seeds(num_samples), options.labels(model, num_samples)
+    image = options.read(model)
+    small = avg_pool2d(image, factor)
+    if options.picture not in (None, *SAMPLES) and min(picture_size(options.picture)) < side:
+        small = options.read(model, side // factor)
+    made = editing.super_resolve(
+        model,
+        small.expand(num_samples, -1, -1, -1),
+        labels=labels,
+        seeds=seeds,
+        sampling=sampling,
+        resamplings=resamplings,
+        jump=jump,
+    ).cpu()
+    given = {
+        "small": small,
+        "nearest": enlarge(small, scale_factor=factor),
+        "bicubic": enlarge(small, scale_factor=factor, mode="bicubic"),
+    }
+    error = float((avg_pool2d(made, factor) - small).abs().max())
+    facts = {"factor": factor, "mean_error": error}
+    _restored(options, "super_resolve", model, sampling, image, given, made, seeds, labels, facts)
+
+
+def _restored(
+    options: PictureOptions,
+    task: str,
+    model: Any,
+    sampling: Sampling,
+    image: Tensor,
+    given: dict[str, Tensor],
+    made: Tensor,
+    seeds: Sequence[int],
+    labels: Tensor | None,
+    facts: dict[str, Any],
+) -> None:
+    """Writes what a restoration made: the picture, what was known of it, the results with their PSNR."""
+    compared = {name: x for name, x in given.items() if x.shape == image.shape}
+    values = {name: decibels(x, image)[0] for name, x in compared.items()}
+    results = decibels(made, image)
+    cells = [Cell(image[0])]
+    cells += [Cell(x[0], _db(values[name]) if name in values else "") for name, x in given.items()]
+    cells += [Cell(x, _db(value)) for x, value in zip(made, results, strict=True)]
+    figure = labelled_grid([cells], ["picture", *given, *_seeds(seeds)], [""])
+    facts = {
+        **facts,
+        "psnr": {**values, "results": results},
+        "seeds": list(seeds),
+        "labels": options.names(model, labels)[:1],
+    }
+    options.write(task, model, sampling, figure, {"input": image, **given, "result": made}, facts)
+
+
+def _known(options: PictureOptions, model: Any, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
+    """Which pixels are known, bool (1, 1, H, W)."""
+    _, height, width = model.image_shape
+    if mask is not None and box is not None:
+        raise ValueError("Both --mask and --box were given; give one of them.")
+    known = torch.ones(1, 1, height, width, dtype=torch.bool)
+    if mask is None:
+        left, top, right, bottom = box or (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(
+                f"The box [{left}, {top}, {right}, {bottom}] does not lie in the {width}x{height} pixels of the "
+                "model's pictures; give [left, top, right, bottom] with left < right and top < bottom."
+            )
+        known[..., top:bottom, left:right] = False
+        return known
+    marked = read_pixels(mask, height, 1, resize="area")[None]
+    size = picture_size(mask)
+    of_picture = picture_size(options.picture) if options.picture not in (None, *SAMPLES) else None
+    if size not in ((width, height), of_picture):
+        whose = "" if of_picture is None else f"the picture's {of_picture[0]}x{of_picture[1]} or "
+        raise ValueError(
+            f"The mask {mask} is {size[0]}x{size[1]} pixels; make it {whose}the model's {width}x{height}, so that it "
+            "is clear what it covers."
+        )
+    return marked < 128
+
+
+def sizes_image(images: Tensor, side: int) -> Image.Image:
+    """Each picture large, and below it ever smaller, as if from further away.
+
+    Args:
+        images: Pictures (B, C, H, W) in [-1, 1].
+        side: Their height.
+
+    Returns:
+        A column per picture; each size is half of the one above.
+    """
+    large = max(side, 192)
+    row = grid_image(images, columns=len(images), scale=1)
+    column = side + 1  # a pixel of border
+    sheets = [row.crop((i * column + 1, 1, (i + 1) * column, side + 1)) for i in range(len(images))]
+    sizes = [large // 2**k for k in range(4) if large // 2**k >= 8]
+    gap = 8
+    canvas = Image.new("RGB", (len(images) * (large + gap) + gap, sum(sizes) + gap * (len(sizes) + 1)), "white")
+    for index, sheet in enumerate(sheets):
+        top = gap
+        for size in sizes:
+            # Enlarged as blocks or smoothly would show the blocks, so that the near picture could not be seen.
+            resized = sheet.resize((size, size), Image.Resampling.BICUBIC)
+            canvas.paste(resized, (gap + index * (large + gap) + (large - size) // 2, top))
+            top += size + gap
+    return canvas
+
+
+def _db(value: float) -> str:
+    return f"{value:.1f} dB"
+
+
+def _seeds(seeds: Sequence[int]) -> list[str]:
+    return [f"seed {seed}" for seed in seeds]
+
+
+TASKS: dict[str, Callable[..., None]] = {
+    "forward": forward,
+    "denoise": denoise,
+    "img2img": img2img,
+    "inpaint": inpaint,
+    "anagram": anagram,
+    "hybrid": hybrid,
+    "interpolate": interpolate,
+    "invert": invert,
+    "guidance": guidance,
+    "colorize": colorize,
+    "super_resolve": super_resolve,
+}

@@ -1,0 +1,375 @@
+"""What the tasks of `lightning edit` share: the model, how it is sampled, the picture, and what is written.
+
+A task writes into its folder figure.png (what a person looks at), the pictures themselves pixel for pixel, and
+record.json: the model and its hash, the sampling, the options and the figures.
+"""
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_lit.checkpoints import load_data, load_model
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.evaluation.receipt import versions
+from diffusion_lit.evaluation.single_image import psnr
+from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.export import WEIGHTS, is_export
+from diffusion_lit.pictures import to_uint8
+from diffusion_lit.sample import pick_device
+from diffusion_lit.saving import atomic
+
+OUT = "runs/edits"
+SAMPLES = ("flower", "china")  # of scikit-learn
+
+
+@dataclass(frozen=True)
+class Options:
+    """Model, condition, sampling and output.
+
+    Args:
+        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
+            export`.
+        pretrained: A model of another library instead: its name on the hub or its folder; see `lightning sample`.
+        label: Class, by number or name; several separated by commas where a task takes several. Without it the model
+            draws whatever it likes.
+        prompt: What a text model shall show: --prompt "..."; again and again where a task takes several.
+        negative_prompt: The null prompt of a text model, which guidance leads away from.
+        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model.
+        sampler: Name of the sampler; `lightning sample --help` lists them.
+        num_steps: Number of sampling steps.
+        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
+        sigma_min: Smallest noise level of the grid above 0.
+        sigma_max: Largest noise level of the grid.
+        clip_x0: Threshold on predicted pictures: none, static or dynamic.
+        sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
+        grid_options: Options of the grid, as JSON: '{"rho": 7}'.
+        guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
+        guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
+        seed: Seed of the first result; the next ones follow.
+        out: Folder for the results, runs/edits/TASK by default.
+        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+    """
+
+    ckpt_path: str | None = None
+    pretrained: str | None = None
+    label: str | None = None
+    prompt: list[str] | None = None
+    negative_prompt: str = ""
+    cfg_scale: float | None = None
+    sampler: str | None = None
+    num_steps: int | None = None
+    grid: str | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    clip_x0: str | None = None
+    sampler_options: dict[str, float | str | bool] | None = None
+    grid_options: dict[str, float | str | bool] | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    seed: int = 0
+    out: str | None = None
+    device: str = "auto"
+
+    def load(self) -> Any:
+        """The model, in eval mode on its device.
+
+        Returns:
+            A `DiffusionModule` or what has its interface.
+
+        Raises:
+            ValueError: If there is none, or it does not denoise, or words are given to a model of classes.
+        """
+        further = {"negative_prompt": self.negative_prompt} if self.negative_prompt else {}
+        model = load_model(self.ckpt_path, self.pretrained, self.prompts, **further)
+        if not hasattr(model, "denoiser"):
+            raise ValueError(
+                f"{self.ckpt_path} holds a {type(model).__name__}, which does not denoise; edit with a checkpoint of "
+                "DDPM, EDM or LatentDiffusion."
+            )
+        if self.label is not None and self.pretrained is not None and self.prompts:
+            raise ValueError("Both --label and --prompt were given; a text model takes --prompt alone.")
+        return model.to(pick_device(self.device))
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, in order."""
+        return list(self.prompt or [])
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """The settings of a task with what is given in place.
+
+        Args:
+            default: How the task samples unless told otherwise.
+
+        Returns:
+            The settings.
+        """
+        return default.but(
+            cfg_scale=self.cfg_scale,
+            sampler=self.sampler,
+            num_steps=self.num_steps,
+            grid=self.grid,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            clip_x0=self.clip_x0,
+            sampler_options=self.sampler_options,
+            grid_options=self.grid_options,
+            guidance_interval=self.guidance_interval,
+            guidance_rescale=self.guidance_rescale,
+        )
+
+    def conditions(self, model: Any) -> list[int]:
+        """The conditions given: classes by number, or prompts by place.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Label indices in order; none where none is given.
+
+        Raises:
+            ValueError: If the model has no such class, or takes prompts.
+        """
+        if self.prompts:
+            return list(range(len(self.prompts)))
+        if self.label is None:
+            return []
+        if getattr(model, "prompts", None) is not None:
+            raise ValueError(f"--label {self.label} was given, but {self.pretrained} is a text model; give --prompt.")
+        if model.num_classes == 0:
+            raise ValueError(f"--label {self.label} was given, but the model is unconditional; leave --label out.")
+        names = [str(name) for name in getattr(model, "class_names", [])]
+        return [_class_index(word.strip(), names, model.num_classes) for word in self.label.split(",")]
+
+    def labels(self, model: Any, count: int) -> Tensor | None:
+        """The one condition of a task, for each of its pictures.
+
+        Args:
+            model: The model.
+            count: Number of pictures.
+
+        Returns:
+            Shape (count,), or None without a condition.
+
+        Raises:
+            ValueError: As `conditions`, or if several are given.
+        """
+        given = self.conditions(model)
+        if len(given) > 1:
+            raise ValueError(f"{len(given)} conditions were given, but this task takes one for all pictures; give one.")
+        return torch.tensor(given * count) if given else None
+
+    def several(self, model: Any, needed: int, what: str) -> Tensor:
+        """The conditions of a task that needs a certain number.
+
+        Args:
+            model: The model.
+            needed: How many.
+            what: What they are for.
+
+        Returns:
+            Shape (needed,).
+
+        Raises:
+            ValueError: As `conditions`, or if another number is given.
+        """
+        given = self.conditions(model)
+        if len(given) != needed:
+            raise ValueError(
+                f"{what} needs {needed} conditions, but {len(given)} were given; write --label with {needed} classes "
+                "separated by commas, or --prompt as many times."
+            )
+        return torch.tensor(given)
+
+    def names(self, model: Any, labels: Tensor | None) -> list[str]:
+        """What labels mean, in words.
+
+        Args:
+            model: The model.
+            labels: Label indices (B,), or None.
+
+        Returns:
+            Class names or prompts; nothing for None.
+        """
+        if labels is None:
+            return []
+        known = self.prompts or [str(name) for name in getattr(model, "class_names", [])]
+        return [known[i] if i < len(known) else str(i) for i in labels.tolist()]
+
+    def seeds(self, count: int) -> range:
+        """One seed per result.
+
+        Args:
+            count: Number of results.
+
+        Returns:
+            The seeds.
+
+        Raises:
+            ValueError: If there is to be no result.
+        """
+        if count < 1:
+            raise ValueError(f"num_samples is {count}; it counts results and must be at least 1.")
+        return range(self.seed, self.seed + count)
+
+    def write(
+        self,
+        task: str,
+        model: Any,
+        sampling: Sampling | None,
+        figure: Image.Image,
+        pictures: dict[str, Tensor],
+        facts: dict[str, Any],
+    ) -> Path:
+        """Writes the figure, the pictures and the record, and says so.
+
+        Args:
+            task: The task's name.
+            model: The model.
+            sampling: How it was sampled; None where it was not.
+            figure: What a person looks at.
+            pictures: Pictures (B, C, H, W) in [-1, 1] by name, each written as NAME.png, or NAME_0.png, NAME_1.png...
+            facts: Figures and whatever else the record shall hold.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(self.out or f"{OUT}/{task}")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.save(folder / "figure.png")
+        for name, images in pictures.items():
+            for index, image in enumerate(images):
+                file = f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"
+                as_picture(image).save(folder / file)
+        record = {
+            "task": task,
+            "model": self._identity(model),
+            "sampling": None if sampling is None else {**sampling.record(), "nfe": sampling.nfe},
+            "options": {name: value for name, value in asdict(self).items() if value not in (None, "")},
+            **facts,
+            "versions": versions(),
+        }
+        with atomic(folder / "record.json") as written:
+            written.write(json.dumps(record, indent=2).encode())
+        print(f"{task}: figure.png, record.json and the pictures are in {folder}/.")
+        return folder
+
+    def _identity(self, model: Any) -> dict[str, Any]:
+        """What the model is, for the record."""
+        identity: dict[str, Any] = {"class": type(model).__name__, "image_shape": list(model.image_shape)}
+        if self.ckpt_path is None:
+            return {**identity, "pretrained": self.pretrained}
+        path = Path(self.ckpt_path)
+        weights = path / WEIGHTS if is_export(path) else path
+        return {**identity, "file": str(path), "sha256": file_hash(weights)}
+
+
+@dataclass(frozen=True)
+class PictureOptions(Options):
+    """Model, condition, sampling and output, as `Options`, and the picture to edit.
+
+    Args:
+        picture: A picture file of any size and mode: its centre square is fitted to the model. `flower` and `china` are
+            photographs that come with scikit-learn. Without it a test picture of the checkpoint's own data is taken.
+        negative_picture: Turn the picture to its negative first: a drawing in black on white for a model of white on black.
+        data_index: Number of the test picture.
+        data_root: Where the checkpoint's own data lies now.
+    """
+
+    picture: str | None = None
+    negative_picture: bool = False
+    data_index: int = 0
+    data_root: str | None = None
+
+    def read(self, model: Any, size: int | None = None) -> Tensor:
+        """The picture, fitted to the model.
+
+        Args:
+            model: The model.
+            size: Pixels per side; the model's by default.
+
+        Returns:
+            Shape (1, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: If it cannot be read or used, or there is no such test picture.
+            OSError: If there is no such file, or the data is missing.
+        """
+        channels, side, _ = model.image_shape
+        if self.picture is not None:
+            pixels = read_pixels(self.picture, size or side, channels)
+        else:
+            pixels = self._test_picture(model)
+        image = pixels[None].float() / 127.5 - 1
+        return -image if self.negative_picture else image
+
+    def _test_picture(self, model: Any) -> Tensor:
+        if self.ckpt_path is None:
+            raise ValueError("A pretrained model brings no data along; give --picture FILE, or flower or china.")
+        data: Any = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
+        data.prepare_data()
+        images = data.reference_images("test")
+        if not 0 <= self.data_index < len(images):
+            raise ValueError(f"data_index is {self.data_index}; the test split has pictures 0 to {len(images) - 1}.")
+        return torch.as_tensor(images[self.data_index])
+
+
+def _class_index(word: str, names: list[str], num_classes: int) -> int:
+    """A class by its number or its name."""
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < num_classes:
+        return int(word)
+    known = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ..."
+    raise ValueError(f"There is no class {word!r}; give a number from 0 to {num_classes - 1}, or one of {known}.")
+
+
+def read_pixels(path: str, size: int, channels: int, resize: str = "lanczos") -> Tensor:
+    """Reads a picture file: upright, its centre square, on white where it is transparent, resized.
+
+    Args:
+        path: The file, or `flower` or `china`.
+        size: Pixels per side.
+        channels: 3 for colour, 1 for grey.
+        resize: "lanczos" or "area".
+
+    Returns:
+        Pixels uint8 (C, size, size).
+
+    Raises:
+        ValueError: If it is broken, no picture, or has more pixels than a picture has.
+        OSError: If there is no such file, or it may not be read.
+    """
+    from datamodules import SingleImage
+
+    data = SingleImage(path, batch_size=1, image_size=size, channels=channels, resize=resize, upscale=True)  # type: ignore[arg-type]
+    return data.pixels()
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """Width and height of a picture file that `read_pixels` has read, upright."""
+    from datamodules.decode import ORIENTATION
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which were looked at before
+        with Image.open(Path(path).expanduser()) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return (image.height, image.width) if turned else image.size
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """A picture (C, H, W) in [-1, 1] pixel for pixel: grey for one channel, RGB for three."""
+    pixels = to_uint8(image)
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+
+
+def decibels(images: Tensor, picture: Tensor) -> list[float]:
+    """PSNR of pictures (B, C, H, W) against one (1, C, H, W), as 8-bit pictures, at most 99 dB (equal)."""
+    values: list[float] = psnr(to_uint8(images), to_uint8(picture)[0]).clamp(max=99).tolist()
+    return [round(value, 2) for value in values]
