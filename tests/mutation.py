@@ -29,7 +29,12 @@ TESTS = {
     f"{CORE}/samplers/single_step.py": SAMPLER_TESTS,
     f"{CORE}/samplers/dpm_solver.py": SAMPLER_TESTS,
     f"{CORE}/samplers/unipc.py": SAMPLER_TESTS,
-    f"{CORE}/samplers/adaptive.py": ["test_samplers_order.py", "test_samplers.py", "test_samplers_moments.py"],
+    f"{CORE}/samplers/adaptive.py": [
+        "test_samplers_adaptive.py",
+        "test_samplers_order.py",
+        "test_samplers.py",
+        "test_samplers_moments.py",
+    ],
     f"{CORE}/scaling.py": ["test_scaling.py", "test_samplers_moments.py"],
     f"{CORE}/grids.py": ["test_grids.py"],
     f"{CORE}/analytic.py": ["test_analytic.py"],
