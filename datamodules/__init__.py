@@ -7,6 +7,7 @@ from datamodules.digits import Digits
 from datamodules.folder import ImageFolder, Landscapes
 from datamodules.mnist import MNIST, FashionMNIST
 from datamodules.single_image import SingleImage
+from datamodules.subset import Subset
 
 __all__ = [
     "CIFAR10",
@@ -18,4 +19,5 @@ __all__ = [
     "ImageFolder",
     "Landscapes",
     "SingleImage",
+    "Subset",
 ]

@@ -158,13 +158,14 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: If the batch does not divide over the ranks, or is larger than the split.
         """
-        count = len(self.split("train").images)
+        feed = self._feed("train")
+        count = len(feed["split"].images)
         if count < self.batch_size:
             raise ValueError(
                 f"batch_size is {self.batch_size}, but the training split has {count} pictures, so that no whole batch "
                 f"fits; choose at most {count}."
             )
-        loader = TrainLoader(augment=self._augment, **self._feed("train"))
+        loader = TrainLoader(augment=self._augment, **feed)
         loader.trainer = self.trainer
         return loader
 

@@ -85,7 +85,7 @@ def test_a_mask_grows_around_a_centre_that_is_anywhere():
     squared = ((5 - row) ** 2 + (1 - column) ** 2) / 64
     expected = (1 - torch.exp(-squared / (2 * widths[:4] ** 2))).prod()
     assert mask(torch.ones(1, 1, 8, 8), 4, at)[0, 0, 5, 1].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert Mask()(pictures(), 50, draw(4, 1, 16, 16)).abs().max() < 0.02  # nothing is left
+    assert Mask(last=1.0)(pictures(), 50, draw(4, 1, 16, 16)).abs().max() < 0.02  # nothing is left
 
 
 def test_pixelation_is_average_pooling_shown_at_the_old_size():

@@ -121,7 +121,7 @@ class Mask(Degradation):
     Args:
         num_steps: Number T of steps.
         first: Standard deviation w_1 of the first step's Gaussian as a share of the side.
-        last: That of step T; at 1 nothing of the picture is left, at 0.2 its corners are.
+        last: That of step T; at 1 nothing of the picture is left, at 0.2 all but a disc as wide as half of it is.
 
     Raises:
         ValueError: If the widths are not positive and rising.
@@ -129,7 +129,7 @@ class Mask(Degradation):
     Source: Bansal 2022, section 4.2.
     """
 
-    def __init__(self, num_steps: int = 50, first: float = 0.03, last: float = 1.0) -> None:
+    def __init__(self, num_steps: int = 50, first: float = 0.03, last: float = 0.2) -> None:
         super().__init__(num_steps)
         _check_widths(first, last)
         self.first, self.last = first, last

@@ -1,0 +1,79 @@
+"""A part of another data set's training pictures, to see what becomes of a model as they get fewer."""
+
+import torch
+from torch import Tensor
+
+from datamodules.base import ImageDataModule
+from datamodules.feed import Split
+
+EPOCH = 4096  # pictures that an epoch has at least, fewer being repeated
+
+
+class Subset(ImageDataModule):
+    """Some training pictures of another data set, whose validation and test pictures stay as they are.
+
+    The pictures are spread evenly over the training split. Fewer than a few thousand are repeated until an epoch is
+    long enough; reference pictures are each there once.
+
+    Args:
+        data: The data set.
+        count: Number of training pictures, at least 1.
+
+    Raises:
+        ValueError: If there is no picture, or the data set changes its training pictures by more than mirroring.
+    """
+
+    def __init__(self, data: ImageDataModule, count: int) -> None:
+        super().__init__(data.batch_size, data.num_workers, data.use_labels, data.random_flip, data.on_device)
+        if isinstance(self.hparams.get("data"), ImageDataModule):  # made in Python: an object is no plain value
+            self.hparams.pop("data")
+        if count < 1:
+            raise ValueError(f"count is {count}; a subset has at least 1 picture.")
+        if type(data).augment is not ImageDataModule.augment:
+            raise ValueError(f"{type(data).__name__} makes its training pictures itself, so that there are no fewer.")
+        self.data = data
+        self.count = count
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the data set's pictures."""
+        return self.data.image_shape
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of its classes."""
+        return self.data.class_names
+
+    def prepare_data(self) -> None:
+        """Gets the data set."""
+        self.data.prepare_data()
+
+    def read(self, split: str) -> Split:
+        """Reads a split.
+
+        Args:
+            split: "train", of which a part is taken, "val" or "test".
+
+        Returns:
+            Its pictures and classes.
+
+        Raises:
+            ValueError: If there are fewer pictures than are asked for.
+        """
+        images, labels = self.data.split(split)
+        if split != "train":
+            return Split(images, labels)
+        if self.count > len(images):
+            raise ValueError(f"count is {self.count}, but the training split has {len(images)} pictures.")
+        rows = torch.arange(self.count) * len(images) // self.count
+        kept = images[rows] if isinstance(images, Tensor) else torch.from_numpy(images[rows.numpy()])
+        return Split(kept, None if labels is None else labels[rows])
+
+    def _feed(self, name: str) -> dict[str, object]:
+        """The arguments of a loader, of training pictures repeated."""
+        fed = super()._feed(name)
+        if name == "train":
+            images, labels = fed["split"]
+            rows = torch.arange(self.count, device=images.device).repeat(-(-max(EPOCH, self.batch_size) // self.count))
+            fed["split"] = Split(images[rows], None if labels is None else labels[rows.cpu()])
+        return fed

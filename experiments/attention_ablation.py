@@ -1,0 +1,124 @@
+"""Where does attention pay: none, linear, full at large or at small feature maps, in one head or in many?
+
+The same U-Net is trained for the same number of steps with attention in different places, and its samples measured
+beside what it costs: parameters, the time of a training step, and the activations that the step keeps. Sizes of feature
+maps are those behind the stem: `auto` takes the two largest, 16 and 8 of a network of 32-pixel pictures behind a stem
+of 2x2 patches, and 8 and 4 of the digits. More heads at lower resolution means heads of few channels: the deeper level
+is wider and so has more of them.
+
+    python -m experiments.attention_ablation
+    python -m experiments.attention_ablation --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from diffusion_lit.checkpoints import load_module
+from experiments.networks import build, parameters, step_cost
+from experiments.study import QUIET, Gauge, Study, main, picture_rows
+
+NET = "model.init_args.net.init_args"
+ONE_HEAD = 1024  # more channels than any level has
+
+
+def attention_ablation(study: Study, large: int | None = None, small: int | None = None, seconds: float = 2.0) -> None:
+    """Where does attention pay?
+
+    Trains one U-Net with attention in different places, and measures quality, parameters, speed and memory.
+
+    Args:
+        study: Where it works.
+        large: Size of the larger feature maps; the largest of the network when omitted.
+        small: Size of the smaller ones; half of it when omitted.
+        seconds: How long the time of a training step is measured.
+    """
+    largest = build(study).image_size // (study.value(f"{NET}.patch_size") or 1)
+    large = large or largest
+    small = small or large // 2
+    places = [str([size])[1:-1] for size in (large, small)]
+    variants: dict[str, dict[str, Any]] = {
+        "none": _attention(),
+        f"linear at {places[0]}": _attention(linear=[large]),
+        f"full at {places[0]}": _attention([large]),
+        f"full at {places[1]}": _attention([small]),
+        f"full at {places[0]} and {places[1]}": _attention([large, small]),
+        f"full at {places[0]} and {places[1]}, more heads": _attention([large, small], head_channels=8),
+    }
+    trained = study.fit(variants)
+    gauge = study.gauge(trained)
+    batch_size = int(study.value("data.init_args.batch_size"))
+    rows, shown = [], {}
+    for name, run in trained.items():
+        net = load_module(run.ckpt_path).to(study.device).net
+        drawn = study.draw(run, gauge)
+        assert drawn.images is not None
+        rows.append(
+            {
+                "attention": name,
+                **gauge.measure(drawn),
+                "val/loss": run.metrics["val/loss"],
+                "parameters M": parameters(net),
+                **step_cost(net, batch_size, seconds),
+                "ms per sample": 1000 * drawn.seconds / len(drawn.features),
+            }
+        )
+        shown[name] = drawn.images[:12]
+    count, steps = study.setup.num_samples, int(study.value("trainer.max_steps"))
+    study.table("quality", rows, f"{count:,} samples after {steps:,} steps of batches of {batch_size}.")
+    study.figure("quality", draw(rows, gauge), "Quality against what a training step costs.")
+    study.figure("samples", picture_rows(shown), "Samples of the same seeds.")
+    best = min(rows, key=lambda row: row[gauge.metric])
+    none = rows[0]
+    fastest = min(rows, key=lambda row: row["ms per step"])
+    study.finding(
+        f"After {steps:,} steps attention '{best['attention']}' has the lowest {gauge.metric}, "
+        f"{best[gauge.metric]:.3g} against {none[gauge.metric]:.3g} without attention, at "
+        f"{best['ms per step'] / none['ms per step']:.2f} times the time of a step, "
+        f"{best['activations MB'] / none['activations MB']:.2f} times the activations and "
+        f"{best['parameters M'] / none['parameters M']:.2f} times the parameters; the fastest is "
+        f"'{fastest['attention']}' at {fastest['ms per step']:.3g} ms."
+    )
+
+
+def _attention(full: list[int] | None = None, linear: list[int] | None = None, head_channels: int = ONE_HEAD) -> Any:
+    """Options of a network's attention: one head a level unless told otherwise."""
+    return {
+        f"{NET}.attention_resolutions": full or [],
+        f"{NET}.linear_attention_resolutions": linear or [],
+        f"{NET}.head_channels": head_channels,
+    }
+
+
+def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+    """Quality against time, memory and parameters.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+
+    Returns:
+        A figure of three panels.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
+    labels = {
+        "ms per step": "milliseconds of a training step",
+        "activations MB": "activations kept by a step, MB",
+        "parameters M": "parameters, millions",
+    }
+    for axes, (column, label) in zip(panels, labels.items(), strict=True):
+        for index, row in enumerate(rows):
+            marker = "osD^vP*X"[index % 8]
+            axes.plot(row[column], row[gauge.metric], marker, markersize=9, color=f"C{index}", label=row["attention"])
+        axes.set_xlabel(label)
+        axes.margins(0.15)
+        axes.grid(True, alpha=0.3)
+    gauge.draw_floor(panels[0])
+    panels[0].set_ylabel(gauge.metric)
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    main(attention_ablation, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 300}, num_samples=500)

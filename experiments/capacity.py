@@ -1,0 +1,129 @@
+"""Small and long or large and short: networks of different width at equal compute.
+
+Each network is trained for as many steps as the same number of floating-point operations allows: what the smallest one
+takes in `trainer.max_steps` steps. A step is counted as three forward passes, since the backward pass takes about two.
+The digits are too few for large networks, so that the small form stays below 2 million parameters; the widths of the
+second line, in the U-Net of 32-pixel pictures, go from 2 to 33 million.
+
+    python -m experiments.capacity
+    python -m experiments.capacity --config configs/edm_cifar10.yaml --widths [34,68,136] --data.init_args.root DIR
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from diffusion_lit.checkpoints import load_module
+from experiments.networks import build, flops, parameters, step_cost
+from experiments.study import QUIET, Gauge, Study, main, picture_rows
+
+WIDTH = "model_channels"
+
+
+def capacity(
+    study: Study,
+    widths: list[int] = [16, 32, 48],  # noqa: B006 (never changed)
+    seconds: float = 2.0,
+) -> None:
+    """How large should a network be, for the same compute?
+
+    Trains one U-Net at several widths for the same number of floating-point operations.
+
+    Args:
+        study: Where it works.
+        widths: Channels of the first level; the smallest trains for the config's number of steps.
+        seconds: How long the time of a training step is measured.
+    """
+    widths = sorted(widths)
+    nets = {width: build(study, **{WIDTH: width}) for width in widths}
+    cost = {width: flops(net) for width, net in nets.items()}
+    steps = {
+        width: max(1, round(int(study.value("trainer.max_steps")) * cost[widths[0]] / cost[width])) for width in widths
+    }
+    batch_size = int(study.value("data.init_args.batch_size"))
+    plan = [
+        {
+            "channels": width,
+            "parameters M": parameters(nets[width]),
+            "GFLOP per picture": cost[width] / 1e9,
+            "steps": steps[width],
+            "TFLOP in all": 3 * cost[width] * batch_size * steps[width] / 1e12,
+        }
+        for width in widths
+    ]
+    study.table("plan", plan, "What is trained.")
+    trained = study.fit(
+        {
+            f"{width} channels": {
+                f"model.init_args.net.init_args.{WIDTH}": width,
+                "trainer.max_steps": steps[width],
+                "trainer.val_check_interval": steps[width],
+            }
+            for width in widths
+        }
+    )
+    gauge = study.gauge(trained)
+    rows, shown = [], {}
+    for planned in plan:
+        run = trained.get(f"{planned['channels']} channels")
+        if run is None:
+            continue
+        drawn = study.draw(run, gauge)
+        assert drawn.images is not None
+        net = load_module(run.ckpt_path).to(study.device).net
+        rows.append(
+            {
+                **planned,
+                **gauge.measure(drawn),
+                "val/loss": run.metrics["val/loss"],
+                **step_cost(net, batch_size, seconds),
+                "ms per sample": 1000 * drawn.seconds / len(drawn.features),
+            }
+        )
+        shown[f"{planned['parameters M']:.3g}M"] = drawn.images[:12]
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples of each network, against the training pictures.")
+    study.figure("quality", draw(rows, gauge), "Quality and speed against size, at equal compute.")
+    study.figure("samples", picture_rows(shown), "Samples of the same seeds, by the number of parameters.")
+    best = min(rows, key=lambda row: row[gauge.metric])
+    others = ", ".join(
+        f"{row['parameters M']:.3g}M ({row['steps']:,} steps) {row[gauge.metric]:.3g}"
+        for row in rows
+        if row is not best
+    )
+    study.finding(
+        f"At {rows[0]['TFLOP in all']:.3g} TFLOP of training {best['parameters M']:.3g}M parameters ({best['steps']:,} "
+        f"steps) are best with {gauge.metric} {best[gauge.metric]:.3g}; {others}."
+    )
+
+
+def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+    """Quality and speed against the number of parameters.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+
+    Returns:
+        A figure of three panels.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    size = [row["parameters M"] for row in rows]
+    for axes, column, label in (
+        (panels[0], gauge.metric, gauge.metric),
+        (panels[1], "val/loss", "validation loss"),
+        (panels[2], "ms per step", "milliseconds of a training step"),
+    ):
+        axes.plot(size, [row[column] for row in rows], marker="o", label="samples" if axes is panels[0] else None)
+        axes.set(xscale="log", xlabel="parameters, millions", ylabel=label)
+        axes.set_xticks(size, [f"{value:.3g}" for value in size], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(True, alpha=0.3)
+    gauge.draw_floor(panels[0])
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(fontsize=8)
+    panels[2].set_ylim(bottom=0)
+    return figure
+
+
+if __name__ == "__main__":
+    main(capacity, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 900}, num_samples=500)

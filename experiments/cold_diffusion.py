@@ -1,0 +1,220 @@
+r"""Cold diffusion (Bansal 2022, arXiv 2208.09392): blur, mask, pixelation and snow taken back without any noise.
+
+One network per degradation learns to restore pictures. Test pictures are degraded altogether and restored in one go
+(direct), by restoring and degrading again (naive, algorithm 1) and by the difference of two degradations (improved,
+algorithm 2). The Fréchet distance is that of the restored pictures to the very pictures that they came from; peak
+signal-to-noise ratio and structural similarity tell how near each is to its own. From the Gaussian of degraded training
+pictures new ones are drawn.
+
+    python -m experiments.cold_diffusion
+    python -m experiments.cold_diffusion --config configs/cold_fashion_mnist.yaml --data.init_args.root FOLDER \
+        --degradations Blur,Mask,Pixelate:3,Snow
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.ticker import NullLocator
+from torch import Tensor
+
+from diffusion_lit.checkpoints import load_module
+from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
+from diffusion_lit.evaluation.features import take
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.modules.vae import psnr, ssim
+from diffusion_lit.pictures import to_uint8
+from experiments.runs import Trained
+from experiments.study import QUIET, Gauge, Study, main, picture_rows
+
+SHOWN = 12
+
+
+def cold_diffusion(
+    study: Study, degradations: str = "Blur,Mask,Pixelate:2,Snow", blurred_steps: str = "2,5,10"
+) -> None:
+    """Can a picture be restored, and drawn, without noise?
+
+    Trains a network per deterministic degradation, restores test pictures with it in three ways, and draws new ones.
+
+    Args:
+        study: Where it works.
+        degradations: Classes of diffusion_lit.diffusion, separated by commas, with their number of steps behind a
+            colon where it is not the default; the first is looked at over the number of steps too.
+        blurred_steps: Numbers of steps of the first, beside 1 and all.
+    """
+    trained = study.fit(dict(variant(words.strip()) for words in degradations.split(",")))
+    gauge = study.gauge(trained)
+    images = gauge.data.reference_images("test")
+    count = min(study.setup.num_samples, len(images))
+    pictures = take(images, torch.arange(count) * len(images) // count)
+    goal = Statistics.of(gauge.extractor.extract(pictures, 250).features)
+
+    def measure(made: Tensor) -> dict[str, float]:
+        restored, real = made / 127.5 - 1, pictures / 127.5 - 1
+        distance = frechet_distance(Statistics.of(gauge.extractor.extract(made, 250).features), goal)
+        figures = {"psnr": float(psnr(restored, real).mean()), "ssim": float(ssim(restored, real))}
+        return {gauge.metric: distance, **figures}
+
+    rows, drawn = [], []
+    for name, run in trained.items():
+        made = {"degraded": degraded(study, run, pictures)}
+        made |= {sampler: restored(study, run, pictures, ColdSampling(sampler)) for sampler in reversed(RESTORERS)}
+        shown = {"test picture": pictures[:SHOWN], **{way: some[:SHOWN] for way, some in made.items()}}
+        for way, some in made.items():
+            rows.append({"degradation": name, "restored": way, **measure(some)})
+        samples = study.draw(run, gauge)
+        assert samples.images is not None
+        drawn.append({"degradation": name, "samples": len(samples.features), **gauge.measure(samples)})
+        shown["drawn anew"] = samples.images[:SHOWN]
+        study.figure(
+            name.lower(),
+            picture_rows(shown),
+            f"{name}: test pictures, degraded altogether, restored in three ways; at the bottom pictures drawn anew.",
+        )
+    study.table("restored", rows, f"{count:,} test pictures against themselves, restored.")
+    study.table("drawn", drawn, "Pictures drawn anew by the improved sampler, against the training pictures.")
+    study.figure("restored", draw_bars(rows, gauge), "Distance of restored test pictures from the pictures themselves.")
+
+    first, run = next(iter(trained.items()))
+    total = load_module(run.ckpt_path).degradation.num_steps
+    counts = sorted({1, total, *(int(word) for word in blurred_steps.split(",") if int(word) < total)})
+    ways = [ColdSampling(sampler, steps) for sampler in ("naive", "improved") for steps in counts]
+    over = [
+        {"restored": way.sampler, "steps": way.num_steps, **measure(restored(study, run, pictures, way))}
+        for way in ways
+    ]
+    study.table("steps", over, f"{first} over the number of steps; one naive step is direct restoration.")
+    study.figure("steps", draw_steps(over, gauge, first), f"{first}: distance over the number of steps.")
+
+    def of(name: str, way: str) -> Any:
+        return next(row[gauge.metric] for row in rows if (row["degradation"], row["restored"]) == (name, way))
+
+    better = [name for name in trained if of(name, "improved") < of(name, "direct")]
+    study.finding(
+        f"Of {count:,} test pictures under {first.lower()}, the improved sampler's restorations have {gauge.metric} "
+        f"{of(first, 'improved'):.3g}, those in one go {of(first, 'direct'):.3g} and the naive sampler's "
+        f"{of(first, 'naive'):.3g}; improved beats direct on {len(better)} of {len(trained)} degradations"
+        f"{f' ({chr(44).join(better).lower()})' if better else ''}."
+    )
+
+
+def variant(words: str) -> tuple[str, dict[str, Any]]:
+    """A degradation as a training's name and options.
+
+    Args:
+        words: Its class, and its number of steps behind a colon: `Pixelate:2`.
+
+    Returns:
+        The class's name, and the options of `lightning fit`.
+    """
+    name, colon, steps = words.partition(":")
+    described: Any = f"diffusion_lit.diffusion.{name}"
+    if colon:
+        described = {"class_path": described, "init_args": {"num_steps": int(steps)}}
+    return name, {"model.init_args.degradation": described}
+
+
+def degraded(study: Study, run: Trained, pictures: Tensor) -> Tensor:
+    """Pictures degraded altogether.
+
+    Args:
+        study: Where it works.
+        run: The training, whose model knows the degradation.
+        pictures: uint8 (N, C, H, W).
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
+    module = load_module(run.ckpt_path)
+    return to_uint8(module.degrade(pictures / 127.5 - 1, range(len(pictures)))[0])
+
+
+def restored(study: Study, run: Trained, pictures: Tensor, sampling: ColdSampling) -> Tensor:
+    """Pictures degraded altogether and restored; what is there already is not made again.
+
+    Args:
+        study: Where it works.
+        run: The training.
+        pictures: uint8 (N, C, H, W).
+        sampling: How they are restored; over all steps where it does not say.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
+    module: Any = load_module(run.ckpt_path).to(study.device)
+    if sampling.num_steps is None:
+        sampling = replace(sampling, num_steps=module.degradation.num_steps)
+
+    def make() -> dict[str, Tensor]:
+        made = []
+        for rows in torch.split(torch.arange(len(pictures)), study.setup.batch_size):
+            images = (pictures[rows] / 127.5 - 1).to(study.device)
+            made.append(to_uint8(module.reconstruct(images, sampling, rows.tolist())))
+        return {"images": torch.cat(made)}
+
+    record = {"checkpoint": file_hash(run.ckpt_path), "sampling": sampling.record(), "count": len(pictures)}
+    return study.keep(record, make)["images"]
+
+
+def draw_bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+    """The distance of each way of restoring under each degradation.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+
+    Returns:
+        The figure.
+    """
+    names = list(dict.fromkeys(row["degradation"] for row in rows))
+    ways = list(dict.fromkeys(row["restored"] for row in rows))
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    labels = {gauge.metric: f"{gauge.metric} to the pictures themselves", "psnr": "PSNR in dB"}
+    for axes, (column, label) in zip(panels, labels.items(), strict=True):
+        for index, way in enumerate(ways):
+            places = [place + (index - (len(ways) - 1) / 2) * 0.2 for place in range(len(names))]
+            values = [row[column] for row in rows if row["restored"] == way]
+            axes.bar(places, values, 0.19, label=way, color="lightgrey" if way == "degraded" else f"C{index - 1}")
+        axes.set_xticks(range(len(names)), [name.lower() for name in names])
+        axes.set(ylabel=label)
+        axes.grid(True, axis="y", alpha=0.3)
+    panels[0].set_yscale("log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways))
+    return figure
+
+
+def draw_steps(rows: list[dict[str, Any]], gauge: Gauge, name: str) -> plt.Figure:
+    """The distance over the number of steps.
+
+    Args:
+        rows: The measurements.
+        gauge: What they were measured by.
+        name: The degradation.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for way in dict.fromkeys(row["restored"] for row in rows):
+        own = [row for row in rows if row["restored"] == way]
+        axes.plot([row["steps"] for row in own], [row[gauge.metric] for row in own], marker="o", label=way)
+    axes.set(
+        xscale="log",
+        xlabel="steps of restoration; one naive step is direct restoration",
+        ylabel=f"{gauge.metric} to the pictures",
+    )
+    steps = sorted({row["steps"] for row in rows})
+    axes.set_xticks(steps, [str(step) for step in steps])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    axes.set_title(name.lower())
+    axes.legend()
+    axes.grid(True, alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main(cold_diffusion, "configs/cold_digits.yaml", {**QUIET, "trainer.max_steps": 400}, num_samples=500)

@@ -1,0 +1,70 @@
+"""Parts of a picture: bands of frequencies by its cosine transform, and tiles; and when what falls has fallen.
+
+A band is a ring of the orthonormal DCT-II, in cycles per picture: coefficient (i, j) has the frequency
+sqrt(i^2 + j^2) / 2. By Parseval the powers of all bands and of the mean add up to the picture's sum of squares.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+
+def cosines(size: int) -> Tensor:
+    """The orthonormal DCT-II, (size, size) with a frequency in each row."""
+    k = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi * k[:, None] * (k + 0.5) / size) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+def band_edges(size: int, bands: int) -> list[float]:
+    """Where bands begin and end, in cycles per picture; the last ends in the corner, beyond size / 2.
+
+    Args:
+        size: Side of the pictures.
+        bands: Number of bands, of equal width up to size / 2.
+
+    Returns:
+        Their bands + 1 edges. The mean of a picture (0 cycles) is in none.
+    """
+    return [*(size / 2 * band / bands for band in range(bands)), size / math.sqrt(2)]
+
+
+def band_masks(size: int, bands: int) -> Tensor:
+    """Which coefficients are in which band, (bands, size, size) of 0 and 1."""
+    k = torch.arange(size) / 2  # cycles per picture
+    radius = (k[:, None] ** 2 + k**2).sqrt()
+    edges = torch.tensor(band_edges(size, bands))
+    edges[-1] = torch.inf
+    return torch.stack([(radius > low) & (radius <= high) for low, high in pairwise(edges)]).float()
+
+
+def band_power(x: Tensor, masks: Tensor) -> Tensor:
+    """The sum of squared cosine coefficients of pictures (N, C, H, W) in each band, (N, bands)."""
+    matrix = cosines(x.shape[-1]).to(x)
+    power = (matrix @ x @ matrix.T).square().sum(1)
+    return torch.einsum("nhw,bhw->nb", power, masks.to(x))
+
+
+def tile_mean(x: Tensor, tiles: int, each: bool = False) -> Tensor:
+    """The mean over each tile of pictures (N, C, H, W): (N, tiles^2), or of `each` channel (N, C, tiles^2)."""
+    means = adaptive_avg_pool2d(x, tiles).flatten(2)
+    return means if each else means.mean(1)
+
+
+def settled(errors: Tensor, tolerance: float) -> Tensor:
+    """The first step from which on an error stays within the tolerance.
+
+    Args:
+        errors: Shape (S, ...), of the steps in their order.
+        tolerance: The tolerance.
+
+    Returns:
+        Steps int64 (...), S where the last one is still beyond it.
+    """
+    beyond = errors > tolerance
+    steps = torch.arange(1, len(errors) + 1).reshape(-1, *[1] * (errors.ndim - 1))
+    return (beyond * steps).amax(0)

@@ -1,0 +1,170 @@
+"""How many training pictures can be drawn out of a model, as the training set shrinks?
+
+The same network is trained for the same number of steps on 1, 16, 256 and all training pictures, and draws samples of
+the same seeds. A sample is a copy of a training picture by the evaluation's nearest-neighbour test
+(`diffusion_lit.evaluation.memorization`): it is nearer to it than chance allows, given how near held-out pictures come.
+The training pictures that have a copy are those that were extracted, as in Carlini et al. 2023 (arXiv 2301.13188).
+
+    python -m experiments.memorization
+    python -m experiments.memorization --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER
+    python -m experiments.memorization --counts '[1, 16, 256, 4096, null]'
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+from torch import Tensor
+
+from diffusion_lit.checkpoints import load_data, load_module
+from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
+from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_pairs
+from experiments.runs import Trained
+from experiments.study import QUIET, Gauge, Study, main
+
+
+def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) -> None:  # noqa: B006 (never changed)
+    """How many training pictures can be drawn out of a model, as the training set shrinks?
+
+    Trains one network on fewer and fewer pictures for the same number of steps and looks for copies among its samples.
+
+    Args:
+        study: Where it works.
+        counts: Numbers of training pictures; null for all.
+    """
+    data = whole_data(study)
+    trained = study.fit(
+        {
+            "all" if count is None else f"{count:,}": {
+                "data": data
+                if count is None
+                else {"class_path": "datamodules.Subset", "init_args": {"data": data, "count": count}}
+            }
+            for count in counts
+        }
+    )
+    gauge = study.gauge(trained["all"].ckpt_path if "all" in trained else trained)
+    rows = []
+    for name, run in trained.items():
+        own: Any = load_data(run.ckpt_path)
+        own.prepare_data()
+        own.setup()
+        samples = draw(study, gauge, run, own)
+        assert samples.images is not None
+        training, held_out = own.reference_images("train"), own.reference_images("test")
+        found = compare(samples.images, training, held_out, bool(own.random_flip), study.device)
+        extracted = len(found.training[found.copies].unique())
+        rows.append(
+            {
+                "training pictures": len(training),
+                "samples": len(samples.images),
+                "copies": len(found.copies),
+                "share of copies": len(found.copies) / len(samples.images),
+                "extracted": extracted,
+                "share extracted": extracted / len(training),
+                "median distance ratio": found.record["median_ratio"],
+                **gauge.measure(samples),
+                "train/loss": last_values(run, "train/loss"),
+                "val/loss": last_values(run, "val/loss", 1),
+            }
+        )
+        pairs = worst_pairs(found, samples.images, training, held_out)
+        caption = f"Trained on {name}: sample, nearest training and nearest held-out picture, two triples a row."
+        study.pictures(f"pairs_{name.replace(',', '')}", pairs, caption)
+        study.tell(f"{name}: {told(found)}")
+    study.table("copies", rows, "Copies among the samples, by the distance of pixels, and their quality.")
+    study.figure("copies", draw_figure(rows), "Copies and extracted pictures against the size of the training set.")
+    told_of = "; ".join(
+        f"trained on {row['training pictures']:,}, {row['share of copies']:.1%} of the samples are copies and "
+        f"{row['extracted']:,} training pictures ({row['share extracted']:.1%}) were extracted"
+        for row in rows
+    )
+    study.finding(f"Of {study.setup.num_samples:,} samples each: {told_of}.")
+
+
+def whole_data(study: Study) -> dict[str, Any]:
+    """The data set as the config and the options describe it; the options are taken out of those of the trainings.
+
+    Args:
+        study: Where it works.
+
+    Returns:
+        Class and arguments.
+    """
+    described = study.value("data")
+    whole = {"class_path": described["class_path"], "init_args": dict(described.get("init_args", {}))}
+    prefix = "data.init_args."
+    for name in [name for name in study.options if name.startswith(prefix)]:
+        whole["init_args"][name.removeprefix(prefix)] = study.value(name)
+        del study.options[name]
+    return whole
+
+
+def draw(study: Study, gauge: Gauge, run: Trained, data: Any) -> Samples:
+    """Samples of a training, of the classes that it saw.
+
+    Args:
+        study: Where it works.
+        gauge: What they will be measured by.
+        run: The training.
+        data: Its data.
+
+    Returns:
+        The samples with their pictures.
+    """
+    seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
+    module: Any = load_module(run.ckpt_path)
+    labels: Tensor | None = draw_labels(seeds, class_frequencies(data, module.num_classes))
+    return study.draw(run, gauge, labels=labels)
+
+
+def last_values(run: Trained, name: str, count: int = 10) -> float:
+    """The mean of the last values that a training logged.
+
+    Args:
+        run: The training.
+        name: What was logged.
+        count: How many.
+
+    Returns:
+        The mean; not a number where nothing was logged.
+    """
+    values = run.curves.get(name, ([], []))[1][-count:]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def told(found: Neighbours) -> str:
+    """What was found, in a few words."""
+    return f"{found.record['copies']} copies, median ratio of distances {found.record['median_ratio']:.3g}"
+
+
+def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:
+    """Copies and extracted pictures against the number of training pictures.
+
+    Args:
+        rows: The measurements.
+
+    Returns:
+        A figure of three panels.
+    """
+    figure, (shares, ratio, loss) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    counts = [row["training pictures"] for row in rows]
+    shares.plot(counts, [row["share of copies"] for row in rows], marker="o", label="samples that are copies")
+    shares.plot(counts, [row["share extracted"] for row in rows], marker="s", label="training pictures extracted")
+    shares.set(ylabel="share", ylim=(-0.03, 1.03))
+    ratio.plot(counts, [max(row["median distance ratio"], 1e-3) for row in rows], marker="o", label="samples")
+    ratio.axhline(1, color="grey", linestyle="--", label="as near to held-out pictures")
+    ratio.set(ylabel="median of d(training) / d(held out)", yscale="log")
+    for name in ("train/loss", "val/loss"):
+        loss.plot(counts, [row[name] for row in rows], marker="o", label=name)
+    loss.set(ylabel="loss at the end of training", yscale="log")
+    for axes in (shares, ratio, loss):
+        axes.set(xscale="log", xlabel="training pictures")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.set_xticks([], minor=True)
+        axes.legend(fontsize=8)
+        axes.grid(True, alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main(memorization, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 500}, num_samples=500)

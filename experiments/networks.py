@@ -1,0 +1,109 @@
+"""What a network costs: parameters, floating-point operations, time and memory of a training step."""
+
+import time
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.study import Study
+
+
+def build(study: Study, **changes: Any) -> nn.Module:
+    """The network that a study's trainings would have, untrained.
+
+    Args:
+        study: Knows the config and the options.
+        changes: Arguments of the network that differ.
+
+    Returns:
+        The network, for the data's channels, size and classes.
+    """
+    data = _instance(study.value("data"), _given(study, "data"))
+    net = study.value("model.init_args.net")
+    shape = data.image_shape
+    told = {"in_channels": shape[0], "image_size": shape[-1], "num_classes": data.num_classes}
+    return _instance(net, {**told, **_given(study, "model.init_args.net"), **changes})  # type: ignore[no-any-return]
+
+
+def _given(study: Study, part: str) -> dict[str, Any]:
+    """Arguments of a part of the config that the study's options override."""
+    prefix = f"{part}.init_args."
+    return {name.removeprefix(prefix): study.value(name) for name in study.options if name.startswith(prefix)}
+
+
+def _instance(described: dict[str, Any], changes: dict[str, Any]) -> Any:
+    """An object of a class that a config describes."""
+    module, _, name = described["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**{**described.get("init_args", {}), **changes})
+
+
+def _batch(net: Any, count: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """An input of a network."""
+    x = torch.zeros(count, net.in_channels, net.image_size, net.image_size, device=device)
+    label = torch.zeros(count, dtype=torch.int64, device=device) if net.num_classes else None
+    return x, torch.zeros(count, device=device), label
+
+
+def flops(net: nn.Module) -> float:
+    """Floating-point operations of one picture's forward pass, a multiplication and an addition being two.
+
+    Args:
+        net: A network of `diffusion_lit.nets`.
+
+    Returns:
+        Their number.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(*_batch(net, 1, next(net.parameters()).device))
+    return float(counter.get_total_flops())
+
+
+def step_cost(net: nn.Module, batch_size: int, seconds: float = 2.0) -> dict[str, float]:
+    """Time and memory of the forward and backward pass of a batch.
+
+    Args:
+        net: A network of `diffusion_lit.nets`, on the device that counts.
+        batch_size: Pictures of a batch.
+        seconds: How long to measure; the fastest step counts.
+
+    Returns:
+        `ms per step`, and `activations MB`: what the forward pass keeps for the backward pass, weights left out.
+    """
+    inputs = _batch(net, batch_size, next(net.parameters()).device)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = net(*inputs)
+    size = sum(kept.values()) / 1e6
+    output.square().mean().backward()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        _wait(inputs[0].device)
+        started = time.perf_counter()
+        net(*inputs).square().mean().backward()
+        _wait(inputs[0].device)
+        best = min(best, time.perf_counter() - started)
+    net.zero_grad(set_to_none=True)
+    return {"ms per step": 1000 * best, "activations MB": size}
+
+
+def _wait(device: torch.device) -> None:
+    """Lets a device come to the end of what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def parameters(net: nn.Module) -> float:
+    """The number of a network's parameters, in millions."""
+    return sum(parameter.numel() for parameter in net.parameters()) / 1e6
