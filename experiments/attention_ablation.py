@@ -121,4 +121,5 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    main(attention_ablation, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 300}, num_samples=500)
+    SMALL = {**QUIET, "trainer.max_steps": 200, "model.init_args.sampling.num_steps": 9}
+    main(attention_ablation, "configs/edm_digits.yaml", SMALL, num_samples=300)

@@ -126,4 +126,5 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    main(capacity, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 900}, num_samples=500)
+    SMALL = {**QUIET, "trainer.max_steps": 600, "model.init_args.sampling.num_steps": 9}
+    main(capacity, "configs/edm_digits.yaml", SMALL, num_samples=300)

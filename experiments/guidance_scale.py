@@ -326,5 +326,5 @@ def draw_grids(pictures: dict[str, Tensor], names: list[str]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    SMALL = {**QUIET, "trainer.max_steps": 600}
-    main(guidance_scale, "configs/edm_digits.yaml", SMALL, num_samples=500)
+    SMALL = {**QUIET, "trainer.max_steps": 400, "model.init_args.sampling.num_steps": 9}
+    main(guidance_scale, "configs/edm_digits.yaml", SMALL, num_samples=300)

@@ -167,4 +167,5 @@ def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    main(memorization, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 500}, num_samples=500)
+    SMALL = {**QUIET, "trainer.max_steps": 300, "model.init_args.sampling.num_steps": 9}
+    main(memorization, "configs/edm_digits.yaml", SMALL, num_samples=300)
