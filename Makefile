@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo studies test test-slow lint types board clean
+.PHONY: help install demo latent-demo gallery studies test test-slow lint types board clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ demo: install ## train a diffusion model on handwritten digits, in minutes on a 
 latent-demo: install ## train a VAE on handwritten digits and a diffusion model on its latents, in minutes
 	$(BIN)/lightning fit --config configs/vae_digits.yaml
 	$(BIN)/lightning fit --config configs/latent_digits.yaml
+
+gallery: install ## every editing task on small models, which are trained if need be: runs/gallery/index.html
+	$(BIN)/python -m experiments.gallery
 
 studies: install ## run every study in its small form: runs/studies/index.html, in under an hour
 	$(BIN)/python -m experiments.studies

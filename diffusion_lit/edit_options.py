@@ -277,7 +277,8 @@ class PictureOptions(Options):
     Args:
         picture: A picture file of any size and mode: its centre square is fitted to the model. `flower` and `china` are
             photographs that come with scikit-learn. Without it a test picture of the checkpoint's own data is taken.
-        negative_picture: Turn the picture to its negative first: a drawing in black on white for a model of white on black.
+        negative_picture: Turn the picture to its negative first: a drawing in black on white, for a model of white on
+            black.
         data_index: Number of the test picture.
         data_root: Where the checkpoint's own data lies now.
     """

@@ -1,0 +1,213 @@
+"""The figures of the gallery: what a classifier sees in anagrams and hybrids, and the PSNR of edits there and back."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.checkpoints import load_data, load_module
+from diffusion_lit.diffusion import Sampling, editing, keyed_seed
+from diffusion_lit.edit_options import decibels
+from diffusion_lit.evaluation.classifiers import train_classifier
+from diffusion_lit.evaluation.store import file_hash, key_of
+from diffusion_lit.nets import ConvClassifier
+from diffusion_lit.pictures import to_uint8
+from diffusion_lit.sample import pick_device
+
+HYBRID_BLUR = 1.5
+VIEWS = [
+    ["identity", "rotate_180"],
+    ["identity", "flip_vertical"],
+    ["identity", "rotate_90"],
+    ["identity", "negative"],
+    ["identity", "jigsaw"],
+    ["identity", "rotate_90", "rotate_180"],
+]
+
+
+def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder: Path) -> dict[str, Any]:
+    """The figures of the FashionMNIST model, kept beside the page.
+
+    Args:
+        ckpt_path: Its checkpoint.
+        root: Where its data lies now, or None.
+        count: Pictures for each figure that a classifier gives.
+        device: Where to compute.
+        folder: The gallery's folder.
+
+    Returns:
+        The figures by name.
+    """
+    key = key_of({"sha256": file_hash(ckpt_path), "count": count, "views": VIEWS, "blur": HYBRID_BLUR, "version": 1})
+    path = folder / "figures.json"
+    if path.is_file() and json.loads(path.read_text())["key"] == key:
+        return dict(json.loads(path.read_text()))
+    data: Any = load_data(ckpt_path, **({} if root is None else {"root": root}))
+    data.prepare_data()
+    model = load_module(ckpt_path).to(pick_device(device))
+    figures = {
+        "key": key,
+        **named(model, untrained(ckpt_path).to(model.device), data, count),
+        "img2img": fallen(model, data),
+        "inversion": inverted(model, data),
+        "inpainting": filled(model, data),
+    }
+    path.write_text(json.dumps(figures, indent=2))
+    return figures
+
+
+def untrained(ckpt_path: Path) -> Any:
+    """A checkpoint's model with fresh random weights."""
+    module = load_module(ckpt_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed_seed("untrained"))
+        for layer in module.net.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+    return module
+
+
+@dataclass
+class Reader:
+    """A classifier of pictures as they are seen under a change.
+
+    Args:
+        change: What is done to pictures (B, C, H, W) in [-1, 1] before it sees them, in training too.
+        data: Pictures and classes to learn from.
+    """
+
+    change: Callable[[Tensor], Tensor]
+    data: Any
+    net: ConvClassifier = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Trains it, on the train split alone."""
+        channels, size, _ = self.data.image_shape
+        with torch.random.fork_rng():
+            torch.manual_seed(keyed_seed("reader"))
+            self.net = ConvClassifier(channels, size, self.data.num_classes)
+        train_classifier(self.net, self.seen(self.data, "train"), self.data.reference_labels("train"))
+
+    def seen(self, data: Any, split: str) -> Tensor:
+        """The pictures of a split as it sees them, uint8."""
+        images = torch.as_tensor(data.reference_images(split))
+        parts = [to_uint8(self.change(part.float() / 127.5 - 1)) for part in torch.split(images, 4096)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def names(self, images: Tensor) -> Tensor:
+        """The class that it sees in each picture (B, C, H, W) in [-1, 1], as 8-bit pictures."""
+        logits: Tensor = self.net(to_uint8(self.change(images.cpu())).float() / 127.5 - 1)
+        return logits.argmax(1)
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Share of the test pictures that it names rightly."""
+        images = self.seen(self.data, "test").float() / 127.5 - 1
+        logits: Tensor = torch.cat([self.net(part) for part in torch.split(images, 1000)])
+        return float((logits.argmax(1) == self.data.reference_labels("test")).float().mean())
+
+
+def far(images: Tensor) -> Tensor:
+    """What is seen of a hybrid from afar: its low frequencies."""
+    return editing.gaussian_blur(images, HYBRID_BLUR)
+
+
+def near(images: Tensor) -> Tensor:
+    """What a hybrid shows from near: its high frequencies."""
+    return images - far(images)
+
+
+def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
+    """How often a classifier names the class that was asked for, in anagrams and hybrids.
+
+    Classes are not chosen to go well together: condition k of picture i is class i + 3 k modulo 10.
+
+    Args:
+        model: The model.
+        random: The same network untrained.
+        data: Its data.
+        count: Pictures of each kind.
+
+    Returns:
+        Shares for the trained and the untrained model, chance, and the classifiers' accuracy on test pictures.
+    """
+    plain, afar, close = (Reader(change, data) for change in (lambda x: x, far, near))
+    classes, rows = data.num_classes, torch.arange(count)[:, None]
+    rates: dict[str, Any] = {"chance": 1 / classes, "anagrams": [], "hybrids": []}
+    rates["accuracy"] = {"picture": plain.accuracy(), "from afar": afar.accuracy(), "from near": close.accuracy()}
+    for names in VIEWS:
+        views = [editing.make_view(name, model.image_shape) for name in names]
+        labels = (rows + 3 * torch.arange(len(views))) % classes
+        found = {
+            which: torch.stack([plain.names(view.apply(images)) for view in views], 1) == labels
+            for which, images in each(
+                model, random, lambda m, s, v=views, c=labels: editing.anagram(m, v, c, sampling=s)
+            )
+        }
+        rates["anagrams"].append({"views": names, **{which: shares(right) for which, right in found.items()}})
+    labels = (rows + 3 * torch.arange(2)) % classes
+    found = {
+        which: torch.stack([afar.names(images), close.names(images)], 1) == labels
+        for which, images in each(
+            model, random, lambda m, s: editing.hybrid(m, labels, blur_sigma=HYBRID_BLUR, sampling=s)
+        )
+    }
+    rates["hybrids"].append({"views": ["from afar", "from near"], **{w: shares(right) for w, right in found.items()}})
+    return rates
+
+
+def each(model: Any, random: Any, draw: Callable[[Any, Sampling], Tensor]) -> list[tuple[str, Tensor]]:
+    """Pictures of the trained and the untrained model under the same settings."""
+    sampling = model.sampling.but(cfg_scale=4.0)
+    return [("trained", draw(model, sampling)), ("untrained", draw(random, sampling).nan_to_num())]
+
+
+def shares(right: Tensor) -> list[float]:
+    """Share of the pictures that are right in each view, then in all at once."""
+    return [*right.float().mean(0).tolist(), float(right.all(1).float().mean())]
+
+
+def pictures_of(data: Any, count: int) -> Tensor:
+    """The first test pictures, (count, C, H, W) in [-1, 1]."""
+    return torch.as_tensor(data.reference_images("test")[:count]).float() / 127.5 - 1
+
+
+def fallen(model: Any, data: Any, starts: Sequence[int] = (1, 3, 5, 7, 10, 20), count: int = 16) -> dict[str, float]:
+    """Mean PSNR of image-to-image against the input, by start level."""
+    images = pictures_of(data, count)
+    return {str(start): mean_db(editing.img2img(model, images, start).cpu(), images)[0] for start in starts}
+
+
+def inverted(model: Any, data: Any, count: int = 8) -> dict[str, tuple[float, float]]:
+    """Mean and least PSNR after 100 steps up and 100 back, by sampler."""
+    images = pictures_of(data, count)
+    found = {}
+    for name in ("heun", "ddim"):
+        sampling = model.sampling.but(sampler=name, num_steps=100)
+        x = editing.invert(model, images, sampling=sampling)
+        back = editing.denoise(model, x, float(sampling.sigmas(model.denoiser.scaling)[0]), sampling=sampling)
+        found[name] = mean_db(back.cpu(), images)
+    return found
+
+
+def filled(model: Any, data: Any, count: int = 4) -> dict[str, bool]:
+    """Whether the known pixels of inpainted pictures are the picture's bit for bit, by sampler."""
+    images = pictures_of(data, count)
+    known = torch.ones(1, 1, *images.shape[2:])
+    known[..., images.shape[2] // 2 :, :] = 0
+    found = {}
+    for name in ("heun", "ddim", "ddpm"):
+        made = editing.inpaint(model, images, known, sampling=model.sampling.but(sampler=name)).cpu()
+        found[name] = bool(((made == images) | (known == 0)).all())
+    return found
+
+
+def mean_db(made: Tensor, images: Tensor) -> tuple[float, float]:
+    """Mean and least PSNR of pictures against their originals."""
+    values = [decibels(x[None], image[None])[0] for x, image in zip(made, images, strict=True)]
+    return sum(values) / len(values), min(values)
