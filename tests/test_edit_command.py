@@ -178,6 +178,17 @@ def test_an_exported_model_edits_the_same(edit, trained, lightning):
     assert again["model"]["sha256"] == file_hash(Path("model/model.safetensors"))
 
 
+def test_the_readmes_lines_edit(trained):
+    """On the tiny model of digits and with fewer steps, or it would take minutes."""
+    readme = (CONFIGS.parent / "README.md").read_text()
+    lines = readme.split("## Edit")[1].split("```python\n")[1].split("```")[0]
+    lines = lines.replace("runs/edm_fashion_mnist/version_0/checkpoints/last.ckpt", str(checkpoint(trained, "edm")))
+    names = {}
+    exec(lines.replace("num_steps=100", "num_steps=3"), names)
+    assert names["whole"].shape == names["large"].shape == names["clean"].shape == (4, 1, 8, 8)
+    assert names["walk"].shape == (24, 1, 8, 8) and names["sweep"].shape == (10, 4, 1, 8, 8)
+
+
 # Pictures of every kind
 
 
