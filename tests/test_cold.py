@@ -66,8 +66,8 @@ def test_blur_is_scipys_gaussian_filter_with_mirrored_edges():
 def test_blurring_twice_is_blurring_by_the_root_of_the_sum_of_squares():
     blur = Blur(2, first=0.3, last=0.5)
     other = Blur(1, first=0.4, last=0.4)
-    both = blur.matrices(8)[1] @ other.matrices(8)[1]
-    torch.testing.assert_close(both, blur.matrices(8)[2])
+    both = blur.tables(8)[1] @ other.tables(8)[1]
+    torch.testing.assert_close(both, blur.tables(8)[2])
     flat = torch.full((1, 1, 8, 8), 0.7)
     torch.testing.assert_close(blur(flat, 2, flat), flat)
 

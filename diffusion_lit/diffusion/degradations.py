@@ -37,6 +37,7 @@ class Degradation(nn.Module):
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; a degradation has at least 1 step.")
         self.num_steps = num_steps
+        self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
         """Degrades pictures.
@@ -52,17 +53,37 @@ class Degradation(nn.Module):
         Raises:
             ValueError: If a step is outside [0, T], or the pictures are not square.
         """
-        t = torch.as_tensor(t, device=x0.device).expand(len(x0))
-        if len(t) and not (t.amin() >= 0 and t.amax() <= self.num_steps):
-            raise ValueError(f"Steps reach from {t.min()} to {t.max()}, but must be in [0, {self.num_steps}].")
+        steps = torch.as_tensor(t)
+        # Looking at a value on an accelerator would wait for it.
+        if steps.device.type == "cpu" and steps.numel() and not 0 <= steps.min() <= steps.max() <= self.num_steps:
+            raise ValueError(f"Steps reach from {steps.min()} to {steps.max()}, but must be in [0, {self.num_steps}].")
         if x0.shape[-1] != x0.shape[-2]:
             raise ValueError(f"Pictures are {x0.shape[-2]}x{x0.shape[-1]}; degradations take square ones.")
+        t = steps.to(x0.device).expand(len(x0))
         with torch.autocast(x0.device.type, enabled=False):  # of the network's precision nothing here may depend
             return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for t of shape (B,), of which those of step 0 are not looked at; see `forward`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it degrades pictures.")
+
+    def tables(self, size: int) -> Tensor:
+        """What is the same for all pictures of a size, computed once for each device and precision.
+
+        Args:
+            size: Side H of the pictures.
+
+        Returns:
+            Float64 (T+1, ...), by step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs no tables.")
+
+    def table(self, x0: Tensor) -> Tensor:
+        """The tables for pictures x0, on their device and in their precision."""
+        key = (x0.shape[-1], x0.device, x0.dtype)
+        if key not in self._tables:
+            self._tables[key] = self.tables(x0.shape[-1]).to(x0)
+        return self._tables[key]
 
 
 def _check_widths(first: float, last: float) -> None:
@@ -94,7 +115,7 @@ class Blur(Degradation):
         rising = torch.logspace(math.log10(self.first), math.log10(self.last), self.num_steps, dtype=torch.float64)
         return torch.cat([rising.new_zeros(1), rising])
 
-    def matrices(self, size: int) -> Tensor:
+    def tables(self, size: int) -> Tensor:
         """A_t of each step.
 
         Args:
@@ -111,7 +132,7 @@ class Blur(Degradation):
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Blurs; see `Degradation.degrade`."""
-        blur = self.matrices(x0.shape[-1])[t.cpu()].to(x0)[:, None]
+        blur = self.table(x0)[t][:, None]
         return blur @ x0 @ blur.mT
 
 
@@ -134,7 +155,7 @@ class Mask(Degradation):
         _check_widths(first, last)
         self.first, self.last = first, last
 
-    def masks(self, size: int) -> Tensor:
+    def tables(self, size: int) -> Tensor:
         """m_t at each offset from the centre.
 
         Args:
@@ -152,12 +173,11 @@ class Mask(Degradation):
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Masks; see `Degradation.degrade`."""
         size = x0.shape[-1]
-        centre = noise.flatten(1).argmax(1).cpu()  # where independent draws are largest is uniform over the pixels
-        pixels = torch.arange(size)
+        centre = noise.flatten(1).argmax(1)  # where independent draws are largest is uniform over the pixels
+        pixels = torch.arange(size, device=x0.device)
         rows = pixels + (size - 1 - centre // size)[:, None]
         columns = pixels + (size - 1 - centre % size)[:, None]
-        mask = self.masks(size)[t.cpu()[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return x0 * mask[:, None].to(x0)
+        return x0 * self.table(x0)[t[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
 
 
 class Pixelate(Degradation):
