@@ -82,13 +82,16 @@ def load_module(path: str | Path) -> Any:
     return module.eval()
 
 
-def load_model(ckpt_path: str | None, pretrained: str | None = None, prompts: Sequence[str] = ()) -> Any:
+def load_model(
+    ckpt_path: str | None, pretrained: str | None = None, prompts: Sequence[str] = (), **options: Any
+) -> Any:
     """The model that a command draws with: a checkpoint's, or one of another library.
 
     Args:
         ckpt_path: Checkpoint file, or a folder of `lightning export`.
         pretrained: Name or folder of a pretrained model; see `diffusion_lit.pretrained.load_pretrained`.
         prompts: What a pretrained text model is asked for; label i means prompt i.
+        options: Further arguments of `load_pretrained`; empty ones mean nothing.
 
     Returns:
         A `DiffusionModule`, or what has its interface as far as sampling goes, in eval mode, on the CPU.
@@ -102,13 +105,16 @@ def load_model(ckpt_path: str | None, pretrained: str | None = None, prompts: Se
     if pretrained is not None:
         from diffusion_lit.pretrained import load_pretrained
 
-        return load_pretrained(pretrained, list(prompts))
+        return load_pretrained(pretrained, list(prompts), **options)
     assert ckpt_path is not None
     if prompts:
         raise ValueError(
             f"A prompt was given, but {ckpt_path} knows classes, not words; choose a class by --label, or a text model "
             "by --pretrained."
         )
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"--{name} is for a pretrained text model; leave it out with --ckpt_path {ckpt_path}.")
     module = load_module(ckpt_path)
     if not hasattr(module, "generate"):
         raise ValueError(

@@ -154,7 +154,7 @@ def _spell_out_flags(args: list[str], flags: set[str]) -> list[str]:
     following = [*args[1:], ""]
     return [
         f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg
-        for arg, after in zip(args, following, strict=True)
+        for arg, after in zip(args, following, strict=False)
     ]
 
 

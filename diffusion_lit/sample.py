@@ -1,4 +1,4 @@
-"""`lightning sample`: pictures from a checkpoint, which is all that it needs."""
+"""`lightning sample`: pictures from a checkpoint, which is all that it needs, or from a pretrained model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.checkpoints import load_module
+from diffusion_lit.checkpoints import load_model
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.pictures import StepRecorder, grid_image, save_gif, to_uint8
@@ -20,7 +20,12 @@ from diffusion_lit.ranks import fabric, several
 
 
 def sample(
-    ckpt_path: str,
+    ckpt_path: str | None = None,
+    pretrained: str | None = None,
+    prompt: list[str] | None = None,
+    negative_prompt: str = "",
+    stage_2: str | None = None,
+    stage_2_options: dict[str, float | str | bool] | None = None,
     num_samples: int = 64,
     labels: str | None = None,
     cfg_scale: float | None = None,
@@ -42,16 +47,23 @@ def sample(
     devices: int = 1,
     strategy: str = "auto",
 ) -> None:
-    """Draws pictures from a checkpoint.
+    """Draws pictures from a checkpoint, or from a pretrained model of diffusers.
 
     Writes OUT/grid.png and OUT/samples.npz (`arr_0`: uint8 pictures N x H x W x C, and `labels`), and with --trajectory
     OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is the same picture whatever the batch
-    size and the number of devices. What is not given is as the model was trained to be sampled. The average (EMA)
-    weights are used.
+    size and the number of devices. What is not given is as the model was trained to be sampled (a pretrained one as its
+    own pipeline samples, which may take 1,000 steps). The average (EMA) weights are used.
 
     Args:
         ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
             export`.
+        pretrained: A model of diffusers instead, in safetensors: its name on the Hugging Face hub, such as
+            google/ddpm-cifar10-32 or DeepFloyd/IF-I-M-v1.0, or its folder. Needs the extra `pretrained`.
+        prompt: What a text model shall show: --prompt "a rocket ship"; again for more, each of which gets as many
+            pictures. Without it, it draws for its null prompt.
+        negative_prompt: The null prompt of a text model, which guidance leads away from.
+        stage_2: Name or folder of an upsampler, such as DeepFloyd/IF-II-M-v1.0, that makes the pictures large.
+        stage_2_options: Its settings, as JSON: '{"num_steps": 30, "cfg_scale": 6, "noise_level": 250}'.
         num_samples: Number of pictures.
         labels: Classes to draw: `all` (a row of the grid per class), or a list such as 3,3,7 that is repeated until
             there are enough. Without it, a model with classes draws unconditionally, through its null class.
@@ -76,13 +88,22 @@ def sample(
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
 
     Raises:
-        ValueError: If the checkpoint cannot be used or an option does not fit it.
+        ValueError: If the model cannot be used or an option does not fit it.
     """
     if devices < 1:
         raise ValueError(f"devices is {devices}; it counts processes and must be at least 1.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1.")
-    module = load_module(ckpt_path)
+    given = {"negative_prompt": negative_prompt, "stage_2": stage_2, "stage_2_options": stage_2_options}
+    module = load_model(ckpt_path, pretrained, prompt or (), **given)
+    if labels is not None and getattr(module, "prompts", None) is not None:
+        raise ValueError(
+            f"--labels {labels} was given, but {pretrained} reads texts and has no classes; say what it shall show by "
+            "--prompt."
+        )
+    if prompt and num_samples < len(prompt):
+        raise ValueError(f"num_samples is {num_samples} for {len(prompt)} prompts; draw at least one picture for each.")
+    labels = "all" if prompt else labels
     settings: Sampling = module.sampling.but(
         cfg_scale=cfg_scale,
         sampler=sampler,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 logging.raiseExceptions = False  # Lightning's log handler keeps a stream that pytest has closed
 
 

@@ -1,4 +1,4 @@
-"""Other libraries' models in the place of this project's own; needs the extra `pretrained` (diffusers).
+"""Other libraries' autoencoders in the place of this project's own.
 
 Autoencoders of Stable Diffusion's kind: `AutoencoderKL` (a Gaussian posterior, like `nets.Autoencoder`) and
 `AutoencoderTiny` (a distilled one without noise: std 0). Both take and give pictures in [-1, 1]. The scale that their
@@ -16,16 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.nets.autoencoder import Posterior
-
-
-def _diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError(
-            "Pretrained autoencoders need diffusers; install the extra: pip install 'diffusion-lit[pretrained]'."
-        ) from error
-    return diffusers
+from diffusion_lit.pretrained.files import find_model, library, load_part, read_json
 
 
 class PretrainedAutoencoder(nn.Module):
@@ -45,7 +36,7 @@ class PretrainedAutoencoder(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        kind = getattr(_diffusers(), self.kind)
+        kind = getattr(library("diffusers"), self.kind)
         known = inspect.signature(kind.__init__).parameters
         plain = {key: value for key, value in config.items() if key in known}
         self.config = {"config": plain}
@@ -111,28 +102,19 @@ def load_pretrained_autoencoder(source: str) -> PretrainedAutoencoder:
     Raises:
         ValueError: If diffusers or the model is not to be had, or is neither AutoencoderKL nor AutoencoderTiny.
     """
-    diffusers = _diffusers()
-    where: dict[str, Any] = {}
-    if not Path(source).expanduser().is_dir():
-        owner, *rest = source.split("/")
-        if not rest or len(rest) > 2:
-            raise ValueError(f"{source!r} is no name on the hub; give OWNER/NAME, or OWNER/NAME/FOLDER.")
-        where = {"subfolder": rest[1]} if len(rest) == 2 else {}
-        source = f"{owner}/{rest[0]}"
-    try:
-        config = diffusers.AutoencoderKL.load_config(source, **where)
-        kind = AUTOENCODERS.get(str(config.get("_class_name")))
-        if kind is None:
-            raise ValueError(
-                f"{source} holds a {config.get('_class_name', 'model without a name')}; the autoencoders that serve "
-                f"here are {' and '.join(AUTOENCODERS)}."
-            )
-        vae = getattr(diffusers, kind.kind).from_pretrained(
-            source, use_safetensors=True, low_cpu_mem_usage=False, **where
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        owner, name, *rest = [*source.split("/"), ""][:3]
+        part = rest[0] if rest else ""
+        folder = find_model(f"{owner}/{name}" if name else owner, (part,) if part else ()) / part
+    config = read_json(folder / "config.json")
+    kind = AUTOENCODERS.get(str(config.get("_class_name")))
+    if kind is None:
+        raise ValueError(
+            f"{source} holds a {config.get('_class_name', 'model without a name')}; the autoencoders that serve here "
+            f"are {' and '.join(AUTOENCODERS)}."
         )
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The autoencoder {source} is not to be had: {reason}") from error
+    vae = load_part(getattr(library("diffusers"), kind.kind), folder, low_cpu_mem_usage=False)
     net = kind(dict(vae.config))
     net.vae.load_state_dict(vae.state_dict())
     return net.eval()
