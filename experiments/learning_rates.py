@@ -107,7 +107,9 @@ def losses(trained: dict[str, Trained]) -> plt.Figure:
     figure, (loss, rate) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, run in trained.items():
         loss.plot(*run.curves["val/loss"], marker="o", markersize=3, label=name)
-        rate.plot(*next(curve for key, curve in run.curves.items() if key.startswith("lr-")), label=name)
+        for key, curve in run.curves.items():
+            if key.startswith("lr-"):
+                rate.plot(*curve, label=name)
     loss.set(xlabel="training step", ylabel="loss on held-out pictures", yscale="log")
     rate.set(xlabel="training step", ylabel="learning rate", yscale="log")
     for axes in (loss, rate):
