@@ -180,6 +180,8 @@ class Options:
             ValueError: As `conditions`, or if another number is given.
         """
         given = self.conditions(model)
+        if model.num_classes == 0 and getattr(model, "prompts", None) is None:
+            raise ValueError(f"{what} needs {needed} conditions, but the model knows none; give one with classes.")
         if len(given) != needed:
             raise ValueError(
                 f"{what} needs {needed} conditions, but {len(given)} were given; write --label with {needed} classes "

@@ -83,7 +83,7 @@ def test_a_task_on_a_family(edit, trained, capsys, task, name):
     refused = {
         ("anagram", "latent"): "An anagram needs a model of pixels",
         ("hybrid", "latent"): "A hybrid needs a model of pixels",
-        ("hybrid", "ddpm"): "A hybrid needs 2 conditions, but 0 were given",
+        ("hybrid", "ddpm"): "A hybrid needs 2 conditions, but the model knows none",
         ("guidance", "ddpm"): "The model is unconditional",
         ("colorize", "edm"): "Colorizing needs a model of RGB pictures",
         ("colorize", "latent"): "Colorizing needs a model of RGB pictures",

@@ -30,7 +30,7 @@ def slerp(first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3.
     """
-    a, b = first.double(), last.double()
+    a, b = first.cpu().double(), last.cpu().double()  # not every accelerator has float64
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = cosine.clamp(-1, 1).acos()
     shares = per_sample(shares.to(a), a[None])
