@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-slow lint types board clean
+.PHONY: help install demo latent-demo gallery studies test test-slow lint types docs board clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ lint: install ## check style and formatting
 
 types: install ## check types
 	$(BIN)/mypy
+
+docs: install ## renew what README and docs take from the code: lines of links, the table of recipes
+	$(BIN)/python tests/renew_docs.py
 
 board: install ## open TensorBoard over all runs: make board PORT=6006
 	@$(BIN)/python -c 'import socket, sys; sys.exit(socket.socket().connect_ex(("127.0.0.1", int("$(PORT)"))) == 0)' 2>/dev/null || \
