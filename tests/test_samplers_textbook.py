@@ -36,6 +36,18 @@ class Learned:
         return denoise(x, sigma), self.v(x, sigma)
 
 
+class Clipped:
+    """The same with its estimates clipped far inside their range, which tells what they were before."""
+
+    limit = 0.5
+
+    def __call__(self, x, sigma):
+        return denoise(x, sigma).clamp(-self.limit, self.limit)
+
+    def unclipped(self, x, sigma):
+        return self(x, sigma), denoise(x, sigma)
+
+
 def noise_queue(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator)
@@ -108,6 +120,21 @@ def test_each_step_is_the_one_that_the_paper_prints(case, ends_at_zero):
             torch.testing.assert_close(state, [x, *expected][step], rtol=1e-6, atol=1e-6)
         if "unipc" not in case:
             torch.testing.assert_close(x0_hat, denoise(state, sigma), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize("clipped_noise", [True, False])
+def test_ddim_with_clipping_takes_the_noise_of_the_estimate_that_it_is_told_to(eta, clipped_noise):
+    levels = karras_levels(9, 0.01, 50.0)
+    x = levels[0] * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    options = {"eta": eta, "use_clipped_model_output": clipped_noise, "noise": noise_queue()}
+    end = SAMPLERS["ddim"].function(Clipped(), x, torch.tensor(levels, dtype=torch.float64), **options)
+    noises = endless(noise_queue(), x)
+    if clipped_noise:
+        expected = ddim(Clipped(), x, levels, noises, eta)
+    else:
+        expected = ddim(denoise, x, levels, noises, eta, clip=Clipped.limit)
+    torch.testing.assert_close(end, expected[-1], rtol=1e-6, atol=1e-6)
 
 
 class EpsNet(torch.nn.Module):

@@ -56,13 +56,14 @@ def ddpm(denoise, x, levels, noises, variance="posterior", scale=1.0, noise_unti
     return states
 
 
-def ddim(denoise, x, levels, noises, eta=0.0):
-    """Song 2021 (DDIM), eq. 12 with the standard deviation of eq. 16; abar is their alpha."""
+def ddim(denoise, x, levels, noises, eta=0.0, clip=None):
+    """Song 2021 (DDIM), eq. 12 with the standard deviation of eq. 16; abar is their alpha. Only x0 is clipped."""
     y, states = alpha(levels[0]) * x, []
     for s, s_prev in pairwise(levels):
         abar, abar_prev = alpha(s) ** 2, alpha(s_prev) ** 2
         x0 = denoise(to_ve(y, s), s)
         eps = (y - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+        x0 = x0 if clip is None else x0.clamp(-clip, clip)
         std = 0.0
         if eta:
             std = eta * math.sqrt((1 - abar_prev) / (1 - abar)) * math.sqrt(1 - abar / abar_prev)
