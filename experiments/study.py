@@ -69,7 +69,6 @@ from experiments.runs import Failed, Run, Trained, find_config, fit
 ROOT = Path("runs/studies")
 DPI = 130  # of figures
 QUIET = {"trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}  # the study draws and measures itself
-OVERRIDES = ("trainer", "model", "data", "ema", "guard", "checkpoint", "sample_grid", "trajectory")
 
 
 class StudyFailed(Exception):
@@ -566,7 +565,7 @@ def main(
 
 
 def split(args: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Tells the options of `lightning fit` from a study's own.
+    """Tells the options of `lightning fit`, whose names have a dot, from a study's own.
 
     Args:
         args: A command line.
@@ -581,7 +580,7 @@ def split(args: list[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(args)
     for word in words:
         name, equals, value = word.partition("=")
-        if not name.startswith("--") or name[2:].split(".")[0] not in OVERRIDES or "." not in name:
+        if not name.startswith("--") or not ("." in name or name == "--seed_everything"):
             own.append(word)
             continue
         found = value if equals else next(words, None)
