@@ -29,6 +29,7 @@ import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
 import diffusion_lit.modules  # noqa: F401
 from diffusion_lit.callbacks import (
     EMA,
+    Cost,
     LastCheckpoint,
     LossByNoiseLevel,
     NonFiniteGuard,
@@ -161,7 +162,7 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
-        always: list[Callback] = [Throughput(), RunSummary()]
+        always: list[Callback] = [Throughput(), RunSummary(), Cost()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
         for key in ("callbacks", "plugins"):
@@ -264,11 +265,15 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """Runs `fit`, `validate`, `test` or `predict`.
 
     Args:
         args: The command line, the subcommand first.
+        cli: What parses and runs it.
+
+    Returns:
+        It, with the trainer, the model and the data.
 
     Raises:
         SystemExit: With status 2 when the user got something wrong, 130 or 143 when interrupted, 1 when the run could
@@ -279,7 +284,7 @@ def run(args: list[str]) -> None:
     args = [re.sub(r"^--model\.compile(?==|$)", "--compile", arg) for arg in args]
     sys.argv = ["lightning", *args]  # what LightningCLI and launchers of further ranks read
     try:
-        CLI(
+        return cli(
             LightningModule,
             LightningDataModule,
             parser_class=Parser,

@@ -1,6 +1,7 @@
 """Callbacks: the average of the weights, pictures and measurements while training."""
 
 from diffusion_lit.callbacks.checkpoint import LastCheckpoint
+from diffusion_lit.callbacks.cost import Cost
 from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.guard import NonFiniteGuard
@@ -13,6 +14,7 @@ from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
 __all__ = [
     "EMA",
     "FID",
+    "Cost",
     "Interpolations",
     "LastCheckpoint",
     "LossByNoiseLevel",
