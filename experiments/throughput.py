@@ -1,0 +1,304 @@
+"""How fast this project trains and samples beside its peers, on the same work in the same run.
+
+    python -m experiments.throughput
+
+Each contender (see contenders.py) lives in a process of its own and takes its turn, slice after slice, so that what
+else the machine does strikes all alike; what counts is the ratio of the slices of one round, its median and its spread
+over the rounds. Widths are chosen for equal floating-point operations per picture of a training step; what a library's
+groups of channels leave of a difference is divided out. The shares refer to the peaks of a matrix product and of a
+convolution that torch reaches on this machine in the same precision, measured in the same rounds.
+"""
+
+import gc
+import json
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import CLI
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion_lit.evaluation.receipt import hardware, versions
+from diffusion_lit.hardware import bf16_pays, device_type, keep_freed_memory, use_threads
+from experiments.contenders import OURS, Contender, Job, Slice, Stopwatch, installed, nearest
+
+DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+
+
+def throughput(
+    gflops: float = 8.7,
+    batch_size: int = 32,
+    channels: int = 3,
+    size: int = 32,
+    nfe: int = 4,
+    rounds: int = 5,
+    steps: int = 1,
+    samples: int = 32,
+    peers: list[str] | None = None,
+    precisions: list[str] | None = None,
+    accelerator: str = "auto",
+    out: str = "runs/studies/throughput",
+) -> dict[str, Any]:
+    """Measures this project beside its peers.
+
+    Args:
+        gflops: Operations per picture of a training step, in 10^9, that the widths are chosen for.
+        batch_size: Pictures per training step.
+        channels: Channels of a picture.
+        size: Its side in pixels.
+        nfe: Steps of the samplers.
+        rounds: How often each contender takes its turn; one more round before them is for warming up.
+        steps: Training steps in a turn.
+        samples: Pictures that a turn draws.
+        peers: The peers to take part; all that are installed when omitted.
+        precisions: 32-true, bf16-mixed or both; by default float32 and what `lightning fit` chooses here.
+        accelerator: auto, cpu or cuda.
+        out: Folder for throughput.json and throughput.md.
+
+    Returns:
+        The report that is written as JSON.
+
+    Raises:
+        ValueError: If there is no such peer or precision, or a count is below 1.
+    """
+    if min(batch_size, nfe, rounds, steps, samples) < 1:
+        raise ValueError("batch_size, nfe, rounds, steps and samples count things; each must be at least 1.")
+    for name in peers or []:
+        if name not in installed()[1:]:
+            raise ValueError(f"There is no peer {name!r} here; installed are {', '.join(installed()[1:]) or 'none'}.")
+    device = device_type(accelerator)
+    threads = use_threads()
+    default = "bf16-mixed" if bf16_pays(device) else "32-true"
+    precisions = precisions or sorted({"32-true", default})
+    for precision in precisions:
+        if precision not in DTYPES:
+            raise ValueError(f"There is no precision {precision!r} here; choose of {', '.join(DTYPES)}.")
+    default = default if default in precisions else precisions[0]
+    costs = {name: nearest(name, gflops, channels, size) for name in [OURS, *(peers or installed()[1:])]}
+    jobs = [
+        Job(name, precision, found.width, channels, size, batch_size, nfe, device, threads)
+        for name, found in costs.items()
+        for precision in precisions
+    ]
+    report = {
+        "gflops": gflops,
+        "batch_size": batch_size,
+        "shape": [channels, size, size],
+        "nfe": nfe,
+        "rounds": rounds,
+        "default_precision": default,
+        "hardware": {**hardware(torch.device(device), 1), "load": os.getloadavg()[0]},
+        "versions": versions(),
+    }
+    taken, peaks, memories = measure(jobs, rounds, steps, samples)
+    report["peaks"] = {
+        f"{kind}, {precision}": summary([one / 1e9 for one in values]) for (kind, precision), values in peaks.items()
+    }
+    report["contenders"] = [
+        {
+            "name": job.name,
+            "precision": job.precision,
+            **asdict(costs[job.name]),
+            "train": rates(taken["train", job.title], taken["train", title_of(OURS, default)], costs, job.name),
+            "sample": rates(
+                taken["sample", job.title], taken["sample", title_of(OURS, job.precision)], costs, job.name
+            ),
+            "memory": memories[job.title],
+        }
+        for job in jobs
+    ]
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "throughput.json").write_text(json.dumps(report, indent=2) + "\n")
+    text = markdown(report)
+    (folder / "throughput.md").write_text(text)
+    print(text)
+    return report
+
+
+def title_of(name: str, precision: str) -> str:
+    """A contender's title; see `Job.title`."""
+    return f"{name}, {'bf16' if precision == 'bf16-mixed' else 'float32'}"
+
+
+Taken = dict[tuple[str, str], list[Slice]]
+
+
+def measure(
+    jobs: list[Job], rounds: int, steps: int, samples: int
+) -> tuple[Taken, dict[tuple[str, str], list[float]], dict[str, dict[str, int]]]:
+    """Lets the contenders take turns.
+
+    Args:
+        jobs: What each does.
+        rounds: Number of rounds that count.
+        steps: Training steps in a turn.
+        samples: Pictures that a turn draws.
+
+    Returns:
+        The slices of training and sampling by kind and title, the machine's peaks in operations per second by kind and
+        precision, and the memory of each contender in bytes: `at_rest`, before its first step, and at the `peak` of
+        training.
+    """
+    taken: Taken = defaultdict(list)
+    peaks: dict[tuple[str, str], list[float]] = defaultdict(list)
+    memories: dict[str, dict[str, int]] = {}
+    contenders: list[Contender] = []
+    try:
+        contenders += [Contender(job) for job in jobs]
+        for contender in tqdm(contenders, desc="starting", leave=False):
+            memories[contender.job.title] = {"at_rest": contender.ask("memory")}
+        for turn in tqdm(range(rounds + 1), desc="rounds"):
+            for contender in contenders:
+                title = contender.job.title
+                taken["train", title].append(contender.ask("train", steps))
+                memories[title]["peak"] = contender.ask("memory")
+            for contender in contenders:
+                taken["sample", contender.job.title].append(contender.ask("sample", samples))
+            for precision in dict.fromkeys(job.precision for job in jobs):
+                for kind, work in WORKS.items():
+                    peaks[kind, precision].append(work(jobs[0].device, DTYPES[precision]))
+            if turn == 0:  # it was for warming up
+                taken.clear()
+                peaks.clear()
+    finally:
+        for contender in contenders:
+            contender.stop()
+    return taken, peaks, memories
+
+
+def matrix_product(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a product of two square matrices."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return _rate(lambda: a @ b, 2 * side**3, device)
+
+
+def convolution(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a 3x3 convolution of the middle of such a network: 128 channels at 16x16 pixels."""
+    channels, side, batch = (256, 32, 256) if device == "cuda" else (128, 16, 64)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(batch, channels, side, side, device=device).to(dtype)
+    if device == "cuda":
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    return _rate(lambda: layer(x), 2 * 9 * channels**2 * side**2 * batch, device)
+
+
+WORKS: dict[str, Callable[[str, torch.dtype], float]] = {"matrix product": matrix_product, "convolution": convolution}
+
+
+def _rate(work: Callable[[], Tensor], operations: int, device: str, repeats: int = 5) -> float:
+    """Operations per second at the best of a few repeats: a peak is what can be reached."""
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        watch = Stopwatch(device)
+        work()
+        best = min(best, watch.read(0).seconds)
+    gc.collect()
+    return operations / best
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest of some values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def rates(mine: list[Slice], ours: list[Slice], costs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Speed of a contender, and this project's as a multiple of it, round by round.
+
+    Args:
+        mine: Its slices.
+        ours: This project's in the same rounds.
+        costs: Cost of every contender's network.
+        name: The contender.
+
+    Returns:
+        `images_per_second`; `at_equal_flops`, those times its operations per picture over this project's; `ratio`, this
+        project's images per second over those; each with median, min and max; `page_faults` per picture; and
+        `cpu_share`, CPU seconds per second.
+    """
+    share = costs[name].training / costs[OURS].training
+    equal = [one.pictures / one.seconds * share for one in mine]
+    return {
+        "images_per_second": summary([one.pictures / one.seconds for one in mine]),
+        "at_equal_flops": summary(equal),
+        "ratio": summary([one.pictures / one.seconds / rate for one, rate in zip(ours, equal, strict=True)]),
+        "page_faults": statistics.median(one.faults / one.pictures for one in mine),
+        "cpu_share": statistics.median(one.cpu / one.seconds for one in mine),
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report to read.
+
+    Args:
+        report: As `throughput` returns it.
+
+    Returns:
+        Its text.
+    """
+    default, machine = report["default_precision"], report["hardware"]
+    head = "| contender | parameters | GFLOP/image | images/s | at equal FLOPs | times | GFLOP/s | of matrix product"
+    shape = "x".join(map(str, report["shape"]))
+    lines = [
+        "# Throughput beside peers",
+        "",
+        f"{shape} pictures, batches of {report['batch_size']}, {report['rounds']} rounds;",
+        f"{machine['processor']}, {machine['threads']} threads, load {machine['load']:.1f} at the start; torch "
+        f"{report['versions']['torch']}. Each figure is the median (smallest to largest round).",
+        "",
+        f"Training. Times: images/s of {OURS} at its default here ({default}), over the contender's at equal FLOPs.",
+        "",
+        f"{head} | of convolution | memory of training |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for one in report["contenders"]:
+        trained = one["train"]
+        reached = trained["images_per_second"]["median"] * one["training"] / 1e9
+        shares = [reached / report["peaks"][f"{kind}, {one['precision']}"]["median"] for kind in WORKS]
+        used = one["memory"]["peak"] - one["memory"]["at_rest"]
+        cells = [
+            title_of(one["name"], one["precision"]),
+            f"{one['parameters'] / 1e6:.1f}M",
+            f"{one['training'] / 1e9:.2f}",
+            spread(trained["images_per_second"]),
+            f"{trained['at_equal_flops']['median']:.3g}",
+            spread(trained["ratio"]),
+            f"{reached:.0f}",
+            *[f"{share:.0%}" for share in shares],
+            f"{used / 2**20:,.0f} MiB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Sampling, {report['nfe']} steps. Times: images/s of {OURS} in the same precision, over the contender's at "
+        "equal FLOPs.",
+        "",
+        "| contender | images/s | times | page faults/image |",
+        "| --- | --: | --: | --: |",
+    ]
+    for one in report["contenders"]:
+        drawn = one["sample"]
+        lines.append(
+            f"| {title_of(one['name'], one['precision'])} | {spread(drawn['images_per_second'])} "
+            f"| {spread(drawn['ratio'])} | {drawn['page_faults']:,.0f} |"
+        )
+    lines += ["", "Peaks of this machine: " + "; ".join(f"{k} {spread(v)} GFLOP/s" for k, v in report["peaks"].items())]
+    return "\n".join([*lines, ""])
+
+
+def spread(values: dict[str, float]) -> str:
+    """A median with the smallest and the largest."""
+    return f"{values['median']:.3g} ({values['min']:.3g} to {values['max']:.3g})"
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    CLI(throughput, as_positional=False)
