@@ -92,12 +92,12 @@ def cold_diffusion(
     def of(name: str, way: str) -> Any:
         return next(row[gauge.metric] for row in rows if (row["degradation"], row["restored"]) == (name, way))
 
-    better = [name for name in trained if of(name, "improved") < of(name, "direct")]
+    better = [name.lower() for name in trained if of(name, "improved") < of(name, "direct")]
+    named = f" ({', '.join(better)})" if better else ""
     study.finding(
         f"Of {count:,} test pictures under {first.lower()}, the improved sampler's restorations have {gauge.metric} "
         f"{of(first, 'improved'):.3g}, those in one go {of(first, 'direct'):.3g} and the naive sampler's "
-        f"{of(first, 'naive'):.3g}; improved beats direct on {len(better)} of {len(trained)} degradations"
-        f"{f' ({chr(44).join(better).lower()})' if better else ''}."
+        f"{of(first, 'naive'):.3g}; improved beats direct on {len(better)} of {len(trained)} degradations{named}."
     )
 
 
