@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -396,3 +397,28 @@ def test_all_studies_run_though_one_fails(monkeypatch, tmp_path, capsys):
 def test_every_study_of_the_list_can_be_run():
     for name in studies.STUDIES:
         assert (Path(studies.__file__).parent / f"{name}.py").exists(), name
+
+
+def blocks(language):
+    """The blocks of code of a language that docs/studies.md prints."""
+    text = (Path(studies.__file__).parent.parent / "docs" / "studies.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_study_that_the_documentation_prints_works_as_printed(here):
+    (printed,) = blocks("python")
+    names = {"__name__": "widths"}
+    exec(printed, names)
+    args = ["--num_samples=8", "--extractor=pixels", "--channels=[8]"]
+    study = main(names["widths"], CONFIG, {**TINY, "model.init_args.sampling.num_steps": 3}, args=args)
+    (row,) = check(study, [], ["quality"])["quality"]
+    assert study.findings == [f"8 channels are best, with fd_pixels {float(row['fd_pixels']):.3g}."]
+    assert study.title == "Is a wider network better at the same number of steps?"
+
+
+def test_the_sweep_that_the_documentation_prints_is_one(tmp_path):
+    (printed,) = blocks("yaml")
+    (tmp_path / "x.yaml").write_text(printed)
+    config, shared, variants = sweep.read(tmp_path / "x.yaml")
+    assert runs.find_config(config).name == "ddpm_digits.yaml" and shared == {"trainer.max_steps": 300}
+    assert list(variants) == ["lr=0.003", "lr=0.0003"]
