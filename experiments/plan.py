@@ -1,0 +1,241 @@
+"""How long a recipe takes on hardware that one may not have yet.
+
+    python -m experiments.plan --config configs/edm_cifar10.yaml --config configs/paper/edm_cifar10.yaml --gpus 8
+
+The recipe's network is built from the config as `lightning fit` builds it, its operations are counted, and some
+training steps of it are timed on this machine. For other hardware there is no measurement here: its peak is the
+vendor's, and which share of it is reached, and how much is lost between several GPUs, are assumptions that are printed
+beside the figure and can be given.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jsonargparse import CLI
+
+from diffusion_lit.callbacks.cost import network_cost
+from diffusion_lit.evaluation.receipt import hardware
+from diffusion_lit.hardware import bf16_pays, device_type, keep_freed_memory, use_threads
+from diffusion_lit.modules.base import DiffusionModule
+from diffusion_lit.report.facts import duration, magnitude
+from diffusion_lit.training import CLI as LightningFit
+from diffusion_lit.training import run
+
+PEAKS = {  # dense bf16 (fp16 where there is no bf16) tensor TFLOP/s with float32 sums, from the vendor's data sheets
+    "T4": 65,
+    "V100": 125,
+    "L4": 121,
+    "RTX3090": 71,
+    "RTX4090": 165,
+    "L40S": 362,
+    "A100": 312,
+    "H100": 989,
+    "H200": 989,
+}
+
+
+class Built(LightningFit):
+    """`lightning fit` up to the point where it would train."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves the training out."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a config trains.
+
+    Args:
+        network: Name of the network.
+        parameters: Its parameters.
+        training: Operations of a training step per picture.
+        batch_size: Pictures per step of all devices.
+        images: Pictures in all, None where the run has no end.
+        state: Bytes of weights, gradients, optimizer and average.
+        activations: Bytes that a picture of the batch keeps.
+    """
+
+    network: str
+    parameters: int
+    training: int
+    batch_size: int
+    images: int | None
+    state: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Hours on some hardware.
+
+    Args:
+        hardware: Which.
+        rate: Pictures per second.
+        basis: How the rate was come by.
+    """
+
+    hardware: str
+    rate: float
+    basis: str
+
+
+def plan(
+    config: list[str],
+    gpus: int = 8,
+    gpu: list[str] | None = None,
+    share: float = 0.4,
+    scaling: float = 0.9,
+    steps: int = 3,
+    batch: int = 8,
+    accelerator: str = "auto",
+    options: list[str] | None = None,
+) -> list[Estimate]:
+    """Estimates how long a recipe takes.
+
+    Args:
+        config: Configs as for `lightning fit`, the later override the earlier.
+        gpus: Number of GPUs of the named hardware.
+        gpu: Their kinds; all that are known when omitted.
+        share: Share in (0, 1] of the vendor's peak that training is assumed to reach.
+        scaling: Share in (0, 1] of their sum that several GPUs are assumed to reach together.
+        steps: Training steps that are timed on this machine; 0 for none.
+        batch: Pictures in such a step.
+        accelerator: auto, cpu or cuda: where they are timed.
+        options: Further words of `lightning fit`'s command line.
+
+    Returns:
+        The estimates, this machine's first.
+
+    Raises:
+        ValueError: If there is no such GPU in the table, or a number is out of range.
+    """
+    kinds = gpu or list(PEAKS)
+    for kind in kinds:
+        if kind not in PEAKS:
+            raise ValueError(f"There is no GPU {kind!r} in the table; choose of {', '.join(PEAKS)}.")
+    if not (0 < share <= 1 and 0 < scaling <= 1):
+        raise ValueError(f"share is {share} and scaling {scaling}; both are shares above 0 and at most 1.")
+    if gpus < 1 or steps < 0 or batch < 1:
+        raise ValueError(f"gpus is {gpus}, steps {steps} and batch {batch}; they count things.")
+    built = run(["fit", *[f"--config={path}" for path in config], *(options or []), "--trainer.logger=false"], Built)
+    recipe = read(built)
+    estimates = []
+    if steps:
+        estimates.append(timed(built.model, recipe, device_type(accelerator), steps, batch))
+    together = 1.0 if gpus == 1 else scaling
+    for kind in kinds:
+        rate = gpus * together * share * PEAKS[kind] * 1e12 / recipe.training
+        estimates.append(
+            Estimate(
+                f"{gpus} x {kind}",
+                rate,
+                f"assumed: {share:.0%} of the vendor's {PEAKS[kind]} TFLOP/s"
+                + (f", {scaling:.0%} of it by {gpus} together" if gpus > 1 else ""),
+            )
+        )
+    print(text(recipe, estimates, gpus))
+    return estimates
+
+
+def read(built: Any) -> Recipe:
+    """What a config trains.
+
+    Args:
+        built: `lightning fit`, with the model, the data and the trainer made.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If the model is not one that denoises.
+    """
+    module, data, trainer = built.model, built.datamodule, built.trainer
+    if not isinstance(module, DiffusionModule):
+        raise ValueError(f"A plan is made for models that denoise, and this config trains a {type(module).__name__}.")
+    cost = network_cost(module.net, module.x_shape)
+    images = None
+    if trainer.max_steps > 0:
+        images = trainer.max_steps * data.batch_size * trainer.accumulate_grad_batches
+    return Recipe(
+        type(module.net).__name__,
+        cost.parameters,
+        cost.training,
+        data.batch_size,
+        images,
+        5 * 4 * cost.parameters,  # weights, gradients, Adam's two moments and an average
+        cost.activations,
+    )
+
+
+def timed(module: Any, recipe: Recipe, device: str, steps: int, batch: int) -> Estimate:
+    """Training steps of the recipe's network on this machine.
+
+    Args:
+        module: The model.
+        recipe: What it is part of.
+        device: Where.
+        steps: How many, after one that is not counted.
+        batch: Pictures in each.
+
+    Returns:
+        The rate of the median step.
+    """
+    use_threads()
+    module = module.to(device).train()
+    optimizer = torch.optim.AdamW(module.denoiser.parameters(), fused=device in ("cpu", "cuda"))
+    x0 = torch.rand(batch, *module.x_shape, device=device) * 2 - 1
+    half = bf16_pays(device)
+    seconds = []
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        draws = module.draw(None, x0.shape, "plan", step)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = module.loss(module.denoiser, x0, draws.sigma, draws.noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rate = batch / statistics.median(seconds[1:])
+    machine = hardware(torch.device(device), 1)
+    reached = rate * recipe.training / 1e9
+    return Estimate(
+        f"{machine['processor']}, {machine['threads']} threads" if device == "cpu" else machine["processor"],
+        rate,
+        f"measured now: {steps} steps of {batch} in {'bf16' if half else 'float32'}, {reached:,.0f} GFLOP/s",
+    )
+
+
+def text(recipe: Recipe, estimates: Sequence[Estimate], gpus: int) -> str:
+    """The plan to read.
+
+    Args:
+        recipe: What is trained.
+        estimates: How long it takes.
+        gpus: Number of GPUs that share a batch.
+    """
+    per_gpu = -(-recipe.batch_size // gpus)
+    memory = (recipe.state + per_gpu * recipe.activations) / 2**30
+    count = "no end of its own" if recipe.images is None else f"{magnitude(recipe.images)} pictures"
+    lines = [
+        f"{recipe.network} of {magnitude(recipe.parameters)} parameters, {recipe.training / 1e9:.3g} GFLOP per picture "
+        f"of a training step; batches of {recipe.batch_size}, {count}.",
+        f"Memory of each of {gpus} GPUs with {per_gpu} pictures, in float32: about {memory:.1f} GiB.",
+        "",
+        "| hardware | images/s | whole run | basis |",
+        "| --- | --: | --: | --- |",
+    ]
+    for one in estimates:
+        whole = "" if recipe.images is None else duration(recipe.images / one.rate)
+        lines.append(f"| {one.hardware} | {one.rate:,.4g} | {whole} | {one.basis} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    CLI(plan, as_positional=False)

@@ -1,0 +1,392 @@
+"""Where the time of a training step goes, and what Lightning, samplers and guidance cost beside the network.
+
+    python -m experiments.profile_step --config configs/edm_fashion_mnist.yaml
+
+Three measurements. First `lightning fit` takes turns with a bare PyTorch loop over the same step (the same batches,
+draws, network, loss, precision and optimizer, without Lightning, callbacks, average and logging), so that what else the
+machine does strikes both; the ratio is of CPU time on a CPU, of the clock on a GPU. Second the records of Lightning's
+profiler say where the time of `fit` goes. Third each sampler runs with a network of about 5M parameters and with one
+that does nothing, and guidance beside one forward of the same batch.
+"""
+
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import CLI
+from lightning.pytorch import Callback
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch import Tensor, nn
+
+from diffusion_lit.diffusion import ClassifierFreeGuidance, Denoiser, EDMScaling, EpsScaling, LinearSchedule, Sampling
+from diffusion_lit.evaluation.receipt import hardware
+from diffusion_lit.hardware import keep_freed_memory
+from diffusion_lit.nets import UNet
+from diffusion_lit.training import CLI as LightningFit
+from diffusion_lit.training import run
+
+WARM_UP = 3
+SAMPLERS = {"heun": EDMScaling(), "euler": EDMScaling(), "dpmpp_2m": EDMScaling(), "ddpm": EpsScaling(LinearSchedule())}
+TARGETS = {"Lightning": 0.02, "data": 0.01, "sampler": 0.005, "guidance": 2.05}
+
+
+class Finished(Exception):
+    """Ends `lightning fit` from within."""
+
+
+class Recorder(Profiler):
+    """Lightning's profiler with the seconds of each action within each step, what lies inside it taken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: list[list[Any]] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.running = False
+
+    def start(self, action_name: str) -> None:
+        """Opens an action."""
+        self._open.append([action_name, time.perf_counter(), 0.0])
+
+    def stop(self, action_name: str) -> None:
+        """Closes the innermost action, which Lightning's nesting makes this one."""
+        name, since, inside = self._open.pop()
+        spent = time.perf_counter() - since
+        if self._open:
+            self._open[-1][2] += spent
+        if self.running:
+            self.seconds[name] += spent - inside
+
+    def summary(self) -> str:
+        """Nothing: the study prints its own table."""
+        return ""
+
+
+class Rounds(Callback):
+    """Lets `fit` and a bare loop take turns.
+
+    `fit`'s turn runs from the start of its first step to the start of the step after its last.
+    """
+
+    study: "Turns"
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Ends a turn and begins the next."""
+        self.study.step(trainer, pl_module)
+
+
+class Turns:
+    """What the turns took.
+
+    Args:
+        rounds: Number of turns of each.
+        steps: Steps in a turn.
+        recorder: Records where `fit` spends its time.
+    """
+
+    def __init__(self, rounds: int, steps: int, recorder: Recorder) -> None:
+        self.rounds, self.steps, self.recorder = rounds, steps, recorder
+        self.fit: list[tuple[float, float]] = []  # seconds of the clock and of the CPU
+        self.bare: list[tuple[float, float]] = []
+        self.device = "cpu"
+        self._loop: Iterator[None] | None = None
+        self._count = 0
+        self._since = (0.0, 0.0)
+
+    def step(self, trainer: Any, module: Any) -> None:
+        """Called at the start of each step of `fit`.
+
+        Raises:
+            Finished: After the last turn.
+        """
+        if self._loop is None:
+            self.device = module.device.type
+            self._loop = bare_loop(trainer, module)
+            for _ in range(WARM_UP):
+                next(self._loop)
+        self._count += 1
+        if self._count <= WARM_UP or (self._count - WARM_UP - 1) % self.steps:
+            return
+        if self._count > WARM_UP + 1:
+            self.fit.append(self._spent())
+        self.recorder.running = False
+        if len(self.fit) == self.rounds:
+            raise Finished
+        self._since = self._now()
+        for _ in range(self.steps):
+            next(self._loop)
+        self.bare.append(self._spent())
+        self.recorder.running = True
+        self._since = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def _spent(self) -> tuple[float, float]:
+        wall, cpu = self._now()
+        return wall - self._since[0], cpu - self._since[1]
+
+
+def bare_loop(trainer: Any, module: Any) -> Iterator[None]:
+    """The same step without Lightning, on a copy of the network.
+
+    Args:
+        trainer: For its precision and data.
+        module: A DiffusionModule, for its draws and loss.
+
+    Yields:
+        After each step.
+    """
+    denoiser = copy.deepcopy(module.denoiser).train()
+    built = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
+    group = {name: value for name, value in built.param_groups[0].items() if name in ("lr", "betas", "eps", "fused")}
+    optimizer = type(built)(denoiser.parameters(), **group)
+    loader = copy.copy(trainer.train_dataloader)
+    loader.trainer = None  # so that it counts for itself
+    precision = trainer.precision_plugin
+    count = 0
+    while True:
+        for batch in loader:
+            draws = module.draw(batch.get("label"), batch["image"].shape, "bare", count)
+            with precision.train_step_context():
+                loss = module.loss(denoiser, batch["image"], draws.sigma, draws.noise, draws.label).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            count += 1
+            yield
+
+
+def profile_step(
+    config: list[str],
+    options: list[str] | None = None,
+    rounds: int = 7,
+    steps: int = 5,
+    repeats: int = 5,
+    samples: int = 16,
+    sampling_steps: int = 4,
+    channels: int = 56,
+    out: str = "runs/studies/profile_step",
+) -> dict[str, Any]:
+    """Measures where a step's time goes.
+
+    Args:
+        config: Configs as for `lightning fit`, of a model on pixels.
+        options: Further words of its command line, such as ["--data.init_args.root=FOLDER"].
+        rounds: Turns of `fit` and of the bare loop.
+        steps: Steps in a turn.
+        repeats: How often samplers and guidance are timed.
+        samples: Pictures that they draw at a time.
+        sampling_steps: Steps of the samplers.
+        channels: Width of the network of samplers and guidance; 56 makes 5M parameters.
+        out: Folder for profile_step.json.
+
+    Returns:
+        The report that is written as JSON.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    if min(rounds, steps, repeats, samples, sampling_steps, channels) < 1:
+        raise ValueError("rounds, steps, repeats, samples, sampling_steps and channels must each be at least 1.")
+    recorder = Recorder()
+    turns = Turns(rounds, steps, recorder)
+    fit(config, options or [], turns)
+    unit = 0 if turns.device == "cuda" else 1  # of the clock, or of the CPU
+    ratios = [mine[unit] / bare[unit] for mine, bare in zip(turns.fit, turns.bare, strict=True)]
+    total = sum(wall for wall, _ in turns.fit)
+    report = {
+        "config": config,
+        "hardware": hardware(torch.device(turns.device), 1),
+        "milliseconds": 1e3 * total / (rounds * steps),
+        "over_bare": {"median": statistics.median(ratios) - 1, "min": min(ratios) - 1, "max": max(ratios) - 1},
+        "shares": shares(recorder.seconds, total),
+        **beside_network(turns.device, repeats, samples, sampling_steps, channels),
+    }
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / "profile_step.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(text(report))
+    return report
+
+
+def fit(config: list[str], options: list[str], turns: Turns) -> None:
+    """Runs `lightning fit` in turns with the bare loop, in a folder that is thrown away."""
+    Rounds.study = turns
+    with tempfile.TemporaryDirectory() as folder, recording_logging(turns.recorder):
+        arguments = [
+            *["fit", *[f"--config={path}" for path in config], *options],
+            *[f"--trainer.logger.init_args.save_dir={folder}", "--trainer.max_steps=10000000"],
+            *["--trainer.val_check_interval=10000000", "--trainer.enable_model_summary=false"],
+            f"--trainer.callbacks+={__name__}.Rounds",
+        ]
+
+        class Recorded(LightningFit):
+            """`lightning fit` under the recorder."""
+
+            def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+                return super()._instantiate_trainer({**config, "profiler": turns.recorder}, callbacks)
+
+        try:
+            run(arguments, Recorded)
+        except Finished:
+            return
+
+
+@contextmanager
+def recording_logging(recorder: Recorder) -> Iterator[None]:
+    """Makes an action of the profiler of what Lightning's logger connector does after a step."""
+    before = _LoggerConnector.update_train_step_metrics
+
+    def update(connector: _LoggerConnector) -> None:
+        recorder.start("logging")
+        before(connector)
+        recorder.stop("logging")
+
+    _LoggerConnector.update_train_step_metrics = update  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _LoggerConnector.update_train_step_metrics = before  # type: ignore[method-assign]
+
+
+def shares(seconds: dict[str, float], total: float) -> dict[str, float]:
+    """The parts of a step as shares of its time.
+
+    Args:
+        seconds: Of each action of Lightning's profiler, what lies inside it taken off.
+        total: Seconds of all steps.
+
+    Returns:
+        Share of each part; what no action claims is Lightning's own.
+    """
+    parts = {
+        "data": lambda name: "dataloader_next" in name or "batch_to_device" in name or "dataloader_iter" in name,
+        "forward": lambda name: name.endswith(".training_step"),
+        "backward": lambda name: name.endswith(".backward"),
+        "optimizer": lambda name: name.endswith((".optimizer_step", ".optimizer_zero_grad")),
+        "EMA": lambda name: name.startswith("[Callback]EMA."),
+        "guard": lambda name: name.startswith("[Callback]NonFiniteGuard."),
+        "progress bar": lambda name: "ProgressBar." in name,
+        "other callbacks": lambda name: name.startswith("[Callback]") and "Rounds." not in name,
+        "logging": lambda name: name == "logging",
+    }
+    found: dict[str, float] = dict.fromkeys(parts, 0.0)
+    for name, spent in seconds.items():
+        part = next((part for part, belongs in parts.items() if belongs(name)), None)
+        if part is not None:
+            found[part] += spent / total
+    return {**found, "Lightning itself": 1 - sum(found.values())}
+
+
+class Nothing(nn.Module):
+    """A network that costs nothing."""
+
+    num_classes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Its input."""
+        return x
+
+
+def beside_network(device: str, repeats: int, samples: int, steps: int, channels: int) -> dict[str, Any]:
+    """What samplers and guidance cost beside the network's forwards.
+
+    Args:
+        device: `cpu` or `cuda`.
+        repeats: How often each is timed.
+        samples: Pictures at a time.
+        steps: Steps of the samplers.
+        channels: Width of the network.
+
+    Returns:
+        `samplers`, the share of each sampler's time that is not the network's; `guidance`, a guided denoiser's time as
+        a multiple of one forward of the same batch; `parameters` of the network.
+    """
+    torch.manual_seed(0)
+    net = UNet(num_classes=10, model_channels=channels, noise_embedding="fourier").to(device).eval()
+    found: dict[str, float] = {}
+    for name, scaling in SAMPLERS.items():
+        sampling = Sampling(name, steps, grid="trailing" if name == "ddpm" else "karras")
+        seconds = []
+        for one, count in ((net, repeats), (Nothing(), 3 * repeats)):
+            denoiser = Denoiser(one, scaling).to(device).eval()
+            seconds.append(_timed(partial(sampling.generate, denoiser, (3, 32, 32), range(samples)), device, count))
+        found[name] = seconds[1] / seconds[0]
+    denoiser = Denoiser(net, EDMScaling()).to(device).eval()
+    guided = ClassifierFreeGuidance(denoiser, 2.0)
+    x, sigma = torch.randn(samples, 3, 32, 32, device=device), torch.tensor(1.0)
+    labels = torch.arange(samples, device=device) % 10
+    ratios = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            two, one = (_timed(partial(call, x, sigma, labels), device, 1) for call in (guided, denoiser))
+            ratios.append(two / one)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return {"samplers": found, "guidance": statistics.median(ratios[1:]), "parameters": parameters}
+
+
+def _timed(work: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median seconds: of the clock on a GPU, of the CPU elsewhere, where other programs do not count."""
+    taken = []
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    if repeats > 1:
+        work()
+    for _ in range(repeats):
+        start = clock()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(clock() - start)
+    return statistics.median(taken)
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report to read."""
+
+    def target(value: float, limit: float) -> str:
+        return "met" if value <= limit else "missed"
+
+    over, data = report["over_bare"], report["shares"]["data"]
+    machine = report["hardware"]
+    lines = [
+        f"A step takes {report['milliseconds']:.1f} ms on {machine['processor']}, {machine['threads']} threads.",
+        "",
+        "| part | share of the step |",
+        "| --- | --: |",
+        *[f"| {name} | {share:.2%} |" for name, share in report["shares"].items()],
+        "",
+        f"Lightning, callbacks, average and logging over a bare loop of the same step: {over['median']:+.1%} "
+        f"({over['min']:+.1%} to {over['max']:+.1%}); at most {TARGETS['Lightning']:.0%} is the target, "
+        f"{target(over['median'], TARGETS['Lightning'])}.",
+        f"Data: {data:.2%} of the step; below {TARGETS['data']:.0%} is the target, {target(data, TARGETS['data'])}.",
+        f"Beside the forwards of a network of {report['parameters'] / 1e6:.1f}M parameters on 3x32x32:",
+    ]
+    for name, share in report["samplers"].items():
+        lines.append(f"  {name}: {share:.2%}; at most {TARGETS['sampler']:.1%}, {target(share, TARGETS['sampler'])}")
+    lines.append(
+        f"Guidance: {report['guidance']:.3f} forwards; at most {TARGETS['guidance']}, "
+        f"{target(report['guidance'], TARGETS['guidance'])}."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from experiments import profile_step as this  # the module that the callback is named by, which __main__ is not
+
+    keep_freed_memory()
+    CLI(this.profile_step, as_positional=False)
