@@ -27,7 +27,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,9 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.classifiers import training_labels
-from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import (
     Job,
     Samples,
@@ -57,14 +53,16 @@ from diffusion_lit.evaluation.generation import (
     gather_shards,
     generate_shards,
 )
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from diffusion_lit.evaluation.receipt import commit, hardware
-from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.evaluation.store import file_hash, key_of, read_tensors, write_tensors
 from diffusion_lit.pictures import grid_image
 from diffusion_lit.report import Page
 from diffusion_lit.sample import pick_device
+from experiments.gauge import Gauge, choose_extractor
 from experiments.runs import Failed, Run, Trained, find_config, fit
+from experiments.show import markdown, picture_rows
+
+__all__ = ["QUIET", "Gauge", "Setup", "Study", "StudyFailed", "main", "markdown", "picture_rows", "split"]
 
 ROOT = Path("runs/studies")
 DPI = 130  # of figures
@@ -103,69 +101,6 @@ class Setup:
     device: str = "auto"
     batch_size: int = 250
     seed: int = 0
-
-
-class Thumbnails(FeatureExtractor):
-    """Colours and layout alone: pictures shrunk to at most 8x8, for data without classes where Inception is missing."""
-
-    name = "thumbnails"
-    transform = "uint8 / 255, mean over the parts of an 8x8 grid, flattened"
-
-    def load(self, data: Any = None) -> None:
-        """Nothing to load."""
-
-    @property
-    def network(self) -> None:
-        """None."""
-
-    def compute(self, images: Tensor) -> Features:
-        """At most C * 64 features."""
-        side = min(8, images.shape[-1])
-        return Features(adaptive_avg_pool2d(images.float() / 255, side).flatten(1))
-
-
-@dataclass(frozen=True)
-class Gauge:
-    """What samples are measured by: an extractor, and the pictures that it compares them with.
-
-    Args:
-        data: The data set, set up.
-        extractor: The loaded extractor.
-        reference: Features of the training pictures.
-        floor: The Fréchet distance of real pictures to real ones, and at what number; None where there are too few.
-    """
-
-    data: Any
-    extractor: FeatureExtractor
-    reference: Reference
-    floor: tuple[float, int] | None
-
-    @property
-    def metric(self) -> str:
-        """Name of the Fréchet distance, such as `fd_classifier`."""
-        return self.extractor.metric
-
-    def measure(self, samples: "Samples | Features | Tensor") -> dict[str, float]:
-        """How good and how varied samples are.
-
-        Args:
-            samples: From `Study.draw`, their features, or uint8 pictures (N, C, H, W).
-
-        Returns:
-            The Fréchet distance to the training pictures under the name of `metric`, `precision` and `recall`.
-        """
-        if isinstance(samples, Tensor):
-            samples = self.extractor.extract(samples, 250)
-        features = (samples.features if isinstance(samples, Samples) else samples).features
-        assert self.reference.features is not None
-        precision, recall = precision_recall(features, self.reference.features.features)
-        distance = frechet_distance(Statistics.of(features), self.reference.statistics)
-        return {self.metric: distance, "precision": precision, "recall": recall}
-
-    def draw_floor(self, axes: Any) -> None:
-        """Marks what real pictures get, in a plot of the Fréchet distance."""
-        if self.floor is not None:
-            axes.axhline(self.floor[0], color="grey", linestyle="--", label=f"real against real, n = {self.floor[1]:,}")
 
 
 @dataclass
@@ -263,25 +198,8 @@ class Study:
         data: Any = load_data(path)
         data.prepare_data()
         data.setup()
-        extractor = self._extractor(data).to(self.device)
-        reference = reference_of(data, "train", extractor, 250)
-        held_out = reference_of(data, "val", extractor, 250, self.setup.num_samples).features
-        return Gauge(data, extractor, reference, real_against_real(reference, held_out, self.setup.num_samples))
-
-    def _extractor(self, data: Any) -> FeatureExtractor:
-        """The extractor that was asked for, loaded; one that fits the data where none was."""
-        name = self.setup.extractor
-        if name == "auto" and training_labels(data) is not None:
-            name = "classifier"
-        extractor = make_extractor(name, self.setup.extractor_weights, data.image_shape)
-        try:
-            extractor.load(data)
-        except MissingWeights as error:
-            if name != "auto":
-                raise
-            self.tell(f"Measuring by thumbnails, since there is nothing better: {error}")
-            return Thumbnails()
-        return extractor
+        extractor = choose_extractor(data, self.setup.extractor, self.setup.extractor_weights, self.tell)
+        return Gauge.of(data, extractor.to(self.device), self.setup.num_samples)
 
     def draw(
         self,
@@ -451,59 +369,6 @@ class Study:
         page.write(self.folder / "index.html")
         self.tell(f"{cost}; see {self.folder}/index.html")
         return self.folder / "index.html"
-
-
-def picture_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
-    """Rows of pictures with a name before each.
-
-    Args:
-        rows: Pictures (N, C, H, W) by the row's name, uint8 or float in [-1, 1]; as many in each row.
-        columns: Titles of the N columns.
-        width: Width of the figure in inches.
-
-    Returns:
-        The figure.
-    """
-    count = len(next(iter(rows.values())))
-    figure, panels = plt.subplots(
-        len(rows), 1, figsize=(width, 0.25 + len(rows) * 0.8 * width / count), layout="constrained", squeeze=False
-    )
-    for axes, (name, images) in zip(panels[:, 0], rows.items(), strict=True):
-        row = grid_image(images / 127.5 - 1 if images.dtype == torch.uint8 else images, count)
-        axes.imshow(row, cmap="gray", interpolation="nearest")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        axes.set_yticks([])
-        axes.set_xticks([])
-        axes.spines[:].set_visible(False)
-    if columns is not None:
-        top = panels[0, 0]
-        top.xaxis.tick_top()
-        top.set_xticks([(index + 0.5) * row.width / count for index in range(count)], columns)
-        top.tick_params(length=0)
-    return figure
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table in Markdown, numbers to the right.
-
-    Args:
-        rows: Values by column; all of the same columns.
-
-    Returns:
-        Its lines.
-    """
-    header = list(rows[0])
-    numbers = [all(isinstance(row[column], int | float | None) for row in rows) for column in header]
-    lines = [header, ["---:" if number else "---" for number in numbers]]
-    lines += [[shown(row[column]) for column in header] for row in rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in a table: a float with four digits, None as nothing."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(

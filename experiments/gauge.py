@@ -1,0 +1,123 @@
+"""What samples of a study are measured by, and what they are compared with: the code of `lightning evaluate`, small."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from diffusion_lit.evaluation.choose import make_extractor
+from diffusion_lit.evaluation.classifiers import training_labels
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
+from diffusion_lit.evaluation.generation import Samples
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
+from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+
+
+class Thumbnails(FeatureExtractor):
+    """Colours and layout alone: pictures shrunk to at most 8x8, for data without classes where Inception is missing."""
+
+    name = "thumbnails"
+    transform = "uint8 / 255, mean over the parts of an 8x8 grid, flattened"
+
+    def load(self, data: Any = None) -> None:
+        """Nothing to load."""
+
+    @property
+    def network(self) -> None:
+        """None."""
+
+    def compute(self, images: Tensor) -> Features:
+        """At most C * 64 features."""
+        side = min(8, images.shape[-1])
+        return Features(adaptive_avg_pool2d(images.float() / 255, side).flatten(1))
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What samples are measured by: an extractor, and the pictures that it compares them with.
+
+    Args:
+        data: The data set, set up.
+        extractor: The loaded extractor.
+        reference: Features of the training pictures.
+        floor: The Fréchet distance of real pictures to real ones, and at what number; None where there are too few.
+    """
+
+    data: Any
+    extractor: FeatureExtractor
+    reference: Reference
+    floor: tuple[float, int] | None
+
+    @staticmethod
+    def of(data: Any, extractor: FeatureExtractor, count: int) -> "Gauge":
+        """A data set's gauge, from the cache or computed now.
+
+        Args:
+            data: The data set, set up.
+            extractor: A loaded extractor.
+            count: Number of samples that will be measured.
+
+        Returns:
+            The gauge.
+        """
+        reference = reference_of(data, "train", extractor, 250)
+        spare = len(data.reference_images("val"))
+        held_out = reference_of(data, "val", extractor, 250, count).features if spare else None
+        return Gauge(data, extractor, reference, real_against_real(reference, held_out, count))
+
+    @property
+    def metric(self) -> str:
+        """Name of the Fréchet distance, such as `fd_classifier`."""
+        return self.extractor.metric
+
+    def measure(self, samples: "Samples | Features | Tensor") -> dict[str, float]:
+        """How good and how varied samples are.
+
+        Args:
+            samples: From `Study.draw`, their features, or uint8 pictures (N, C, H, W).
+
+        Returns:
+            The Fréchet distance to the training pictures under the name of `metric`, `precision` and `recall`.
+        """
+        if isinstance(samples, Tensor):
+            samples = self.extractor.extract(samples, 250)
+        features = (samples.features if isinstance(samples, Samples) else samples).features
+        assert self.reference.features is not None
+        precision, recall = precision_recall(features, self.reference.features.features)
+        distance = frechet_distance(Statistics.of(features), self.reference.statistics)
+        return {self.metric: distance, "precision": precision, "recall": recall}
+
+    def draw_floor(self, axes: Any) -> None:
+        """Marks what real pictures get, in a plot of the Fréchet distance."""
+        if self.floor is not None:
+            axes.axhline(self.floor[0], color="grey", linestyle="--", label=f"real against real, n = {self.floor[1]:,}")
+
+
+def choose_extractor(data: Any, name: str, weights: str | None, tell: Callable[[str], object]) -> FeatureExtractor:
+    """The extractor that was asked for, or one that fits the data where none was.
+
+    Args:
+        data: The data set, set up.
+        name: As in `lightning evaluate`; auto is a classifier of the data set where it has classes, else that of
+            `lightning evaluate`, and thumbnails where that cannot be had.
+        weights: Local file of its weights, or None.
+        tell: Called with a sentence where thumbnails stand in.
+
+    Returns:
+        The extractor, loaded.
+
+    Raises:
+        MissingWeights: If the one that was asked for cannot be had.
+    """
+    chosen = "classifier" if name == "auto" and training_labels(data) is not None else name
+    extractor = make_extractor(chosen, weights, data.image_shape)
+    try:
+        extractor.load(data)
+    except MissingWeights as error:
+        if chosen != "auto":
+            raise
+        tell(f"Measuring by thumbnails, since there is nothing better: {error}")
+        return Thumbnails()
+    return extractor
