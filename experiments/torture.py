@@ -48,6 +48,13 @@ FAMILIES = {
     "ddpm": Family("ddpm_digits.yaml", SMALL),
     "edm": Family("edm_digits.yaml", SMALL),
     "vae": Family("vae_digits.yaml", ["--model.init_args.net.init_args.model_channels=16"]),
+    "cold": Family(
+        "cold_digits.yaml",
+        [
+            "--model.init_args.net.init_args.model_channels=16",
+            "--model.init_args.degradation=diffusion_lit.diffusion.Mask",
+        ],
+    ),
     "latent": Family("latent_digits.yaml", [*SMALL, "--model.init_args.vae_ckpt={vae}"], needs=("vae",)),
 }
 
