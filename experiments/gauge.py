@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -13,6 +14,8 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, Missin
 from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+
+MOST_NEIGHBOURS = 5000  # the distances between all pictures of a large set would take minutes, for each figure
 
 
 class Thumbnails(FeatureExtractor):
@@ -79,13 +82,16 @@ class Gauge:
             samples: From `Study.draw`, their features, or uint8 pictures (N, C, H, W).
 
         Returns:
-            The Fréchet distance to the training pictures under the name of `metric`, `precision` and `recall`.
+            The Fréchet distance to the training pictures under the name of `metric`, and `precision` and `recall` among
+            at most `MOST_NEIGHBOURS` of them, evenly spread.
         """
         if isinstance(samples, Tensor):
             samples = self.extractor.extract(samples, 250)
         features = (samples.features if isinstance(samples, Samples) else samples).features
         assert self.reference.features is not None
-        precision, recall = precision_recall(features, self.reference.features.features)
+        real = self.reference.features.features
+        count = min(MOST_NEIGHBOURS, len(real))
+        precision, recall = precision_recall(features, real[torch.arange(count) * len(real) // count])
         distance = frechet_distance(Statistics.of(features), self.reference.statistics)
         return {self.metric: distance, "precision": precision, "recall": recall}
 

@@ -61,11 +61,13 @@ def noise_cutoff(
         f"Samples of the same seeds: the first k of {num_steps:,} steps add noise, the others take the mean.",
     )
     best, none, full = min(rows, key=lambda row: row[gauge.metric]), rows[0], rows[-1]
+    told = [
+        f"{row[gauge.metric]:.3g} (recall {row['recall']:.2f}, {row['sharpness']:.0%} of real sharpness)"
+        for row in (best, none, full)
+    ]
     study.finding(
-        f"Noise in the first {best['noise until']:,} of {num_steps:,} steps is best with {gauge.metric} "
-        f"{best[gauge.metric]:.3g} at {best['sharpness']:.0%} of real sharpness; noise until step "
-        f"{none['noise until']:,} gives {none[gauge.metric]:.3g} at {none['sharpness']:.0%}, until step "
-        f"{full['noise until']:,} {full[gauge.metric]:.3g} at {full['sharpness']:.0%}."
+        f"Noise in the first {best['noise until']:,} of {num_steps:,} steps is best, with {gauge.metric} {told[0]}; "
+        f"noise in the first {none['noise until']:,} gives {told[1]}, in the first {full['noise until']:,} {told[2]}."
     )
 
 

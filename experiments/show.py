@@ -23,6 +23,7 @@ def picture_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = Non
         The figure.
     """
     count = len(next(iter(rows.values())))
+    figure: Figure
     figure, panels = plt.subplots(
         len(rows), 1, figsize=(width, 0.25 + len(rows) * 0.8 * width / count), layout="constrained", squeeze=False
     )
