@@ -7,7 +7,7 @@ scale of a class is, of those that were tried, the one with the lowest kernel di
 the seeds that the plain scales are measured on, so that the scale per class is measured on others.
 
 Accuracy is the share of samples that a classifier of the training pictures reads as their class. Saturation is the mean
-of |x| over that of the training pictures, and the share of values that had to be clipped.
+of |x| over that of the training pictures, and the share of values that were clipped from beyond 1.1.
 
     python -m experiments.guidance_scale
     python -m experiments.guidance_scale --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER
@@ -185,7 +185,7 @@ def guidance_scale(
         f"{strong['guidance']} it goes from {weak[gauge.metric]:.3g} to {strong[gauge.metric]:.3g}, precision from "
         f"{weak['precision']:.0%} to {strong['precision']:.0%}, recall from {weak['recall']:.0%} to "
         f"{strong['recall']:.0%}, accuracy from {weak['accuracy']:.0%} to {strong['accuracy']:.0%} and the share of "
-        f"clipped values from {weak['clipped']:.2%} to {strong['clipped']:.2%}."
+        f"clipped values from {weak['clipped']:.0%} to {strong['clipped']:.0%}."
     )
 
 
@@ -293,7 +293,7 @@ def draw_figures(
         axes.grid(True, alpha=0.3)
     gauge.draw_floor(panels[0, 0])
     panels[0, 0].set_ylim(bottom=0)
-    panels[0, 0].legend(fontsize=7)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
     return figure
 
 
