@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -422,3 +423,18 @@ def test_the_sweep_that_the_documentation_prints_is_one(tmp_path):
     config, shared, variants = sweep.read(tmp_path / "x.yaml")
     assert runs.find_config(config).name == "ddpm_digits.yaml" and shared == {"trainer.max_steps": 300}
     assert list(variants) == ["lr=0.003", "lr=0.0003"]
+
+
+CONFIGS = sorted((Path(studies.__file__).parent.parent / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_a_study_says_what_it_is_and_is_a_sweep_or_an_experiment(config):
+    comment = "\n".join(line for line in config.read_text().splitlines() if line.startswith("#"))
+    for word in (f"configs/studies/{config.name}", "Run:", "Cost:", "Expect:"):
+        assert word in comment
+    content = yaml.safe_load(config.read_text())
+    if "config" in content:
+        assert runs.find_config(sweep.read(config)[0]).exists()
+    else:
+        assert {"trainer", "data", "model"} <= content.keys()
