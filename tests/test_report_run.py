@@ -231,7 +231,7 @@ def test_where_there_is_no_run(lightning, run, tmp_path, capsys):
 
 
 def test_autoencoders_latent_models_and_classifiers(lightning, tmp_path):
-    two = ["--trainer.max_steps=2"]
+    two = ["--trainer.max_steps=2", "--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]
     pictures = [
         '--trainer.callbacks=[{"class_path": "diffusion_lit.callbacks.Reconstructions"}, '
         '{"class_path": "diffusion_lit.callbacks.Interpolations"}]'
