@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import count
 from typing import Any
 
 import torch
@@ -169,6 +170,7 @@ class Job:
         nfe: Steps of the sampler.
         device: `cpu` or `cuda`.
         threads: Threads of torch on a CPU.
+        documented: Whether a peer trains with the settings of its own examples and not with its code's defaults.
     """
 
     name: str
@@ -180,6 +182,7 @@ class Job:
     nfe: int
     device: str
     threads: int
+    documented: bool = False
 
     @property
     def title(self) -> str:
@@ -289,13 +292,13 @@ def _diffusers(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
 
 
 def _denoising_diffusion_pytorch(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
-    """The loop of denoising_diffusion_pytorch.Trainer.train, at its defaults."""
+    """The loop of denoising_diffusion_pytorch.Trainer.train, at its defaults or its README's learning rate."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
 
     diffusion = GaussianDiffusion(net, image_size=job.size, timesteps=1000, sampling_timesteps=job.nfe)
     diffusion = diffusion.to(accelerator.device)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5 if job.documented else 1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10).to(accelerator.device)
     model, optimizer = accelerator.prepare(diffusion, optimizer)
 
@@ -315,7 +318,7 @@ def _denoising_diffusion_pytorch(job: Job, net: Any, accelerator: Any) -> tuple[
         average.ema_model.eval()
         with accelerator.autocast():
             shape = (count, job.channels, job.size, job.size)
-            made: Tensor = average.ema_model.ddim_sample(shape)
+            made: Tensor = average.ema_model.ddim_sample(shape) * 2 - 1
             return made
 
     return step, draw
@@ -336,17 +339,32 @@ def _smalldiffusion(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
                 yield batches[-1]
 
     loop = smalldiffusion.training_loop(Fed(), net, schedule, accelerator=accelerator, lr=7e-4)
+    weights = [parameter.data for parameter in net.parameters()]
+    average = [weight.clone() for weight in weights] if job.documented else []
+    turns = count()
 
     def step(x: Tensor) -> None:
         """One turn of the loop, which pauses between the forward and the backward of a step."""
         batches[:] = [x]
         next(loop)
+        if average:  # as torch_ema does in the example, at its decay of 0.999
+            decay = min(0.999, (1 + (turn := next(turns))) / (10 + turn))
+            torch._foreach_lerp_(average, weights, 1 - decay)
+
+    def swap() -> None:
+        for weight, mean in zip(weights if average else [], average, strict=True):
+            kept = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(kept)
 
     @torch.no_grad()
-    def draw(count: int) -> Tensor:
-        *_, x = smalldiffusion.samples(
-            net, schedule.sample_sigmas(job.nfe), gam=1.6, batchsize=count, accelerator=accelerator
-        )
+    def draw(number: int) -> Tensor:
+        swap()
+        with autocast(job):
+            *_, x = smalldiffusion.samples(
+                net, schedule.sample_sigmas(job.nfe), gam=1.6, batchsize=number, accelerator=accelerator
+            )
+        swap()
         made: Tensor = x
         return made
 
