@@ -121,5 +121,5 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    SMALL = {**QUIET, "trainer.max_steps": 200, "model.init_args.sampling.num_steps": 9}
+    SMALL = {**QUIET, "trainer.max_steps": 150, "model.init_args.sampling.num_steps": 9}
     main(attention_ablation, "configs/edm_digits.yaml", SMALL, num_samples=300)

@@ -328,4 +328,4 @@ def draw_places(kept: dict[str, Tensor], when: Tensor, tiles: int) -> plt.Figure
 
 
 if __name__ == "__main__":
-    main(coarse_first, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 400}, num_samples=300)
+    main(coarse_first, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 300}, num_samples=300)

@@ -288,7 +288,7 @@ def draw_figures(
         for index, row in enumerate(points):
             axes.axhline(row[column], color=f"C{index}", linestyle=("--", "-.", ":")[index % 3], label=row["guidance"])
         axes.set(
-            xlabel="cfg_scale (1: no guidance)", ylabel="share of values clipped" if column == "clipped" else column
+            xlabel="cfg_scale (1: no guidance)", ylabel="share of values beyond 1.1" if column == "clipped" else column
         )
         axes.grid(True, alpha=0.3)
     gauge.draw_floor(panels[0, 0])
