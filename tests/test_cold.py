@@ -244,6 +244,8 @@ def test_a_run_that_was_cut_ends_in_the_same_weights_and_its_checkpoint_is_all_t
     first = module.generate(range(5))
     assert first.isfinite().all() and not torch.equal(first[0], first[1])
     torch.testing.assert_close(first[2:4], module.generate([2, 3]))
+    lightning("export", "--ckpt_path", whole, "--out=exported")
+    assert torch.equal(load_module("exported").generate([2, 3]), module.generate([2, 3]))
     lightning("sample", "--ckpt_path", whole, "--num_samples=4", "--out=drawn", "--sampler=naive", "--trajectory")
     assert (tmp_path / "drawn/grid.png").exists() and (tmp_path / "drawn/trajectory.gif").exists()
     lightning("evaluate", "--ckpt_path", whole, "--num_samples=8", "--num_blocks=1", "--extractor=pixels")
