@@ -161,6 +161,8 @@ def inpaint(
         "known_share": float(known.float().mean()),
         "known_pixels_are_the_pictures": bool((made == image)[known.expand_as(made)].all()),
         "psnr": values,
+        "mask": mask,
+        "box": box,
         "resamplings": resamplings,
         "jump": jump,
         "seeds": list(seeds),

@@ -163,7 +163,7 @@ def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
 
 def each(model: Any, random: Any, draw: Callable[[Any, Sampling], Tensor]) -> list[tuple[str, Tensor]]:
     """Pictures of the trained and the untrained model under the same settings."""
-    sampling = model.sampling.but(cfg_scale=4.0)
+    sampling = model.sampling.but(sampler="dpmpp_2m", num_steps=20, cfg_scale=4.0)
     return [("trained", draw(model, sampling)), ("untrained", draw(random, sampling).nan_to_num())]
 
 
@@ -177,13 +177,13 @@ def pictures_of(data: Any, count: int) -> Tensor:
     return torch.as_tensor(data.reference_images("test")[:count]).float() / 127.5 - 1
 
 
-def fallen(model: Any, data: Any, starts: Sequence[int] = (1, 3, 5, 7, 10, 20), count: int = 16) -> dict[str, float]:
+def fallen(model: Any, data: Any, starts: Sequence[int] = (1, 3, 5, 7, 10, 20), count: int = 8) -> dict[str, float]:
     """Mean PSNR of image-to-image against the input, by start level."""
     images = pictures_of(data, count)
     return {str(start): mean_db(editing.img2img(model, images, start).cpu(), images)[0] for start in starts}
 
 
-def inverted(model: Any, data: Any, count: int = 8) -> dict[str, tuple[float, float]]:
+def inverted(model: Any, data: Any, count: int = 4) -> dict[str, tuple[float, float]]:
     """Mean and least PSNR after 100 steps up and 100 back, by sampler."""
     images = pictures_of(data, count)
     found = {}

@@ -1,6 +1,7 @@
 """`lightning edit`: every task on every family from a checkpoint alone; pictures of every kind; what is refused."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,32 @@ def test_an_exported_model_edits_the_same(edit, trained, lightning):
     assert again["model"]["sha256"] == file_hash(Path("model/model.safetensors"))
 
 
+def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
+    from diffusers import DDPMScheduler
+    from pretrained_models import save_if, save_unet
+
+    save_if(tmp_path / "if")
+    model = ["--pretrained=if", "--device=cpu", "--num_steps=3", "--num_samples=1", "--out=out"]
+    prompts = ["--prompt", "a rocket ship", "--prompt=an old man, with a hat"]
+    lightning("edit", "anagram", *model, *prompts, "--view=identity", "--view=flip_vertical")
+    record = json.loads(Path("out/record.json").read_text())
+    assert record["labels"] == ["a rocket ship", "an old man, with a hat"]
+    assert record["model"]["pretrained"] == "if" and record["sampling"]["sampler"] == "ddpm"
+    lightning("edit", "img2img", *model, *prompts[:2], "--picture=flower", "--starts=[1]", "--sampler=ddim")
+    assert json.loads(Path("out/record.json").read_text())["labels"] == ["a rocket ship"]
+    said = stopped(capsys, lightning, "edit", "img2img", *model, "--picture=flower", "--label=3")
+    assert "if is a text model; give --prompt" in said
+    assert "a text model takes --prompt alone" in stopped(
+        capsys, lightning, "edit", "img2img", *model, *prompts[:2], "--label=3"
+    )
+    assert "brings no data along" in stopped(capsys, lightning, "edit", "img2img", *model)
+    save_unet(tmp_path / "plain", DDPMScheduler())
+    plain = ["--pretrained=plain", *model[1:]]
+    lightning("edit", "inpaint", *plain, "--picture=china", "--resamplings=1")
+    assert json.loads(Path("out/record.json").read_text())["known_pixels_are_the_pictures"]
+    assert "reads no text" in stopped(capsys, lightning, "edit", "inpaint", *plain, *prompts[:2])
+
+
 def test_the_readmes_lines_edit(trained):
     """On the tiny model of digits and with fewer steps, or it would take minutes."""
     readme = (CONFIGS.parent / "README.md").read_text()
@@ -187,6 +214,31 @@ def test_the_readmes_lines_edit(trained):
     exec(lines.replace("num_steps=100", "num_steps=3"), names)
     assert names["whole"].shape == names["large"].shape == names["clean"].shape == (4, 1, 8, 8)
     assert names["walk"].shape == (24, 1, 8, 8) and names["sweep"].shape == (10, 4, 1, 8, 8)
+
+
+def test_the_gallery_shows_each_piece_once_and_tells_of_failures(trained, lightning, tmp_path, capsys):
+    from datamodules import FashionMNIST
+    from diffusion_lit.report import Page
+    from experiments.gallery import ABOUT, PIECES, Piece, show
+
+    assert {piece.model for piece in PIECES} == set(ABOUT) and {piece.task for piece in PIECES} == set(TASKS)
+    for piece in PIECES:
+        if "--label" in piece.options and piece.model == "fashion_mnist":
+            given = shlex.split(piece.options.format(drawing="x"))
+            assert set(given[given.index("--label") + 1].split(",")) <= set(FashionMNIST.names)
+    pages = []
+    for _ in range(2):
+        pages.append(Page("Gallery"))
+        piece = Piece(
+            "digits", "interpolate", "--num_frames 3 --label 3", "A walk.", ("figure.png", "interpolation.gif")
+        )
+        show(pages[-1], piece, 0, checkpoint(trained, "edm"), tmp_path, None, tmp_path / "boot.png", "cpu")
+    assert pages[0].html() == pages[1].html()
+    assert "data:image/gif" in pages[0].html() and "lightning edit interpolate --num_frames 3" in pages[0].html()
+    assert capsys.readouterr().out.count("interpolate: figure.png") == 1  # the second time it was there
+    failing = Piece("digits", "colorize", "", "No colours here.")
+    show(pages[-1], failing, 1, checkpoint(trained, "edm"), tmp_path, None, tmp_path / "boot.png", "cpu")
+    assert "It failed: lightning: Colorizing needs a model of RGB pictures" in pages[-1].html()
 
 
 # Pictures of every kind
