@@ -25,7 +25,7 @@ def sample(
     prompt: list[str] | None = None,
     negative_prompt: str = "",
     stage_2: str | None = None,
-    stage_2_options: dict[str, float | str | bool] | None = None,
+    stage_2_options: dict[str, int | float | str | bool | dict[str, float | str | bool]] | None = None,
     num_samples: int = 64,
     labels: str | None = None,
     cfg_scale: float | None = None,

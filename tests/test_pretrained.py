@@ -482,6 +482,7 @@ def test_models_and_arguments_that_do_not_belong_together(tmp_path, stable_diffu
         "give a first stage of pixels": (sd, [], "", second),
         "without stage_2": (first, ["a cat"], "", None, {"num_steps": 3}),
         "unexpected keyword argument 'num_step'": (first, ["a cat"], "", second, {"num_step": 3}),
+        "num_steps is 3.5; give a whole number": (first, ["a cat"], "", second, {"num_steps": 3.5}),
         "noise_level is 1000": (first, ["a cat"], "", second, {"noise_level": 1000}),
         "There is no folder ./nowhere": ("./nowhere",),
     }.items():
@@ -514,7 +515,8 @@ def test_sample_draws_from_a_pretrained_model(lightning, tmp_path, deep_floyd, d
     lightning(*text, "--num_samples=5", "--num_steps=2", "--batch_size=3", "--negative_prompt=the sea")
     saved = np.load("out/samples.npz")
     assert saved["arr_0"].shape == (5, 8, 8, 3) and saved["labels"].tolist() == [0, 0, 0, 1, 1]
-    small = '--stage_2_options={"num_steps": 2}'
+    few = {"num_steps": 2, "noise_level": 40, "cfg_scale": 1.5, "sampler_options": {"variance": "beta"}}
+    small = f"--stage_2_options={json.dumps(few)}"
     lightning(*text, "--num_samples=2", "--num_steps=2", "--stage_2", deep_floyd_2[1], small, "--trajectory")
     assert np.load("out/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
 

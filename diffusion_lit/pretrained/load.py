@@ -56,6 +56,11 @@ def load_pretrained(
     is in the coordinates x = x0 + sigma n on the noise levels of the model's own scheduler, which also gives the
     default settings. Prompts are embedded once and kept; the text encoder is freed before the U-Net is loaded.
 
+    Two of diffusers' conventions are not the default of the samplers here: its DDIM keeps the noise of the estimate
+    before the threshold (`use_clipped_model_output` False, which the default settings of a model saved with DDIM say),
+    and its DDPM adds noise to a last step that does not begin at step 0. The pipelines' safety checkers and watermarks
+    are not run; the models' licences ask for care with what is published.
+
     Args:
         name: A folder that diffusers' `save_pretrained` wrote, or a name OWNER/NAME on the Hugging Face hub.
         prompts: What a text model is asked for: label i means prompt i. Without one it draws for the null prompt.
@@ -129,6 +134,9 @@ def load_upsampler(name: str, embeddings: Tensor, noise_level: int = 250, **chan
         sampling = own.but(**changes)
     except TypeError as error:
         raise ValueError(f"stage_2_options: {str(error).rpartition(') ')[2] or error}.") from error
+    for option, value in (("noise_level", noise_level), ("num_steps", sampling.num_steps)):
+        if not isinstance(value, int):
+            raise ValueError(f"stage_2_options: {option} is {value!r}; give a whole number.")
     noising = make_schedule(read_scheduler(model, "image_noising_scheduler"))
     unet = load_part(library("diffusers").UNet2DConditionModel, part_of(model, "unet"), low_cpu_mem_usage=False)
     net = UpsamplingNet(unet, (1 + learned) * channels, embeddings)
