@@ -168,8 +168,8 @@ def bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 if __name__ == "__main__":
     SMALL = {
         **QUIET,
-        "trainer.max_steps": 500,
-        "trainer.val_check_interval": 100,
+        "trainer.max_steps": 300,
+        "trainer.val_check_interval": 50,
         "loss_by_noise_level.batches": 0,
         "model.init_args.net.init_args.model_channels": 16,
     }
