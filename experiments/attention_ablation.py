@@ -15,8 +15,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from diffusion_lit.checkpoints import load_module
+from experiments.gauge import Gauge
 from experiments.networks import build, parameters, step_cost
-from experiments.study import QUIET, Gauge, Study, main, picture_rows
+from experiments.show import picture_rows
+from experiments.study import QUIET, Study, main
 
 NET = "model.init_args.net.init_args"
 ONE_HEAD = 1024  # more channels than any level has

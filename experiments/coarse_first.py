@@ -32,7 +32,8 @@ from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.store import file_hash
 from diffusion_lit.pictures import StepRecorder
 from experiments.frequencies import band_edges, band_masks, band_power, settled, tile_mean
-from experiments.study import QUIET, Study, main, picture_rows
+from experiments.show import picture_rows
+from experiments.study import QUIET, Study, main
 
 TOLERANCE = 0.1
 SHOWN = 8

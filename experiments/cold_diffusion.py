@@ -26,8 +26,10 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.store import file_hash
 from diffusion_lit.modules.vae import psnr, ssim
 from diffusion_lit.pictures import to_uint8
+from experiments.gauge import Gauge
 from experiments.runs import Trained
-from experiments.study import QUIET, Gauge, Study, main, picture_rows
+from experiments.show import picture_rows
+from experiments.study import QUIET, Study, main
 
 SHOWN = 12
 

@@ -30,8 +30,9 @@ from diffusion_lit.evaluation.generation import Job, Samples, gather_shards, gen
 from diffusion_lit.evaluation.metrics import kernel_distance
 from diffusion_lit.evaluation.store import file_hash
 from diffusion_lit.pictures import grid_image
+from experiments.gauge import Gauge
 from experiments.noise_cutoff import real_pictures
-from experiments.study import QUIET, Gauge, Study, main
+from experiments.study import QUIET, Study, main
 
 COLUMNS = 4  # pictures of a class in a grid
 

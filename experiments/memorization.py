@@ -18,8 +18,9 @@ from torch import Tensor
 from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
 from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_pairs
+from experiments.gauge import Gauge
 from experiments.runs import Trained
-from experiments.study import QUIET, Gauge, Study, main
+from experiments.study import QUIET, Study, main
 
 
 def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) -> None:  # noqa: B006 (never changed)
