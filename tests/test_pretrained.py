@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from pretrained_models import STEPS, WORDS, if_scheduler, save_if, save_if_2, save_stable_diffusion, save_unet, unet_2d
+from safetensors.torch import load_file, save_file
 
 from diffusion_lit.diffusion import LearnedVarianceDenoiser, Sampling, keyed_generator, keyed_seed
 from diffusion_lit.pretrained import load_pretrained
@@ -96,8 +97,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("case", CASES)
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+
+
+@pytest.mark.parametrize(
+    ("case", "prediction"),
+    [*((case, "epsilon") for case in CASES), *((case, kind) for case in list(CASES)[:2] for kind in PREDICTIONS[1:])],
+)
 def test_ddpm_pipeline(tmp_path, case, prediction):
     pipeline = save_unet(tmp_path, diffusers.DDPMScheduler(**CASES[case], prediction_type=prediction))
     model = load_pretrained(str(tmp_path))
@@ -115,8 +121,7 @@ DDIM_CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("prediction", "eta"), [*((kind, 0.0) for kind in PREDICTIONS), ("epsilon", 0.6)])
 @pytest.mark.parametrize("case", DDIM_CASES)
 def test_ddim_pipeline(tmp_path, case, prediction, eta):
     pipeline = save_unet(tmp_path, diffusers.DDIMScheduler(**DDIM_CASES[case], prediction_type=prediction))
@@ -162,6 +167,11 @@ def test_weights_beside_the_index_as_in_the_first_models_of_the_hub(tmp_path):
     save_unet(tmp_path / "new", diffusers.DDPMScheduler())
     old = tmp_path / "old"
     shutil.copytree(tmp_path / "new/unet", old)
+    weights = load_file(old / "diffusion_pytorch_model.safetensors")
+    for new_name, old_name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        weights = {name.replace(new_name, old_name): tensor for name, tensor in weights.items()}
+    assert any("proj_attn" in name for name in weights)
+    save_file(weights, old / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     shutil.copy(tmp_path / "new/model_index.json", old)
     shutil.copy(tmp_path / "new/scheduler/scheduler_config.json", old)
     few = Sampling("ddim", 3, "trailing")
@@ -425,8 +435,6 @@ def cut_weights(folder):
 
 
 def drop_a_tensor(folder):
-    from safetensors.torch import load_file, save_file
-
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     del weights["conv_out.weight"]
