@@ -128,9 +128,10 @@ class Cost:
 
 def cost(name: str, width: int, channels: int, size: int) -> Cost:
     """Counts a contender's parameters, and with torch's FlopCounterMode the operations of a forward and of a step."""
-    net = build(name, width, channels, size).train()
-    x, t = torch.zeros(1, channels, size, size), torch.full((1,), 0.5)
-    with sdpa_kernel(SDPBackend.MATH):  # the counter knows no fused attention of the CPU
+    with torch.device("meta"):  # shapes are all that is counted
+        net = build(name, width, channels, size).train()
+        x, t = torch.zeros(1, channels, size, size), torch.full((1,), 0.5)
+    with sdpa_kernel(SDPBackend.MATH), torch.device("meta"):  # the counter knows no fused attention of the CPU
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             call(name, net, x, t)
         with FlopCounterMode(display=False) as training:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jsonargparse import CLI
 
 from diffusion_lit.callbacks.cost import network_cost
 from diffusion_lit.evaluation.receipt import hardware
@@ -24,6 +23,7 @@ from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.training import CLI as LightningFit
 from diffusion_lit.training import run
+from experiments.command import command
 
 PEAKS = {  # dense bf16 (fp16 where there is no bf16) tensor TFLOP/s with float32 sums, from the vendor's data sheets
     "T4": 65,
@@ -238,4 +238,4 @@ def text(recipe: Recipe, estimates: Sequence[Estimate], gpus: int) -> str:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    CLI(plan, as_positional=False)
+    command(plan)

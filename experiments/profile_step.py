@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import CLI
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -34,6 +33,7 @@ from diffusion_lit.hardware import keep_freed_memory
 from diffusion_lit.nets import UNet
 from diffusion_lit.training import CLI as LightningFit
 from diffusion_lit.training import run
+from experiments.command import command
 
 WARM_UP = 3
 SAMPLERS = {"heun": EDMScaling(), "euler": EDMScaling(), "dpmpp_2m": EDMScaling(), "ddpm": EpsScaling(LinearSchedule())}
@@ -389,4 +389,4 @@ if __name__ == "__main__":
     from experiments import profile_step as this  # the module that the callback is named by, which __main__ is not
 
     keep_freed_memory()
-    CLI(this.profile_step, as_positional=False)
+    command(this.profile_step)

@@ -4,9 +4,10 @@
 
 Each contender (see contenders.py) lives in a process of its own and takes its turn, slice after slice, so that what
 else the machine does strikes all alike; what counts is the ratio of the slices of one round, its median and its spread
-over the rounds. Widths are chosen for equal floating-point operations per picture of a training step; what a library's
-groups of channels leave of a difference is divided out. The shares refer to the peaks of a matrix product and of a
-convolution that torch reaches on this machine in the same precision, measured in the same rounds.
+over the rounds; Ctrl-C ends it with the rounds that are done. Widths are chosen for equal floating-point operations per
+picture of a training step; what a library's groups of channels leave of a difference is divided out. The shares refer
+to the peaks of a matrix product and of a convolution that torch reaches on this machine in the same precision, measured
+in the same rounds.
 """
 
 import gc
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import CLI
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion_lit.evaluation.receipt import hardware, versions
 from diffusion_lit.hardware import bf16_pays, device_type, keep_freed_memory, use_threads
+from experiments.command import command
 from experiments.contenders import OURS, Contender, Job, Slice, Stopwatch, installed, nearest
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
@@ -155,22 +156,39 @@ def measure(
         for contender in tqdm(contenders, desc="starting", leave=False):
             memories[contender.job.title] = {"at_rest": contender.ask("memory")}
         for turn in tqdm(range(rounds + 1), desc="rounds"):
-            for contender in contenders:
-                title = contender.job.title
-                taken["train", title].append(contender.ask("train", steps))
-                memories[title]["peak"] = contender.ask("memory")
-            for contender in contenders:
-                taken["sample", contender.job.title].append(contender.ask("sample", samples))
-            for precision in dict.fromkeys(job.precision for job in jobs):
-                for kind, work in WORKS.items():
-                    peaks[kind, precision].append(work(jobs[0].device, DTYPES[precision]))
+            try:
+                slices, reached = _round(contenders, steps, samples, memories)
+            except KeyboardInterrupt:
+                if not taken:
+                    raise
+                break
             if turn == 0:  # it was for warming up
-                taken.clear()
-                peaks.clear()
+                continue
+            for key, one in slices.items():
+                taken[key].append(one)
+            for peak, value in reached.items():
+                peaks[peak].append(value)
     finally:
         for contender in contenders:
             contender.stop()
     return taken, peaks, memories
+
+
+def _round(
+    contenders: list[Contender], steps: int, samples: int, memories: dict[str, dict[str, int]]
+) -> tuple[dict[tuple[str, str], Slice], dict[tuple[str, str], float]]:
+    """One turn of each contender at training, one at sampling, and the machine's peaks."""
+    slices: dict[tuple[str, str], Slice] = {}
+    for contender in contenders:
+        title = contender.job.title
+        slices["train", title] = contender.ask("train", steps)
+        memories[title]["peak"] = contender.ask("memory")
+    for contender in contenders:
+        slices["sample", contender.job.title] = contender.ask("sample", samples)
+    precisions = dict.fromkeys(contender.job.precision for contender in contenders)
+    device = contenders[0].job.device
+    reached = {(kind, one): work(device, DTYPES[one]) for one in precisions for kind, work in WORKS.items()}
+    return slices, reached
 
 
 def matrix_product(device: str, dtype: torch.dtype) -> float:
@@ -301,4 +319,4 @@ def spread(values: dict[str, float]) -> str:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    CLI(throughput, as_positional=False)
+    command(throughput)

@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import CLI
 from lightning.pytorch import Callback
 from torch import Tensor
 
@@ -48,6 +47,7 @@ from diffusion_lit.hardware import bf16_pays, device_type, use_threads
 from diffusion_lit.pictures import grid_image, to_uint8
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.saving import atomic
+from experiments.command import command
 from experiments.contenders import MULTIPLES, OURS, Job, installed, peer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/edm_fashion_mnist.yaml"
@@ -302,4 +302,4 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
 if __name__ == "__main__":
     from experiments import time_to_quality as this  # the module that the callback is named by, which __main__ is not
 
-    CLI(this.time_to_quality, as_positional=False)
+    command(this.time_to_quality)
