@@ -282,8 +282,8 @@ def test_pictures_of_every_mode_are_fitted(tmp_path, channels):
         assert image.min() >= -1 and image.max() <= 1
     for name in ("palette.png", "turned.jpg", "cmyk.jpg"):
         assert (read[name] - read["rgb.png"]).abs().mean() < 0.06, name
-    assert (read["alpha.png"][..., 9:] == 1).all()  # white shows behind
-    assert torch.equal(read["alpha.png"][..., :7], read["rgb.png"][..., :7])
+    assert (read["alpha.png"][..., 12:] > 0.98).all()  # white shows behind, but for the resampling's reach
+    assert (read["alpha.png"] - read["rgb.png"])[..., :4].abs().max() < 0.03
     negative = PictureOptions(picture=str(tmp_path / "rgb.png"), negative_picture=True).read(Stub(channels))
     assert torch.equal(negative, -read["rgb.png"])
 
