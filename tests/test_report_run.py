@@ -255,6 +255,9 @@ def test_autoencoders_latent_models_and_classifiers(lightning, tmp_path):
         text = page_of(lightning, tmp_path / f"runs/{name}/version_0").text
         for word in words:
             assert word in text, (name, word)
+        assert ("To make one:" in text) == (name != "classifier_mnist")  # which draws nothing to evaluate
+    (kl,) = (row for row in RunPage(tmp_path / "runs/vae_digits/version_0")._figures() if row[0] == "val/kl")
+    assert kl[3] is None  # neither more nor less of it is better
 
 
 def test_curves_group_what_belongs_together(tmp_path):

@@ -16,6 +16,8 @@ TITLES = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "kl": "KL divergence",
+    "kl_bits_per_dim": "KL divergence in bits per dimension",
+    "active_channels": "Active channels of the latents",
     "bits_per_dim": "Bits per dimension",
     "images_per_second": "Training speed",
     "lr": "Learning rate",

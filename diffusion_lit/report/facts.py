@@ -1,4 +1,4 @@
-"""Facts of a run in words: its configuration, size, evaluations, times."""
+"""Where a run lies, and facts of it in words: its configuration, size, evaluations, times."""
 
 import json
 import re
@@ -6,9 +6,47 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from diffusion_lit.checkpoints import versions
 from diffusion_lit.evaluation.store import file_hash
 
 HARDWARE = "hardware/text_summary"  # TensorBoard's tag of what `RunSummary` records
+
+
+def find_run(folder: Path) -> Path:
+    """The folder of one version of a run.
+
+    Args:
+        folder: It, or the folder of its versions.
+
+    Returns:
+        The folder that holds the run's files.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not folder.exists():
+        raise ValueError(f"There is no folder {folder}; `lightning fit` writes runs/NAME/version_N.")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the run's folder, runs/NAME/version_N.")
+    if is_run(folder):
+        return folder
+    for version in versions(folder):
+        if is_run(version):
+            return version
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and versions(path))
+    if names:
+        raise ValueError(f"{folder} holds the runs {', '.join(names)}; give one of them, such as {folder / names[0]}.")
+    raise ValueError(
+        f"{folder} holds no run: neither config.yaml nor TensorBoard's event files nor checkpoints; give "
+        "runs/NAME/version_N."
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds anything that `lightning fit` leaves."""
+    return (folder / "config.yaml").is_file() or any(
+        any(folder.glob(pattern)) for pattern in ("events.out.tfevents.*", "checkpoints/*.ckpt")
+    )
 
 
 def inside(config: Any, *keys: str) -> Any:

@@ -1,6 +1,7 @@
 """`lightning report`: a run on one page, whether it goes on, was stopped or is over."""
 
 import json
+import re
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from diffusion_lit.checkpoints import load_module, read_checkpoint, versions
+from diffusion_lit.checkpoints import load_module, read_checkpoint
 from diffusion_lit.evaluation.page import blocks_sentence, likelihood_sentence, tables
 from diffusion_lit.report.curves import LAST, draw, panels, title
 from diffusion_lit.report.events import History, read_history
@@ -16,6 +17,7 @@ from diffusion_lit.report.facts import (
     HARDWARE,
     class_name,
     duration,
+    find_run,
     inside,
     magnitude,
     moment,
@@ -27,7 +29,8 @@ from diffusion_lit.report.facts import (
 from diffusion_lit.report.page import Page
 
 GRIDS = 6  # grids shown over time, first and last among them
-MORE_IS_BETTER = ("psnr", "ssim", "accuracy", "active_channels")
+MORE_IS_BETTER = ("psnr", "ssim", "accuracy")
+LESS_IS_BETTER = re.compile("loss|bits_per_dim|r?fi?d_.*")
 PICTURES = {  # folders of pictures that callbacks write, and what they show
     "trajectory": "From noise to picture: each pair of rows is x (scaled to unit variance) above the model's x0_hat.",
     "reconstructions": "Held-out pictures, each row above its reconstructions.",
@@ -58,43 +61,6 @@ def report(run: str, out: str | None = None) -> None:
     for problem in made.problems:
         print(problem)
     print(f"The report is {path}")
-
-
-def find_run(folder: Path) -> Path:
-    """The folder of one version of a run.
-
-    Args:
-        folder: It, or the folder of its versions.
-
-    Returns:
-        The folder that holds the run's files.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not folder.exists():
-        raise ValueError(f"There is no folder {folder}; `lightning fit` writes runs/NAME/version_N.")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give the run's folder, runs/NAME/version_N.")
-    if is_run(folder):
-        return folder
-    for version in versions(folder):
-        if is_run(version):
-            return version
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and versions(path))
-    if names:
-        raise ValueError(f"{folder} holds the runs {', '.join(names)}; give one of them, such as {folder / names[0]}.")
-    raise ValueError(
-        f"{folder} holds no run: neither config.yaml nor TensorBoard's event files nor checkpoints; give "
-        "runs/NAME/version_N."
-    )
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds anything that `lightning fit` leaves."""
-    return (folder / "config.yaml").is_file() or any(
-        any(folder.glob(pattern)) for pattern in ("events.out.tfevents.*", "checkpoints/*.ckpt")
-    )
 
 
 class RunPage:
@@ -219,11 +185,14 @@ class RunPage:
                 finite = np.flatnonzero(np.isfinite(values))
                 if tag.startswith("train/") or not len(finite):
                     continue
-                choose = np.argmax if panel.name in MORE_IS_BETTER else np.argmin
-                best = finite[choose(values[finite])]
                 real = None if panel.floor is None else self.history.last(panel.floor)
+                best: list[Any] = [None, None]
+                if panel.name in MORE_IS_BETTER or LESS_IS_BETTER.fullmatch(panel.name):
+                    choose = np.argmax if panel.name in MORE_IS_BETTER else np.argmin
+                    place = finite[choose(values[finite])]
+                    best = [values[place].item(), int(steps[place])]
                 last = finite[-1]
-                rows.append([tag, values[last].item(), int(steps[last]), values[best].item(), int(steps[best]), real])
+                rows.append([tag, values[last].item(), int(steps[last]), *best, real])
         return rows
 
     def _curves(self, page: Page) -> None:
@@ -260,8 +229,10 @@ class RunPage:
         found = receipts(self.folder)
         if not found:
             last, receipt = self.folder / "checkpoints" / "last.ckpt", self.folder / "evaluation.json"
-            page.text("No report of lightning evaluate was found beside the run. To make one:")
-            page.command(f"lightning evaluate --ckpt_path {quote(str(last))} --out {quote(str(receipt))}")
+            page.text("No report of lightning evaluate was found beside the run.")
+            if self.module is not None and hasattr(self.module, "generate"):
+                page.text("To make one:")
+                page.command(f"lightning evaluate --ckpt_path {quote(str(last))} --out {quote(str(receipt))}")
         for path, content in found:
             try:
                 self._evaluation(page, path, content)
@@ -311,8 +282,8 @@ class RunPage:
             accumulated = (self.config.get("trainer") or {}).get("accumulate_grad_batches") or 1
             rows.append(["images seen", f"about {magnitude(self.steps * batch * accumulated)} in batches of {batch:,}"])
         if self.history.sessions:
-            times = len(self.history.sessions)
-            sessions = "in one go" if times == 1 else f"in {times} sessions"
+            times = sum(bool(session.scalars) for session in self.history.sessions)
+            sessions = "in one go" if times < 2 else f"in {times} sessions"
             rows.append(["time", f"{duration(self.history.seconds)}, pictures and metrics included, {sessions}"])
         if "train/images_per_second" in self.history.scalars:
             speed = float(np.median(self.history.scalars["train/images_per_second"][1]))
