@@ -264,12 +264,13 @@ def draw_settling(kept: dict[str, Tensor], when: dict[str, Tensor], edges: list[
     Returns:
         The figure.
     """
-    figure, (errors, shares) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (errors, shares) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     sigmas, count = kept["sigmas"], kept["band_errors"].shape[2]
     steps = torch.arange(len(sigmas))
     for band in range(count):
         label, colour = f"{edges[band]:.3g} to {edges[band + 1]:.3g}", _colour(band, count)
-        errors.plot(sigmas, kept["band_errors"][:, :, band].median(1).values, label=label, color=colour)
+        middle = kept["band_errors"][:-1, :, band].median(1).values  # without the last step, which is the end itself
+        errors.plot(sigmas[:-1], middle, label=label, color=colour)
         done = (when["band_errors"][:, band] <= steps[:, None]).double().mean(1)
         shares.plot(sigmas, done, label=f"{label} cycles", color=colour)
     detail = kept["detail"]
@@ -283,7 +284,7 @@ def draw_settling(kept: dict[str, Tensor], when: dict[str, Tensor], edges: list[
     errors.set(yscale="log", ylabel="median of |x0_hat - x0| / |x0| in the band")
     errors.legend(title="cycles per picture", fontsize=8)
     shares.set(ylabel="share of samples in which it has settled", ylim=(-0.02, 1.02))
-    shares.legend(fontsize=8)
+    shares.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (errors, shares):
         _along(axes, sigmas)
     return figure

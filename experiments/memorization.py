@@ -15,10 +15,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
+from datamodules import Subset
 from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
 from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_pairs
-from experiments.gauge import Gauge
+from experiments.gauge import Gauge, choose_extractor
 from experiments.runs import Trained
 from experiments.study import QUIET, Study, main
 
@@ -43,7 +44,12 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
             for count in counts
         }
     )
-    gauge = study.gauge(trained["all"].ckpt_path if "all" in trained else trained)
+    first: Any = load_data(next(iter(trained.values())).ckpt_path)
+    whole: Any = first.data if isinstance(first, Subset) else first
+    whole.prepare_data()
+    whole.setup()
+    extractor = choose_extractor(whole, study.setup.extractor, study.setup.extractor_weights, study.tell)
+    gauge = Gauge.of(whole, extractor.to(study.device), study.setup.num_samples)
     rows = []
     for name, run in trained.items():
         own: Any = load_data(run.ckpt_path)
@@ -129,8 +135,8 @@ def last_values(run: Trained, name: str, count: int = 10) -> float:
     Returns:
         The mean; not a number where nothing was logged.
     """
-    values = run.curves.get(name, ([], []))[1][-count:]
-    return sum(values) / len(values) if values else float("nan")
+    values = list(run.curves[name][1])[-count:] if name in run.curves else []
+    return float(sum(values) / len(values)) if values else float("nan")
 
 
 def told(found: Neighbours) -> str:
