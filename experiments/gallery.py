@@ -268,8 +268,8 @@ def draw_boot() -> Image.Image:
     """A boot as a child draws it, black on white, of a size that is no model's."""
     sheet = Image.new("RGB", (300, 240), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.polygon([(170, 30), (265, 30), (265, 205), (40, 205), (35, 160), (100, 140), (170, 110)], fill=(60, 60, 60))
-    pen.rectangle([35, 200, 268, 218], fill="black")
+    pen.polygon([(160, 50), (225, 50), (225, 185), (70, 185), (65, 155), (115, 140), (160, 115)], fill=(60, 60, 60))
+    pen.rectangle([65, 182, 228, 196], fill="black")
     return sheet
 
 
