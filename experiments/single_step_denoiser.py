@@ -226,26 +226,41 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
         The measurements.
     """
     gauge = study.gauge(told["time and class"].ckpt_path)
-    rows = []
+    rows, total = [], study.setup.num_samples
     for name, run in told.items():
         for count in epochs:
             path = at_epoch(run, count)
             module = load_module(path)
-            for scale in (1.0, cfg_scale) if module.num_classes else (1.0,):
-                setting = module.sampling.but(cfg_scale=scale)
-                drawn = study.draw(path, gauge, setting)
-                guided = scale if module.num_classes else None
+            classes = module.num_classes
+            labels = torch.arange(total) % classes if classes else None
+            for scale in (1.0, cfg_scale) if classes else (1.0,):
+                drawn = study.draw(path, gauge, module.sampling.but(cfg_scale=scale), labels)
+                guided = scale if classes else None
                 rows.append({"told": name, "epochs": count, "guidance": guided, **gauge.measure(drawn)})
-                told_scale = f", guidance {scale:g}" if module.num_classes else ""
-                classes = min(10, module.num_classes)
-                labels = torch.arange(classes).repeat_interleave(10) if classes else None
-                grid = module.generate(range(study.setup.seed, study.setup.seed + 10 * (classes or 4)), labels, setting)
-                caption = f"Told the {name}{told_scale}, after {count} epochs" + (
-                    ", a row per class." if classes else "."
-                )
-                study.pictures(f"samples_{name.replace(' ', '_')}_{count}_{scale:g}", grid, caption)
+                how = f", guidance {scale:g}, a row per class" if classes else ""
+                caption = f"Told the {name}, after {count} epochs{how}."
+                columns = min(10, total // classes) if classes else 10
+                grid = by_class(drawn.images, classes, columns) if columns else drawn.images
+                study.pictures(f"samples_{name.replace(' ', '_')}_{count}_{scale:g}", grid, caption, columns or 10)
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training pictures.")
     return rows
+
+
+def by_class(images: Tensor, classes: int, columns: int) -> Tensor:
+    """The first samples of classes 0, 1, 2, ... in turn, a row per class.
+
+    Args:
+        images: Samples (N, C, H, W).
+        classes: Number of classes; 0 for none, where they stay as they are.
+        columns: Samples of each class.
+
+    Returns:
+        Rows of `columns` samples, four without classes; at most ten rows.
+    """
+    if classes == 0:
+        return images[: 4 * columns]
+    first = images[: classes * columns].unflatten(0, (columns, classes))
+    return first.transpose(0, 1)[:10].flatten(0, 1)
 
 
 def losses(trained: dict[str, Trained]) -> plt.Figure:
@@ -281,4 +296,4 @@ if __name__ == "__main__":
         "sample_grid.every": 0,
         "trajectory.every": 0,
     }
-    main(single_step_denoiser, "configs/studies/single_step_denoiser.yaml", SMALL, num_samples=300)
+    main(single_step_denoiser, "configs/studies/single_step_denoiser.yaml", SMALL, num_samples=150)
