@@ -63,6 +63,8 @@ class EMA(WeightAveraging):
         self.sigma_rel = sigma_rel or []
         self.gammas = [exponent(width) for width in self.sigma_rel]
         self.snapshot_every = snapshot_every
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # the average's parameter and the module's
+        self._buffers: list[tuple[Tensor, Tensor]] = []
         self._others: list[list[Tensor]] = []  # the averages of sigma_rel after the first
         self._step = 0
         self.half_life = half_life
@@ -98,10 +100,29 @@ class EMA(WeightAveraging):
         self._step = trainer.global_step
         if self._step == self._latest_update_step:
             return
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._move(pl_module)
+        self._latest_update_step = self._step
         self._move_others(pl_module)
         if self.snapshot_every and self._step % self.snapshot_every == 0 and trainer.is_global_zero:
             self._write_snapshots(trainer, pl_module)
+
+    @torch.no_grad()
+    def _move(self, pl_module: LightningModule) -> None:
+        """Moves the first average; what `AveragedModel.update_parameters` does, without a walk through all modules."""
+        assert self._average_model is not None
+        if not self._pairs:  # the parameters stay the same objects for the whole run, also where they are swapped
+            module = self._average_model.module
+            pairs = [*zip(module.parameters(), pl_module.parameters(), strict=True)]
+            self._pairs = [pair for pair in pairs if pair[1].requires_grad]
+            self._buffers = [*zip(module.buffers(), pl_module.buffers(), strict=True)]
+        averages, currents = ([one.detach() for one in side] for side in zip(*self._pairs, strict=True))
+        if self._average_model.n_averaged == 0:
+            torch._foreach_copy_(averages, currents)
+        else:
+            self._average(averages, currents, None)
+        for average, current in self._buffers:
+            average.copy_(current)
+        self._average_model.n_averaged += 1
 
     @torch.no_grad()
     def _move_others(self, pl_module: LightningModule) -> None:
@@ -126,6 +147,7 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the average model; its counter stays on the host, where reading it does not wait for the device."""
         super().setup(trainer, pl_module, stage)
+        self._pairs, self._buffers = [], []
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
