@@ -120,7 +120,9 @@ class Cost(Callback):
         if not trainer.is_global_zero or brief or not isinstance(net, nn.Module):
             return
         name = f"{type(net).__name__} of {magnitude(sum(one.numel() for one in net.parameters()))} parameters"
-        shape: Any = getattr(pl_module, "x_shape", None) or pl_module.image_shape
+        data = getattr(trainer, "datamodule", None)  # a classifier does not know the shape of its pictures
+        places = ((pl_module, "x_shape"), (pl_module, "image_shape"), (data, "image_shape"))
+        shape: Any = next((shape for place, name in places if (shape := getattr(place, name, None)) is not None), None)
         try:
             cost = network_cost(net, shape, trainer.precision_plugin.train_step_context())
         except (TypeError, ValueError, RuntimeError) as error:  # a network of the user's own, called otherwise
