@@ -122,7 +122,8 @@ class Cost(Callback):
         name = f"{type(net).__name__} of {magnitude(sum(one.numel() for one in net.parameters()))} parameters"
         data = getattr(trainer, "datamodule", None)  # a classifier does not know the shape of its pictures
         places = ((pl_module, "x_shape"), (pl_module, "image_shape"), (data, "image_shape"))
-        shape: Any = next((shape for place, name in places if (shape := getattr(place, name, None)) is not None), None)
+        known = [getattr(place, name, None) for place, name in places]
+        shape: Any = next((one for one in known if one is not None), None)
         try:
             cost = network_cost(net, shape, trainer.precision_plugin.train_step_context())
         except (TypeError, ValueError, RuntimeError) as error:  # a network of the user's own, called otherwise
