@@ -1,5 +1,6 @@
 """bf16 and compilation: what stays in float32, and how far samples move."""
 
+import numpy as np
 import pytest
 import torch
 from test_faults import FIT, LAST, logged, read
@@ -91,3 +92,21 @@ def test_compiling_leaves_the_keys_of_the_checkpoint(lightning, monkeypatch):
     assert read(LAST)["state_dict"].keys() == keys
     assert [type(module) for module in compiled] == [UNet]
     assert "_orig_mod" not in "".join(read(LAST)["current_model_state"])
+
+
+def test_sampling_compiles_the_network_for_graphs_and_draws_the_same(lightning, monkeypatch):
+    lightning(*FIT, "--trainer.max_steps=1")
+    options = ["--ckpt_path", LAST, "--num_samples=2", "--num_steps=2", "--device=cpu"]
+    lightning("sample", *options, "--out=plain")
+    asked = []
+    before = torch.nn.Module.compile
+
+    def compile_eagerly(module, **wanted):  # the tracer alone: a compiler takes a minute
+        asked.append((type(module), wanted["mode"]))
+        return before(module, backend="eager", dynamic=False)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    lightning("sample", *options, "--out=compiled", "--compile")
+    assert asked == [(UNet, "reduce-overhead")]
+    plain, compiled = (np.load(f"{name}/samples.npz")["arr_0"].astype(int) for name in ("plain", "compiled"))
+    assert abs(plain - compiled).max() <= 1
