@@ -194,10 +194,10 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     )
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name in next(iter(errors.values())):
-        values = [errors[strength][name] for strength in errors]
+        values = [errors[strength][name] ** 0.5 for strength in errors]
         axes.plot(list(errors), values, marker="o", label=name, color="grey" if name == "noisy" else None)
     axes.axvline(NOISE, color="grey", linestyle=":", label="trained at")
-    axes.set(xlabel="noise, for pixels in [0, 1]", ylabel="mean squared error", yscale="log", ylim=(1e-4, 1))
+    axes.set(xlabel="noise, for pixels in [0, 1]", ylabel="root mean squared error", ylim=(0, 0.5))
     axes.grid(True, alpha=0.3)
     axes.legend()
     study.figure("out_of_distribution", figure, "One denoising step at noise of every strength.")
