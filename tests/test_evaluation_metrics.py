@@ -9,6 +9,7 @@ import torch_fidelity
 from evaluation_tools import Tiny, pictures, tiny_weights
 from torch import nn
 
+from diffusion_lit.evaluation import metrics
 from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import (
@@ -78,6 +79,24 @@ def test_precision_is_of_the_generated_and_recall_of_the_reference():
     precision, recall = precision_recall(narrow, reference)
     assert precision == 1
     assert recall < 0.2
+
+
+def test_precision_and_recall_hold_few_distances_at_a_time(monkeypatch):
+    """All distances of 55,000 reference pictures at once are 24 GB; in parts the figures are the same."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(700, 3, generator=generator)
+    generated = torch.randn(40, 3, generator=generator) * 0.8
+    whole = precision_recall(generated, reference)
+    held, cdist = [], torch.cdist
+
+    def watched(*sides):
+        held.append(len(sides[0]) * len(sides[1]))
+        return cdist(*sides)
+
+    monkeypatch.setattr(metrics, "DISTANCES", 5000)
+    monkeypatch.setattr(torch, "cdist", watched)
+    assert precision_recall(generated, reference) == pytest.approx(whole, abs=1e-6)
+    assert len(held) > 100 and max(held) <= 5000
 
 
 def test_inception_score_of_known_predictions():
