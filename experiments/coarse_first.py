@@ -104,7 +104,8 @@ def coarse_first(
     ]
     study.table("places", places, f"The same by place in the picture, rows from the top, {tiles} x {tiles} tiles.")
     levels = level_of(tile_when, sigmas)
-    correlation = float(spearmanr(detail.flatten(), levels.flatten()).statistic)
+    ordered = bool(levels.min() < levels.max())  # else no correlation is defined, as of a model that knows nothing yet
+    correlation = float(spearmanr(detail.flatten(), levels.flatten()).statistic) if ordered else 0.0
 
     study.figure("spectrum", draw_spectrum(kept, edges), "The power of x0_hat in each band along the sampling.")
     study.figure("settling", draw_settling(kept, when, edges), "How far bands and tiles are from where they end.")
@@ -116,14 +117,15 @@ def coarse_first(
 
     first, last = band_rows[0], band_rows[-1]
     flat, rich = tile_rows
-    early, late = ("detailed", "flat") if correlation > 0 else ("flat", "detailed")
+    tiles_order = "detailed tiles come before flat ones" if correlation > 0 else "flat tiles come before detailed ones"
+    tiles_order = tiles_order if ordered else "tiles come all at once"
     coarse = first["median sigma"] > last["median sigma"]
     study.finding(
         f"{'Coarse comes before fine' if coarse else 'No order from coarse to fine'}: the band of "
         f"{first['cycles per picture']} cycles per picture is within 10% of its end at sigma "
         f"{first['median sigma']:.3g} (step {first['median step']:.0f} of {num_steps}), that of "
-        f"{last['cycles per picture']} at sigma {last['median sigma']:.3g} (step {last['median step']:.0f}); {early} "
-        f"tiles come before {late} ones, the most detailed quarter at sigma {rich['median sigma']:.3g}, the flattest "
+        f"{last['cycles per picture']} at sigma {last['median sigma']:.3g} (step {last['median step']:.0f}); "
+        f"{tiles_order}, the most detailed quarter at sigma {rich['median sigma']:.3g}, the flattest "
         f"at {flat['median sigma']:.3g} (rank correlation of detail with sigma {correlation:+.2f})."
     )
 
