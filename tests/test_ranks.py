@@ -13,7 +13,10 @@ import torch
 from test_faults import DIGITS, FIT, LAST, logged, read
 
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
-PLAIN = ["--model.init_args.net.init_args.dropout=0.0", "--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+PLAIN = [
+    *["--model.init_args.net.init_args.dropout=0.0", "--trainer.max_steps=12", "--trainer.val_check_interval=6"],
+    "--trainer.precision=32-true",  # in bf16 another order of sums shows in the third digit
+]
 
 
 @pytest.fixture(autouse=True)

@@ -239,7 +239,7 @@ def test_autoencoders_latent_models_and_classifiers(lightning, tmp_path):
     narrow = ["--model.init_args.net.init_args.model_channels=16"]
     lightning("fit", "--config", CONFIGS / "vae_digits.yaml", *SMALL, *narrow, *two, *pictures)
     few = ["--model.init_args.sampling.num_steps=2", "--model.init_args.vae_ckpt=runs/vae_digits"]
-    lightning("fit", "--config", CONFIGS / "latent_digits.yaml", *SMALL, *narrow, *few, *two)
+    lightning("fit", "--config", CONFIGS / "latent_digits.yaml", *SMALL, *narrow, *few, *two, "--trajectory.every=1")
     idx = [f"--data.init_args.root={write_idx(tmp_path / 'idx')}", "--data.init_args.val_size=32"]
     small = ["--model.init_args.net.init_args.width=8", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
     lightning("fit", "--config", CONFIGS / "classifier_mnist.yaml", *SMALL, *idx, *small)
