@@ -46,6 +46,7 @@ from diffusion_lit.saving import SafeCheckpointIO, quiet_writer_threads
 from diffusion_lit.stopping import RunStopped, explain
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MAIN = Path(__file__).resolve().with_name("__main__.py")
 CALLBACKS: dict[str, type[Callback]] = {
     "ema": EMA,
     "guard": NonFiniteGuard,
@@ -282,7 +283,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     _quiet()
     defaults = {"default_config_files": [str(CONFIGS / "base.yaml")], "allow_abbrev": False}
     args = [re.sub(r"^--model\.compile(?==|$)", "--compile", arg) for arg in args]
-    sys.argv = ["lightning", *args]  # what LightningCLI and launchers of further ranks read
+    sys.argv = [str(MAIN), *args]  # what LightningCLI reads, and the launcher that starts further ranks as this file
     try:
         return cli(
             LightningModule,
@@ -293,7 +294,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={name: dict(defaults) for name in ("fit", "validate", "test", "predict")}
-            | {"allow_abbrev": False},
+            | {"allow_abbrev": False, "prog": "lightning"},
             seed_everything_default=0,
         )
     except RunStopped as stopped:

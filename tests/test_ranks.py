@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_faults import DIGITS, FIT, LAST, logged, read
 
+import diffusion_lit
+
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
 PLAIN = [
     *["--model.init_args.net.init_args.dropout=0.0", "--trainer.max_steps=12", "--trainer.val_check_interval=6"],
@@ -44,6 +46,17 @@ def test_two_ranks_train_as_one(lightning):
         weights, others = read(LAST)["state_dict"], read(other / "checkpoints/last.ckpt")["state_dict"]
         for key, value in weights.items():
             assert torch.allclose(value, others[key], atol=2e-3), key
+
+
+def test_the_command_starts_its_ranks(tmp_path):
+    """As the installed command does: the further rank is another start of the same file."""
+    command = [sys.executable, str(Path(diffusion_lit.__file__).with_name("__main__.py")), *FIT]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2"]
+    env = {**os.environ, "PYTHONPATH": str(DIGITS.parent.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in run.stderr + run.stdout
+    assert read(tmp_path / LAST)["global_step"] == 2
 
 
 @pytest.fixture

@@ -42,8 +42,9 @@ class KeyedModule(LightningModule):
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
         super().__init__()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        # Behind a function, which a copy of the module (the average) shares: those of a command hold on to the command
+        # itself, and so to the trainer, the data and the processes of further ranks, which cannot be copied.
+        self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names: list[str] = []
         if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
             self.save_hyperparameters()
@@ -86,7 +87,7 @@ class KeyedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the learning-rate schedule."""
-        return configure_optimizers(self, self.optimizer, self.lr_scheduler)
+        return configure_optimizers(self, *self._makers())
 
     def on_validation_epoch_end(self) -> None:
         """Tells a learning rate that waits for plateaus what validation gave."""
