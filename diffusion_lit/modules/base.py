@@ -6,6 +6,7 @@ nor the number of devices changes the training. What the network itself draws (d
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class KeyedModule(LightningModule):
         super().__init__()
         # Behind a function, which a copy of the module (the average) shares: those of a command hold on to the command
         # itself, and so to the trainer, the data and the processes of further ranks, which cannot be copied.
+        self._makers: Callable[[], tuple[OptimizerCallable, LRSchedulerCallable | None]]
         self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names: list[str] = []
         if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
