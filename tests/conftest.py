@@ -3,10 +3,14 @@
 import gzip
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 logging.raiseExceptions = False  # Lightning's log handler keeps a stream that pytest has closed
@@ -35,13 +39,22 @@ def idx_folder(tmp_path):
 
 @pytest.fixture
 def lightning(tmp_path, monkeypatch):
-    """Runs the command in this process, in an empty folder: `lightning("fit", "--config", ...)`."""
+    """Runs the command in this process, in an empty folder: `lightning("fit", "--config", ...)`.
+
+    Ranks are forked from a process of their own: autograd may have started threads in this one, which no fork survives.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*args):
         from diffusion_lit.cli import main
 
-        main([str(arg) for arg in args])
+        args = [str(arg) for arg in args]
+        if "--trainer.strategy=ddp_fork" not in args:
+            return main(args)
+        command = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", *args]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise SystemExit(done.returncode)
 
     return run

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_ONLY = {"torch", "einops"}
 COMMANDS = {
+    "diffusion_lit.__main__",
     "diffusion_lit.cli",
     "diffusion_lit.training",
     "diffusion_lit.sample",
