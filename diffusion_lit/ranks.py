@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.pytorch import Trainer
+from torch import Tensor
 
 START_METHODS: dict[str, Any] = {"auto": "popen", "ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn"}
 PATIENCE = timedelta(minutes=30)
@@ -50,3 +52,16 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
         )
     except RuntimeError as error:  # Lightning's MisconfigurationException is one
         raise ValueError(f"{devices} processes on {device} cannot be started here: {error}") from error
+
+
+def images_of(batch: dict[str, Tensor], trainer: Trainer) -> int:
+    """Images that a training step sees on all ranks together.
+
+    Args:
+        batch: This rank's batch; the first axis of each tensor is the images.
+        trainer: The trainer, which knows the number of ranks.
+
+    Returns:
+        The number of images.
+    """
+    return next(iter(batch.values())).shape[0] * trainer.world_size

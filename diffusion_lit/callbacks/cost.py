@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_lit.nets.layers import no_autocast
+from diffusion_lit.ranks import images_of
 from diffusion_lit.report.facts import duration, magnitude
 
 WARM_UP, MEASURED = 5, 20  # steps that are left out of the pace, and after which it is told
@@ -122,14 +123,14 @@ class Cost(Callback):
         name = f"{type(net).__name__} of {magnitude(sum(one.numel() for one in net.parameters()))} parameters"
         data = getattr(trainer, "datamodule", None)  # a classifier does not know the shape of its pictures
         places = ((pl_module, "x_shape"), (pl_module, "image_shape"), (data, "image_shape"))
-        known = [getattr(place, name, None) for place, name in places]
+        known = [getattr(place, attribute, None) for place, attribute in places]
         shape: Any = next((one for one in known if one is not None), None)
         try:
             cost = network_cost(net, shape, trainer.precision_plugin.train_step_context())
         except (TypeError, ValueError, RuntimeError) as error:  # a network of the user's own, called otherwise
             print(f"{name}, whose operations could not be counted: {error}")
             return
-        batch = getattr(getattr(trainer, "datamodule", None), "batch_size", 1) // trainer.world_size
+        batch = getattr(data, "batch_size", 1) // trainer.world_size
         state = state_bytes(pl_module, trainer.optimizers, _averages(trainer))
         activations = cost.fixed + batch * cost.activations
         print(
@@ -149,7 +150,7 @@ class Cost(Callback):
         if self._steps != MEASURED or not trainer.is_global_zero:
             return
         seconds = (time.perf_counter() - self._since) / (MEASURED - WARM_UP)
-        images = next(iter(batch.values())).shape[0] * trainer.world_size
+        images = images_of(batch, trainer)
         pace = f"{images / seconds:,.3g} images/s"
         batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
         if batches == float("inf"):

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffusion_lit.averaging import Snapshots, exponent, power_beta
+from diffusion_lit.ranks import images_of
 
 
 class EMA(WeightAveraging):
@@ -94,7 +95,7 @@ class EMA(WeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Counts the images and moves the average after each optimizer step."""
-        images = next(iter(batch.values())).shape[0] * trainer.world_size
+        images = images_of(batch, trainer)
         self._images_seen += images
         self._batch_size = images * trainer.accumulate_grad_batches
         self._step = trainer.global_step

@@ -83,9 +83,8 @@ class NonFiniteGuard(Callback):
             torch.distributed.all_reduce(bad)
             ok = bad == 0
         self._note(~ok, trainer.global_step + 1, getattr(pl_module, "sigma_range", None))
-        fused = all(
-            group.get("fused") for group in optimizer.param_groups
-        )  # a checkpoint may bring groups that are not
+        # A checkpoint may bring groups that are not fused, to an optimizer that could be.
+        fused = all(group.get("fused") for group in optimizer.param_groups)
         if fused and getattr(optimizer, "_step_supports_amp_scaling", False):  # it leaves a step out by itself
             optimizer.found_inf, optimizer.grad_scale = (~ok).float(), None
             return

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusion_lit.evaluation.receipt import hardware
 from diffusion_lit.hardware import describe
 from diffusion_lit.precision import TrainInBf16
+from diffusion_lit.ranks import images_of
 from diffusion_lit.saving import TensorBoardLogger
 
 
@@ -35,7 +36,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Counts, and logs at the trainer's interval."""
-        self._images += next(iter(batch.values())).shape[0] * trainer.world_size
+        self._images += images_of(batch, trainer)
         if trainer._logger_connector.should_update_logs:
             rate = self._images / (time.perf_counter() - self._since)
             pl_module.log("train/images_per_second", rate, batch_size=1)
