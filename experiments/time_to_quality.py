@@ -8,8 +8,8 @@ the Fréchet distance of these to the training pictures is taken on the features
 timed: starting up and sampling are not.
 
 The peers get the settings of their own documents, and in their favour batches ready made, bf16 where it pays, no
-mirrored pictures (a shoe of this data set looks to the left), and narrowed networks, since the documented ones would
-see a few thousand pictures in this time:
+mirrored pictures (a shoe of this data set looks to the left), narrowed networks and small batches, since the documented
+ones would take a few hundred steps in this time:
 
 | peer                        | from                           | kept                                                  |
 | --------------------------- | ------------------------------ | ----------------------------------------------------- |
@@ -17,7 +17,9 @@ see a few thousand pictures in this time:
 | smalldiffusion              | examples/fashion_mnist_unet.py | log-linear schedule, AdamW 7e-4, average, gam 1.6     |
 
 This project trains configs/edm_fashion_mnist.yaml, the length of the schedule being set from the pace of its first
-steps, whose time is taken off. Interrupted, it goes on with the contender that was not finished.
+steps, whose time is taken off. It is told the classes, of which the peers' examples know nothing, and draws with the
+config's guidance, where a step counts as two evaluations; its pictures without guidance are measured beside them.
+Interrupted, it goes on with the contender that was not finished.
 """
 
 import json
@@ -52,6 +54,8 @@ from experiments.contenders import MULTIPLES, OURS, Job, installed, peer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/edm_fashion_mnist.yaml"
 PEERS = {"denoising-diffusion-pytorch": 16, "smalldiffusion": 32}  # and the widths that they are given
+BATCH, PEER_BATCH = 64, 32  # pictures per step: the config's, and the README's of the first peer
+UNGUIDED = f"{OURS}, without guidance"
 PACE_STEPS = 24
 CHUNK = 100
 
@@ -63,8 +67,9 @@ def time_to_quality(
     contenders: list[str] | None = None,
     nfe: int = 20,
     num_samples: int = 2000,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     options: list[str] | None = None,
+    classifier: str | None = None,
     accelerator: str = "auto",
     out: str = "runs/studies/time_to_quality",
 ) -> list[dict[str, Any]]:
@@ -77,13 +82,15 @@ def time_to_quality(
         contenders: Who takes part; this project and the peers that are installed when omitted.
         nfe: Network evaluations per picture.
         num_samples: Pictures that each draws.
-        batch_size: Pictures per training step.
+        batch_size: Pictures per training step of all; by default 64 here and 32 of the peers.
         options: Further words of `lightning fit`'s command line, for this project's run.
+        classifier: Checkpoint of configs/classifier_fashion_mnist.yaml, whose features count; by default a small one
+            that is trained on the spot.
         accelerator: auto, cpu or cuda.
         out: Folder of the samples, the records, the pictures and the table.
 
     Returns:
-        A record for each run.
+        A record for each set of pictures, of which a run of this project makes two.
 
     Raises:
         ValueError: If there is no such contender, or a number is out of range.
@@ -93,14 +100,14 @@ def time_to_quality(
     for name in names:
         if name not in known:
             raise ValueError(f"There is no contender {name!r} here; choose of {', '.join(known)}.")
-    if minutes <= 0 or min(seeds, nfe, batch_size) < 1 or num_samples < 2:
+    if minutes <= 0 or min(seeds, nfe, batch_size or 1) < 1 or num_samples < 2:
         raise ValueError("minutes must be above 0, seeds, nfe and batch_size at least 1, and num_samples at least 2.")
-    data = FashionMNIST(root, batch_size)
+    data = FashionMNIST(root)
     data.prepare_data()
     data.setup()
     folder, device = Path(out), device_type(accelerator)
     threads = use_threads()
-    extractor = make_extractor("classifier", None, data.image_shape)
+    extractor = make_extractor("classifier", classifier, data.image_shape)
     extractor.load(data)
     reference = reference_of(data, "train", extractor)
     records = []
@@ -112,7 +119,7 @@ def time_to_quality(
                 "minutes": minutes,
                 "nfe": nfe,
                 "num_samples": num_samples,
-                "batch_size": batch_size,
+                "batch_size": batch_size or (BATCH if name == OURS else PEER_BATCH),
                 "options": options or [],
                 "precision": "bf16-mixed" if bf16_pays(device) else "32-true",
                 "hardware": hardware(torch.device(device), 1) | {"threads": threads},
@@ -121,11 +128,11 @@ def time_to_quality(
             record = finished(place, settings)
             if record is None:
                 record = compete(place, settings, root, device)
-            drawn = torch.from_numpy(np.load(place / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
-            features = extractor.extract(drawn, CHUNK)
-            record["distance"] = frechet_distance(Statistics.of(features.features), reference.statistics)
-            print(f"{name}, seed {seed}: {extractor.metric} {record['distance']:.2f}")
-            records.append(record)
+            for title, drawn in np.load(place / "samples.npz").items():
+                features = extractor.extract(torch.from_numpy(drawn).permute(0, 3, 1, 2), CHUNK)
+                distance = frechet_distance(Statistics.of(features.features), reference.statistics)
+                records.append({**record, "contender": title, "distance": distance})
+                print(f"{title}, seed {seed}: {extractor.metric} {distance:.2f}")
     floor = real_against_real(reference, reference_of(data, "val", extractor).features, num_samples)
     text = table(records, floor, extractor.metric)
     (folder / "time_to_quality.md").write_text(text + "\n")
@@ -166,10 +173,11 @@ def _compete(place: Path, settings: dict[str, Any], root: str, device: str) -> N
     os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     contest = _ours if settings["contender"] == OURS else _theirs
-    samples, facts = contest(settings, root, device)
-    pixels = to_uint8(samples).permute(0, 2, 3, 1).numpy()
-    np.savez_compressed(place / "samples.npz", arr_0=pixels)
-    grid_image(samples[:40], 10).save(place / "samples.png")
+    drawn, facts = contest(settings, root, device)
+    pixels = {title: to_uint8(samples).permute(0, 2, 3, 1).numpy() for title, samples in drawn.items()}
+    np.savez_compressed(place / "samples.npz", **pixels)
+    for title, samples in drawn.items():
+        grid_image(samples[:40], 10).save(place / f"{title}.png")
     with atomic(place / "record.json") as file:
         file.write(json.dumps({**settings, **facts}, indent=2).encode())
 
@@ -200,7 +208,7 @@ class Deadline(Callback):
             trainer.should_stop = True
 
 
-def _ours(settings: dict[str, Any], root: str, device: str) -> tuple[Tensor, dict[str, Any]]:
+def _ours(settings: dict[str, Any], root: str, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`lightning fit`: some steps for the pace, then the run itself in what is left of the time."""
     from diffusion_lit.cli import main
 
@@ -230,14 +238,20 @@ def _ours(settings: dict[str, Any], root: str, device: str) -> tuple[Tensor, dic
         trained = len(Deadline.latest.times) - 1
         module: Any = load_module(Path(folder) / "run/version_1/checkpoints/last.ckpt").to(device)
     frequencies = class_frequencies(_data(root, settings["batch_size"]), module.num_classes)
-    sampling = module.sampling.but(sampler="dpmpp_2m", num_steps=settings["nfe"])
-    drawn = []
-    for start in range(0, settings["num_samples"], CHUNK):
-        rows = range(start, min(start + CHUNK, settings["num_samples"]))
-        labels = draw_labels([row + 10**6 * settings["seed"] for row in rows], frequencies)
-        drawn.append(module.generate([row + 10**6 * settings["seed"] for row in rows], labels, sampling).cpu())
+    drawn = {}
+    for title, scale in {OURS: module.sampling.cfg_scale, UNGUIDED: 1.0}.items():
+        steps = settings["nfe"] if scale == 1 else max(1, settings["nfe"] // 2)
+        sampling = module.sampling.but(sampler="dpmpp_2m", num_steps=steps, cfg_scale=scale)
+        parts = []
+        for start in range(0, settings["num_samples"], CHUNK):
+            seeds = [
+                row + 10**6 * settings["seed"] for row in range(start, min(start + CHUNK, settings["num_samples"]))
+            ]
+            parts.append(module.generate(seeds, draw_labels(seeds, frequencies), sampling).cpu())
+        drawn[title] = torch.cat(parts)
     facts = {"images": trained * settings["batch_size"], "steps": trained, "planned": planned}
-    return torch.cat(drawn), {**facts, "parameters": sum(one.numel() for one in module.net.parameters())}
+    facts |= {"cfg_scale": module.sampling.cfg_scale, "parameters": sum(one.numel() for one in module.net.parameters())}
+    return drawn, facts
 
 
 def _data(root: str, batch_size: int) -> FashionMNIST:
@@ -246,7 +260,7 @@ def _data(root: str, batch_size: int) -> FashionMNIST:
     return data
 
 
-def _theirs(settings: dict[str, Any], root: str, device: str) -> tuple[Tensor, dict[str, Any]]:
+def _theirs(settings: dict[str, Any], root: str, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A peer's own step on ready batches until the time is over."""
     name, batch = settings["contender"], settings["batch_size"]
     width = max(PEERS[name], MULTIPLES[name])
@@ -265,7 +279,7 @@ def _theirs(settings: dict[str, Any], root: str, device: str) -> tuple[Tensor, d
     drawn = []
     for first in range(0, settings["num_samples"], CHUNK):
         drawn.append(draw(min(CHUNK, settings["num_samples"] - first)).float().cpu())
-    return torch.cat(drawn), {"images": count * batch, "steps": count, "job": asdict(job)}
+    return {name: torch.cat(drawn)}, {"images": count * batch, "steps": count, "job": asdict(job)}
 
 
 def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric: str) -> str:
@@ -292,7 +306,7 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
         lines.append(f"| {name} | {magnitude(round(images))} | {statistics.mean(distances[name]):.2f} | {each} |")
     if floor is not None:
         lines.append(f"| real pictures, {floor[1]} of them | | {floor[0]:.2f} | |")
-    peers = [statistics.mean(values) for name, values in distances.items() if name != OURS]
+    peers = [statistics.mean(values) for name, values in distances.items() if name not in (OURS, UNGUIDED)]
     if OURS in distances and peers:
         share = statistics.mean(distances[OURS]) / min(peers)
         lines += ["", f"{OURS} is at {share:.2f} of the best peer's distance; at most 0.25 is the target."]

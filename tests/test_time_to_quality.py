@@ -59,7 +59,9 @@ def test_all_train_for_the_time_and_an_interrupted_contest_goes_on(contest, tmp_
     assert ran == NAMES
     for record in records:
         assert record["images"] == 8 * record["steps"] >= 8 and record["distance"] > 0
-        assert (tmp_path / "out" / f"{record['contender']}_0" / "samples.png").exists()
+    assert [one["contender"] for one in records] == [OURS, study.UNGUIDED, *NAMES[1:]]
+    for name in NAMES:
+        assert (tmp_path / "out" / f"{name}_0" / f"{name}.png").exists()
     assert records[0]["steps"] <= records[0]["planned"]
     (tmp_path / "out" / f"{NAMES[-1]}_0" / "record.json").unlink()
     again = run()
@@ -73,7 +75,7 @@ def test_all_train_for_the_time_and_an_interrupted_contest_goes_on(contest, tmp_
 
 def test_the_share_is_of_the_best_peer():
     base = {"minutes": 7, "hardware": {"processor": "abacus", "threads": 2}, "num_samples": 4, "nfe": 2, "images": 10}
-    found = {OURS: (2.0, 4.0), "one": (30.0, 30.0), "other": (10.0, 20.0)}
+    found = {OURS: (2.0, 4.0), study.UNGUIDED: (5.0, 5.0), "one": (30.0, 30.0), "other": (10.0, 20.0)}
     records = [{**base, "contender": name, "distance": value} for name, values in found.items() for value in values]
     assert "at 0.20 of the best peer's" in study.table(records, None, "fd")
 
