@@ -312,7 +312,8 @@ def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:
         f"What a classifier sees in {count} pictures of each kind (dpmpp_2m, 20 steps, cfg_scale 4), whose classes are "
         "not chosen to go well together: the share in which it names the class asked for. It was trained on the "
         f"training pictures, under the same blur for hybrids. Chance is {figures['chance']:.0%}; of real test pictures "
-        "it names " + ", ".join(f"{value:.1%} ({name})" for name, value in figures["accuracy"].items()) + "."
+        "it names " + ", ".join(f"{value:.1%} ({name})" for name, value in figures["accuracy"].items()) + ". The view "
+        "'negative' shows a limit: these data are bright things on black, whose negatives are none of them."
     )
     rows = []
     for kind in ("anagrams", "hybrids"):

@@ -48,6 +48,32 @@ def test_two_ranks_train_as_one(lightning):
             assert torch.allclose(value, others[key], atol=2e-3), key
 
 
+COUNTING = """
+from pathlib import Path
+from lightning.pytorch import Callback
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+class Reductions(Callback):
+    def on_train_start(self, trainer, module):
+        self.count = 0
+        trainer.strategy.model.register_comm_hook(None, self.hook)
+
+    def hook(self, state, bucket):
+        self.count += bucket.is_last()
+        return allreduce_hook(None, bucket)
+
+    def on_train_end(self, trainer, module):
+        Path(f"reductions_{trainer.global_rank}").write_text(str(self.count))
+"""
+
+
+def test_accumulated_batches_share_one_reduction_of_gradients(lightning, tmp_path):
+    (tmp_path / "counting.py").write_text(COUNTING)
+    steps = ["--trainer.accumulate_grad_batches=4", "--trainer.max_steps=3", "--trainer.val_check_interval=12"]
+    lightning(*FIT, *TWO, *steps, "--trainer.callbacks=counting.Reductions")
+    assert [Path(f"reductions_{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+
+
 def test_the_command_starts_its_ranks(tmp_path):
     """As the installed command does: the further rank is another start of the same file."""
     command = [sys.executable, str(Path(diffusion_lit.__file__).with_name("__main__.py")), *FIT]

@@ -116,7 +116,7 @@ class EMA(WeightAveraging):
             pairs = [*zip(module.parameters(), pl_module.parameters(), strict=True)]
             self._pairs = [pair for pair in pairs if pair[1].requires_grad]
             self._buffers = [*zip(module.buffers(), pl_module.buffers(), strict=True)]
-        averages, currents = ([one.detach() for one in side] for side in zip(*self._pairs, strict=True))
+        averages, currents = zip(*self._pairs, strict=True)
         if self._average_model.n_averaged == 0:
             torch._foreach_copy_(averages, currents)
         else:
@@ -127,6 +127,8 @@ class EMA(WeightAveraging):
 
     @torch.no_grad()
     def _move_others(self, pl_module: LightningModule) -> None:
+        if not self.gammas[1:]:
+            return
         currents = [parameter.detach() for parameter in pl_module.parameters() if parameter.requires_grad]
         if self._step == 1 and not self._others:
             self._others = [[current.clone() for current in currents] for _ in self.gammas[1:]]
