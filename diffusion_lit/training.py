@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import Namespace, _typehints
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
@@ -60,6 +60,40 @@ FREE = ("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach") 
 
 class UserError(Exception):
     """Something that a user can put right, told in one sentence."""
+
+
+def start_anew(discard: Any) -> Any:
+    """Makes a part whose class is changed start from its own class's defaults.
+
+    jsonargparse keeps what the new class takes too, defaults of the old one included: an Adam in the place of the
+    default AdamW would keep AdamW's weight decay, and a paper's network the widths of the small one that a config
+    before it names. A model and its data still keep it, so that `--data.class_path` alone runs a config on other data.
+
+    Args:
+        discard: jsonargparse's function, which drops what the new class does not take.
+
+    Returns:
+        One that drops all, of other parts than models and data.
+    """
+
+    def drop(parser_or_action: Any, previous: Any, value: Any) -> None:
+        if previous and previous.get("init_args"):
+            old, new = (_class_at(spec["class_path"]) for spec in (previous, value))
+            if old is not new and not issubclass(new, LightningModule | LightningDataModule):
+                previous["init_args"] = Namespace()
+        discard(parser_or_action, previous, value)
+
+    return drop
+
+
+def _class_at(path: str) -> type:
+    """The class of a full name; of a short one, which is not resolved yet, none that anything else is."""
+    module, _, name = path.rpartition(".")
+    found = getattr(import_module(module), name, None) if module else None
+    return found if isinstance(found, type) else type(path, (), {})
+
+
+_typehints.discard_init_args_on_class_path_change = start_anew(_typehints.discard_init_args_on_class_path_change)
 
 
 class Parser(LightningArgumentParser):

@@ -51,6 +51,7 @@ from diffusion_lit.report.facts import magnitude
 from diffusion_lit.saving import atomic
 from experiments.command import command
 from experiments.contenders import MULTIPLES, OURS, Job, installed, peer
+from experiments.study import DPI, picture_rows
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/edm_fashion_mnist.yaml"
 PEERS = {"denoising-diffusion-pytorch": 16, "smalldiffusion": 32}  # and the widths that they are given
@@ -58,6 +59,7 @@ BATCH, PEER_BATCH = 64, 32  # pictures per step: the config's, and the README's 
 UNGUIDED = f"{OURS}, without guidance"
 PACE_STEPS = 24
 CHUNK = 100
+SHOWN = 14  # pictures of each in the figure
 
 
 def time_to_quality(
@@ -110,7 +112,7 @@ def time_to_quality(
     extractor = make_extractor("classifier", classifier, data.image_shape)
     extractor.load(data)
     reference = reference_of(data, "train", extractor)
-    records = []
+    records, shown = [], {}
     for seed in range(seeds):
         for name in names:
             settings = {
@@ -132,8 +134,10 @@ def time_to_quality(
                 features = extractor.extract(torch.from_numpy(drawn).permute(0, 3, 1, 2), CHUNK)
                 distance = frechet_distance(Statistics.of(features.features), reference.statistics)
                 records.append({**record, "contender": title, "distance": distance})
+                shown.setdefault(title, torch.from_numpy(drawn[:SHOWN]).permute(0, 3, 1, 2))
                 print(f"{title}, seed {seed}: {extractor.metric} {distance:.2f}")
     floor = real_against_real(reference, reference_of(data, "val", extractor).features, num_samples)
+    picture_rows(shown).savefig(folder / "samples.png", dpi=DPI, bbox_inches="tight")
     text = table(records, floor, extractor.metric)
     (folder / "time_to_quality.md").write_text(text + "\n")
     (folder / "time_to_quality.json").write_text(json.dumps(records, indent=2) + "\n")

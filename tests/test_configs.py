@@ -1,5 +1,7 @@
 """Every config, through the real command in this process, offline, on tiny data in each set's official layout."""
 
+import importlib
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +133,39 @@ def test_schedules_predictions_weights_and_noise_levels_combine_freely(choices, 
         *["--model.init_args.sampling.num_steps=2", "--trainer.enable_progress_bar=false"],
         *options,
     )
+
+
+def printed(lightning, capsys, *args):
+    """The configuration that a command would run with."""
+    with pytest.raises(SystemExit):
+        lightning("fit", *args, "--print_config")
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def own_default(class_path, name):
+    module, _, cls = class_path.rpartition(".")
+    return inspect.signature(getattr(importlib.import_module(module), cls)).parameters[name].default
+
+
+@pytest.mark.parametrize("name", ["edm_cifar10", "ddpm_cifar10"])
+def test_the_papers_parts_are_not_mixed_with_those_of_the_config_before(name, lightning, capsys):
+    paper = CONFIGS / "paper" / f"{name}.yaml"
+    model = printed(lightning, capsys, f"--config={CONFIGS}/{name}.yaml", f"--config={paper}")["model"]["init_args"]
+    given = yaml.safe_load(paper.read_text())["model"]["init_args"]
+    for part in ("net", "optimizer", "lr_scheduler"):
+        assert model[part]["class_path"] == given[part]["class_path"]
+        for key, value in model[part]["init_args"].items():
+            default = own_default(given[part]["class_path"], key)
+            wanted = given[part]["init_args"].get(key, list(default) if isinstance(default, tuple) else default)
+            assert value == wanted, (part, key)
+
+
+def test_another_optimizer_has_its_own_defaults_and_other_data_the_same_batches(lightning, capsys):
+    config = f"--config={CONFIGS}/edm_digits.yaml"
+    whole = printed(lightning, capsys, config, "--model.init_args.optimizer.class_path=torch.optim.Adam")
+    assert whole["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    whole = printed(lightning, capsys, config, "--model.init_args.optimizer=Adam")
+    assert whole["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0
+    other = printed(lightning, capsys, config, "--data.class_path=datamodules.MNIST", "--data.init_args.root=x")
+    assert other["data"]["init_args"]["batch_size"] == whole["data"]["init_args"]["batch_size"] == 64
+    assert other["data"]["init_args"]["root"] == "x"

@@ -60,6 +60,7 @@ def test_all_train_for_the_time_and_an_interrupted_contest_goes_on(contest, tmp_
     for record in records:
         assert record["images"] == 8 * record["steps"] >= 8 and record["distance"] > 0
     assert [one["contender"] for one in records] == [OURS, study.UNGUIDED, *NAMES[1:]]
+    assert (tmp_path / "out" / "samples.png").exists()
     for name in NAMES:
         assert (tmp_path / "out" / f"{name}_0" / f"{name}.png").exists()
     assert records[0]["steps"] <= records[0]["planned"]
