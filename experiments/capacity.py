@@ -128,5 +128,5 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    SMALL = {**QUIET, "trainer.max_steps": 300, "model.init_args.sampling.num_steps": 9}
+    SMALL = {**QUIET, "trainer.max_steps": 1800, "model.init_args.sampling.num_steps": 9}
     main(capacity, "configs/edm_digits.yaml", SMALL, num_samples=300)
