@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from diffusion_lit.cli import main
 from diffusion_lit.evaluation.store import file_hash
 from diffusion_lit.report import Page
-from experiments.gallery_figures import HYBRID_BLUR, measured
+from experiments.gallery_figures import COMPOSED, HYBRID_BLUR, measured
 from experiments.runs import Failed, Run, fit
 
 ABOUT = {
@@ -32,6 +32,8 @@ ABOUT = {
     "latent_digits": "Handwritten digits: diffusion on the 4x4 latents of a VAE",
     "single_image": "One photograph: unconditional DDPM that knows one picture by heart, 32x32 in colour",
 }
+
+COMPOSING = " ".join(f"--{name} {value}" for name, value in COMPOSED.items())
 
 
 @dataclass(frozen=True)
@@ -102,25 +104,25 @@ PIECES = [
     Piece(
         "fashion_mnist",
         "anagram",
-        "--label Trouser,'T-shirt/top' --view identity --view rotate_90 --cfg_scale 4",
-        "Trousers; turned by a quarter, a T-shirt.",
+        f"--label Dress,Bag --view identity --view rotate_90 {COMPOSING}",
+        "A dress; turned by a quarter, a bag.",
     ),
     Piece(
         "fashion_mnist",
         "anagram",
-        "--label Sneaker,Bag --view identity --view flip_vertical --cfg_scale 4",
-        "A sneaker; upside down, a bag.",
+        f"--label 'Ankle boot',Bag --view identity --view flip_vertical {COMPOSING}",
+        "An ankle boot; upside down, a bag.",
     ),
     Piece(
         "fashion_mnist",
         "anagram",
-        "--label Dress,Bag --view identity --view jigsaw --cfg_scale 4",
-        "A dress; cut into sixteen pieces, moved and turned, a bag.",
+        f"--label Bag,Dress --view identity --view jigsaw {COMPOSING}",
+        "A bag; cut into sixteen pieces, moved and turned, a dress.",
     ),
     Piece(
         "fashion_mnist",
         "hybrid",
-        f"--label 'Ankle boot',Pullover --blur_sigma {HYBRID_BLUR} --cfg_scale 4",
+        f"--label 'Ankle boot',Pullover --blur_sigma {HYBRID_BLUR} {COMPOSING}",
         "From afar (small) an ankle boot, from near (large) a pullover.",
     ),
     Piece(
@@ -184,7 +186,7 @@ def gallery(
     latent_digits: str | None = None,
     single_image: str | None = None,
     data_root: str | None = None,
-    num_samples: int = 20,
+    num_samples: int = 50,
     device: str = "auto",
     out: str = "runs/gallery",
 ) -> None:
@@ -308,8 +310,9 @@ def show(
 def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:
     """The figures as tables."""
     page.heading("Figures of the FashionMNIST model")
+    how = ", ".join(f"{name} {value}" for name, value in COMPOSED.items())
     page.text(
-        f"What a classifier sees in {count} pictures of each kind (dpmpp_2m, 20 steps, cfg_scale 4), whose classes are "
+        f"What a classifier sees in {count} pictures of each kind ({how}), whose classes are "
         "not chosen to go well together: the share in which it names the class asked for. It was trained on the "
         f"training pictures, under the same blur for hybrids. Chance is {figures['chance']:.0%}; of real test pictures "
         "it names " + ", ".join(f"{value:.1%} ({name})" for name, value in figures["accuracy"].items()) + ". The view "

@@ -17,7 +17,8 @@ from diffusion_lit.evaluation.store import file_hash, key_of
 from diffusion_lit.pictures import to_uint8
 from diffusion_lit.sample import pick_device
 
-HYBRID_BLUR = 1.5
+HYBRID_BLUR = 2.0
+COMPOSED = {"sampler": "euler_ancestral", "num_steps": 30, "cfg_scale": 7.0}  # how composites are drawn
 LEARNT = 5000  # pictures that a classifier learns from
 VIEWS = [
     ["identity", "rotate_180"],
@@ -42,7 +43,9 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
     Returns:
         The figures by name.
     """
-    key = key_of({"sha256": file_hash(ckpt_path), "count": count, "views": VIEWS, "blur": HYBRID_BLUR, "version": 2})
+    key = key_of(
+        {"sha256": file_hash(ckpt_path), "count": count, "views": VIEWS, "blur": HYBRID_BLUR, "sampling": COMPOSED}
+    )
     path = folder / "figures.json"
     if path.is_file() and json.loads(path.read_text())["key"] == key:
         return dict(json.loads(path.read_text()))
@@ -151,7 +154,7 @@ def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
 
 def each(model: Any, random: Any, draw: Callable[[Any, Sampling], Tensor]) -> list[tuple[str, Tensor]]:
     """Pictures of the trained and the untrained model under the same settings."""
-    sampling = model.sampling.but(sampler="dpmpp_2m", num_steps=20, cfg_scale=4.0)
+    sampling = model.sampling.but(**COMPOSED)
     return [("trained", draw(model, sampling)), ("untrained", draw(random, sampling).nan_to_num())]
 
 
