@@ -1,5 +1,6 @@
 """What a run says of its cost before it starts and after some steps, against an independent count."""
 
+import os
 import re
 
 import pytest
@@ -90,3 +91,13 @@ def test_a_network_that_is_called_otherwise_does_not_stop_the_run(lightning, cap
     monkeypatch.setattr("diffusion_lit.callbacks.cost.network_cost", refuse)
     lightning(*FIT, "--trainer.max_steps=1")
     assert "could not be counted: it takes three arguments" in capsys.readouterr().out
+
+
+def test_a_run_on_cores_that_others_use_says_what_helps(lightning, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for load, told in ((4.2, False), (5.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        lightning(*FIT, "--trainer.max_steps=21")
+        assert ("load 5.0 on 4 cores" in (said := capsys.readouterr().out)) == told
+        assert ("OMP_NUM_THREADS=3" in said) == told

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_lit.hardware import crowded
 from diffusion_lit.nets.layers import no_autocast
 from diffusion_lit.ranks import images_of
 from diffusion_lit.report.facts import duration, magnitude
@@ -150,6 +151,8 @@ class Cost(Callback):
         if self._steps != MEASURED or not trainer.is_global_zero:
             return
         seconds = (time.perf_counter() - self._since) / (MEASURED - WARM_UP)
+        if pl_module.device.type == "cpu" and (hint := crowded()):
+            print(hint)
         images = images_of(batch, trainer)
         pace = f"{images / seconds:,.3g} images/s"
         batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
