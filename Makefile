@@ -28,7 +28,7 @@ latent-demo: install ## train a VAE on handwritten digits and a diffusion model 
 gallery: install ## every editing task on small models, which are trained if need be: runs/gallery/index.html
 	$(BIN)/python -m experiments.gallery
 
-studies: install ## run every study in its small form: runs/studies/index.html, in under an hour
+studies: install ## run every study in its small form, in 20 minutes on 2 cores: runs/studies/index.html
 	$(BIN)/python -m experiments.studies
 
 test: install ## run the tests
