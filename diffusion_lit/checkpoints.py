@@ -5,6 +5,7 @@ A checkpoint made by `lightning fit` records the classes and arguments of its mo
 """
 
 import contextlib
+import importlib
 import io
 import re
 import warnings
@@ -145,6 +146,7 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
 
 def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides: Any) -> Any:
     """Lightning's own `load_from_checkpoint`, fed with what was read already, its failures told in a sentence."""
+    _import_own(str(checkpoint.get(base.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")))
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)
@@ -157,6 +159,19 @@ def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides:
     except (RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"The checkpoint {path} does not fit the code that it names: {reason}") from error
+
+
+def _import_own(class_path: str) -> None:
+    """Imports the module of a class of one's own, which lies in the folder where the command is given.
+
+    Lightning builds none but classes that are imported already, so that a checkpoint cannot make it run any module of
+    the machine.
+    """
+    module, _, _ = class_path.rpartition(".")
+    top = module.partition(".")[0]
+    if top and (Path(f"{top}.py").is_file() or Path(top, "__init__.py").is_file()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
 
 
 def _described(checkpoint: dict[str, Any], key: str, what: str, path: str | Path) -> None:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from diffusion_lit.checkpoints import find_last, load_module, read_checkpoint
+from diffusion_lit.checkpoints import find_last, load_data, load_module, read_checkpoint
 
 
 class Marker:
@@ -82,3 +82,27 @@ def test_the_newest_version_with_a_last_checkpoint_is_found(tmp_path):
     for version in (2, 9, 10):
         (tmp_path / "run" / f"version_{version}" / "checkpoints" / "last.ckpt").touch()
     assert find_last(tmp_path / "run").parts[-3] == "version_10"
+
+
+def test_a_data_set_of_ones_own_is_imported_from_where_the_command_is_given_and_from_nowhere_else(
+    tmp_path, monkeypatch
+):
+    code = "from datamodules import Digits\n\n\nclass Mine(Digits):\n    pass\n"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/mine_here.py").write_text(code)
+    (tmp_path / "mine_elsewhere.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path / "here"))
+
+    def of(class_path):
+        record = {"_class_path": class_path, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        record["batch_size"] = 16
+        version = {"pytorch-lightning_version": "2.6.4"}
+        torch.save({"state_dict": {}, "datamodule_hyper_parameters": record, **version}, "own.ckpt")
+        return load_data("own.ckpt")
+
+    assert type(of("mine_here.Mine")).__name__ == "Mine" and of("mine_here.Mine").batch_size == 16
+    with pytest.raises(ValueError, match="mine_elsewhere.Mine"):
+        of("mine_elsewhere.Mine")
+    assert not (tmp_path / "ran").exists()
