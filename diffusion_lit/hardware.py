@@ -121,9 +121,10 @@ def crowded() -> str:
     import torch
 
     cores = os.cpu_count() or 1
-    if torch.get_num_threads() == 1 or not hasattr(os, "getloadavg") or os.getloadavg()[0] < cores + 0.5:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if torch.get_num_threads() == 1 or load < cores + 0.5:
         return ""
     return (
-        f"Other programs are busy on this machine (load {os.getloadavg()[0]:.1f} on {cores} cores), and torch's "
+        f"Other programs are busy on this machine (load {load:.1f} on {cores} cores), and torch's "
         f"threads wait for each other; OMP_NUM_THREADS={max(1, cores - 1)} may be many times as fast."
     )

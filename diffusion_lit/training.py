@@ -152,8 +152,7 @@ class CLI(LightningCLI):
     def _net_input(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of what the network works on, which the class of the model knows: pictures, or their latents."""
         model = self.config[self.subcommand].model
-        module, _, name = model.class_path.rpartition(".")
-        net_input = getattr(getattr(import_module(module), name), "net_input", lambda shape, **_: shape)
+        net_input = getattr(_class_at(model.class_path), "net_input", lambda shape, **_: shape)
         return tuple(int(side) for side in net_input(image_shape, **dict(model.get("init_args", {}))))
 
     def _parse_ckpt_path(self) -> None:

@@ -19,7 +19,7 @@ from datamodules import Subset
 from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
 from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_pairs
-from experiments.gauge import Gauge, choose_extractor
+from experiments.gauge import Gauge
 from experiments.runs import Trained
 from experiments.study import QUIET, Study, main
 
@@ -45,11 +45,7 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
         }
     )
     first: Any = load_data(next(iter(trained.values())).ckpt_path)
-    whole: Any = first.data if isinstance(first, Subset) else first
-    whole.prepare_data()
-    whole.setup()
-    extractor = choose_extractor(whole, study.setup.extractor, study.setup.extractor_weights, study.tell)
-    gauge = Gauge.of(whole, extractor.to(study.device), study.setup.num_samples)
+    gauge = study.gauge_on(first.data if isinstance(first, Subset) else first)
     rows = []
     for name, run in trained.items():
         own: Any = load_data(run.ckpt_path)

@@ -195,7 +195,17 @@ class Study:
             The extractor with its reference, from the cache or computed now.
         """
         path = next(iter(trained.values())).ckpt_path if isinstance(trained, dict) else trained
-        data: Any = load_data(path)
+        return self.gauge_on(load_data(path))
+
+    def gauge_on(self, data: Any) -> Gauge:
+        """What samples are measured by, beside a data set.
+
+        Args:
+            data: An ImageDataModule.
+
+        Returns:
+            As `gauge`.
+        """
         data.prepare_data()
         data.setup()
         extractor = choose_extractor(data, self.setup.extractor, self.setup.extractor_weights, self.tell)

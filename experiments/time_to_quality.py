@@ -242,15 +242,13 @@ def _ours(settings: dict[str, Any], root: str, device: str) -> tuple[dict[str, T
         trained = len(Deadline.latest.times) - 1
         module: Any = load_module(Path(folder) / "run/version_1/checkpoints/last.ckpt").to(device)
     frequencies = class_frequencies(_data(root, settings["batch_size"]), module.num_classes)
-    drawn = {}
+    drawn, first = {}, 10**6 * settings["seed"]
     for title, scale in {OURS: module.sampling.cfg_scale, UNGUIDED: 1.0}.items():
         steps = settings["nfe"] if scale == 1 else max(1, settings["nfe"] // 2)
         sampling = module.sampling.but(sampler="dpmpp_2m", num_steps=steps, cfg_scale=scale)
         parts = []
         for start in range(0, settings["num_samples"], CHUNK):
-            seeds = [
-                row + 10**6 * settings["seed"] for row in range(start, min(start + CHUNK, settings["num_samples"]))
-            ]
+            seeds = [first + row for row in range(start, min(start + CHUNK, settings["num_samples"]))]
             parts.append(module.generate(seeds, draw_labels(seeds, frequencies), sampling).cpu())
         drawn[title] = torch.cat(parts)
     facts = {"images": trained * settings["batch_size"], "steps": trained, "planned": planned}

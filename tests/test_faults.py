@@ -456,9 +456,8 @@ def test_a_port_in_use_is_told_by_make_board(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         command = ["make", "-f", makefile, "-o", "install", "board", f"BIN={tmp_path}/bin", f"PORT={port}"]
-        alone = {
-            name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-        }  # also in `make test`
+        # `make test` tells its own make what it was started with, and this one would take it from there.
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False, env=alone
         )
