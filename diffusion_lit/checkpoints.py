@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from diffusion_lit.export import is_export, read_export
+from diffusion_lit.hardware import channels_last_pays
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def load_module(path: str | Path) -> Any:
     _described(checkpoint, "hyper_parameters", "module", path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = cast(LightningModule, _build(LightningModule, checkpoint, path))
+        module: Any = _build(LightningModule, checkpoint, path)
+    if hasattr(module, "net") and channels_last_pays("cpu"):
+        module.net.to(memory_format=torch.channels_last)
     return module.eval()
 
 

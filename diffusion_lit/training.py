@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace, _typehints
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
@@ -40,7 +39,7 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.checkpoints import find_last, read_checkpoint
 from diffusion_lit.export import is_export
-from diffusion_lit.hardware import bf16_pays, device_type, use_threads
+from diffusion_lit.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.precision import TrainInBf16
 from diffusion_lit.saving import SafeCheckpointIO, quiet_writer_threads
 from diffusion_lit.stopping import RunStopped, explain
@@ -137,7 +136,7 @@ class CLI(LightningCLI):
             "--channels_last",
             type=bool | None,
             default=None,
-            help="Keeps feature maps in the layout NHWC; by default on CUDA, where tensor cores want it.",
+            help="Keeps feature maps in the layout NHWC; by default on CUDA and, in float32, on x86 CPUs.",
         )
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
@@ -243,8 +242,10 @@ class CLI(LightningCLI):
         """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
         self._refuse_what_the_data_decides()
         chosen = self.config[self.subcommand].get("channels_last")
-        on_cuda = isinstance(self.trainer.accelerator, CUDAAccelerator) and hasattr(self.model, "net")
-        if on_cuda if chosen is None else chosen:
+        if chosen is None:
+            device = self.trainer.strategy.root_device.type
+            chosen = hasattr(self.model, "net") and channels_last_pays(device, self.trainer.precision)
+        if chosen:
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay

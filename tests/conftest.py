@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = str(Path(__file__).resolve().parent.parent)
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # OpenMP's threads do not survive a fork, and some tests fork ranks
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 logging.raiseExceptions = False  # Lightning's log handler keeps a stream that pytest has closed
 

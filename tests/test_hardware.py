@@ -11,6 +11,7 @@ from test_faults import FIT, LAST, read, same_training
 
 from diffusion_lit import hardware
 from diffusion_lit.callbacks import NonFiniteGuard
+from diffusion_lit.checkpoints import load_module
 from diffusion_lit.modules import EDM
 
 CHURN = """
@@ -122,7 +123,40 @@ def test_what_the_user_types_stands(lightning, watched, monkeypatch, capsys):
     lightning(*FIT, "--trainer.max_steps=1", "--trainer.precision=32-true", optimizer)
     assert watched[True] == {torch.float32}
     assert not read(LAST)["optimizer_states"][0]["param_groups"][0]["fused"]
-    assert "training in 32-true; AdamW." in capsys.readouterr().out
+    said = next(line for line in capsys.readouterr().out.splitlines() if "training in" in line)
+    assert "training in 32-true;" in said and said.endswith("; AdamW.")
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "typed", "layout"),
+    [
+        ("32-true", "x86_64", None, "NHWC"),
+        ("bf16-mixed", "x86_64", None, "NCHW"),
+        ("32-true", "aarch64", None, "NCHW"),
+        ("32-true", "x86_64", "false", "NCHW"),
+        ("bf16-mixed", "x86_64", "true", "NHWC"),
+    ],
+)
+def test_feature_maps_lie_as_convolutions_want_them(lightning, monkeypatch, capsys, precision, machine, typed, layout):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
+    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: False)
+    formats, step = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}, EDM.training_step
+    seen = []
+
+    def watching(module, batch, batch_idx):
+        handle = module.net.middle[0].register_forward_hook(lambda _, __, made: seen.append(made))
+        try:
+            return step(module, batch, batch_idx)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(EDM, "training_step", watching)
+    more = [] if typed is None else [f"--channels_last={typed}"]
+    lightning(*FIT, "--trainer.max_steps=1", f"--trainer.precision={precision}", *more)
+    assert seen and all(made.is_contiguous(memory_format=formats[layout]) for made in seen)
+    assert ("; NHWC;" in capsys.readouterr().out) == (layout == "NHWC")
+    loaded = load_module(LAST).net.middle[0].block.conv0.weight
+    assert loaded.is_contiguous(memory_format=formats["NHWC" if machine == "x86_64" else "NCHW"])
 
 
 @pytest.mark.parametrize("recorded", ["32-true", None])

@@ -245,7 +245,7 @@ def test_without_attention_a_shift_of_the_image_shifts_the_prediction():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
     for norm in (m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)):
-        norm.forward = lambda x: x  # its statistics see the whole image
+        norm.forward = lambda x, *modulation: x  # its statistics see the whole image
     net = net.double().requires_grad_(False)
     inner = torch.zeros(1, 1, 160, 160, dtype=torch.float64)
     inner[..., 76:84, 76:84] = torch.randn(8, 8, dtype=torch.float64)

@@ -41,15 +41,37 @@ def test_group_norm(channels, groups):
     torch.testing.assert_close(layer(x), norm_by_hand(x, layer), rtol=1e-12, atol=1e-12)
 
 
-def test_group_norm_of_bfloat16_has_the_statistics_of_float32():
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+
+
+@LAYOUTS
+def test_modulated_group_norm_is_its_formula_and_so_are_its_gradients(layout):
+    layer = perturbed(GroupNorm(12))
+    x = (torch.randn(3, 12, 4, 5, dtype=torch.float64) * 3 + 1).contiguous(memory_format=layout)
+    scale, shift = torch.randn(2, 3, 12, dtype=torch.float64)
+    inputs = [value.requires_grad_() for value in (x, scale, shift)]
+    parameters = [*layer.parameters()]
+    made = layer(*inputs)
+    expected = norm_by_hand(x, layer) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    found, right = (torch.autograd.grad((y * weights).sum(), inputs + parameters) for y in (made, expected))
+    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("modulated", [False, True])
+def test_group_norm_of_bfloat16_has_the_statistics_of_float32(layout, modulated):
     """A mean far from zero is what rounded statistics get wrong: 100 +- 1 becomes 100 +- 0.5 in bfloat16 steps."""
     layer = GroupNorm(16)
     torch.manual_seed(0)
-    x = (torch.randn(4, 16, 16, 16) + 30).bfloat16()
-    exact = layer(x.float())
+    x = (torch.randn(4, 16, 16, 16) + 30).bfloat16().contiguous(memory_format=layout)
+    modulation = (torch.rand(2, 4, 16) - 0.5).bfloat16() if modulated else ()
+    exact = layer(x.float(), *(value.float() for value in modulation))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = layer(x)
-    assert (half.float() - exact).abs().max() < 0.02
+        half = layer(x, *modulation)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().max() < 0.02 * (2 if modulated else 1)  # half a step at 4 is 0.016, at 8 0.031
 
 
 @pytest.mark.parametrize(("channels", "head_channels", "heads"), [(24, 8, 3), (24, 24, 1), (24, 64, 1), (24, 7, 4)])

@@ -4,6 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -123,10 +124,12 @@ def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
     kinds = [f"{'fused ' if one.param_groups[0].get('fused') else ''}{type(one).__name__}" for one in optimizers]
     ranks = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     where = f"{ranks}{describe(pl_module.device.type)}"
+    weights = [one for one in pl_module.parameters() if one.dim() == 4 and not one.is_contiguous()]
+    layout = "; NHWC" if any(one.is_contiguous(memory_format=torch.channels_last) for one in weights) else ""
     return [
-        f"On {where}: training in {trainer.precision}{figures}; {', '.join(kinds)}.",
-        "Chosen by the hardware; --trainer.precision 32-true, --model.init_args.optimizer.init_args.fused false and "
-        "OMP_NUM_THREADS=N say otherwise.",
+        f"On {where}: training in {trainer.precision}{figures}{layout}; {', '.join(kinds)}.",
+        "Chosen by the hardware; --trainer.precision 32-true, --channels_last false, OMP_NUM_THREADS=N and "
+        "--model.init_args.optimizer.init_args.fused false say otherwise.",
     ]
 
 

@@ -42,8 +42,26 @@ class GroupNorm(nn.GroupNorm):
         most = max(1, min(32, channels // 4))
         super().__init__(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (B, C, H, W); the statistics are in float32 or wider, the result has x's dtype."""
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Normalise x (B, C, H, W), and modulate it to norm(x) * (1 + scale) + shift where these (B, C) are given.
+
+        The statistics are in float32 or wider, the result has x's dtype.
+        """
+        if scale is None or shift is None:
+            return self.normalise(x)
+        gain, shift = scale.to(self.weight.dtype) + 1, shift.to(self.weight.dtype)
+        if x.device.type == "cpu" and x.is_contiguous() and not torch.compiler.is_compiling():
+            # As one image of B C channels, each with a gain and an offset of its own, which the kernel applies in its
+            # one pass over memory. A pass for the modulation alone took 3 times as long as that (bf16, Xeon with AMX).
+            batch, channels = x.shape[:2]
+            joined = x.reshape(1, batch * channels, *x.shape[2:])
+            weight, bias = (self.weight * gain).flatten(), torch.addcmul(shift, self.bias, gain).flatten()
+            return F.group_norm(joined, batch * self.num_groups, weight, bias, self.eps).view_as(x)
+        shift, gain = (v.to(x.dtype)[:, :, None, None] for v in (shift, gain))
+        return torch.addcmul(shift, self.normalise(x), gain)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W)."""
         if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != "cpu":
             # CUDA keeps the statistics of a bfloat16 input in bfloat16; the CPU kernel keeps them in float32.
             return super().forward(x.float()).to(x.dtype)

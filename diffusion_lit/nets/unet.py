@@ -92,13 +92,12 @@ class ResBlock(nn.Module):
 
     def modulate(self, y: Tensor, emb: Tensor | None) -> Tensor:
         """Normalise y (B, C, H, W) under the embedding."""
-        if self.affine is not None:
-            params = self.affine(emb)[:, :, None, None].to(y.dtype)
-            if self.adaptive_scale:
-                scale, shift = params.chunk(2, dim=1)
-                return torch.addcmul(shift, self.norm1(y), scale + 1)
-            y = y + params
-        normalised: Tensor = self.norm1(y)
+        if self.affine is None:
+            normalised: Tensor = self.norm1(y)
+        elif self.adaptive_scale:
+            normalised = self.norm1(y, *self.affine(emb).chunk(2, dim=1))
+        else:
+            normalised = self.norm1(y + self.affine(emb)[:, :, None, None].to(y.dtype))
         return normalised
 
 
