@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator, keyed_seed
+from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator, keyed_seed, seed_default_generators
 
 
 def test_the_same_key_gives_the_same_draws_and_any_other_key_others():
@@ -16,6 +16,18 @@ def test_the_same_key_gives_the_same_draws_and_any_other_key_others():
 def test_a_seed_is_the_same_in_every_process():
     first_eight_bytes = "8c44531c555cc376"  # of: printf "('train', 0)" | sha256sum
     assert keyed_seed("train", 0) == int.from_bytes(bytes.fromhex(first_eight_bytes), "little") // 2
+
+
+def test_default_generators_are_seeded_as_torch_does_it(monkeypatch):
+    torch.manual_seed(2**62 + 5)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    seed_default_generators(2**62 + 5, torch.device("cpu"))
+    assert torch.equal(torch.randn(3), expected)
+    told = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", told.append)
+    seed_default_generators(7, torch.device("cuda", 1))
+    assert told == [7] and torch.default_generator.initial_seed() == 7
 
 
 def test_global_state_is_neither_read_nor_moved():

@@ -36,6 +36,21 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
     return torch.Generator(device).manual_seed(keyed_seed(*key))
 
 
+def seed_default_generators(seed: int, device: torch.device) -> None:
+    """Seeds torch's default generators of the CPU and of a device, as `torch.manual_seed` does for every kind there is.
+
+    For each kind of device that is absent `torch.manual_seed` writes down the whole stack of its call, which in a
+    training step takes 0.6 ms against 0.006 here (2 cores of a Xeon).
+
+    Args:
+        seed: In [0, 2^63).
+        device: The device; an accelerator's current one is seeded.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
+
+
 class SeededNoise:
     """Gaussian noise in which row i comes from a generator of its own.
 

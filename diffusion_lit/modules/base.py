@@ -20,7 +20,7 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.loss import DenoisingLoss
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
-from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
+from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed, seed_default_generators
 from diffusion_lit.modules.optim import configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
@@ -85,7 +85,8 @@ class KeyedModule(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Keys what the network draws by itself."""
-        torch.manual_seed(keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank))
+        seed = keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank)
+        seed_default_generators(seed, self.device)
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the learning-rate schedule."""
