@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace, _typehints
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -32,6 +33,7 @@ from diffusion_lit.callbacks import (
     LastCheckpoint,
     LossByNoiseLevel,
     NonFiniteGuard,
+    ProgressBar,
     RunSummary,
     SampleGrid,
     Throughput,
@@ -201,9 +203,9 @@ class CLI(LightningCLI):
         for key in ("callbacks", "plugins"):
             given = config.get(key) or []
             config[key] = given if isinstance(given, list) else [given]
-        bars = [callback for callback in [*callbacks, *config["callbacks"]] if isinstance(callback, ProgressBar)]
+        bars = [callback for callback in [*callbacks, *config["callbacks"]] if isinstance(callback, AnyProgressBar)]
         if config.get("enable_progress_bar") is not False and not bars:
-            always.append(TQDMProgressBar())  # where rich is installed, Lightning would take its "Epoch 1/-2"
+            always.append(ProgressBar())  # where rich is installed, Lightning would take its "Epoch 1/-2"
         config["plugins"].append(SafeCheckpointIO())
         if self.subcommand == "fit":
             self._suit_hardware(config)

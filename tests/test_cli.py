@@ -1,7 +1,9 @@
 """The command, run in this process: wrong input of every kind, resume, and sampling from a checkpoint alone."""
 
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +69,18 @@ def test_the_progress_bar_is_the_same_whatever_is_installed(lightning, monkeypat
     monkeypatch.setattr(callback_connector, "_RICH_AVAILABLE", True)
     lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=2", "--trainer.enable_progress_bar=true")
     assert "Epoch 0:" in "".join(capsys.readouterr())
+
+
+def test_the_progress_bar_is_drawn_twice_a_second_and_at_the_end(lightning, monkeypatch):
+    from lightning.pytorch.callbacks import TQDMProgressBar
+
+    drawn, draw = [], TQDMProgressBar.on_train_batch_end
+    monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda *args: (drawn.append(args[-1]), draw(*args)))
+    seconds = iter([10.0, 10.1, 10.4, 10.6, 10.7, 11.05, 11.2, 11.3])
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=time.perf_counter)
+    monkeypatch.setattr("diffusion_lit.callbacks.progress.time", clock)
+    lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=8", "--trainer.enable_progress_bar=true")
+    assert drawn == [0, 3, 6, 7]
 
 
 def test_a_run_leaves_everything_in_its_folder(lightning, tmp_path, capsys):

@@ -6,7 +6,7 @@ from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.guard import NonFiniteGuard
 from diffusion_lit.callbacks.noise_levels import LossByNoiseLevel
-from diffusion_lit.callbacks.progress import RunSummary, Throughput
+from diffusion_lit.callbacks.progress import ProgressBar, RunSummary, Throughput
 from diffusion_lit.callbacks.psnr import PicturePSNR
 from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
 from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
@@ -20,6 +20,7 @@ __all__ = [
     "LossByNoiseLevel",
     "NonFiniteGuard",
     "PicturePSNR",
+    "ProgressBar",
     "ReconstructionFID",
     "Reconstructions",
     "RunSummary",

@@ -64,8 +64,8 @@ class EMA(WeightAveraging):
         self.sigma_rel = sigma_rel or []
         self.gammas = [exponent(width) for width in self.sigma_rel]
         self.snapshot_every = snapshot_every
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # the average's parameter and the module's
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._weights: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the average, and of the module in that order
+        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._others: list[list[Tensor]] = []  # the averages of sigma_rel after the first
         self._step = 0
         self.half_life = half_life
@@ -89,7 +89,7 @@ class EMA(WeightAveraging):
 
     @torch.no_grad()
     def _average(self, averages: Any, currents: Any, num_averaged: Any) -> None:
-        torch._foreach_lerp_(list(averages), list(currents), 1 - self.beta())
+        torch._foreach_lerp_(averages, currents, 1 - self.beta())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -111,18 +111,19 @@ class EMA(WeightAveraging):
     def _move(self, pl_module: LightningModule) -> None:
         """Moves the first average; what `AveragedModel.update_parameters` does, without a walk through all modules."""
         assert self._average_model is not None
-        if not self._pairs:  # the parameters stay the same objects for the whole run, also where they are swapped
+        if not self._weights[0]:  # the parameters stay the same objects for the whole run, also where they are swapped
             module = self._average_model.module
-            pairs = [*zip(module.parameters(), pl_module.parameters(), strict=True)]
-            self._pairs = [pair for pair in pairs if pair[1].requires_grad]
-            self._buffers = [*zip(module.buffers(), pl_module.buffers(), strict=True)]
-        averages, currents = zip(*self._pairs, strict=True)
+            pairs = zip(module.parameters(), pl_module.parameters(), strict=True)
+            trained = [pair for pair in pairs if pair[1].requires_grad]
+            self._weights = ([mine for mine, _ in trained], [current for _, current in trained])
+            self._buffers = (list(module.buffers()), list(pl_module.buffers()))
+        averages, currents = self._weights
         if self._average_model.n_averaged == 0:
             torch._foreach_copy_(averages, currents)
         else:
             self._average(averages, currents, None)
-        for average, current in self._buffers:
-            average.copy_(current)
+        if self._buffers[0]:
+            torch._foreach_copy_(self._buffers[0], self._buffers[1])
         self._average_model.n_averaged += 1
 
     @torch.no_grad()
@@ -150,7 +151,7 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the average model; its counter stays on the host, where reading it does not wait for the device."""
         super().setup(trainer, pl_module, stage)
-        self._pairs, self._buffers = [], []
+        self._weights, self._buffers = ([], []), ([], [])
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 

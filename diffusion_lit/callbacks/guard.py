@@ -2,14 +2,15 @@
 
 Whether a step is good is decided on the device, without the host waiting for it: a flag
 
-    ok = isfinite(loss) and isfinite(sum_i ||g_i||)
+    ok = isfinite(loss) and isfinite(g_i) for every gradient g_i
 
 (over all ranks, which must agree) chooses afterwards, for each weight and each tensor of the optimizer's state, between
 the value before the step and the value after it. A bad step therefore changes nothing. The host reads the flag at the
-logging interval, before validation and at the end.
+logging interval, before validation and at the end. Where the device is the host, a good step needs no more than the
+flag.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,16 +73,17 @@ class NonFiniteGuard(Callback):
         if self._count is None:
             return
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper aside
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        ok = torch.ones((), dtype=torch.bool, device=pl_module.device) if self._loss_ok is None else self._loss_ok
+        bad = torch.zeros((), device=pl_module.device) if self._loss_ok is None else (~self._loss_ok).float()
         self._loss_ok = None
-        if getattr(trainer.precision_plugin, "scaler", None) is None and parameters:
-            norms = torch._foreach_norm([p.grad for p in parameters])
-            ok = ok & torch.isfinite(torch.stack([norm.to(ok.device) for norm in norms]).sum())
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            for grads in _alike(p.grad for group in optimizer.param_groups for p in group["params"]):
+                # What a gradient scaler uses: one pass over each gradient, which it multiplies by 1.
+                torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, torch.ones_like(bad))
         if trainer.world_size > 1:
-            bad = (~ok).float()
             torch.distributed.all_reduce(bad)
-            ok = bad == 0
+        ok = bad == 0
+        if ok.device.type == "cpu" and ok:  # the host knows already
+            return
         self._note(~ok, trainer.global_step + 1, getattr(pl_module, "sigma_range", None))
         # A checkpoint may bring groups that are not fused, to an optimizer that could be.
         fused = all(group.get("fused") for group in optimizer.param_groups)
@@ -98,7 +100,7 @@ class NonFiniteGuard(Callback):
         optimizer.found_inf = None
         before, ok = self._before, self._ok
         self._before, self._ok = {}, None
-        if ok is None or (ok.device.type == "cpu" and ok):
+        if ok is None:
             return
         for tensor in _tensors(optimizer):
             if tensor.device == ok.device:  # to take a counter on the host back, the host would have to wait
@@ -177,6 +179,15 @@ class NonFiniteGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restores the count."""
         self.skipped = state_dict["skipped"]
+
+
+def _alike(tensors: Iterable[Tensor | None]) -> Iterable[list[Tensor]]:
+    """The tensors that are there, those of the same device and type together."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return found.values()
 
 
 def _tensors(optimizer: Any) -> Iterator[Tensor]:

@@ -88,6 +88,18 @@ class KeyedModule(LightningModule):
         seed = keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank)
         seed_default_generators(seed, self.device)
 
+    def log_step(self, figures: dict[str, Tensor], batch_size: int) -> None:
+        """Logs figures of a training step and shows them on the bar, where the trainer's interval is due.
+
+        Logged in every step each would cost Lightning 0.8 ms (2 cores of a Xeon), and ranks would wait for each other.
+
+        Args:
+            figures: Scalars by their names.
+            batch_size: Number of this rank's pictures.
+        """
+        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
+            self.log_dict(figures, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the learning-rate schedule."""
         return configure_optimizers(self, *self._makers())
@@ -216,7 +228,7 @@ class DiffusionModule(PixelModel, KeyedModule):
         if augment is not None:
             x0 = augment_images(x0, augment)
         loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x0), sync_dist=True)
+        self.log_step({"train/loss": loss.detach()}, len(x0))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

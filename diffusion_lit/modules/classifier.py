@@ -49,7 +49,7 @@ class Classifier(KeyedModule):
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         accuracy = (logits.argmax(1) == labels).float().mean()
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True, batch_size=len(labels))
+        self.log_step({"train/loss": loss.detach(), "train/accuracy": accuracy}, len(labels))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -118,7 +118,7 @@ class ColdDiffusion(KeyedModule):
         """The loss of a batch `{"image": (B, C, H, W) in [-1, 1]}`."""
         image = batch["image"]
         loss = self.loss(image, "train", run_seed(), self.current_epoch, batch_idx)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image), sync_dist=True)
+        self.log_step({"train/loss": loss.detach()}, len(image))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -184,8 +184,7 @@ class VAE(KeyedModule):
         image = batch["image"]
         terms = self.terms(image, "train", run_seed(), self.current_epoch, batch_idx)
         loss = self.loss(terms, image[0].numel(), self.current_kl_weight())
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image))
-        self.log("train/kl", terms.kl.detach().mean(), batch_size=len(image))
+        self.log_step({"train/loss": loss.detach(), "train/kl": terms.kl.detach().mean()}, len(image))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
