@@ -114,12 +114,30 @@ def test_a_validation_that_was_still_to_come_is_made_up_for(lightning, unbroken,
         assert logged(run, tag) == logged("runs/unbroken/version_0", tag)
 
 
+def test_figures_of_a_step_are_logged_at_the_interval_and_only_there(lightning, unbroken, monkeypatch):
+    unbroken()
+    every = logged("runs/unbroken/version_0", "train/loss")
+    told, log = [], EDM.log_dict
+
+    def telling(module, *args, **more):
+        told.append(module.global_step)
+        log(module, *args, **more)
+
+    monkeypatch.setattr(EDM, "log_dict", telling)
+    lightning(*FIT, "--trainer.log_every_n_steps=3")
+    assert told == [2, 5]
+    assert logged(LAST.parent.parent, "train/loss") == {step: every[step] for step in told}
+
+
 def test_a_signal_during_validation_stops_at_once_and_keeps_the_steps_before(lightning, unbroken, monkeypatch, capsys):
     whole = unbroken("--trainer.val_check_interval=4")
+    said = []
+    monkeypatch.setattr("diffusion_lit.callbacks.checkpoint.rank_zero_info", said.append)
     with monkeypatch.context() as patch:
         patch.setattr(EDM, "on_validation_batch_end", lambda *args: os.kill(os.getpid(), signal.SIGINT), raising=False)
         assert ended(lightning, *FIT, "--trainer.val_check_interval=4") == 130
-    assert "The state after step 4 is saved" in capsys.readouterr().out + capsys.readouterr().err or True
+    assert "Stopped by Ctrl-C." in capsys.readouterr().err
+    assert f"The state after step 4 is saved in {LAST}" in "".join(said)
     assert read(LAST)["global_step"] == 4
     lightning(*FIT, "--trainer.val_check_interval=4", "--ckpt_path=last")
     assert same_training(read(LAST), whole)

@@ -187,8 +187,10 @@ def test_gradients_are_clipped_in_the_hardwares_precision(lightning, monkeypatch
     assert not read(LAST)["optimizer_states"][0]["param_groups"][0]["fused"]
 
 
+@pytest.mark.parametrize("scaled", [("cpu",), ()], ids=["scaled", "other devices"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_bad_step_is_left_out_also_where_the_checkpoint_changed_the_optimizers_kind(fused):
+def test_a_bad_step_is_left_out_also_where_the_checkpoint_changed_the_optimizers_kind(fused, scaled, monkeypatch):
+    monkeypatch.setattr("diffusion_lit.callbacks.guard.SCALED", scaled)
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
     optimizer.param_groups[0]["fused"] = fused  # as load_state_dict does

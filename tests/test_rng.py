@@ -45,6 +45,9 @@ def test_rows_do_not_depend_on_the_batch_they_sit_in():
         alone = SeededNoise([seed])
         assert torch.equal(alone(torch.empty(1, *shape))[0], first[index])
         assert torch.equal(alone(torch.empty(1, *shape))[0], second[index])
+        generator = keyed_generator("sample", seed)
+        assert torch.equal(first[index], torch.randn(shape, generator=generator))
+        assert torch.equal(second[index], torch.randn(shape, generator=generator))
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
 

@@ -21,6 +21,9 @@ from torch import Tensor
 from diffusion_lit.stopping import RunStopped
 
 CHOICES = ("stop", "skip", "off")
+# Devices whose kernels for gradient scaling are sound in every version of torch that is supported: on MPS they set half
+# gradients to zero (pytorch/pytorch#184286), and fused optimizers did not leave a bad step out (#186360).
+SCALED = ("cpu", "cuda")
 
 
 class NonFiniteGuard(Callback):
@@ -77,8 +80,10 @@ class NonFiniteGuard(Callback):
         self._loss_ok = None
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             for grads in _alike(p.grad for group in optimizer.param_groups for p in group["params"]):
-                # What a gradient scaler uses: one pass over each gradient, which it multiplies by 1.
-                torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, torch.ones_like(bad))
+                if bad.device.type in SCALED:  # a gradient scaler's check: one pass, which multiplies by 1
+                    torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, torch.ones_like(bad))
+                else:
+                    bad = bad.maximum((~torch.isfinite(torch.nn.utils.get_total_norm(grads))).float())
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad)
         ok = bad == 0
@@ -86,7 +91,7 @@ class NonFiniteGuard(Callback):
             return
         self._note(~ok, trainer.global_step + 1, getattr(pl_module, "sigma_range", None))
         # A checkpoint may bring groups that are not fused, to an optimizer that could be.
-        fused = all(group.get("fused") for group in optimizer.param_groups)
+        fused = bad.device.type in SCALED and all(group.get("fused") for group in optimizer.param_groups)
         if fused and getattr(optimizer, "_step_supports_amp_scaling", False):  # it leaves a step out by itself
             optimizer.found_inf, optimizer.grad_scale = (~ok).float(), None
             return

@@ -81,5 +81,7 @@ class SeededNoise:
                 f"Noise for {x.shape[0]} samples was asked of {len(self.generators)} seeds; give one each."
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = [torch.randn(x.shape[1:], generator=generator, dtype=dtype) for generator in self.generators]
-        return torch.stack(rows).to(device=x.device, dtype=x.dtype)
+        noise = torch.empty(x.shape, dtype=dtype)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(device=x.device, dtype=x.dtype)
