@@ -42,6 +42,7 @@ from diffusion_lit.callbacks import (
 from diffusion_lit.checkpoints import find_last, read_checkpoint
 from diffusion_lit.export import is_export
 from diffusion_lit.hardware import bf16_pays, channels_last_pays, device_type, use_threads
+from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.precision import TrainInBf16
 from diffusion_lit.saving import SafeCheckpointIO, quiet_writer_threads
 from diffusion_lit.stopping import RunStopped, explain
@@ -246,7 +247,8 @@ class CLI(LightningCLI):
         chosen = self.config[self.subcommand].get("channels_last")
         if chosen is None:
             device = self.trainer.strategy.root_device.type
-            chosen = hasattr(self.model, "net") and channels_last_pays(device, self.trainer.precision)
+            ours = isinstance(self.model, KeyedModule) and hasattr(self.model, "net")
+            chosen = ours and channels_last_pays(device, self.trainer.precision)
         if chosen:
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):

@@ -159,6 +159,22 @@ def test_feature_maps_lie_as_convolutions_want_them(lightning, monkeypatch, caps
     assert loaded.is_contiguous(memory_format=formats["NHWC" if machine == "x86_64" else "NCHW"])
 
 
+@pytest.mark.parametrize("layouts", [("false", "true"), ("true", "false")])
+def test_a_run_goes_on_in_another_layout(lightning, layouts):
+    """A fused optimizer goes through weights and moments by address: laid differently, they would be mixed up."""
+    run = [*FIT, "--trainer.precision=32-true"]
+    lightning(*run, "--trainer.max_steps=6", f"--channels_last={layouts[0]}", "--name=whole")
+    whole = read("runs/whole/version_0/checkpoints/last.ckpt")["optimizer_states"][0]
+    assert whole["param_groups"][0]["fused"]
+    lightning(*run, "--trainer.max_steps=3", f"--channels_last={layouts[0]}")
+    lightning(*run, "--trainer.max_steps=6", f"--channels_last={layouts[1]}", "--ckpt_path=last")
+    crossed = read(LAST)["optimizer_states"][0]
+    for index, state in whole["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected, made = state[name], crossed["state"][index][name]
+            torch.testing.assert_close(made, expected, rtol=0, atol=0.01 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("recorded", ["32-true", None])
 def test_a_run_goes_on_in_the_precision_that_it_was_started_in(lightning, watched, monkeypatch, recorded):
     monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: False)

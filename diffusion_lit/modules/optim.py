@@ -78,6 +78,7 @@ def configure_optimizers(
         Lightning's optimizer configuration.
     """
     built = _fused(optimizer, [parameter for parameter in module.parameters() if parameter.requires_grad], module)
+    built.register_load_state_dict_post_hook(lay_as_weights)
     if lr_scheduler is None:
         return built
     scheduler = lr_scheduler(built)
@@ -93,6 +94,22 @@ def configure_optimizers(
         never = {"interval": "step", "frequency": sys.maxsize}  # by Lightning; by `step_plateau` after each validation
         return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss", **never}}
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def lay_as_weights(optimizer: Optimizer) -> None:
+    """Lays the state of an optimizer in memory as its weights lie there.
+
+    A checkpoint may come from a run whose feature maps had another layout (NCHW on a CPU in bf16, NHWC on a GPU), and a
+    fused optimizer goes through weights and state by address: it would mix up the moments without a word.
+
+    Args:
+        optimizer: One that has just read its state.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            laid = isinstance(value, Tensor) and value.shape == parameter.shape
+            if laid and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 def step_plateau(module: "LightningModule") -> None:
