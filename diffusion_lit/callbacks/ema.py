@@ -8,7 +8,6 @@ different widths are kept at once where `sigma_rel` lists them: the first is the
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from diffusion_lit.averaging import Snapshots, exponent, power_beta
 from diffusion_lit.ranks import images_of
+from diffusion_lit.run_folder import WritesToRunFolder, run_folder
 
 
-class EMA(WeightAveraging):
+class EMA(WritesToRunFolder, WeightAveraging):
     """Averages the weights with a half-life counted in training images, ramped up at the start.
 
     After each step of B images the average moves by `1 - beta` towards the raw weights, with
@@ -31,7 +31,7 @@ class EMA(WeightAveraging):
     the average of any other width after training: `python -m experiments.posthoc_ema`.
 
     Args:
-        half_life: Images after which an old weight counts half.
+        half_life: Images after which an old weight counts half; `null` with `decay` or `sigma_rel`, which go before it.
         ramp_up: The half-life is at most this share of the images seen so far, so that the random start is soon
             forgotten; `null` for none.
         decay: A fixed beta in [0, 1) per step instead of a half-life.
@@ -45,7 +45,7 @@ class EMA(WeightAveraging):
 
     def __init__(
         self,
-        half_life: float = 50_000,
+        half_life: float | None = 50_000,
         ramp_up: float | None = 0.05,
         decay: float | None = None,
         sigma_rel: list[float] | None = None,
@@ -53,7 +53,9 @@ class EMA(WeightAveraging):
     ) -> None:
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"EMA decay is {decay}; it must be at least 0 and below 1.")
-        if half_life <= 0:
+        if half_life is None and decay is None and not sigma_rel:
+            raise ValueError("EMA half_life is null; give a number of images, or decay or sigma_rel in its place.")
+        if half_life is not None and not half_life > 0:
             raise ValueError(f"EMA half_life is {half_life} images; it must be above 0.")
         if sigma_rel is not None and (decay is not None or not sigma_rel or len(set(sigma_rel)) < len(sigma_rel)):
             raise ValueError(
@@ -83,6 +85,7 @@ class EMA(WeightAveraging):
         if self.decay is not None:
             return self.decay
         half_life = self.half_life
+        assert half_life is not None
         if self.ramp_up is not None:
             half_life = min(half_life, self.ramp_up * self._images_seen)
         return math.exp2(-self._batch_size / max(half_life, 1e-8))
@@ -141,7 +144,7 @@ class EMA(WeightAveraging):
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         first = dict(self._average_model.module.named_parameters())
         averages: list[list[Tensor]] = [[first[name] for name in names], *self._others]
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "averages"
+        folder = run_folder(trainer) / "averages"
         try:
             for width, average in zip(self.sigma_rel, averages, strict=True):
                 Snapshots.write(folder, self._step, width, dict(zip(names, average, strict=True)))

@@ -14,6 +14,7 @@ from diffusion_lit.evaluation.receipt import hardware
 from diffusion_lit.hardware import describe
 from diffusion_lit.precision import TrainInBf16
 from diffusion_lit.ranks import images_of
+from diffusion_lit.run_folder import WritesToRunFolder, run_folder
 from diffusion_lit.saving import TensorBoardLogger
 
 
@@ -73,7 +74,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_epoch_end(trainer, pl_module)
 
 
-class RunSummary(Callback):
+class RunSummary(WritesToRunFolder):
     """Tells what the hardware decided when training starts, and what the run reached and left when it ends."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,7 +90,9 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the summary on rank 0."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            return
+        folder = run_folder(trainer)
         lines = ["", "The run is over."]
         for label, value in self._figures(trainer):
             lines.append(f"  {label + ':':<22}{value}")
@@ -105,8 +108,7 @@ class RunSummary(Callback):
             if found:
                 lines.append(f"  {label + ':':<22}{_short(found[-1])}")
         lines += [f"  {'everything else:':<22}{_short(folder)}", "  to see it in TensorBoard, run: make board", ""]
-        if trainer.is_global_zero:
-            print("\n".join(lines))
+        print("\n".join(lines))
 
     def _figures(self, trainer: Trainer) -> list[tuple[str, str]]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -3,38 +3,23 @@
 Seeds and labels are fixed, so that the grids of different epochs show the same samples at different ages.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.pictures import StepRecorder, grid_image, log_image, png_bytes, save_gif
+from diffusion_lit.run_folder import WritesToRunFolder, run_folder
 
 if TYPE_CHECKING:
     from diffusion_lit.modules.base import DiffusionModule
 
 
-def run_folder(trainer: Trainer, name: str) -> Path:
-    """A folder under the run's own, made if need be.
-
-    Args:
-        trainer: The trainer, whose logger knows the run's folder.
-        name: Name of the folder.
-
-    Returns:
-        Its path.
-    """
-    folder = Path(trainer.log_dir or trainer.default_root_dir) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-class Pictures(Callback):
+class Pictures(WritesToRunFolder):
     """Draws samples with fixed seeds after validation; subclasses say which and how they are shown.
 
     Args:
@@ -98,7 +83,8 @@ class Pictures(Callback):
             return
         encoded, ending = (gif, "gif") if gif is not None else (png_bytes(image), "png")
         try:
-            folder = run_folder(trainer, name)
+            folder = run_folder(trainer) / name
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / f"step_{trainer.global_step:07d}.{ending}").write_bytes(encoded)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
