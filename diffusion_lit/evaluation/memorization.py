@@ -5,9 +5,14 @@ the distribution and not the pictures draws samples whose r is distributed as th
 taken out of the held-out set in turn), since training and held-out pictures are exchangeable. Two things follow.
 
 A single sample is a copy when its r is too small for one of n. Near 0 the distribution of r is a power law, as
-distances to nearest neighbours are: `F(r) = (k/m) (r / r_k)^D` below the k-th smallest of m held-out values, D by
-Hill's estimator from these k. A sample with n F(r) < 0.01 is a copy, and with probability 0.99 there is none among n
-samples by chance.
+distances to nearest neighbours are: below the k-th smallest of m held-out values, `y = log(r_k / r)` is exponential
+with an unknown rate. The k - 1 smaller held-out values give independent draws of it, whose sum is S, so that a further
+value is as deep as y with the predictive probability
+
+    P(r) = k / (m + 1) * (1 + y / S)^(1 - k)
+
+which holds for every k and m, however few: no estimate of the rate is taken for the truth. A sample with n P(r) < 0.01
+is a copy, and by Bonferroni's inequality the probability that there is one among n samples by chance is at most 0.01.
 
 Many samples may lean to training pictures though none is a copy. Of n samples K lie below the 1% quantile of the
 held-out r, the j-th smallest of m values; that there are so many or more has the exact probability of a beta-binomial
@@ -169,22 +174,25 @@ def compare(
 
 
 def tail_probability(ratio: Tensor, real: Tensor) -> Tensor:
-    """Probability that a held-out picture has so small an r, by the power law of the smallest ones.
+    """Probability that a further held-out picture has so small an r, predicted from the smallest ones.
 
     Args:
         ratio: Values of r, float64 (n,).
-        real: Those of the held-out pictures, rising, float64 (m,).
+        real: Those of the m held-out pictures, rising, float64 (m,).
 
     Returns:
-        F(r) of each, exact only below the k-th smallest held-out value, and 1 above.
+        P(r) of each, (n,): 1 from the k-th smallest held-out value on, at least the share of held-out values that are
+        not larger, and 1 everywhere where the held-out values have no tail to predict from.
     """
-    count = min(len(real), max(10, round(TAIL * len(real))))
+    count, total = min(len(real), max(10, round(TAIL * len(real)))), len(real) + 1
     largest = real[count - 1]
-    if largest <= 0:
+    sum_of_depths = torch.log(largest / real[: count - 1].clamp(min=1e-12)).sum()
+    if not (largest > 0 and torch.isfinite(largest) and sum_of_depths > 1e-6):  # copies or ties among real pictures
         return torch.ones_like(ratio)
-    steepness = 1 / torch.log(largest / real[: count - 1].clamp(min=1e-12)).mean().clamp(min=1e-12)
-    inside = count / len(real) * (ratio / largest).clamp(max=1) ** steepness
-    return torch.where(ratio < largest, inside, 1.0)
+    depth = torch.log(largest / ratio).clamp(min=0)
+    predicted = count / total * (1 + depth / sum_of_depths) ** (1 - count)
+    seen = torch.searchsorted(real, ratio.contiguous(), right=True) / total
+    return torch.where(ratio < largest, torch.maximum(predicted, seen), 1.0)
 
 
 def chance_of(below: int, count: int, rank: int, held_out: int) -> float:
