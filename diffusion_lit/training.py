@@ -39,6 +39,7 @@ from diffusion_lit.callbacks import (
     Throughput,
     Trajectory,
 )
+from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.checkpoints import find_last, read_checkpoint
 from diffusion_lit.export import is_export
 from diffusion_lit.hardware import bf16_pays, channels_last_pays, device_type, use_threads
@@ -190,12 +191,6 @@ class CLI(LightningCLI):
         if logger is not None and logger.get("name") in (None, "lightning_logs"):
             logger.name = config.name
 
-    def before_instantiate_classes(self) -> None:
-        """Keeps the interval of validation within the run, so that a short run is validated and drawn too."""
-        trainer = self.config[self.subcommand].trainer
-        if isinstance(trainer.val_check_interval, int) and 0 < (trainer.max_steps or -1) < trainer.val_check_interval:
-            trainer.val_check_interval = trainer.max_steps
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
         always: list[Callback] = [Throughput(), RunSummary(), Cost()]
@@ -210,7 +205,9 @@ class CLI(LightningCLI):
         config["plugins"].append(SafeCheckpointIO())
         if self.subcommand == "fit":
             self._suit_hardware(config)
-        return super()._instantiate_trainer(config, [*callbacks, *always])
+        trainer = super()._instantiate_trainer(config, [*callbacks, *always])
+        trainer.fit_loop = RunLoop(trainer)
+        return trainer
 
     def _suit_hardware(self, config: dict[str, Any]) -> None:
         """Fills in what the user left to the hardware: threads, precision, and how cuDNN chooses its kernels.

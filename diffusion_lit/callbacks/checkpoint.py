@@ -86,7 +86,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, with the metrics of the validation."""
         if trainer.state.fn == "fit" and trainer.fit_loop._should_accumulate():
-            self._due = True
+            self._due = True  # a validation that is not counted in steps: by time, or by epochs
         else:
             super().on_validation_end(trainer, pl_module)
 

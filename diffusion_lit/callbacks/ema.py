@@ -74,7 +74,8 @@ class EMA(WritesToRunFolder, WeightAveraging):
         self.ramp_up = ramp_up
         self.decay = decay
         self._images_seen = 0
-        self._batch_size = 1
+        self._batch_size = 1  # images of the last step, all its batches and ranks
+        self._since_step = 0  # images since then
         self._swapped = False
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
@@ -98,12 +99,12 @@ class EMA(WritesToRunFolder, WeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Counts the images and moves the average after each optimizer step."""
-        images = images_of(batch, trainer)
-        self._images_seen += images
-        self._batch_size = images * trainer.accumulate_grad_batches
+        self._since_step += images_of(batch, trainer)
         self._step = trainer.global_step
         if self._step == self._latest_update_step:
             return
+        self._batch_size, self._since_step = self._since_step, 0
+        self._images_seen += self._batch_size
         self._move(pl_module)
         self._latest_update_step = self._step
         self._move_others(pl_module)

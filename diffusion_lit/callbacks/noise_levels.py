@@ -4,7 +4,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.modules.base import DiffusionModule
 
 
@@ -38,8 +37,7 @@ class LossByNoiseLevel(Callback):
         x0 = pl_module.x0(batch, "val", batch_idx)
         label = batch.get("label") if pl_module.num_classes else None
         scaling = pl_module.denoiser.scaling
-        generator = keyed_generator("loss_by_sigma", batch_idx, trainer.global_rank, device=x0.device)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        noise = pl_module.keyed_noise(x0.shape, "loss_by_sigma", index=batch["index"])
         for level in self.sigmas:
             if scaling.sigma_min <= level <= scaling.sigma_max:
                 sigma = torch.full((len(x0),), level, device=x0.device)

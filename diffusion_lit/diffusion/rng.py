@@ -5,7 +5,7 @@ batch size, nor the number of ranks changes what is drawn. A key is any tuple of
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -49,6 +49,27 @@ def seed_default_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
+
+
+BLOCK = 64  # images of a split that share a generator
+
+
+def drawn_by_index(index: Tensor, draw: Callable[[torch.Generator], Tensor], *key: int | str) -> Tensor:
+    """Draws for held-out images: each image's own, whatever batch and rank it falls to.
+
+    Images 0 to 63 of a split share a generator, 64 to 127 the next, so that no image needs one of its own.
+
+    Args:
+        index: Rows of the split, int64 (B,), on the device that draws.
+        draw: Makes the draws of `BLOCK` images from a generator, as the rows of a tensor.
+        key: Names the draw.
+
+    Returns:
+        The rows of these images.
+    """
+    blocks, which = torch.unique(index // BLOCK, return_inverse=True)
+    drawn = [draw(keyed_generator(*key, block, device=index.device)) for block in blocks.tolist()]
+    return torch.cat(drawn)[which * BLOCK + index % BLOCK]
 
 
 class SeededNoise:

@@ -20,7 +20,7 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.loss import DenoisingLoss
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
-from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed, seed_default_generators
+from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
 from diffusion_lit.modules.optim import configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
@@ -69,16 +69,21 @@ class KeyedModule(LightningModule):
         """Number of ranks, and this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
 
-    def keyed_noise(self, shape: torch.Size, *key: int | str) -> Tensor:
+    def keyed_noise(self, shape: torch.Size, *key: int | str, index: Tensor | None = None) -> Tensor:
         """Draws standard normal noise for the global batch and takes this rank's rows.
 
         Args:
             shape: Shape (B, ...) of this rank's batch.
             key: Names the draw.
+            index: Rows (B,) of the split for held-out images, of which each has its own draw whatever batch and rank
+                it falls to.
 
         Returns:
             This rank's rows, of this shape.
         """
+        if index is not None:
+            size, device = (BLOCK, *shape[1:]), self.device
+            return drawn_by_index(index.to(device), lambda draw: torch.randn(size, generator=draw, device=device), *key)
         world, rank = self.ranks
         generator = keyed_generator(*key, device=self.device)
         return torch.randn(shape[0] * world, *shape[1:], generator=generator, device=self.device)[rank::world]
@@ -242,8 +247,10 @@ class DiffusionModule(PixelModel, KeyedModule):
     def _held_out_loss(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         x0 = self.x0(batch, split, batch_idx)
         label = batch.get("label") if self.num_classes else None
-        draws = self.draw(None, x0.shape, split, batch_idx)
-        loss = self.loss(self.denoiser, x0, draws.sigma, draws.noise, label).mean()
+        noise = self.keyed_noise(x0.shape, split, index=batch["index"])
+        index = batch["index"].to(self.device)
+        sigma = drawn_by_index(index, lambda draw: self.noise_levels.sample(BLOCK, draw), split, "sigma")
+        loss = self.loss(self.denoiser, x0, self.denoiser.scaling.clamp(sigma), noise, label).mean()
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(x0), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

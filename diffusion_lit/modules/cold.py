@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
 from diffusion_lit.diffusion.degradations import Blur, Degradation
 from diffusion_lit.diffusion.generate import StepCallback, check_labels
-from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator
+from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keyed_generator
 from diffusion_lit.evaluation.features import take
 from diffusion_lit.modules.base import KeyedModule, run_seed
 
@@ -96,21 +96,27 @@ class ColdDiffusion(KeyedModule):
         self.mean.copy_(mean)
         self.components.copy_(components)
 
-    def loss(self, x0: Tensor, *key: int | str) -> Tensor:
+    def loss(self, x0: Tensor, *key: int | str, index: Tensor | None = None) -> Tensor:
         """The mean absolute error of restored pictures, each degraded by its own number of steps.
 
         Args:
             x0: Pictures (B, C, H, W) in [-1, 1].
             key: Names the draw, which is made for the global batch.
+            index: Rows of the split for held-out images; see `keyed_noise`.
 
         Returns:
             A scalar.
         """
         world, rank = self.ranks
-        generator = keyed_generator("steps", *key, device=self.device)
-        last = self.degradation.num_steps + 1
-        t = torch.randint(1, last, (len(x0) * world,), generator=generator, device=self.device)[rank::world]
-        noise = self.keyed_noise(x0[:, :1].shape, "degradation", *key)
+
+        def steps(count: int, generator: torch.Generator) -> Tensor:
+            return torch.randint(1, self.degradation.num_steps + 1, (count,), generator=generator, device=self.device)
+
+        if index is None:
+            t = steps(len(x0) * world, keyed_generator("steps", *key, device=self.device))[rank::world]
+        else:
+            t = drawn_by_index(index.to(self.device), lambda draw: steps(BLOCK, draw), "steps", *key)
+        noise = self.keyed_noise(x0[:, :1].shape, "degradation", *key, index=index)
         loss: Tensor = (self(self.degradation(x0, t, noise), t) - x0).abs().mean()
         return loss
 
@@ -123,14 +129,15 @@ class ColdDiffusion(KeyedModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss under draws that are the same at every epoch."""
-        self._held_out("val", batch["image"], batch_idx)
+        self._held_out("val", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss on the test split."""
-        self._held_out("test", batch["image"], batch_idx)
+        self._held_out("test", batch)
 
-    def _held_out(self, split: str, image: Tensor, batch_idx: int) -> None:
-        loss = self.loss(image, split, batch_idx)
+    def _held_out(self, split: str, batch: dict[str, Tensor]) -> None:
+        image = batch["image"]
+        loss = self.loss(image, split, index=batch["index"])
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -165,8 +165,11 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         else:
             mirrored = self._data().mirrored(self.current_epoch, batch_idx) if split == "train" else None
             posterior = cache.posterior(batch["index"], mirrored)
-        key = (split, run_seed(), self.current_epoch, batch_idx) if split == "train" else (split, batch_idx)
-        return self.space.standardise(posterior.sample(self.keyed_noise(posterior.mean.shape, "posterior", *key)))
+        training = split == "train"
+        key = (split, run_seed(), self.current_epoch, batch_idx) if training else (split,)
+        index = None if training else batch["index"]
+        noise = self.keyed_noise(posterior.mean.shape, "posterior", *key, index=index)
+        return self.space.standardise(posterior.sample(noise))
 
     def encode(self, images: Tensor) -> Tensor:
         """Standardised latents of pictures, the means of their posteriors.

@@ -140,18 +140,19 @@ class VAE(KeyedModule):
         """Shape (C, H, W) of a picture."""
         return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
 
-    def terms(self, image: Tensor, *key: int | str) -> Terms:
+    def terms(self, image: Tensor, *key: int | str, index: Tensor | None = None) -> Terms:
         """The terms of the loss.
 
         Args:
             image: Pictures (B, C, H, W) in [-1, 1].
             key: Names the draw of the posterior's noise.
+            index: Rows of the split for held-out images; see `keyed_noise`.
 
         Returns:
             The terms, not yet weighted.
         """
         posterior = self.net.encode(image)
-        noise = self.keyed_noise(posterior.mean.shape, "posterior", *key)
+        noise = self.keyed_noise(posterior.mean.shape, "posterior", *key, index=index)
         x_hat = self.net.decode(posterior.sample(noise))
         kl = posterior.kl().flatten(1).sum(1)
         lpips = kl.new_zeros(())
@@ -189,16 +190,16 @@ class VAE(KeyedModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss under draws that are the same at every epoch, and how good reconstructions are."""
-        self._held_out("val", batch, batch_idx)
+        self._held_out("val", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same on the test split."""
-        self._held_out("test", batch, batch_idx)
+        self._held_out("test", batch)
 
-    def _held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def _held_out(self, split: str, batch: dict[str, Tensor]) -> None:
         image = batch["image"]
         values = image[0].numel()
-        terms = self.terms(image, split, batch_idx)
+        terms = self.terms(image, split, index=batch["index"])
         restored = self.net.decode(terms.mean).float().clamp(-1, 1)
         figures = {
             "loss": self.loss(terms, values, self.kl_weight),

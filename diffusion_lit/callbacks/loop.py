@@ -1,0 +1,134 @@
+"""Lightning's training loop with one meaning of a step: when it validates, and where a resumed run goes on.
+
+Validation is due after every `val_check_interval` optimizer steps, however many batches a step sums up, and after the
+last step of the run. Where a run stands is one pair: the epoch, and the number of its batches that are behind it.
+Lightning's counters say it differently after a batch, after a validation, after an epoch and in a run that was itself
+resumed, so that a checkpoint's counters are brought into one form before the loop reads them.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.loops.utilities import _is_max_limit_reached
+
+TRACKED = ("ready", "started", "processed", "completed")
+
+
+def position(state: dict[str, Any]) -> tuple[int, int]:
+    """Where the run stood that saved a state of the loop.
+
+    Args:
+        state: Lightning's state of the fit loop, saved between two optimizer steps.
+
+    Returns:
+        The epoch, and the number of its batches that were trained.
+    """
+    epochs = state["epoch_progress"]["current"]
+    batches = state["epoch_loop.batch_progress"]
+    begun, trained = epochs["ready"], batches["current"]["ready"]
+    over = batches["is_last_batch"] or (trained == 0 and epochs["processed"] == begun)
+    return (begun, 0) if over or begun == 0 else (begun - 1, trained)
+
+
+def brought_to(epoch: int, batch: int, state: dict[str, Any]) -> dict[str, Any]:
+    """A state of the loop at a position, as Lightning writes it in `on_train_batch_end`.
+
+    Args:
+        epoch: The epoch.
+        batch: Number of its batches that were trained; 0 where it is still to begin.
+        state: Lightning's state of the fit loop, of which the totals are kept.
+
+    Returns:
+        The state from which Lightning goes on with this batch of this epoch.
+    """
+    total = state["epoch_loop.batch_progress"]["total"]["ready"]
+    begun = epoch + (batch > 0)
+    epochs = {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
+    steps = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    return {
+        **state,
+        "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},
+        "epoch_loop.batch_progress": {
+            "total": {**dict.fromkeys(TRACKED, total), "completed": total - 1},
+            "current": {**dict.fromkeys(TRACKED, batch), "completed": batch - 1},
+            "is_last_batch": False,
+        },
+        "epoch_loop.val_loop.batch_progress": {
+            "total": dict.fromkeys(TRACKED, 0),
+            "current": dict.fromkeys(TRACKED, 0),
+            "is_last_batch": False,
+        },
+        "epoch_loop.state_dict": {"_batches_that_stepped": steps - 1},
+    }
+
+
+class StepLoop(_TrainingEpochLoop):
+    """Lightning's loop over the batches of an epoch, which counts intervals in optimizer steps."""
+
+    def due(self) -> bool:
+        """Whether the batch just trained ended an optimizer step after which the run validates, draws and measures."""
+        return not self._should_accumulate() and (
+            self.global_step % int(self.trainer.val_check_interval) == 0 or self.is_last_step()
+        )
+
+    def is_last_step(self) -> bool:
+        """Whether the run ends with the batch just trained, by its number of steps or epochs."""
+        fit = self.trainer.fit_loop
+        epochs = fit.epoch_progress.current.processed + self._num_ready_batches_reached()
+        return _is_max_limit_reached(self.global_step, self.max_steps) or _is_max_limit_reached(
+            epochs, -1 if fit.max_epochs is None else fit.max_epochs
+        )
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        trainer = self.trainer
+        if trainer.check_val_every_n_epoch is not None or not isinstance(trainer.val_check_interval, int):
+            return super()._should_check_val_fx(data_fetcher)
+        stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+        return self._should_check_val_epoch() and (stopped or self.due())
+
+    def reset(self) -> None:
+        """Begins an epoch or goes on in it; one is logged per step, also in a run that was resumed."""
+        super().reset()
+        if self.trainer.lightning_module.automatic_optimization:
+            self._batches_that_stepped = self.global_step
+
+
+class RunLoop(_FitLoop):
+    """Lightning's loop over epochs, which goes on exactly where a checkpoint was taken.
+
+    Args:
+        trainer: The trainer, whose own loop it replaces.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        before = trainer.fit_loop
+        super().__init__(trainer, min_epochs=before.min_epochs, max_epochs=before.max_epochs)
+        self.epoch_loop = StepLoop(trainer, before.min_steps, before.max_steps)
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do: nothing to train, and no validation to make up for."""
+        due = any(getattr(callback, "_validation_due", False) for callback in self.trainer.checkpoint_callbacks)
+        return super().skip and not (due and self.max_batches)
+
+    def setup_data(self) -> None:
+        """Makes the loader, and refuses a step that would sum up more batches than an epoch has.
+
+        Raises:
+            ValueError: If an epoch is shorter than the accumulation.
+        """
+        super().setup_data()
+        batches, step = self.max_batches, self.trainer.accumulate_grad_batches
+        if 0 < batches < step and not self.trainer.fast_dev_run:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {step}, but an epoch has {batches} batches, and a step ends with "
+                f"its epoch; choose at most {batches}, or a smaller data.init_args.batch_size."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Reads a state, brought into one form first."""
+        if state_dict["epoch_loop.batch_progress"]["total"]["ready"]:
+            state_dict = brought_to(*position(state_dict), state_dict)
+        super().load_state_dict(state_dict, prefix)
