@@ -1,6 +1,6 @@
 """Figures of held-out images: the same whatever the number of ranks and the size of a batch."""
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -26,9 +26,8 @@ def unet(channels=1, size=8):
 def latent():
     space = LatentSpace(Autoencoder(1, 8, 2, 8, (1, 2)), (1, 8, 8))
     space.set_scale(torch.zeros(2), torch.ones(2))
-    module = LatentDiffusion.__new__(LatentDiffusion)
-    EDM.__init__(module, unet(2, 4))
-    module._caches, module.space = {}, space
+    module = EDM(unet(2, 4))
+    module._caches, module.space, module.x0 = {}, space, MethodType(LatentDiffusion.x0, module)
     return module
 
 
