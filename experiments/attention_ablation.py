@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from diffusion_lit.checkpoints import load_module
+from diffusion_lit.modules.load import load_module
 from experiments.gauge import Gauge
 from experiments.networks import build, parameters, step_cost
 from experiments.show import picture_rows

@@ -26,11 +26,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
-from diffusion_lit.evaluation.store import file_hash
-from diffusion_lit.pictures import StepRecorder
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.report.images import StepRecorder
+from diffusion_lit.storage.hashing import file_hash
 from experiments.frequencies import band_edges, band_masks, band_power, settled, tile_mean
 from experiments.show import picture_rows
 from experiments.study import QUIET, Study, main

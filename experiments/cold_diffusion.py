@@ -19,13 +19,12 @@ import torch
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
-from diffusion_lit.evaluation.features import take
+from diffusion_lit.diffusion.images import take, to_uint8
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.modules.vae import psnr, ssim
-from diffusion_lit.pictures import to_uint8
+from diffusion_lit.storage.hashing import file_hash
 from experiments.gauge import Gauge
 from experiments.runs import Trained
 from experiments.show import picture_rows

@@ -489,7 +489,7 @@ def work(pipe: Any, job: Job, folder: str) -> None:
 
 def _fit(pipe: Any, job: Job, folder: str) -> None:
     """`lightning fit`, paced."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     Paced.pipe, Paced.job = pipe, job
     net = {name: list(v) if isinstance(v, tuple) else v for name, v in our_net(job.width, job.size).items()}

@@ -25,13 +25,14 @@ import torch
 from jsonargparse import CLI
 from torch import nn
 
-from diffusion_lit.checkpoints import find_last, load_data
-from diffusion_lit.evaluation.command import evaluate
+from diffusion_lit.commands.evaluate import evaluate
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import kid_subset_size, short_count
-from diffusion_lit.evaluation.page import setting_name, shown
-from diffusion_lit.evaluation.store import file_hash
 from diffusion_lit.evaluation.weights import read_state
+from diffusion_lit.modules.load import load_data
+from diffusion_lit.report.receipt_page import setting_name, shown
+from diffusion_lit.storage.checkpoints import find_last
+from diffusion_lit.storage.hashing import file_hash
 
 PARITY = {
     "fid_inception": "frechet_inception_distance",
@@ -116,7 +117,14 @@ def checkpoint_of(config: Path, fit_options: str) -> Path:
     try:
         return find_last(run)
     except ValueError:
-        command = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", "fit", "--config", str(config)]
+        command = [
+            sys.executable,
+            "-c",
+            "from diffusion_lit.commands.main import main; main()",
+            "fit",
+            "--config",
+            str(config),
+        ]
         subprocess.run([*command, *fit_options.split()], check=True)
         return find_last(run)
 

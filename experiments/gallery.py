@@ -19,9 +19,9 @@ from typing import Any
 from jsonargparse import CLI
 from PIL import Image, ImageDraw
 
-from diffusion_lit.cli import main
-from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.commands.main import main
 from diffusion_lit.report import Page
+from diffusion_lit.storage.hashing import file_hash
 from experiments.gallery_figures import COMPOSED, HYBRID_BLUR, measured
 from experiments.runs import Failed, Run, fit
 

@@ -10,12 +10,12 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_data, load_module
+from diffusion_lit.commands.edit_options import decibels
 from diffusion_lit.diffusion import Sampling, editing, keyed_seed
-from diffusion_lit.edit_options import decibels
-from diffusion_lit.evaluation.store import file_hash, key_of
-from diffusion_lit.pictures import to_uint8
-from diffusion_lit.sample import pick_device
+from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.runtime.hardware import pick_device
+from diffusion_lit.storage.hashing import file_hash, key_of
 
 HYBRID_BLUR = 2.0
 COMPOSED = {"sampler": "euler_ancestral", "num_steps": 30, "cfg_scale": 7.0}  # how composites are drawn

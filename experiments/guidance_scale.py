@@ -23,13 +23,13 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion import Autoguidance, ClassifierFreeGuidance, Sampling
 from diffusion_lit.evaluation import ClassifierFeatures
 from diffusion_lit.evaluation.generation import Job, Samples, gather_shards, generate_shards
 from diffusion_lit.evaluation.metrics import kernel_distance
-from diffusion_lit.evaluation.store import file_hash
-from diffusion_lit.pictures import grid_image
+from diffusion_lit.modules.load import load_module
+from diffusion_lit.report.images import grid_image
+from diffusion_lit.storage.hashing import file_hash
 from experiments.gauge import Gauge
 from experiments.noise_cutoff import real_pictures
 from experiments.study import QUIET, Study, main

@@ -14,8 +14,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from diffusion_lit.checkpoints import load_module
-from diffusion_lit.pictures import StepRecorder
+from diffusion_lit.modules.load import load_module
+from diffusion_lit.report.images import StepRecorder
 from experiments.runs import Trained
 from experiments.study import QUIET, Gauge, Study, main, picture_rows
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from datamodules import ImageDataModule
 from datamodules.feed import Array, normalise
-from diffusion_lit.pictures import grid_image
+from diffusion_lit.report.images import grid_image
 
 ROWS = 4096  # pictures that are in memory at once
 

@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from datamodules import Subset
-from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
-from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_pairs
+from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_triples
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.report.memorization import pairs_image
 from experiments.gauge import Gauge
 from experiments.runs import Trained
 from experiments.study import QUIET, Study, main
@@ -70,7 +71,7 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
                 "val/loss": last_values(run, "val/loss", 1),
             }
         )
-        pairs = worst_pairs(found, samples.images, training, held_out)
+        pairs = pairs_image(worst_triples(found, samples.images, training, held_out))
         caption = f"Trained on {name}: sample, nearest training and nearest held-out picture, two triples a row."
         study.pictures(f"pairs_{name.replace(',', '')}", pairs, caption)
         study.tell(f"{name}: {told(found)}")

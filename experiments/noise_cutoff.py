@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from diffusion_lit.checkpoints import load_module
-from diffusion_lit.evaluation.features import take
+from diffusion_lit.diffusion.images import take
+from diffusion_lit.modules.load import load_module
 from experiments.study import QUIET, Gauge, Study, main, picture_rows
 
 MOST = 2000  # real pictures that sharpness is taken over

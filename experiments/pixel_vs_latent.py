@@ -25,14 +25,16 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 import datamodules
 from diffusion_lit.callbacks import EMA
 from diffusion_lit.callbacks.reconstructions import real_images
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.features import FeatureExtractor, weights_hash
+from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules import EDM, VAE, LatentDiffusion
 from diffusion_lit.nets import Autoencoder, UNet
-from diffusion_lit.pictures import grid_image, to_uint8
+from diffusion_lit.report.images import grid_image
+from diffusion_lit.storage.hashing import weights_hash
 
 DECAY = 0.4  # share of the time over which the learning rate falls to 0
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from diffusion_lit.callbacks.cost import network_cost
-from diffusion_lit.evaluation.receipt import hardware
-from diffusion_lit.hardware import bf16_pays, device_type, keep_freed_memory, use_threads
+from diffusion_lit.commands.fit import CLI as LightningFit
+from diffusion_lit.commands.fit import run
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.report.facts import duration, magnitude
-from diffusion_lit.training import CLI as LightningFit
-from diffusion_lit.training import run
+from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from experiments.command import command
 
 PEAKS = {  # dense bf16 (fp16 where there is no bf16) tensor TFLOP/s with float32 sums, from the vendor's data sheets

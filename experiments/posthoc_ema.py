@@ -21,13 +21,15 @@ import matplotlib.pyplot as plt
 import torch
 from jsonargparse import CLI
 
-from diffusion_lit.averaging import Snapshots
-from diffusion_lit.checkpoints import load_data, load_module, read_checkpoint
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import real_against_real, reference_of
-from diffusion_lit.pictures import to_uint8
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.posthoc import reconstruct
+from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.snapshots import Snapshots
 
 
 def posthoc_ema(
@@ -85,7 +87,7 @@ def posthoc_ema(
     rows = []
     for step in steps or [snapshots.steps[-1]]:
         for width in sigma_rels or [0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]:
-            rows.append({"step": step, "sigma_rel": width, "distance": distance(snapshots.reconstruct(width, step))})
+            rows.append({"step": step, "sigma_rel": width, "distance": distance(reconstruct(snapshots, width, step))})
             print(f"step {step:>7}  sigma_rel {width:<6g} {measure.metric} {rows[-1]['distance']:.4g}", flush=True)
     raw = distance(read_checkpoint(ckpt_path).get("current_model_state", {}))
     best = min(rows, key=lambda row: row["distance"])

@@ -27,12 +27,11 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor, nn
 
+from diffusion_lit.commands.fit import CLI as LightningFit
+from diffusion_lit.commands.fit import run
 from diffusion_lit.diffusion import ClassifierFreeGuidance, Denoiser, EDMScaling, EpsScaling, LinearSchedule, Sampling
-from diffusion_lit.evaluation.receipt import hardware
-from diffusion_lit.hardware import keep_freed_memory
 from diffusion_lit.nets import UNet
-from diffusion_lit.training import CLI as LightningFit
-from diffusion_lit.training import run
+from diffusion_lit.runtime.hardware import hardware, keep_freed_memory
 from experiments.command import command
 
 WARM_UP = 3

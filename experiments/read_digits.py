@@ -17,8 +17,9 @@ from sklearn.svm import SVC
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from datamodules import Digits
-from diffusion_lit.checkpoints import load_module
-from diffusion_lit.pictures import grid_image, to_uint8
+from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.modules.load import load_module
+from diffusion_lit.report.images import grid_image
 
 
 def read_digits(

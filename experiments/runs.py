@@ -30,12 +30,12 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from diffusion_lit.checkpoints import find_last
-from diffusion_lit.evaluation.store import key_of
 from diffusion_lit.report.events import read_history
+from diffusion_lit.storage.checkpoints import find_last
+from diffusion_lit.storage.hashing import key_of
 
 PROJECT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-c", "from diffusion_lit.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()"]
 
 
 @dataclass(frozen=True)

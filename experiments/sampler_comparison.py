@@ -19,15 +19,15 @@ from jsonargparse import CLI
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
-from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import real_against_real, reference_of
-from diffusion_lit.evaluation.store import file_hash
-from diffusion_lit.sample import pick_device
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.runtime.hardware import pick_device
+from diffusion_lit.storage.hashing import file_hash
 
 ALIASES = ("ddim", "euler_ancestral")  # ddim with eta 0 is euler, with eta 1 euler_ancestral is ddpm
 

@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion.conversions import sigma_to_log_snr
 from diffusion_lit.diffusion.noise import (
     ContinuousVP,
@@ -24,6 +23,7 @@ from diffusion_lit.diffusion.noise import (
     Schedule,
     SigmoidSchedule,
 )
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets.layers import Conditioning
 from experiments.study import QUIET, Gauge, Study, main, picture_rows
 

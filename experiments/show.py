@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffusion_lit.pictures import grid_image
+from diffusion_lit.report.images import grid_image
 
 
 def picture_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:

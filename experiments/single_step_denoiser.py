@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_data, load_module
-from diffusion_lit.evaluation.features import take
+from diffusion_lit.diffusion.images import take
+from diffusion_lit.modules.load import load_data, load_module
 from experiments.runs import Trained
 from experiments.study import Study, main, picture_rows
 

@@ -43,7 +43,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_data, load_module
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.generation import (
     Job,
@@ -53,11 +52,13 @@ from diffusion_lit.evaluation.generation import (
     gather_shards,
     generate_shards,
 )
-from diffusion_lit.evaluation.receipt import commit, hardware
-from diffusion_lit.evaluation.store import file_hash, key_of, read_tensors, write_tensors
-from diffusion_lit.pictures import grid_image
+from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report import Page
-from diffusion_lit.sample import pick_device
+from diffusion_lit.report.images import grid_image
+from diffusion_lit.runtime.hardware import hardware, pick_device
+from diffusion_lit.runtime.versions import commit
+from diffusion_lit.storage.hashing import file_hash, key_of
+from diffusion_lit.storage.tensors import read_tensors, write_tensors
 from experiments.gauge import Gauge, choose_extractor
 from experiments.runs import Failed, Run, Trained, find_config, fit
 from experiments.show import markdown, picture_rows

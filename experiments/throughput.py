@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion_lit.evaluation.receipt import hardware, versions
-from diffusion_lit.hardware import bf16_pays, device_type, keep_freed_memory, use_threads
+from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
+from diffusion_lit.runtime.versions import versions
 from experiments.command import command
 from experiments.contenders import OURS, Contender, Job, Slice, Stopwatch, installed, nearest
 

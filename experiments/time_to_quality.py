@@ -39,16 +39,16 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from datamodules import FashionMNIST
-from diffusion_lit.checkpoints import load_module
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.receipt import hardware
 from diffusion_lit.evaluation.reference import real_against_real, reference_of
-from diffusion_lit.hardware import bf16_pays, device_type, use_threads
-from diffusion_lit.pictures import grid_image, to_uint8
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.facts import magnitude
-from diffusion_lit.saving import atomic
+from diffusion_lit.report.images import grid_image
+from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, use_threads
+from diffusion_lit.storage.atomic import atomic
 from experiments.command import command
 from experiments.contenders import MULTIPLES, OURS, Job, installed, peer
 from experiments.study import DPI, picture_rows
@@ -214,7 +214,7 @@ class Deadline(Callback):
 
 def _ours(settings: dict[str, Any], root: str, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`lightning fit`: some steps for the pace, then the run itself in what is left of the time."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     budget = 60 * settings["minutes"]
     with tempfile.TemporaryDirectory() as folder:

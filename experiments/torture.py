@@ -98,7 +98,7 @@ def torture(
         raise SystemExit(f"Nothing to do for {kills} kills of {unknown or chosen}; there are {list(FAMILIES)}.")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    import diffusion_lit.training  # noqa: F401 (loaded once, here)
+    import diffusion_lit.commands.fit  # noqa: F401 (loaded once, here)
 
     if not keyed:
         take_keys_out()
@@ -259,7 +259,7 @@ def _be_the_run(args: list[str], kill_at_save: int | None) -> None:
         os.dup2(log, 2)
         if kill_at_save is not None:
             kill_while_saving(kill_at_save)
-        from diffusion_lit.cli import main
+        from diffusion_lit.commands.main import main
 
         main(args)
         status = 0
@@ -279,7 +279,7 @@ def kill_while_saving(let_through: int) -> None:
     Args:
         let_through: Number of checkpoints that are written before.
     """
-    from diffusion_lit import saving
+    from diffusion_lit.storage import checkpoint_io as saving
 
     before: Callable[..., None] = saving._save
     left = [let_through]

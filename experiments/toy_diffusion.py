@@ -20,10 +20,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
-from diffusion_lit.evaluation.features import take
-from diffusion_lit.pictures import StepRecorder
+from diffusion_lit.diffusion.images import take
+from diffusion_lit.modules.load import load_module
+from diffusion_lit.report.images import StepRecorder
 from experiments.study import Gauge, Study, main, picture_rows
 
 AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]

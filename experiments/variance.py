@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
+from diffusion_lit.modules.load import load_module
 from experiments.noise_cutoff import real_pictures, sharpness
 from experiments.study import QUIET, Gauge, Study, main, picture_rows
 

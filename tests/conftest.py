@@ -47,12 +47,12 @@ def lightning(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*args):
-        from diffusion_lit.cli import main
+        from diffusion_lit.commands.main import main
 
         args = [str(arg) for arg in args]
         if "--trainer.strategy=ddp_fork" not in args:
             return main(args)
-        command = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", *args]
+        command = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()", *args]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             raise SystemExit(done.returncode)

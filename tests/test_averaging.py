@@ -8,8 +8,10 @@ from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma, solve_weights
 from test_ema import Climber, fit
 from torch import nn
 
-from diffusion_lit.averaging import Snapshots, exponent, power_beta, weights
 from diffusion_lit.callbacks import EMA
+from diffusion_lit.diffusion.averaging import exponent, power_beta, weights
+from diffusion_lit.modules.posthoc import reconstruct
+from diffusion_lit.storage.snapshots import Snapshots
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.25])
@@ -97,7 +99,7 @@ def test_reconstruction_is_that_of_ema_pytorch(tmp_path):
             for width, average in zip((0.05, 0.1), post.ema_models, strict=True):
                 Snapshots.write(tmp_path, post.step.item(), width, {"weight": average.ema_model.weight})
     theirs = post.synthesize_ema_model(sigma_rel=0.15).ema_model.weight
-    mine = Snapshots(tmp_path).reconstruct(0.15)["weight"]
+    mine = reconstruct(Snapshots(tmp_path), 0.15)["weight"]
     assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -108,7 +110,7 @@ def test_reconstruction_is_near_the_average_that_was_not_kept(tmp_path, sigma_re
         average = track(path, exponent(width))
         for step in range(20, 401, 20):
             Snapshots.write(tmp_path, step, width, {"w": average[step - 1]})
-    mine = Snapshots(tmp_path).reconstruct(sigma_rel)["w"].double()
+    mine = reconstruct(Snapshots(tmp_path), sigma_rel)["w"].double()
     exact = track(path, exponent(sigma_rel))[-1]
     assert (mine - exact).norm() < tolerance * (path[-1] - exact).norm()
 
@@ -118,10 +120,10 @@ def test_snapshots_that_are_missing_or_damaged(tmp_path):
         Snapshots(tmp_path)
     Snapshots.write(tmp_path, 10, 0.05, {"w": torch.zeros(3)})
     with pytest.raises(ValueError, match="Step 11 is outside the snapshots"):
-        Snapshots(tmp_path).reconstruct(0.1, 11)
+        reconstruct(Snapshots(tmp_path), 0.1, 11)
     (tmp_path / "step_0000010_sigma_0.05.safetensors").write_bytes(b"text")
     with pytest.raises(ValueError, match="is damaged"):
-        Snapshots(tmp_path).reconstruct(0.05)
+        reconstruct(Snapshots(tmp_path), 0.05)
 
 
 def test_the_callback_keeps_several_and_writes_snapshots(tmp_path):
@@ -135,9 +137,9 @@ def test_the_callback_keeps_several_and_writes_snapshots(tmp_path):
     assert module.weight.item() == 10
     snapshots = Snapshots(tmp_path / "averages")
     assert snapshots.steps == [5, 10]
-    assert snapshots.reconstruct(0.05)["weight"].item() == pytest.approx(narrow[-1].item(), rel=1e-4)
-    assert snapshots.reconstruct(0.1)["weight"].item() == pytest.approx(wide[-1].item(), rel=1e-4)
-    assert snapshots.reconstruct(0.1, 5)["weight"].item() == pytest.approx(wide[4].item(), rel=1e-4)
+    assert reconstruct(snapshots, 0.05)["weight"].item() == pytest.approx(narrow[-1].item(), rel=1e-4)
+    assert reconstruct(snapshots, 0.1)["weight"].item() == pytest.approx(wide[-1].item(), rel=1e-4)
+    assert reconstruct(snapshots, 0.1, 5)["weight"].item() == pytest.approx(wide[4].item(), rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_with_all_averages(tmp_path):

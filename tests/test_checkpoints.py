@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from diffusion_lit.checkpoints import find_last, load_data, load_module, read_checkpoint
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
 
 
 class Marker:

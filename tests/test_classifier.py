@@ -7,8 +7,7 @@ import torch
 import yaml
 from conftest import write_idx
 
-from diffusion_lit.evaluation.classifiers import classifier_from_checkpoint
-from diffusion_lit.evaluation.features import ClassifierFeatures
+from diffusion_lit.evaluation.classifiers import ClassifierFeatures, classifier_from_checkpoint
 from diffusion_lit.modules import Classifier
 from diffusion_lit.nets import ConvClassifier
 

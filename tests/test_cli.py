@@ -39,7 +39,7 @@ def stopped(capsys, run, *args, status=2):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which a tiny digits model was trained for two steps."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -10,11 +10,11 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion import Blur, ColdSampling, Degradation, Mask, Pixelate, Snow
 from diffusion_lit.diffusion.cold import improved, naive
 from diffusion_lit.modules import ColdDiffusion
 from diffusion_lit.modules.cold import principal_components
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets import UNet
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/cold_digits.yaml"

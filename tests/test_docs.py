@@ -15,7 +15,7 @@ import pytest
 from renew_docs import CONFIGS, PAGES, ROOT, header, problems, renewed
 
 import experiments
-from diffusion_lit import cli
+from diffusion_lit.commands import main as cli
 from diffusion_lit.diffusion import samplers
 from experiments import runs
 
@@ -298,7 +298,7 @@ def test_the_additions_run_as_printed(folder, tmp_path):
     for command in commands(EXTEND):
         words = shlex.split(command)
         if words[0] == "lightning" and len(words) > 2:  # not where a line of text names a command
-            words = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", *words[1:]]
+            words = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()", *words[1:]]
         elif words[:3] == ["python", "-m", "experiments.batch_sizes"]:
             words[0] = sys.executable
         else:

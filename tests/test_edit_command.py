@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from test_cli import stopped
 
-from diffusion_lit.edit import TASKS
-from diffusion_lit.edit_options import PictureOptions, decibels
-from diffusion_lit.evaluation.store import file_hash
+from diffusion_lit.commands.edit import TASKS
+from diffusion_lit.commands.edit_options import PictureOptions, decibels
+from diffusion_lit.storage.hashing import file_hash
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FIT = [
@@ -41,7 +41,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a tiny model of each family, trained for two steps."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     folder = tmp_path_factory.mktemp("edit")
     with pytest.MonkeyPatch.context() as patch:

@@ -20,7 +20,7 @@ NO_EMA = "as trained"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a checkpoint whose average is far from its raw weights."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def kill_after(batches):
 
 def killed(options):
     kill_after(4)
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     main(options)
 
@@ -216,7 +216,7 @@ def test_kept_pictures_given_to_torch_fidelity_have_the_same_figures(evaluate, t
     from diffusion_lit.evaluation.generation import save_pngs
 
     weights = tiny_weights(tmp_path / "tiny.pth")
-    monkeypatch.setattr("diffusion_lit.evaluation.run.make_extractor", lambda *args: Tiny(str(weights)))
+    monkeypatch.setattr("diffusion_lit.commands.evaluate_run.make_extractor", lambda *args: Tiny(str(weights)))
     report = evaluate("--num_blocks=1", "--save_samples=kept", "--reference=test")
     real = Digits().reference_images("test")
     save_pngs(real, range(len(real)), tmp_path / "real")

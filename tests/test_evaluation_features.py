@@ -12,9 +12,10 @@ from torch import nn
 
 from diffusion_lit.evaluation import fidelity, weights
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.classifiers import IMAGES_SEEN, classifier_of
-from diffusion_lit.evaluation.features import ClassifierFeatures, MissingWeights, Pixels, full_precision, weights_hash
+from diffusion_lit.evaluation.classifiers import IMAGES_SEEN, ClassifierFeatures, classifier_of
+from diffusion_lit.evaluation.features import MissingWeights, Pixels, full_precision
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
+from diffusion_lit.storage.hashing import weights_hash
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.evaluation.features import Pixels
 from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
-from diffusion_lit.evaluation.store import write_tensors
+from diffusion_lit.storage.tensors import write_tensors
 
 
 class Net(nn.Module):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from diffusion_lit.evaluation.memorization import chance_of, compare, nearest, tail_probability, worst_pairs
+from diffusion_lit.evaluation.memorization import chance_of, compare, nearest, tail_probability
 from diffusion_lit.evaluation.single_image import is_single, patches, psnr, single_image_metrics
+from diffusion_lit.report.memorization import worst_pairs
 
 
 def real(count, seed):

@@ -9,7 +9,8 @@ from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.metrics import Statistics
 from diffusion_lit.evaluation.reference import Reference, real_against_real, real_pairs, reference_of
-from diffusion_lit.evaluation.store import key_of, read_tensors, write_tensors
+from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from test_checkpoints import Marker
 from test_faults import FIT, LAST, read
 
-from diffusion_lit.checkpoints import load_data, load_module
+from diffusion_lit.modules.load import load_data, load_module
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of a few steps and its export."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     folder = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patch:

@@ -13,9 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from diffusion_lit.callbacks import LastCheckpoint, NonFiniteGuard, Throughput
+from diffusion_lit.callbacks.loggers import TensorBoardLogger
 from diffusion_lit.modules import EDM
-from diffusion_lit.saving import SafeCheckpointIO, TensorBoardLogger, atomic
-from diffusion_lit.stopping import RunStopped, explain
+from diffusion_lit.runtime.stopping import RunStopped, explain
+from diffusion_lit.storage.atomic import atomic
+from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs/edm_digits.yaml"
 FIT = [
@@ -386,7 +388,7 @@ def test_no_permission_is_one_sentence(tmp_path, capfd):
                 if str(parent).startswith("/tmp/pytest"):
                     parent.chmod(0o755)
             os.setuid(65534)
-            from diffusion_lit.cli import main
+            from diffusion_lit.commands.main import main
 
             main(FIT)
         except SystemExit as error:

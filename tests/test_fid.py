@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from diffusion_lit.callbacks import EMA, FID
 from diffusion_lit.diffusion import Sampling
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.features import Features, MissingWeights, Pixels
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules import EDM
-from diffusion_lit.pictures import to_uint8
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import Trainer
 from test_faults import FIT, LAST, read, same_training
 
-from diffusion_lit import hardware
 from diffusion_lit.callbacks import NonFiniteGuard
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.modules import EDM
+from diffusion_lit.modules.load import load_module
+from diffusion_lit.runtime import hardware
 
 CHURN = """
 import ctypes, resource
-from diffusion_lit.hardware import keep_freed_memory
+from diffusion_lit.runtime.hardware import keep_freed_memory
 told = keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -108,7 +108,7 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_training_is_in_the_hardwares_precision_and_measuring_in_float32(lightning, watched, monkeypatch, capsys, pays):
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: pays)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: pays)
     lightning(*FIT, "--trainer.max_steps=1")
     assert watched == {True: {torch.bfloat16 if pays else torch.float32}, False: {torch.float32}}
     precision = "bf16-mixed" if pays else "32-true"
@@ -118,7 +118,7 @@ def test_training_is_in_the_hardwares_precision_and_measuring_in_float32(lightni
 
 
 def test_what_the_user_types_stands(lightning, watched, monkeypatch, capsys):
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: True)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: True)
     optimizer = "--model.init_args.optimizer.init_args.fused=false"
     lightning(*FIT, "--trainer.max_steps=1", "--trainer.precision=32-true", optimizer)
     assert watched[True] == {torch.float32}
@@ -139,7 +139,7 @@ def test_what_the_user_types_stands(lightning, watched, monkeypatch, capsys):
 )
 def test_feature_maps_lie_as_convolutions_want_them(lightning, monkeypatch, capsys, precision, machine, typed, layout):
     monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: False)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: False)
     formats, step = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}, EDM.training_step
     seen = []
 
@@ -177,19 +177,19 @@ def test_a_run_goes_on_in_another_layout(lightning, layouts):
 
 @pytest.mark.parametrize("recorded", ["32-true", None])
 def test_a_run_goes_on_in_the_precision_that_it_was_started_in(lightning, watched, monkeypatch, recorded):
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: False)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: False)
     lightning(*FIT, "--trainer.max_steps=1")
     if recorded is None:  # as before precision was recorded, when it was float32
         checkpoint = read(LAST)
         del checkpoint["diffusion_lit"]["precision"]
         torch.save(checkpoint, LAST)
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: True)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: True)
     lightning(*FIT, "--trainer.max_steps=2", "--ckpt_path=last")
     assert watched[True] == {torch.float32}
 
 
 def test_resuming_in_bf16_is_exact(lightning, monkeypatch):
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: True)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: True)
     lightning(*FIT, "--trainer.max_steps=4")
     whole = read(LAST)
     lightning(*FIT, "--trainer.max_steps=2", "--name=half")
@@ -198,7 +198,7 @@ def test_resuming_in_bf16_is_exact(lightning, monkeypatch):
 
 
 def test_gradients_are_clipped_in_the_hardwares_precision(lightning, monkeypatch):
-    monkeypatch.setattr("diffusion_lit.training.bf16_pays", lambda device: True)
+    monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: True)
     lightning(*FIT, "--trainer.max_steps=1", "--trainer.gradient_clip_val=0.1")
     assert not read(LAST)["optimizer_states"][0]["param_groups"][0]["fused"]
 

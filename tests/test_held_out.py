@@ -11,7 +11,7 @@ from diffusion_lit.callbacks import LossByNoiseLevel
 from diffusion_lit.diffusion.degradations import Mask
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index
 from diffusion_lit.modules import EDM, VAE, ColdDiffusion, LatentDiffusion
-from diffusion_lit.modules.latents import LatentSpace
+from diffusion_lit.modules.latent_space import LatentSpace
 from diffusion_lit.nets import Autoencoder, UNet
 
 COUNT = 2 * BLOCK + 3  # batches of 8 leave three, which two ranks share unevenly and four cannot

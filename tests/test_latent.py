@@ -12,10 +12,11 @@ from lightning.pytorch import Trainer
 from test_cli import stopped
 
 import datamodules
-from diffusion_lit.checkpoints import load_module
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.modules import LatentDiffusion
-from diffusion_lit.modules.latents import LatentSpace, encode_all, load_autoencoder, scale_of
+from diffusion_lit.modules.autoencoders import load_autoencoder
+from diffusion_lit.modules.latent_space import LatentSpace, encode_all, scale_of
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets import Autoencoder, UNet
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -42,7 +43,7 @@ def images(count, channels=1, size=8, seed=0):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which both stages were trained for two steps, and a second VAE."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     folder = tmp_path_factory.mktemp("latent")
     with pytest.MonkeyPatch.context() as patch:

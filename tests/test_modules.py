@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_lit.checkpoints import read_checkpoint
 from diffusion_lit.diffusion import Constant, CosineSchedule, DenoisingLoss, LinearSchedule, UnitWeight
 from diffusion_lit.modules import DDPM, EDM, Trapezoid
 from diffusion_lit.nets import UNet
+from diffusion_lit.storage.checkpoints import read_checkpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion_lit.pictures import StepRecorder, grid_image, png_bytes, save_gif, to_uint8
+from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
 
 
 def test_bytes_are_rounded_and_clipped():

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from diffusion_lit.modules.latents import LatentSpace, load_autoencoder
+from diffusion_lit.modules.autoencoders import load_autoencoder
+from diffusion_lit.modules.latent_space import LatentSpace
 
 diffusers = pytest.importorskip("diffusers")
 

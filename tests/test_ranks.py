@@ -150,7 +150,13 @@ def test_a_batch_that_does_not_divide_over_ranks(lightning, capfd):
 @pytest.mark.slow
 def test_a_rank_that_dies_takes_the_run_down(tmp_path):
     """Within a minute, with a message, and the last checkpoint whole."""
-    command = [sys.executable, "-c", "from diffusion_lit.cli import main; main()", *FIT, "--trainer.max_steps=100000"]
+    command = [
+        sys.executable,
+        "-c",
+        "from diffusion_lit.commands.main import main; main()",
+        *FIT,
+        "--trainer.max_steps=100000",
+    ]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--checkpoint.every_n_train_steps=5"]
     root = str(DIGITS.parent.parent)
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffusion_lit.pictures import save_gif
 from diffusion_lit.report import Page
+from diffusion_lit.report.images import save_gif
 
 VOID = {"meta", "img", "br"}
 

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from diffusion_lit.report.curves import draw, panels, title
 from diffusion_lit.report.events import read_history
 from diffusion_lit.report.facts import describe, duration, magnitude, receipts
-from diffusion_lit.report.run import RunPage
+from diffusion_lit.report.run_page import RunPage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -31,7 +31,7 @@ DIGITS = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a run of four steps that was continued to the sixth, and an evaluation of it."""
-    from diffusion_lit.cli import main
+    from diffusion_lit.commands.main import main
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from lightning.pytorch import Trainer
 
-from diffusion_lit.run_folder import decide_run_folder, run_folder
+from diffusion_lit.runtime.run_folder import decide_run_folder, run_folder
 
 TWO = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_fork"]
 SHORT = ["--trainer.max_steps=6", "--trainer.val_check_interval=3"]

@@ -77,7 +77,7 @@ def here(monkeypatch, tmp_path):
     """Runs `lightning fit` in this process and in an empty folder: a new process would take seconds to import."""
 
     def run(self, command, stdout, **options):
-        from diffusion_lit.cli import main as lightning
+        from diffusion_lit.commands.main import main as lightning
 
         try:
             lightning(command[len(runs.COMMAND) :])

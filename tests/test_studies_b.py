@@ -41,7 +41,7 @@ def study(tmp_path, monkeypatch):
     trained = []
 
     def here(self, command, **options):
-        from diffusion_lit.cli import main as lightning
+        from diffusion_lit.commands.main import main as lightning
 
         trained.append(command[-1])
         lightning([str(word) for word in command[len(runs.COMMAND) :]])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_lit.hardware import crowded
 from diffusion_lit.nets.layers import no_autocast
-from diffusion_lit.ranks import images_of
 from diffusion_lit.report.facts import duration, magnitude
+from diffusion_lit.runtime.hardware import crowded
+from diffusion_lit.runtime.ranks import images_of
 
 WARM_UP, MEASURED = 5, 20  # steps that are left out of the pace, and after which it is told
 

@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffusion_lit.averaging import Snapshots, exponent, power_beta
-from diffusion_lit.ranks import images_of
-from diffusion_lit.run_folder import WritesToRunFolder, run_folder
+from diffusion_lit.diffusion.averaging import exponent, power_beta
+from diffusion_lit.runtime.ranks import images_of
+from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
+from diffusion_lit.storage.snapshots import Snapshots
 
 
 class EMA(WritesToRunFolder, WeightAveraging):
@@ -27,8 +28,8 @@ class EMA(WritesToRunFolder, WeightAveraging):
     After each step of B images the average moves by `1 - beta` towards the raw weights, with
     `beta = 0.5 ^ (B / min(half_life, ramp_up * images seen))` (Karras 2022, arXiv 2206.00364, appendix F.2), or with a
     fixed `decay` where one is given. With `sigma_rel` the averages have power-function profiles of these relative
-    widths instead (`diffusion_lit.averaging`), and snapshots of them, in the run's folder `averages/`, serve to make
-    the average of any other width after training: `python -m experiments.posthoc_ema`.
+    widths instead (`diffusion.averaging`), and snapshots of them, in the run's folder `averages/`, serve to make the
+    average of any other width after training: `python -m experiments.posthoc_ema`.
 
     Args:
         half_life: Images after which an old weight counts half; `null` with `decay` or `sigma_rel`, which go before it.

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.callbacks.ema import EMA
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
-from diffusion_lit.pictures import to_uint8
 
 
 class FID(Callback):

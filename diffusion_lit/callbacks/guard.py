@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffusion_lit.stopping import RunStopped
+from diffusion_lit.runtime.stopping import RunStopped
 
 CHOICES = ("stop", "skip", "off")
 # Devices whose kernels for gradient scaling are sound in every version of torch that is supported: on MPS they set half

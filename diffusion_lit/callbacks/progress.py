@@ -10,12 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from diffusion_lit.evaluation.receipt import hardware
-from diffusion_lit.hardware import describe
-from diffusion_lit.precision import TrainInBf16
-from diffusion_lit.ranks import images_of
-from diffusion_lit.run_folder import WritesToRunFolder, run_folder
-from diffusion_lit.saving import TensorBoardLogger
+from diffusion_lit.callbacks.loggers import TensorBoardLogger
+from diffusion_lit.runtime.hardware import describe, hardware
+from diffusion_lit.runtime.precision import TrainInBf16
+from diffusion_lit.runtime.ranks import images_of
+from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
 
 class Throughput(Callback):

@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
-from diffusion_lit.pictures import to_uint8
 
 
 class PicturePSNR(Callback):

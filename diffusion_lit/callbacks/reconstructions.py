@@ -8,9 +8,10 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.samples import Pictures
-from diffusion_lit.evaluation.features import FeatureExtractor, take
+from diffusion_lit.diffusion.images import take
+from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
-from diffusion_lit.pictures import grid_image
+from diffusion_lit.report.images import grid_image
 
 
 class Reconstructions(Pictures):

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.pictures import StepRecorder, grid_image, log_image, png_bytes, save_gif
-from diffusion_lit.run_folder import WritesToRunFolder, run_folder
+from diffusion_lit.callbacks.loggers import log_image
+from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
+from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
 if TYPE_CHECKING:
     from diffusion_lit.modules.base import DiffusionModule

@@ -1,6 +1,7 @@
 """Feature extractors, metrics and receipts."""
 
-from diffusion_lit.evaluation.features import ClassifierFeatures, FeatureExtractor, Features, MissingWeights, Pixels
+from diffusion_lit.evaluation.classifiers import ClassifierFeatures
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights, Pixels
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Extractors by the names that a command line gives them."""
 
-from diffusion_lit.evaluation.features import ClassifierFeatures, FeatureExtractor, Pixels
+from diffusion_lit.evaluation.classifiers import ClassifierFeatures
+from diffusion_lit.evaluation.features import FeatureExtractor, Pixels
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
 
 NAMES = "auto, inception, classifier, pixels, vgg16, clip, clip-VARIANT, dinov2 or dinov2-VARIANT"

@@ -5,7 +5,6 @@ The training on the spot is short and a function of the data alone: AdamW with a
 safetensors file under a key of the data's fingerprint and the recipe.
 """
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
-from diffusion_lit.evaluation.features import ImageSource, MissingWeights, take
-from diffusion_lit.evaluation.store import key_of, read_tensors, write_tensors
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, MissingWeights
 from diffusion_lit.nets.classifier import ConvClassifier
+from diffusion_lit.storage.cache import cache_folder
+from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 pictures
 MOST_EPOCHS = 20
@@ -26,16 +29,58 @@ LEARNING_RATE = 4e-3
 RECIPE = f"v1: {IMAGES_SEEN} images or {MOST_EPOCHS} epochs, batch {BATCH_SIZE}, AdamW {LEARNING_RATE}, one cycle"
 
 
-def cache_folder() -> Path:
-    """Where things are kept that take time to make: DIFFUSION_LIT_CACHE, else the user's cache folder.
+class ClassifierFeatures(FeatureExtractor):
+    """Penultimate layer of a small classifier of the data set at hand, for pictures that Inception never saw.
 
-    Returns:
-        The folder, which need not exist.
+    With `ckpt_path` it is one trained by `lightning fit --config configs/classifier_NAME.yaml`; without, a small one is
+    trained on the spot from the data set's own training pictures, in seconds to a minute, the same each time, and kept
+    in the user's cache. Distances compare only under the same weights, whose hash is in every receipt.
+
+    Args:
+        ckpt_path: Checkpoint of a `diffusion_lit.modules.Classifier`, or None.
+        name: Name in the metrics' names.
     """
-    given = os.environ.get("DIFFUSION_LIT_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-lit"
+
+    transform = "uint8 / 127.5 - 1"
+
+    def __init__(self, ckpt_path: str | None = None, name: str = "classifier") -> None:
+        self.ckpt_path = ckpt_path
+        self.name = name
+        self._network: nn.Module | None = None
+
+    def load(self, data: ImageSource | None = None) -> None:
+        """Reads the checkpoint, or finds or trains the data set's own classifier."""
+        if self._network is not None:
+            return
+        if self.ckpt_path is not None:
+            self._network = classifier_from_checkpoint(Path(self.ckpt_path))
+        elif data is None:
+            raise MissingWeights("The classifier has neither a checkpoint nor data to train on; give it ckpt_path.")
+        else:
+            self._network = classifier_of(data)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The classifier."""
+        return self._network
+
+    def compute(self, images: Tensor) -> Features:
+        """Features and logits.
+
+        Raises:
+            ValueError: If the pictures have another shape than those that the classifier was trained on.
+        """
+        network: Any = self._network
+        if network is None:
+            raise ValueError("The classifier is not loaded; call load() first.")
+        expected = (network.in_channels, network.image_size, network.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"The classifier was trained on pictures of shape {expected} and was given {tuple(images.shape[1:])}; "
+                "use one that was trained on this data set."
+            )
+        features = network.features(images.float() / 127.5 - 1)
+        return Features(features, network.logits(features))
 
 
 def classifier_from_checkpoint(path: Path) -> ConvClassifier:
@@ -51,8 +96,6 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
         MissingWeights: If there is no such file.
         ValueError: If the file is no checkpoint of a classifier.
     """
-    from diffusion_lit.checkpoints import read_checkpoint
-
     if not path.exists():
         raise MissingWeights(
             f"There is no classifier {path}; train it with lightning fit --config configs/classifier_NAME.yaml, or "

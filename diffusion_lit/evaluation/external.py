@@ -17,7 +17,8 @@ from torch import Tensor
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.metrics import Statistics
 from diffusion_lit.evaluation.reference import Reference
-from diffusion_lit.evaluation.store import file_hash, read_record, read_tensors
+from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.tensors import read_record, read_tensors
 
 INCEPTION_DIMENSION = 2048
 

@@ -4,19 +4,20 @@ A distance between distributions of pictures is one between distributions of fea
 without the extractor's name, its weights' hash and what is done to a picture before it goes in. All extractors take
 uint8 pictures (N, C, H, W) in [0, 255] and give float32 features (N, d), computed in full float32 arithmetic.
 
-`Pixels` and `ClassifierFeatures` are here; torch-fidelity's networks (Inception, CLIP, VGG, DINOv2) in `fidelity`.
+`Pixels` is here, `ClassifierFeatures` in `classifiers`, torch-fidelity's networks (Inception, CLIP, VGG, DINOv2) in
+`fidelity`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from diffusion_lit.storage.hashing import weights_hash
 
 
 class ImageSource(Protocol):
@@ -210,62 +211,6 @@ class Pixels(FeatureExtractor):
         return Features(images.flatten(1).float() / 255)
 
 
-class ClassifierFeatures(FeatureExtractor):
-    """Penultimate layer of a small classifier of the data set at hand, for pictures that Inception never saw.
-
-    With `ckpt_path` it is one trained by `lightning fit --config configs/classifier_NAME.yaml`; without, a small one is
-    trained on the spot from the data set's own training pictures, in seconds to a minute, the same each time, and kept
-    in the user's cache. Distances compare only under the same weights, whose hash is in every receipt.
-
-    Args:
-        ckpt_path: Checkpoint of a `diffusion_lit.modules.Classifier`, or None.
-        name: Name in the metrics' names.
-    """
-
-    transform = "uint8 / 127.5 - 1"
-
-    def __init__(self, ckpt_path: str | None = None, name: str = "classifier") -> None:
-        self.ckpt_path = ckpt_path
-        self.name = name
-        self._network: nn.Module | None = None
-
-    def load(self, data: ImageSource | None = None) -> None:
-        """Reads the checkpoint, or finds or trains the data set's own classifier."""
-        if self._network is not None:
-            return
-        from diffusion_lit.evaluation.classifiers import classifier_from_checkpoint, classifier_of
-
-        if self.ckpt_path is not None:
-            self._network = classifier_from_checkpoint(Path(self.ckpt_path))
-        elif data is None:
-            raise MissingWeights("The classifier has neither a checkpoint nor data to train on; give it ckpt_path.")
-        else:
-            self._network = classifier_of(data)
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The classifier."""
-        return self._network
-
-    def compute(self, images: Tensor) -> Features:
-        """Features and logits.
-
-        Raises:
-            ValueError: If the pictures have another shape than those that the classifier was trained on.
-        """
-        network: Any = self._network
-        if network is None:
-            raise ValueError("The classifier is not loaded; call load() first.")
-        expected = (network.in_channels, network.image_size, network.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"The classifier was trained on pictures of shape {expected} and was given {tuple(images.shape[1:])}; "
-                "use one that was trained on this data set."
-            )
-        features = network.features(images.float() / 127.5 - 1)
-        return Features(features, network.logits(features))
-
-
 def check_pixels(images: Tensor) -> None:
     """Refuses what is not a batch of pictures in [0, 255].
 
@@ -281,36 +226,6 @@ def check_pixels(images: Tensor) -> None:
         raise ValueError(f"Pictures have shape {tuple(images.shape)}; extractors take (N, C, H, W).")
     if len(images) and int(images.max()) == 1:
         raise ValueError("Pictures have values 0 and 1 only, as if scaled to [0, 1]; extractors take [0, 255].")
-
-
-def take(images: Any, rows: Tensor) -> Tensor:
-    """Some pictures of an array-like.
-
-    Args:
-        images: A tensor or an array (N, C, H, W), such as a memory map.
-        rows: Indices int64 (B,), rising for a memory map's sake.
-
-    Returns:
-        The pictures (B, C, H, W) as a tensor.
-    """
-    return images[rows] if isinstance(images, Tensor) else torch.as_tensor(images[rows.numpy()])
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """A hash of weights that does not depend on how they were stored.
-
-    Args:
-        state: Names and tensors.
-
-    Returns:
-        Hexadecimal SHA-256 over names, types, shapes and bytes.
-    """
-    digest = sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

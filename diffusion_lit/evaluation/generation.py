@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
-from diffusion_lit.evaluation.store import key_of, read_tensors, write_tensors
-from diffusion_lit.pictures import to_uint8
+from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 MOST_PER_SHARD = 500
 SHARDS = 32  # at least so many where there are samples enough, so that ranks share the work evenly

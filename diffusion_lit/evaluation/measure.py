@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.generation import Job, Samples
-from diffusion_lit.evaluation.memorization import compare, worst_pairs
+from diffusion_lit.evaluation.memorization import compare, worst_triples
 from diffusion_lit.evaluation.metrics import (
     ISC_SPLITS,
     KID_SUBSETS,
@@ -20,9 +20,9 @@ from diffusion_lit.evaluation.metrics import (
     compute_metrics,
     frechet_distance,
     kid_subset_size,
+    summarise,
     too_few,
 )
-from diffusion_lit.evaluation.receipt import summarise
 from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
 
@@ -135,7 +135,7 @@ def measure(
     extractor: FeatureExtractor,
     against: dict[str, Against],
     device: torch.device,
-) -> tuple[dict[str, Any], list[str], dict[str, Image.Image]]:
+) -> tuple[dict[str, Any], list[str], dict[str, Tensor]]:
     """The figures of one setting.
 
     Args:
@@ -149,7 +149,7 @@ def measure(
         device: Where to look for neighbours.
 
     Returns:
-        The entry of the report, what to warn of, and pictures by file name.
+        The entry of the report, what to warn of, and the worst triples (`worst_triples`) by file name.
     """
     result: dict[str, Any] = {
         "sampling": job.sampling.record(),
@@ -174,7 +174,7 @@ def measure(
     if plan.per_class:
         result["per_class"], said = per_class(samples, module, extractor, against)
         warnings += said
-    pictures: dict[str, Image.Image] = {}
+    pictures: dict[str, Tensor] = {}
     if not against:
         image = torch.as_tensor(data.reference_images("train")[0])
         result["single_image"] = single_image_metrics(samples.images, image)  # type: ignore[arg-type]
@@ -227,7 +227,7 @@ def per_class(
 
 def memorization(
     plan: Any, job: Job, samples: Samples, data: Any, extractor: FeatureExtractor, device: torch.device
-) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Whether the samples are nearer to training pictures than chance allows.
 
     Args:
@@ -239,7 +239,7 @@ def memorization(
         device: Where to look for neighbours.
 
     Returns:
-        Figures in feature and in pixel space, and a picture of the worst pairs of each by file name.
+        Figures in feature and in pixel space, and the worst triples of each by file name.
     """
     assert samples.images is not None
     training, held_out = data.reference_images("train"), data.reference_images("test")
@@ -258,7 +258,7 @@ def memorization(
         spaces["pixels"] = compare(images, training, held_out, flips, device)
     setting = f"{job.sampling.sampler}_{job.sampling.num_steps}_{job.sampling.cfg_scale:g}"
     pictures = {
-        f"{plan.path.stem}.memorization_{setting}_{space}.png": worst_pairs(found, images, training, held_out)
+        f"{plan.path.stem}.memorization_{setting}_{space}.png": worst_triples(found, images, training, held_out)
         for space, found in spaces.items()
     }
     record = {

@@ -27,11 +27,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.evaluation.features import take
-from diffusion_lit.pictures import grid_image
+from diffusion_lit.diffusion.images import take
 
 QUANTILE = 0.01
 SIGNIFICANT = 1e-3
@@ -223,25 +221,18 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below.clamp(min=1e-300), torch.where(above > 0, float("inf"), 1.0))
 
 
-def worst_pairs(neighbours: Neighbours, samples: Tensor, training: Any, held_out: Any) -> Image.Image:
-    """A picture of the samples most like a training picture.
+def worst_triples(neighbours: Neighbours, samples: Tensor, training: Any, held_out: Any) -> Tensor:
+    """The samples most like a training image, each beside its nearest training and held-out image.
 
     Args:
         neighbours: As from `compare`.
         samples: The samples, uint8 (n, C, H, W).
-        training: The training pictures.
-        held_out: The held-out pictures.
+        training: The training images.
+        held_out: The held-out images.
 
     Returns:
-        Two triples a row, worst first: the sample, its nearest training picture, its nearest held-out picture.
+        Triples, worst first, uint8 (at most 12, 3, C, H, W).
     """
     worst = neighbours.ratio.argsort()[:SHOWN]
-    triples = torch.stack(
-        [
-            samples[worst],
-            take(training, neighbours.training[worst]),
-            take(held_out, neighbours.held_out[worst]),
-        ],
-        dim=1,
-    )
-    return grid_image(triples.flatten(0, 1).float() / 127.5 - 1, columns=6)
+    near, other = take(training, neighbours.training[worst]), take(held_out, neighbours.held_out[worst])
+    return torch.stack([samples[worst], near, other], dim=1)

@@ -8,6 +8,7 @@ score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statist
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,3 +244,20 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
     if len(values) < 2:
         return mean, None
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def summarise(blocks: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Figures of several blocks as mean, standard deviation, minimum and the values themselves.
+
+    Args:
+        blocks: Figures by name, one dictionary per block.
+
+    Returns:
+        For each name `mean`, `std` (None for one block), `min` and `blocks`.
+    """
+    summary = {}
+    for name in blocks[0]:
+        values = [block[name] for block in blocks]
+        mean, deviation = mean_and_deviation(values)
+        summary[name] = {"mean": mean, "std": deviation, "min": min(values), "blocks": values}
+    return summary

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import keyed_generator
-from diffusion_lit.evaluation.classifiers import cache_folder
-from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, take
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.store import key_of, read_tensors, write_tensors
+from diffusion_lit.storage.cache import cache_folder
+from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 FORMAT = 1
 

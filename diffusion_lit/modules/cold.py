@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
 from diffusion_lit.diffusion.degradations import Blur, Degradation
 from diffusion_lit.diffusion.generate import StepCallback, check_labels
+from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keyed_generator
-from diffusion_lit.evaluation.features import take
 from diffusion_lit.modules.base import KeyedModule, run_seed
 
 COMPONENTS = 64

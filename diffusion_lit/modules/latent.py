@@ -16,16 +16,10 @@ from torch import Tensor, nn
 from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
 from diffusion_lit.diffusion.generate import StepCallback, refuse_clipping
 from diffusion_lit.diffusion.models import LatentModel
+from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.base import DiffusionModule, run_seed
 from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
-from diffusion_lit.modules.latents import (
-    LatentSpace,
-    encode_all,
-    interpolate,
-    latent_shape,
-    load_autoencoder,
-    scale_of,
-)
+from diffusion_lit.modules.latent_space import LatentSpace, encode_all, interpolate, latent_shape, scale_of
 
 
 class LatentDiffusion(LatentModel, DiffusionModule):

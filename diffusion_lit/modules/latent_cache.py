@@ -22,10 +22,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.evaluation.classifiers import cache_folder
-from diffusion_lit.evaluation.store import key_of
-from diffusion_lit.modules.latents import LatentSpace, encode_all
+from diffusion_lit.modules.latent_space import LatentSpace, encode_all
 from diffusion_lit.nets.autoencoder import Posterior
+from diffusion_lit.storage.cache import cache_folder
+from diffusion_lit.storage.hashing import key_of
 
 FORMAT = 1
 DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take

@@ -21,8 +21,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffusion_lit.diffusion.generate import check_labels
 from diffusion_lit.diffusion.rng import SeededNoise
+from diffusion_lit.modules.autoencoders import describe
 from diffusion_lit.modules.base import KeyedModule, run_seed
-from diffusion_lit.modules.latents import Frozen, describe, interpolate, latent_shape
+from diffusion_lit.modules.latent_space import Frozen, interpolate, latent_shape
 from diffusion_lit.modules.perceptual import load_lpips
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
 

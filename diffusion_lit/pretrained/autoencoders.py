@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.modules.autoencoders import LOADERS
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.pretrained.files import find_model, library, load_part, read_json
 
@@ -118,3 +119,6 @@ def load_pretrained_autoencoder(source: str) -> PretrainedAutoencoder:
     net = kind(dict(vae.config))
     net.vae.load_state_dict(vae.state_dict())
     return net.eval()
+
+
+LOADERS["diffusers"] = load_pretrained_autoencoder

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion_lit.evaluation.classifiers import cache_folder
 from diffusion_lit.pretrained.files import library, load_part, read_json
-from diffusion_lit.saving import atomic
+from diffusion_lit.storage.atomic import atomic
+from diffusion_lit.storage.cache import cache_folder
 
 IF_TOKENS = 77  # what IF's encoder was trained to read, whatever its tokenizer allows
 VERSION = "v1"

@@ -16,8 +16,8 @@ from urllib.parse import quote
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
-from diffusion_lit.pictures import png_bytes
-from diffusion_lit.saving import atomic
+from diffusion_lit.report.images import png_bytes
+from diffusion_lit.storage.atomic import atomic
 
 Source = Path | str | Image.Image | Figure
 

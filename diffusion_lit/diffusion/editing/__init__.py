@@ -6,7 +6,7 @@ by keyword labels, seeds and a `Sampling`, and gives pictures.
 
 from diffusion_lit.diffusion.editing.common import device_of, need_pixels
 from diffusion_lit.diffusion.editing.composites import Anagram, Hybrid, anagram, gaussian_blur, hybrid
-from diffusion_lit.diffusion.editing.picture_views import VIEWS, PictureView, make_view, permutation
+from diffusion_lit.diffusion.editing.image_views import VIEWS, PictureView, make_view, permutation
 from diffusion_lit.diffusion.editing.restoration import (
     Consistent,
     colorize,

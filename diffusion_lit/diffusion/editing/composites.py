@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, pad
 
 from diffusion_lit.diffusion.denoiser import DenoiserLike
 from diffusion_lit.diffusion.editing.common import check_seeds, device_of, labels_for, need_pixels, settings
-from diffusion_lit.diffusion.editing.picture_views import PictureView
+from diffusion_lit.diffusion.editing.image_views import PictureView
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise

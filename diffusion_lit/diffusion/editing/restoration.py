@@ -27,13 +27,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from diffusion_lit.diffusion.denoiser import DenoiserLike
-from diffusion_lit.diffusion.editing.common import (
-    check_images,
-    check_seeds,
-    device_of,
-    labels_for,
-    settings,
-)
+from diffusion_lit.diffusion.editing.common import check_images, check_seeds, device_of, labels_for, settings
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.models import LatentModel, PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise

@@ -8,8 +8,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.pytorch import LightningDataModule
 
+from diffusion_lit.commands.evaluate_run import Plan, run
 from diffusion_lit.diffusion.samplers import sampler_table
-from diffusion_lit.evaluation.run import Plan, run
 
 START_METHODS = {"auto": "popen", "ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn"}
 

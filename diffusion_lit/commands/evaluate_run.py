@@ -14,24 +14,29 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.checkpoints import load_data, load_module, read_checkpoint
+import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
-from diffusion_lit.evaluation.likelihood import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.measure import Against, measure, read_references
-from diffusion_lit.evaluation.receipt import hardware, versions, write_report
 from diffusion_lit.evaluation.single_image import is_single
-from diffusion_lit.evaluation.store import file_hash
-from diffusion_lit.sample import parse_labels
+from diffusion_lit.modules.labels import parse_labels
+from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.report.memorization import pairs_image
+from diffusion_lit.report.receipt import write_report
+from diffusion_lit.runtime.hardware import hardware
+from diffusion_lit.runtime.versions import versions
+from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.hashing import file_hash
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of `lightning evaluate`, which documents them; see `diffusion_lit.evaluation.command.evaluate`."""
+    """The options of `lightning evaluate`, which documents them; see `diffusion_lit.commands.evaluate.evaluate`."""
 
     ckpt_path: str
     num_samples: int
@@ -182,9 +187,9 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
         result, warnings, pictures = measure(plan, job, samples, module, data, extractor, against, fabric.device)
         report["results"].append(result)
         report["warnings"] += [warning for warning in warnings if warning not in report["warnings"]]
-        for name, picture in pictures.items():
+        for name, triples in pictures.items():
             plan.path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(plan.path.with_name(name))
+            pairs_image(triples).save(plan.path.with_name(name))
     if plan.likelihood:
         report["likelihood"] = gather_bits(plan, module, data)
     report["run"] = {

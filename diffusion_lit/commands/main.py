@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from diffusion_lit.hardware import keep_freed_memory
+from diffusion_lit.runtime.hardware import keep_freed_memory
 
 
 class Command(NamedTuple):
@@ -27,13 +27,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "sample": Command("diffusion_lit.sample", "sample", "draw pictures from a checkpoint"),
+    "sample": Command("diffusion_lit.commands.sample", "sample", "draw pictures from a checkpoint"),
     "evaluate": Command(
-        "diffusion_lit.evaluation.command", "evaluate", "measure a checkpoint: FID and more, with a receipt"
+        "diffusion_lit.commands.evaluate", "evaluate", "measure a checkpoint: FID and more, with a receipt"
     ),
-    "report": Command("diffusion_lit.report.run", "report", "put a run on one HTML page: curves, samples, evaluations"),
-    "edit": Command("diffusion_lit.edit", "TASKS", "edit pictures: `lightning edit --help` lists the tasks"),
-    "export": Command("diffusion_lit.export", "export", "write a checkpoint's model as safetensors and JSON"),
+    "report": Command(
+        "diffusion_lit.commands.report", "report", "put a run on one HTML page: curves, samples, evaluations"
+    ),
+    "edit": Command("diffusion_lit.commands.edit", "TASKS", "edit pictures: `lightning edit --help` lists the tasks"),
+    "export": Command("diffusion_lit.commands.export", "export", "write a checkpoint's model as safetensors and JSON"),
 }
 
 TRAINING = {
@@ -76,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
     elif args[0] in COMMANDS:
         _run_command(COMMANDS[args[0]], args)
     elif args[0] in TRAINING:
-        from diffusion_lit.training import run
+        from diffusion_lit.commands.fit import run
 
         run(args)
     else:

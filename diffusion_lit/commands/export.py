@@ -13,15 +13,10 @@ from typing import Any
 
 import lightning
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from diffusion_lit.saving import atomic
-
-FORMAT = "diffusion-lit 1"
-WEIGHTS, RECORD = "model.safetensors", "model.json"
-KEPT = ("hyper_parameters", "datamodule_hyper_parameters", "diffusion_lit", "global_step", "pytorch-lightning_version")
+from diffusion_lit.storage.atomic import atomic
+from diffusion_lit.storage.exports import FORMAT, KEPT, RECORD, WEIGHTS
 
 
 def export(ckpt_path: str, out: str, weights: str = "average") -> None:
@@ -35,7 +30,8 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
     Raises:
         ValueError: If the checkpoint cannot be used or holds no such weights.
     """
-    from diffusion_lit.checkpoints import load_module, read_checkpoint
+    from diffusion_lit.modules.load import load_module
+    from diffusion_lit.storage.checkpoints import read_checkpoint
 
     checkpoint = read_checkpoint(ckpt_path)
     if weights not in ("average", "raw"):
@@ -92,49 +88,3 @@ def _json(record: dict[str, Any], path: str) -> str:
         raise ValueError(
             f"The checkpoint {path} has arguments that are no plain values and cannot be exported: {error}."
         ) from error
-
-
-def is_export(path: str | Path) -> bool:
-    """Whether a path is a folder written by `lightning export`.
-
-    Args:
-        path: Any path.
-
-    Returns:
-        Whether both files are there.
-    """
-    return (Path(path) / WEIGHTS).is_file() and (Path(path) / RECORD).is_file()
-
-
-def read_export(path: str | Path) -> dict[str, Any]:
-    """Reads an exported model in the form of a checkpoint's contents.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        A dictionary with `state_dict`, `hyper_parameters` and what else a checkpoint keeps beside the training's state;
-        `weights` says which weights they are.
-
-    Raises:
-        ValueError: If a file is damaged, of another kind, or does not belong to the other.
-    """
-    folder = Path(path)
-    encoded = (folder / WEIGHTS).read_bytes()
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / RECORD} is damaged: {error}. Export the checkpoint again.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{folder / RECORD} is not a record of `lightning export`; export the checkpoint again.")
-    if hashlib.sha256(encoded).hexdigest() != record.get("sha256"):
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the file that {RECORD} beside it describes, or it is damaged; export the "
-            "checkpoint again."
-        )
-    try:
-        tensors = load_tensors(encoded)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no safetensors file: {error}.") from error
-    kept = {name: record[name] for name in KEPT if name in record}
-    return {**kept, "state_dict": tensors, "weights": record["weights"]}

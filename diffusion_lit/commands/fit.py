@@ -26,7 +26,8 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
-import diffusion_lit.modules  # noqa: F401
+import diffusion_lit.modules
+import diffusion_lit.pretrained  # noqa: F401 (reads the autoencoders of other libraries)
 from diffusion_lit.callbacks import (
     EMA,
     Cost,
@@ -39,17 +40,18 @@ from diffusion_lit.callbacks import (
     Throughput,
     Trajectory,
 )
+from diffusion_lit.callbacks.loggers import quiet_writer_threads
 from diffusion_lit.callbacks.loop import RunLoop
-from diffusion_lit.checkpoints import find_last, read_checkpoint
-from diffusion_lit.export import is_export
-from diffusion_lit.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.modules.base import KeyedModule
-from diffusion_lit.precision import TrainInBf16
-from diffusion_lit.saving import SafeCheckpointIO, quiet_writer_threads
-from diffusion_lit.stopping import RunStopped, explain
+from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
+from diffusion_lit.runtime.precision import TrainInBf16
+from diffusion_lit.runtime.stopping import RunStopped, explain
+from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
+from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
+from diffusion_lit.storage.exports import is_export
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-MAIN = Path(__file__).resolve().with_name("__main__.py")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 CALLBACKS: dict[str, type[Callback]] = {
     "ema": EMA,
     "guard": NonFiniteGuard,

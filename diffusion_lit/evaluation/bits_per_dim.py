@@ -11,7 +11,8 @@ from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.wrappers import Conditioned
 from diffusion_lit.evaluation.metrics import mean_and_deviation
-from diffusion_lit.evaluation.store import file_hash, key_of, read_tensors, write_tensors
+from diffusion_lit.storage.hashing import file_hash, key_of
+from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 SPLIT = "test"
 CHUNK = 50

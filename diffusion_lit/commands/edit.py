@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.nn.functional import interpolate as enlarge
 
+from diffusion_lit.commands.edit_options import SAMPLES, Options, PictureOptions, decibels, picture_size, read_pixels
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import SAMPLERS
-from diffusion_lit.edit_options import SAMPLES, Options, PictureOptions, decibels, picture_size, read_pixels
-from diffusion_lit.pictures import Cell, grid_image, labelled_grid, save_gif
+from diffusion_lit.report.images import Cell, grid_image, labelled_grid, save_gif
 
 BLURS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 

@@ -12,11 +12,14 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.checkpoints import load_model
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.samplers import sampler_table
-from diffusion_lit.pictures import StepRecorder, grid_image, save_gif, to_uint8
-from diffusion_lit.ranks import fabric, several
+from diffusion_lit.modules.labels import parse_labels
+from diffusion_lit.pretrained.load_model import load_model
+from diffusion_lit.report.images import StepRecorder, grid_image, save_gif
+from diffusion_lit.runtime.hardware import pick_device
+from diffusion_lit.runtime.ranks import fabric, several
 
 
 def sample(
@@ -228,55 +231,3 @@ def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path, nfe:
 def help_notes() -> str:
     """The table of samplers, which closes the command's help."""
     return sampler_table()
-
-
-def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | None:
-    """Classes from a command line.
-
-    Args:
-        labels: `all`, a list such as `3,3,7`, or None.
-        count: Number of samples.
-        num_classes: Number of the model's classes, 0 for an unconditional model.
-
-    Returns:
-        Class indices of shape (count,), or None. `all` gives every class the same number of samples, one class after
-        the other (the last ones fewer where it does not divide); a list is repeated.
-
-    Raises:
-        ValueError: If the text is no list of classes of the model.
-    """
-    if labels is None:
-        return None
-    if num_classes == 0:
-        raise ValueError(f"--labels {labels} was given, but the model is unconditional; leave --labels out.")
-    if labels == "all":
-        return torch.arange(num_classes).repeat_interleave(-(-count // num_classes))[:count]
-    try:
-        classes = [int(word) for word in labels.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--labels {labels} is neither `all` nor a list of classes such as 3,3,7.") from error
-    for label in classes:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"Label {label} is outside the model's classes 0 to {num_classes - 1}.")
-    return torch.tensor([classes[index % len(classes)] for index in range(count)])
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by its name.
-
-    Args:
-        name: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: If this machine has no such device.
-    """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name!r} here; use auto, cpu or one that this machine has.") from error

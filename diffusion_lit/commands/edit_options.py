@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.checkpoints import load_data, load_model
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.evaluation.receipt import versions
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
-from diffusion_lit.evaluation.store import file_hash
-from diffusion_lit.export import WEIGHTS, is_export
-from diffusion_lit.pictures import to_uint8
-from diffusion_lit.sample import pick_device
-from diffusion_lit.saving import atomic
+from diffusion_lit.modules.load import load_data
+from diffusion_lit.pretrained.load_model import load_model
+from diffusion_lit.runtime.hardware import pick_device
+from diffusion_lit.runtime.versions import versions
+from diffusion_lit.storage.atomic import atomic
+from diffusion_lit.storage.exports import WEIGHTS, is_export
+from diffusion_lit.storage.hashing import file_hash
 
 OUT = "runs/edits"
 SAMPLES = ("flower", "china")  # of scikit-learn

@@ -5,7 +5,6 @@ The format is safetensors, which holds tensors and text and runs nothing.
 
 import json
 import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-def key_of(record: dict[str, Any]) -> str:
-    """The hash of a record.
-
-    Args:
-        record: Plain values.
-
-    Returns:
-        Hexadecimal SHA-256 of its canonical JSON.
-    """
-    return sha256(canonical(record).encode()).hexdigest()
-
-
-def canonical(record: dict[str, Any]) -> str:
-    """The JSON of a record, the same for equal records.
-
-    Args:
-        record: Plain values.
-
-    Returns:
-        JSON with sorted keys.
-    """
-    return json.dumps(record, sort_keys=True)
+from diffusion_lit.storage.hashing import canonical
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -95,20 +72,3 @@ def read_record(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path} is not a file of statistics that this project wrote.") from error
     return record
-
-
-def file_hash(path: Path) -> str:
-    """The hash of a file's bytes.
-
-    Args:
-        path: The file, or a folder of `lightning export`, whose weights count.
-
-    Returns:
-        Hexadecimal SHA-256.
-    """
-    path = path / "model.safetensors" if path.is_dir() else path
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""`lightning report`: a run on one page, whether it goes on, was stopped or is over."""
+"""A run on one page, whether it goes on, was stopped or is over."""
 
 import json
 import re
@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from diffusion_lit.checkpoints import load_module, read_checkpoint
-from diffusion_lit.evaluation.page import blocks_sentence, likelihood_sentence, tables
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.curves import LAST, draw, panels, title
 from diffusion_lit.report.events import History, read_history
 from diffusion_lit.report.facts import (
     HARDWARE,
     class_name,
     duration,
-    find_run,
     inside,
     magnitude,
     moment,
@@ -27,6 +25,8 @@ from diffusion_lit.report.facts import (
     step_of,
 )
 from diffusion_lit.report.page import Page
+from diffusion_lit.report.receipt_page import blocks_sentence, likelihood_sentence, tables
+from diffusion_lit.storage.checkpoints import read_checkpoint
 
 GRIDS = 6  # grids shown over time, first and last among them
 MORE_IS_BETTER = ("psnr", "ssim", "accuracy")
@@ -36,31 +36,6 @@ PICTURES = {  # folders of pictures that callbacks write, and what they show
     "reconstructions": "Held-out pictures, each row above its reconstructions.",
     "interpolations": "Straight ways in latent space between pairs of held-out pictures, decoded.",
 }
-
-
-def report(run: str, out: str | None = None) -> None:
-    """Makes one self-contained HTML page of a run.
-
-    It shows figures, curves, samples over time, evaluations, cost and configuration; the run may be going on, stopped
-    or over. Reports of `lightning evaluate` are found in the run's folder, in the one above it and in the current one,
-    where they name a checkpoint of the run.
-
-    Args:
-        run: The run's folder, runs/NAME/version_N, or runs/NAME for the newest version.
-        out: The page; report.html in the run's folder by default.
-
-    Raises:
-        ValueError: If there is no run in the folder.
-    """
-    folder = find_run(Path(run))
-    path = folder / "report.html" if out is None else Path(out)
-    if path.suffix != ".html":
-        raise ValueError(f"--out {out} must end in .html.")
-    made = RunPage(folder)
-    made.build().write(path)
-    for problem in made.problems:
-        print(problem)
-    print(f"The report is {path}")
 
 
 class RunPage:

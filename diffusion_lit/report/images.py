@@ -4,27 +4,15 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Rounds pictures to bytes.
-
-    Args:
-        images: Pictures of any shape, values in [-1, 1]; what overshoots is clipped.
-
-    Returns:
-        The same shape in uint8 on the CPU, -1 as 0 and 1 as 255.
-    """
-    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+from diffusion_lit.diffusion.images import to_uint8
 
 
 def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
@@ -104,21 +92,6 @@ def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 
     if path is not None:
         path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
-
-
-def log_image(writer: SummaryWriter, tag: str, encoded: bytes, size: tuple[int, int], step: int) -> None:
-    """Shows an encoded picture, animated or not, in TensorBoard.
-
-    Args:
-        writer: TensorBoard's writer.
-        tag: The picture's name.
-        encoded: Bytes of a PNG or GIF file.
-        size: Width and height in pixels.
-        step: Training step that it belongs to.
-    """
-    image = Summary.Image(encoded_image_string=encoded, width=size[0], height=size[1], colorspace=3)
-    events: Any = writer
-    events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def png_bytes(image: Image.Image) -> bytes:

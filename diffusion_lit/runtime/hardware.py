@@ -7,7 +7,11 @@ import ctypes
 import math
 import os
 import platform
+import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -143,3 +147,43 @@ def crowded() -> str:
         f"Other programs are busy on this machine (load {load:.1f} on {cores} cores), and torch's "
         f"threads wait for each other; OMP_NUM_THREADS={max(1, cores - 1)} may be many times as fast."
     )
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by its name.
+
+    Args:
+        name: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {name!r} here; use auto, cpu or one that this machine has.") from error
+
+
+def hardware(device: torch.device, ranks: int) -> dict[str, Any]:
+    """What the samples were made on.
+
+    Args:
+        device: The device of rank 0.
+        ranks: Number of processes.
+
+    Returns:
+        Name of the processor and numbers of ranks and threads.
+    """
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"device": device.type, "processor": name, "ranks": ranks, "threads": torch.get_num_threads()}

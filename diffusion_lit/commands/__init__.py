@@ -1,0 +1,1 @@
+"""The commands of `lightning`, which is also called `diffusion-lit`: one file each."""

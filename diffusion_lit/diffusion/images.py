@@ -1,0 +1,31 @@
+"""Images as bytes and as batches: rounding to uint8, rows of an array."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Rounds pictures to bytes.
+
+    Args:
+        images: Pictures of any shape, values in [-1, 1]; what overshoots is clipped.
+
+    Returns:
+        The same shape in uint8 on the CPU, -1 as 0 and 1 as 255.
+    """
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def take(images: Any, rows: Tensor) -> Tensor:
+    """Some pictures of an array-like.
+
+    Args:
+        images: A tensor or an array (N, C, H, W), such as a memory map.
+        rows: Indices int64 (B,), rising for a memory map's sake.
+
+    Returns:
+        The pictures (B, C, H, W) as a tensor.
+    """
+    return images[rows] if isinstance(images, Tensor) else torch.as_tensor(images[rows.numpy()])

@@ -1,0 +1,89 @@
+"""Trained autoencoders, from a checkpoint, a run or another library."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
+
+HUB = "hub:"
+LOADERS: dict[str, Callable[[str], nn.Module]] = {}  # of other libraries' autoencoders, which register themselves
+
+
+def describe(net: Any) -> dict[str, Any]:
+    """How an autoencoder is built again, as plain values.
+
+    Args:
+        net: The autoencoder, whose `config` holds its arguments.
+
+    Returns:
+        `class_path` and `init_args`.
+    """
+    return {"class_path": f"{type(net).__module__}.{type(net).__qualname__}", "init_args": dict(net.config)}
+
+
+def build(record: dict[str, Any]) -> Any:
+    """Builds an autoencoder from its description, with random weights.
+
+    Args:
+        record: From `describe`.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        ValueError: If the class is not to be had or is no autoencoder.
+    """
+    module, _, name = str(record["class_path"]).rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"The autoencoder {record['class_path']} is not to be had here: {error}.") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
+        raise ValueError(f"{record['class_path']} is no autoencoder.")
+    return kind(**record["init_args"])
+
+
+def load_autoencoder(source: str) -> Any:
+    """Reads a trained autoencoder.
+
+    Args:
+        source: A checkpoint of `VAE`; the folder of its runs, `runs/NAME`, whose newest checkpoint is taken; or, with
+            the extra `pretrained`, a folder of diffusers' AutoencoderKL or AutoencoderTiny or its name
+            `hub:OWNER/NAME`.
+
+    Returns:
+        The autoencoder with its weights (the average ones of a checkpoint).
+
+    Raises:
+        ValueError: If there is none, or the file is damaged or of another kind of model.
+    """
+    path = Path(source).expanduser()
+    if source.startswith(HUB) or (path / "config.json").is_file():
+        if "diffusers" not in LOADERS:
+            raise ValueError(f"{source} is an autoencoder of diffusers: import diffusion_lit.pretrained first.")
+        return LOADERS["diffusers"](source.removeprefix(HUB))
+    if not path.exists():
+        raise ValueError(
+            f"There is no autoencoder {source}; train one with lightning fit --config configs/vae_NAME.yaml, which "
+            f"leaves it in runs/vae_NAME, or give a checkpoint, a folder of diffusers' or {HUB}OWNER/NAME."
+        )
+    if path.is_dir():
+        path = find_last(path)
+    checkpoint = read_checkpoint(path)
+    if "autoencoder" not in checkpoint:
+        kind = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "another model")).rpartition(".")[2]
+        raise ValueError(
+            f"{path} is a checkpoint of {kind}, not of a VAE; give one that configs/vae_NAME.yaml trained."
+        )
+    net = build(checkpoint["autoencoder"])
+    prefix = "net."
+    weights = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {path} do not fit the autoencoder that it describes.") from error
+    return net

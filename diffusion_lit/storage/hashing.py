@@ -1,0 +1,68 @@
+"""Hashes: of a record of plain values, of a file, of weights."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """A hash of weights that does not depend on how they were stored.
+
+    Args:
+        state: Names and tensors.
+
+    Returns:
+        Hexadecimal SHA-256 over names, types, shapes and bytes.
+    """
+    digest = sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """The hash of a record.
+
+    Args:
+        record: Plain values.
+
+    Returns:
+        Hexadecimal SHA-256 of its canonical JSON.
+    """
+    return sha256(canonical(record).encode()).hexdigest()
+
+
+def canonical(record: dict[str, Any]) -> str:
+    """The JSON of a record, the same for equal records.
+
+    Args:
+        record: Plain values.
+
+    Returns:
+        JSON with sorted keys.
+    """
+    return json.dumps(record, sort_keys=True)
+
+
+def file_hash(path: Path) -> str:
+    """The hash of a file's bytes.
+
+    Args:
+        path: The file, or a folder of `lightning export`, whose weights count.
+
+    Returns:
+        Hexadecimal SHA-256.
+    """
+    path = path / "model.safetensors" if path.is_dir() else path
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
