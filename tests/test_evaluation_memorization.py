@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from diffusion_lit.evaluation.memorization import chance_of, compare, nearest, tail_probability
+from diffusion_lit.evaluation.memorization import chance_of, compare, nearest, tail_probability, worst_triples
 from diffusion_lit.evaluation.single_image import is_single, patches, psnr, single_image_metrics
-from diffusion_lit.report.memorization import worst_pairs
+from diffusion_lit.report.memorization import pairs_image
 
 
 def real(count, seed):
@@ -125,7 +125,7 @@ def test_copies_among_real_pictures_and_ties_are_no_sign_of_memorising():
 
 def test_the_picture_of_the_worst_pairs_shows_them_in_triples():
     found = compare(TRAINING[:20], TRAINING, HELD_OUT)
-    picture = worst_pairs(found, TRAINING[:20], TRAINING, HELD_OUT)
+    picture = pairs_image(worst_triples(found, TRAINING[:20], TRAINING, HELD_OUT))
     scale, padding = 64 // 6, (64 // 6) // 2
     assert picture.width == 6 * (6 * scale + padding) + padding
     cell = picture.crop((padding, padding, padding + 6 * scale, padding + 6 * scale))
