@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from diffusion_lit.callbacks import LastCheckpoint, NonFiniteGuard, Throughput
@@ -218,6 +219,35 @@ def test_bad_steps_change_nothing(tmp_path, name, where, bad):
         assert all(torch.equal(value, two[key]) for key, value in one.items())
     assert guard.skipped == len(bad)
     assert guard.state_dict() == {"skipped": len(bad)}
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bad_steps_change_nothing_under_a_gradient_scaler(tmp_path, name, where, monkeypatch):
+    """As on CUDA under 16-mixed, where the host does not know whether a step is good: the scaler steps each time."""
+    monkeypatch.setattr("diffusion_lit.callbacks.guard.HOST", "none", raising=False)
+    plugin = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]}
+    guarded = Slope(OPTIMIZERS[name], {0, 3}, where)
+    guard = NonFiniteGuard("skip")
+    with pytest.warns(UserWarning, match="not finite and were left out"):
+        trainer = descend(tmp_path, guarded, guard, **plugin)
+    clean = Slope(OPTIMIZERS[name], set(), where)
+    other = descend(tmp_path, clean, NonFiniteGuard("off"), steps=4, **plugin)
+    assert guarded.weight.abs().min() > 0.1
+    assert torch.equal(guarded.weight, clean.weight)
+    for one, two in zip(trainer.optimizers[0].state.values(), other.optimizers[0].state.values(), strict=True):
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert guard.skipped == 2
+
+
+def test_a_step_that_the_scaler_leaves_out_does_not_undo_the_next(tmp_path):
+    """On the host, which knows that a step is good, nothing of an older, bad step may be left."""
+    plugin = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]}
+    guarded, clean = Slope(OPTIMIZERS["sgd"], {0}, "gradient"), Slope(OPTIMIZERS["sgd"], set(), "gradient")
+    with pytest.warns(UserWarning, match="not finite and were left out"):
+        descend(tmp_path, guarded, NonFiniteGuard("skip"), **plugin)
+    descend(tmp_path, clean, NonFiniteGuard("off"), steps=5, **plugin)
+    assert torch.equal(guarded.weight, clean.weight)
 
 
 def test_without_the_guard_they_ruin_the_weights(tmp_path):

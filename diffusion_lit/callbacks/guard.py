@@ -24,6 +24,7 @@ CHOICES = ("stop", "skip", "off")
 # Devices whose kernels for gradient scaling are sound in every version of torch that is supported: on MPS they set half
 # gradients to zero (pytorch/pytorch#184286), and fused optimizers did not leave a bad step out (#186360).
 SCALED = ("cpu", "cuda")
+HOST = "cpu"  # the kind of device whose flag the host knows without waiting
 
 
 class NonFiniteGuard(Callback):
@@ -33,7 +34,8 @@ class NonFiniteGuard(Callback):
     checkpoint; with `skip` it goes on without those updates, counts them as `train/nonfinite_steps` and warns; with
     `off` nothing is checked. In 16-bit precision with a gradient scaler, which meets infinite gradients on its way, the
     scaler decides about gradients and the guard about the loss alone. A fused optimizer (`fused: true`) leaves a bad
-    step out by itself; for others the guard keeps a copy of weights and state for the length of a step.
+    step out by itself, under a scaler at the scaler's word; for others the guard keeps a copy of weights and state for
+    the length of a step.
 
     Args:
         nonfinite: `stop`, `skip` or `off`.
@@ -75,10 +77,12 @@ class NonFiniteGuard(Callback):
         """Decides whether the step is good, and keeps what it would change."""
         if self._count is None:
             return
+        self._before, self._ok = {}, None  # of a step that a gradient scaler left out, which `_choose` did not see
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper aside
         bad = torch.zeros((), device=pl_module.device) if self._loss_ok is None else (~self._loss_ok).float()
         self._loss_ok = None
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if not scaled:
             for grads in _alike(p.grad for group in optimizer.param_groups for p in group["params"]):
                 if bad.device.type in SCALED:  # a gradient scaler's check: one pass, which multiplies by 1
                     torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, torch.ones_like(bad))
@@ -87,13 +91,16 @@ class NonFiniteGuard(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad)
         ok = bad == 0
-        if ok.device.type == "cpu" and ok:  # the host knows already
+        if ok.device.type == HOST and ok:  # the host knows already
             return
         self._note(~ok, trainer.global_step + 1, getattr(pl_module, "sigma_range", None))
         # A checkpoint may bring groups that are not fused, to an optimizer that could be.
         fused = bad.device.type in SCALED and all(group.get("fused") for group in optimizer.param_groups)
         if fused and getattr(optimizer, "_step_supports_amp_scaling", False):  # it leaves a step out by itself
-            optimizer.found_inf, optimizer.grad_scale = (~ok).float(), None
+            if scaled:  # the scaler has still to look at the gradients, and would write over the optimizer's flag
+                _spoil(optimizer, ok)
+            else:
+                optimizer.found_inf = (~ok).float()
             return
         self._ok = ok
         with torch.no_grad():
@@ -193,6 +200,13 @@ def _alike(tensors: Iterable[Tensor | None]) -> Iterable[list[Tensor]]:
         if tensor is not None:
             found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return found.values()
+
+
+def _spoil(optimizer: Any, ok: Tensor) -> None:
+    """Makes one gradient, the smallest, not finite unless all is well, so that a gradient scaler leaves the step out."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    smallest = min(grads, key=Tensor.numel)
+    smallest.masked_fill_(~ok, float("nan"))
 
 
 def _tensors(optimizer: Any) -> Iterator[Tensor]:
