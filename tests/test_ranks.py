@@ -179,3 +179,58 @@ def test_a_rank_that_dies_takes_the_run_down(tmp_path):
     said = (tmp_path / "log").read_text()
     assert "Another rank of the run is gone" in said or "terminated with code" in said
     assert read(tmp_path / LAST)["global_step"] >= 5
+
+
+TURNS = """
+import sys, time
+import torch, torch.distributed as dist
+from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first, share_rows
+from diffusion_lit.runtime.stopping import RunStopped
+
+def rank(number, world, port, out):
+    store = dist.TCPStore("127.0.0.1", port, world, number == 0)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=world)
+    said = [rank_zero_alone(lambda: (time.sleep(0.5), "made")[1], "work")]
+    done = []
+    said.append(rank_zero_first(lambda: done.append(time.monotonic()) or number, "both"))
+    turns = gather(torch.tensor([done[0]], dtype=torch.float64)).flatten().tolist()
+    said.append(turns[0] == min(turns))
+    class Module:
+        device = torch.device("cpu")
+        class _trainer:
+            world_size, global_rank = world, number
+    for count in (1, 2, 7):
+        whole = share_rows(Module(), count, lambda rows: torch.arange(rows.start, rows.stop).float()[:, None])
+        said.append(torch.equal(whole, torch.arange(count).float()[:, None]))
+    try:
+        rank_zero_alone(lambda: open("/no/such/file"), "the index")
+    except (OSError, RunStopped) as error:
+        said.append(f"{type(error).__name__}: {error}")
+    print(number, said, flush=True)
+
+if __name__ == "__main__":
+    import torch.multiprocessing as mp
+    mp.start_processes(rank, (3, int(sys.argv[1]), None), nprocs=3, start_method="fork")
+"""
+
+
+def test_work_of_rank_zero_and_shared_work(tmp_path):
+    """What rank 0 does alone reaches nobody else, its errors reach all, and shares make up the whole."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "turns.py").write_text(TURNS)
+    env = {**os.environ, "PYTHONPATH": str(DIGITS.parent.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "turns.py", str(port)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    said = dict(line.split(" ", 1) for line in sorted(run.stdout.splitlines()))
+    assert said["0"].startswith("['made', 0, True, True, True, True, \"FileNotFoundError:")
+    for rank in ("1", "2"):
+        expected = (
+            f'[None, {rank}, True, True, True, True, "RunStopped: Rank 0 could not go on with the index: FileNotF'
+        )
+        assert said[rank].startswith(expected)

@@ -10,6 +10,7 @@ from diffusion_lit.callbacks.progress import ProgressBar, RunSummary, Throughput
 from diffusion_lit.callbacks.psnr import PicturePSNR
 from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
 from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
+from diffusion_lit.callbacks.watchdog import Watchdog
 
 __all__ = [
     "EMA",
@@ -27,4 +28,5 @@ __all__ = [
     "SampleGrid",
     "Throughput",
     "Trajectory",
+    "Watchdog",
 ]

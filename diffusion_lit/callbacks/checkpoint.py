@@ -7,6 +7,7 @@ and the run ends with the exit status that the shell expects, 143 or 130.
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from diffusion_lit.runtime.stopping import RunStopped
+from diffusion_lit.runtime.watchdog import SAME
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -38,6 +40,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._due = False  # a save that waits for the end of the optimizer step
         self._validation_due = False  # the state is that of a step after which validation comes
         self._signal: int | None = None
+        self._heard = 0.0  # when it came
         self._stopping: RunStopped | None = None
         self._requeue: Any = None
         self._handlers: dict[int, Any] = {}
@@ -93,7 +96,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was trained since the last validation."""
         self._save_new(trainer)
-        failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
+        failure = trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "failure", None))
         if failure:
             raise RunStopped(
                 f"The run is over, but its last checkpoint could not be written to {self.dirpath}: {failure}. Make "
@@ -137,10 +140,14 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal: the first is noted; a second one, or one during validation on one rank, acts at once."""
-        again, self._signal = self._signal is not None, number
+        first, now = self._signal is None, time.monotonic()
+        self._signal = number
         if number not in NAMES:
             return
-        if again:
+        if not first and now - self._heard < SAME:
+            return
+        self._heard = now
+        if not first:
             raise RunStopped(f"Stopped at once by a second {NAMES[number]}.", 128 + number)  # type: ignore[index]
         if self._trainer.validating and self._trainer.world_size == 1:
             raise RunStopped(f"Stopped by {NAMES[number]}.", 128 + number)  # type: ignore[index]

@@ -4,6 +4,7 @@ The figure is called by its extractor and its number of samples, `fid_inception_
 `fid_inception_5k_floor`, the same of real pictures against real pictures.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, Missin
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.runtime import watchdog
+from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
 
 
 class FID(Callback):
@@ -155,7 +158,7 @@ class FID(Callback):
         return last or trainer.current_epoch - self._measured_epoch >= self.every_n_epochs
 
     def _prepare(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Loads the extractor, on rank 0 first, which alone keeps the reference; once."""
+        """Loads the extractor, on rank 0 first, which alone keeps the reference; once. Called on all ranks."""
         if self._prepared:
             return
         self._prepared = True
@@ -165,22 +168,22 @@ class FID(Callback):
             raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
         data: Any = getattr(trainer, "datamodule", None)
         problem = self.problem(trainer, pl_module)
-        if problem is None:
-            for turn in (0, 1):  # rank 0 fills the caches that the others then read
-                if (trainer.global_rank == 0) == (turn == 0):
-                    try:
-                        self.extractor.load(data)
-                    except MissingWeights as error:
-                        problem = str(error)
-                trainer.strategy.barrier()
+        if problem is None:  # rank 0 fills the caches that the others then read
+            problem = rank_zero_first(partial(self._load, data), "the weights of the extractor")
         self._available = trainer.strategy.reduce_boolean_decision(problem is None)
         if not self._available:
             self._do_without(trainer, problem or "another rank could not load the extractor.")
             return
-        if trainer.is_global_zero:
-            self._measure_reference(trainer, pl_module, data)
+        rank_zero_alone(partial(self._measure_reference, trainer, pl_module, data), "the features of real images")
         self._floor = trainer.strategy.broadcast(self._floor)
-        trainer.strategy.barrier()
+
+    def _load(self, data: Any) -> str | None:
+        """Loads the extractor, or says why it cannot be had."""
+        try:
+            self.extractor.load(data)
+        except MissingWeights as error:
+            return str(error)
+        return None
 
     def _do_without(self, trainer: Any, problem: str) -> None:
         """Stops, or says once that the run goes on without the metric."""
@@ -225,13 +228,13 @@ class FID(Callback):
         parts = []
         for rows in torch.split(mine, self.batch_size):
             parts.append(self.extractor.features(to_uint8(self.draw(trainer, pl_module, rows))).features)
+            watchdog.beat()
         features = torch.cat(parts)
         if world == 1:
             return Features(features)
         whole = torch.zeros(-(-self.num_samples // world), features.shape[1], device=pl_module.device)
         whole[: len(mine)] = features.to(whole)
-        gathered = pl_module.all_gather(whole).transpose(0, 1).flatten(0, 1)
-        return Features(gathered[: self.num_samples].cpu())
+        return Features(gather(whole).transpose(0, 1).flatten(0, 1)[: self.num_samples].cpu())
 
 
 def _class_frequencies(trainer: Any, pl_module: Any) -> Tensor | None:

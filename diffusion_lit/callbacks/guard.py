@@ -203,7 +203,7 @@ def _alike(tensors: Iterable[Tensor | None]) -> Iterable[list[Tensor]]:
 
 
 def _spoil(optimizer: Any, ok: Tensor) -> None:
-    """Makes one gradient, the smallest, not finite unless all is well, so that a gradient scaler leaves the step out."""
+    """Makes one gradient not finite unless all is well, the smallest, so that a gradient scaler leaves the step out."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     smallest = min(grads, key=Tensor.numel)
     smallest.masked_fill_(~ok, float("nan"))

@@ -12,6 +12,7 @@ from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.images import grid_image
+from diffusion_lit.runtime.ranks import rank_zero_alone
 
 
 class Reconstructions(Pictures):
@@ -35,7 +36,9 @@ class Reconstructions(Pictures):
         if not hasattr(module, "reconstruct"):
             return
         images = real_images(trainer, self.count).to(module.device)
-        made = module.reconstruct(images)
+        made = rank_zero_alone(lambda: module.reconstruct(images), "reconstructions")
+        if made is None:
+            return
         columns = min(self.columns, len(images))
         rows = [part for start in range(0, len(images), columns) for part in _above(images, made, start, columns)]
         self.write(trainer, "reconstructions", "reconstructions", grid_image(torch.cat(rows), columns))
@@ -64,7 +67,10 @@ class Interpolations(Pictures):
         images = real_images(trainer, 2 * self.rows).to(module.device)
         half = len(images) // 2
         shares = torch.linspace(0, 1, self.columns, device=module.device)
-        made = module.interpolate(images[:half], images[half : 2 * half], shares)
+        pairs = (images[:half], images[half : 2 * half])
+        made = rank_zero_alone(lambda: module.interpolate(*pairs, shares), "interpolations")
+        if made is None:
+            return
         self.write(trainer, "interpolations", "interpolations", grid_image(made.flatten(0, 1), self.columns))
 
 

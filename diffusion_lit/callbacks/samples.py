@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import log_image
 from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
+from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ class Pictures(WritesToRunFolder):
         self.validations = 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws where it is due: rank 0 alone, with the average weights that validation uses."""
+        """Draws where it is due, on all ranks, with the average weights that validation uses."""
         if trainer.sanity_checking or not hasattr(pl_module, "generate"):
             return
         self.validations += 1
-        if self.every and self.validations % self.every == 0 and trainer.is_global_zero:
+        if self.every and self.validations % self.every == 0:
             self.show(trainer, cast("DiffusionModule", pl_module))
 
     def state_dict(self) -> dict[str, int]:
@@ -52,7 +53,7 @@ class Pictures(WritesToRunFolder):
         self.validations = state_dict["validations"]
 
     def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
-        """Draws and shows the samples."""
+        """Draws and shows the samples; called on all ranks, which share the work."""
         raise NotImplementedError
 
     def draw(self, module: "DiffusionModule", count: int, recorder: StepRecorder | None = None) -> Tensor:
@@ -67,11 +68,40 @@ class Pictures(WritesToRunFolder):
             Samples (count, C, H, W) in [-1, 1].
         """
         labels = torch.arange(count) % module.num_classes if module.num_classes else None
-        seeds = range(self.seed, self.seed + count)
-        return module.generate(seeds, labels, callback=recorder)
+        return self.samples(module, labels, count, recorder)
+
+    def samples(
+        self, module: "DiffusionModule", labels: Tensor | None, count: int, recorder: StepRecorder | None = None
+    ) -> Tensor:
+        """The first `count` samples, drawn by all ranks together.
+
+        Args:
+            module: The model.
+            labels: Class of each, int64 (count,), or None.
+            count: Number of samples.
+            recorder: Keeps each step where given, of all samples.
+
+        Returns:
+            Samples (count, C, H, W) in [-1, 1] on the CPU.
+        """
+
+        def some(rows: range) -> Tensor:
+            seeds = range(self.seed + rows.start, self.seed + rows.stop)
+            chosen = None if labels is None else labels[rows.start : rows.stop]
+            return module.generate(seeds, chosen, callback=recorder)
+
+        sampling = getattr(module, "sampling", None)
+        if recorder is not None and getattr(sampling, "nfe", 0) is None:  # each rank might take other steps
+            drawn = rank_zero_alone(lambda: some(range(count)), "a trajectory")
+            return torch.empty(0) if drawn is None else drawn
+        drawn = share_rows(module, count, some)
+        if recorder is not None:
+            recorder.x = gather_steps(module, recorder.x, count)
+            recorder.x0_hat = gather_steps(module, recorder.x0_hat, count)
+        return drawn
 
     def write(self, trainer: Trainer, tag: str, name: str, image: Image.Image, gif: bytes | None = None) -> None:
-        """Writes a picture under the run's folder and shows it in TensorBoard.
+        """Writes a picture under the run's folder and shows it in TensorBoard, on rank 0.
 
         Args:
             trainer: The trainer.
@@ -80,7 +110,7 @@ class Pictures(WritesToRunFolder):
             image: The picture, or the frame that gives the size where `gif` is given.
             gif: The bytes of an animation, written in the picture's stead.
         """
-        if cast(Any, trainer).fast_dev_run:
+        if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
             return
         encoded, ending = (gif, "gif") if gif is not None else (png_bytes(image), "png")
         try:
@@ -117,7 +147,7 @@ class SampleGrid(Pictures):
         """Draws the grid."""
         rows = min(module.num_classes, 10) or self.rows
         labels = torch.arange(rows).repeat_interleave(self.columns) if module.num_classes else None
-        samples = module.generate(range(self.seed, self.seed + rows * self.columns), labels)
+        samples = self.samples(module, labels, rows * self.columns)
         self.write(trainer, "samples", "samples", grid_image(samples, self.columns))
 
 
@@ -142,9 +172,26 @@ class Trajectory(Pictures):
         """Draws the strip and the animation, of a model that samples step by step."""
         recorder = StepRecorder(keep=max(self.count, 16))
         self.draw(module, max(self.count, 16), recorder)
-        if not recorder.x:
+        if not recorder.x or not trainer.is_global_zero:
             return
         frames = recorder.frames(columns=4)
         self.write(trainer, "trajectory/animation", "trajectory", frames[-1], save_gif(frames, None))
         recorder.x = [x[: self.count] for x in recorder.x]
         self.write(trainer, "trajectory/strip", "trajectory", recorder.strip(self.columns))
+
+
+def gather_steps(module: LightningModule, steps: list[Tensor], count: int) -> list[Tensor]:
+    """What each rank kept of its samples at each step, put together. Called on all ranks.
+
+    Args:
+        module: What drew them.
+        steps: This rank's, (B, C, H, W) for each step; none where the model draws in one go.
+        count: Number of samples of all ranks.
+
+    Returns:
+        For each step (count, C, H, W).
+    """
+    if not steps:
+        return []
+    mine = torch.stack(steps, 1)
+    return list(share_rows(module, count, lambda rows: mine).unbind(1))

@@ -1,17 +1,16 @@
 """`lightning evaluate`: a checkpoint's figures, with a receipt."""
 
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from lightning.fabric import Fabric
-from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.pytorch import LightningDataModule
 
 from diffusion_lit.commands.evaluate_run import Plan, run
 from diffusion_lit.diffusion.samplers import sampler_table
-
-START_METHODS = {"auto": "popen", "ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn"}
+from diffusion_lit.commands.evaluate_run import Plan, run
+from diffusion_lit.runtime.ranks import fabric as ranks_of
+from diffusion_lit.runtime.ranks import several
 
 
 def evaluate(
@@ -91,7 +90,7 @@ def evaluate(
         data: Other data than the checkpoint's own, as a class of datamodules and its arguments.
         data_root: Where the checkpoint's own data lies now.
         batch_size: Samples drawn at a time on each rank; does not change them.
-        devices: Number of processes, one per device.
+        devices: Number of processes, one per device, that share the work; as many as torchrun has started.
         accelerator: auto, cpu, gpu, ...
         strategy: How processes are started: ddp, or ddp_fork within another Python program.
         keep_shards: Keeps the features of all samples beside the report.
@@ -103,19 +102,11 @@ def evaluate(
     for name in ("data", "devices", "accelerator", "strategy"):
         options.pop(name)
     plan = Plan(**options, data=data)
-    if devices == 1:
-        fabric = Fabric(accelerator=accelerator, devices=1)
-    else:
-        if strategy not in START_METHODS:
-            raise ValueError(f"There is no strategy {strategy!r} here; choose one of {', '.join(START_METHODS)}.")
-        method: Any = START_METHODS[strategy]
-        fabric = Fabric(
-            accelerator=accelerator,
-            devices=devices,
-            strategy=DDPStrategy(start_method=method, timeout=timedelta(days=7)),  # ranks wait for the reference
-        )
-    written = fabric.launch(partial(run, plan=plan))
-    if fabric.is_global_zero and written:
+    if devices < 1:
+        raise ValueError(f"devices is {devices}; it counts processes and must be at least 1.")
+    ranks = ranks_of(devices, accelerator, strategy) if several(devices) else Fabric(accelerator=accelerator, devices=1)
+    written = ranks.launch(partial(run, plan=plan))
+    if ranks.is_global_zero and written:
         print("\n".join(f"  {path}" for path in written))
 
 

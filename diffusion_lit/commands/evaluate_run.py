@@ -1,8 +1,6 @@
 """One evaluation from end to end, on every rank: load, draw shards, wait; rank 0 measures and writes the report."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -27,6 +25,7 @@ from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.runtime.hardware import hardware
+from diffusion_lit.runtime.ranks import meet, rank_zero_first
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import file_hash
@@ -123,20 +122,6 @@ def _words(option: str, text: str | None, kind: Any) -> list[Any]:
         raise ValueError(f"--{option} {text} is not a list of numbers such as 9,18,35.") from error
 
 
-@contextmanager
-def rank_zero_first(fabric: Fabric) -> Iterator[None]:
-    """Within, rank 0 goes before the others, so that it downloads and fills caches once.
-
-    Args:
-        fabric: Knows the ranks.
-    """
-    if not fabric.is_global_zero:
-        fabric.barrier()
-    yield
-    if fabric.is_global_zero:
-        fabric.barrier()
-
-
 def run(fabric: Fabric, plan: Plan) -> list[str]:
     """Evaluates; called on every rank.
 
@@ -157,10 +142,14 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
     settings = plan.settings(module.sampling)
     if module.num_classes == 0 and plan.cfg_scale is not None:
         raise ValueError("The model is unconditional, so that --cfg_scale does nothing; leave it out.")
-    with rank_zero_first(fabric):
+
+    def prepare() -> tuple[Any, FeatureExtractor]:
         data = prepare_data(plan, module, fabric.is_global_zero)
         extractor = make_extractor(plan.extractor, plan.extractor_weights, module.image_shape)
         extractor.load(data)
+        return data, extractor
+
+    data, extractor = rank_zero_first(prepare, "data and extractor")
     module.to(fabric.device)
     extractor.to(fabric.device)
 
@@ -175,7 +164,7 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
             generate_shards(job, module, extractor, fabric.global_rank, fabric.world_size, bar.update)
     if plan.likelihood:
         likelihood_shards(plan, module, data, fabric.global_rank, fabric.world_size)
-    fabric.barrier()
+    meet("the samples of other ranks")
     if not fabric.is_global_zero:
         return []
 

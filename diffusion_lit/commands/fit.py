@@ -39,10 +39,12 @@ from diffusion_lit.callbacks import (
     SampleGrid,
     Throughput,
     Trajectory,
+    Watchdog,
 )
 from diffusion_lit.callbacks.loggers import quiet_writer_threads
 from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.modules.base import KeyedModule
+from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.runtime.precision import TrainInBf16
 from diffusion_lit.runtime.stopping import RunStopped, explain
@@ -59,6 +61,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "sample_grid": SampleGrid,
     "trajectory": Trajectory,
     "loss_by_noise_level": LossByNoiseLevel,
+    "watchdog": Watchdog,
 }
 FREE = ("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach")  # how, not what, a run computes
 
@@ -349,6 +352,8 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
         told = error.__cause__ if str(error).startswith("Call to compute_fn of link") else error
         print(f"lightning: {told}", file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        watchdog.rest()
 
 
 def _quiet() -> None:

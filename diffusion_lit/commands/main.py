@@ -6,12 +6,14 @@ Heavy imports wait until a command needs them, so that help is instant.
 """
 
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
 
 
@@ -73,6 +75,8 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path:  # classes of one's own, in files where the command is given, have names too
         sys.path.append("")
     keep_freed_memory()
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        watchdog.watch(rank=int(os.environ["LOCAL_RANK"]))  # a rank that was started by another ends with it
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
     elif args[0] in COMMANDS:
@@ -149,6 +153,24 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
         _stop(str(error))
     except KeyboardInterrupt:
         _stop("Interrupted.", status=130)
+    except Exception as error:
+        told = _explained(error)
+        if told is None:
+            raise
+        _stop(*told)
+
+
+def _explained(error: Exception) -> tuple[str, int] | None:
+    """Words and exit status for the end of a rank whose others are gone, or None for a bug."""
+    from diffusion_lit.runtime.stopping import LOST_RANK, RunStopped, explain
+
+    if os.environ.get("DIFFUSION_LIT_DEBUG"):
+        return None
+    if any(phrase in str(error) for phrase in LOST_RANK):
+        return "Another rank is gone, so this one stops too; its own output says why it went.", 1
+    several = type(error).__name__ in ("ProcessRaisedException", "ProcessExitedException")
+    told = error if isinstance(error, RunStopped) else explain(error) if several else None
+    return None if told is None else (str(told), told.status)
 
 
 def _spell_out_flags(args: list[str], flags: set[str]) -> list[str]:

@@ -19,7 +19,7 @@ from diffusion_lit.modules.labels import parse_labels
 from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.report.images import StepRecorder, grid_image, save_gif
 from diffusion_lit.runtime.hardware import pick_device
-from diffusion_lit.runtime.ranks import fabric, several
+from diffusion_lit.runtime.ranks import fabric, meet, several
 
 
 def sample(
@@ -200,6 +200,7 @@ def draw_shared(ranks: Fabric, job: Job, finish: Callable[[Drawn], None]) -> Non
     mine = job.draw(range(min(rank * share, job.count), min((rank + 1) * share, job.count)))
     padded = torch.zeros(share, *shape, device=ranks.device)
     padded[: len(mine.samples)] = mine.samples.to(padded)
+    meet("the samples of other ranks")
     gathered = cast(Tensor, ranks.all_gather(padded)).reshape(-1, *shape)[: job.count].cpu()
     if ranks.is_global_zero:
         finish(Drawn(gathered, mine.recorder))

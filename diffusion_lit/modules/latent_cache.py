@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all
 from diffusion_lit.nets.autoencoder import Posterior
+from diffusion_lit.runtime import watchdog
+from diffusion_lit.runtime.ranks import rank_zero_alone
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of
 
@@ -114,10 +116,9 @@ def latent_cache(
     parent = Path(folder).expanduser() if folder is not None else cache_folder() / "latents"
     place = parent / key_of(record)[:32]
     try:
-        with _held(trainer, place):
+        with _held(place):
             cache = _open(place, record)
             if not trainer.strategy.reduce_boolean_decision(cache is not None):
-                trainer.strategy.barrier()
                 _write(trainer, place, record, space, images, device)
                 cache = _open(place, record)
     except OSError as error:
@@ -147,12 +148,23 @@ def _write(
     """Encodes the pictures into a folder beside the place, every rank its share, and renames it."""
     scratch = place.with_name(f".{place.name}.part")
     shape, world = tuple(record["shape"]), trainer.world_size
-    if trainer.is_global_zero:
+
+    def begin() -> None:
         for left in (scratch, place):  # of a run that was killed, or damaged
             shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
         _reserve(scratch / "moments.f32", 4 * int(np.prod(shape)))
-    trainer.strategy.barrier()
+
+    def finish() -> None:
+        with (scratch / "index.json").open("w") as file:
+            json.dump({"record": record, "sums": sums.tolist()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, place)
+        size = 4 * int(np.prod(shape)) / 2**20
+        rank_zero_info(f"Encoded {shape[1]:,} pictures into {place} ({size:.1f} MiB); training reads them from there.")
+
+    rank_zero_alone(begin, "room for the latents")
     moments = np.memmap(scratch / "moments.f32", np.float32, "r+", shape=shape)
 
     def keep(copy: int, start: int, posterior: Posterior) -> None:
@@ -168,16 +180,8 @@ def _write(
         )
     moments.flush()
     sums = all_sum(trainer, sums, device)
-    trainer.strategy.barrier()
-    if trainer.is_global_zero:
-        with (scratch / "index.json").open("w") as file:
-            json.dump({"record": record, "sums": sums.tolist()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, place)
-        size = 4 * int(np.prod(shape)) / 2**20
-        rank_zero_info(f"Encoded {shape[1]:,} pictures into {place} ({size:.1f} MiB); training reads them from there.")
-    trainer.strategy.barrier()
+    trainer.strategy.barrier()  # all have written
+    rank_zero_alone(finish, "the index of the latents")
 
 
 def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
@@ -210,21 +214,23 @@ def _reserve(path: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _held(trainer: Trainer, place: Path) -> Iterator[None]:
+def _held(place: Path) -> Iterator[None]:
     """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it."""
     with contextlib.ExitStack() as stack:
-        if trainer.is_global_zero:
+
+        def hold() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(place.with_name(f"{place.name}.lock").open("w"))
             try:
                 import fcntl
             except ImportError:  # not on Windows: two runs may then do the same work
-                pass
-            else:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    rank_zero_info(f"Another run is encoding the same pictures into {place.parent}; waiting for it.")
+                return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                rank_zero_info(f"Another run is encoding the same pictures into {place.parent}; waiting for it.")
+                with watchdog.waiting("another run"):
                     fcntl.flock(file, fcntl.LOCK_EX)
-        trainer.strategy.barrier()
+
+        rank_zero_alone(hold, f"the lock of {place.parent}")
         yield

@@ -3,9 +3,14 @@
 import re
 
 import torch
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "Timed out waiting")
+LOST_RANK = (
+    *("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "Timed out waiting"),
+    *("Connection was likely closed", "Broken pipe"),
+)
+
+TOLD = r"^(?:[\w.]*\.)?(?:ValueError|UserError|RunStopped|OSError|FileNotFoundError|PermissionError): (.*)\Z"
 
 
 class RunStopped(Exception):
@@ -49,6 +54,8 @@ def explain(error: BaseException, batch_size: int | None = None) -> RunStopped |
             f"Rank {error.error_index} died (exit status {error.exit_code}), so the run was ended on all ranks. What "
             "was saved last is whole; go on from it with --ckpt_path last."
         )
+    if isinstance(error, ProcessRaisedException) and (told := re.findall(TOLD, text, re.DOTALL | re.MULTILINE)):
+        return RunStopped(told[-1].strip(), 2)
     if any(phrase in text for phrase in LOST_RANK):
         reason = next(phrase for phrase in LOST_RANK if phrase in text).lower()
         return RunStopped(

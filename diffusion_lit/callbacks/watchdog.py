@@ -1,0 +1,50 @@
+"""Ends a run that hangs, and says where."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffusion_lit.runtime import watchdog
+
+TIME_TO_END = 30.0  # seconds that a rank has which raised an error
+
+
+class Watchdog(Callback):
+    """Ends a run in which nothing has moved for a time, and names the rank and the callback that it stands in.
+
+    A rank that has raised an error, was asked twice to stop, or lost the process that started it, is ended too where
+    it does not end by itself.
+
+    Args:
+        minutes: Time that the run may stand in one place, less than the 30 minutes after which collective operations
+            fail; 0 for any time.
+
+    Raises:
+        ValueError: If the time is negative.
+    """
+
+    def __init__(self, minutes: float = 20.0) -> None:
+        if minutes < 0:
+            raise ValueError(f"watchdog.minutes is {minutes}; it is a time above 0, or 0 for never.")
+        self.minutes = minutes
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts watching."""
+        watchdog.watch(60 * self.minutes, trainer.global_rank)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops watching."""
+        watchdog.rest()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Limits the time for what is left to do where it may wait for other ranks."""
+        if trainer.world_size > 1:
+            watchdog.end_within(TIME_TO_END, str(exception) or type(exception).__name__)
+        else:
+            watchdog.rest()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Sees that the run goes on."""
+        watchdog.beat()
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
