@@ -8,7 +8,6 @@ from lightning.pytorch import LightningDataModule
 
 from diffusion_lit.commands.evaluate_run import Plan, run
 from diffusion_lit.diffusion.samplers import sampler_table
-from diffusion_lit.commands.evaluate_run import Plan, run
 from diffusion_lit.runtime.ranks import fabric as ranks_of
 from diffusion_lit.runtime.ranks import several
 
