@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-slow lint types docs board clean
+.PHONY: help install demo latent-demo gallery studies test test-slow lint types wheel docs board clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed ## create .venv and install the project into it
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, but $(PYTHON) is `$(PYTHON) --version`: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ lint: install ## check style and formatting
 types: install ## check types
 	$(BIN)/mypy
 
+wheel: install ## build dist/, install the wheel in an environment of its own, and run the commands there
+	$(BIN)/python tools/check_wheel.py --out dist
+
 docs: install ## renew what README and docs take from the code: lines of links, the table of recipes
 	$(BIN)/python tests/renew_docs.py
 
@@ -54,4 +57,4 @@ board: install ## open TensorBoard over all runs: make board PORT=6006
 	$(BIN)/tensorboard --logdir runs --port $(PORT)
 
 clean: ## remove caches, not runs and not .venv
-	rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from datamodules import ImageDataModule
 from datamodules.feed import Array, normalise
+from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.images import grid_image
 
 ROWS = 4096  # pictures that are in memory at once
@@ -179,7 +180,7 @@ def read_data_section(path: str) -> dict[str, Any]:
         ValueError: If there is no such file or section.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(find_config(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):

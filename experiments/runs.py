@@ -30,11 +30,11 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
 from diffusion_lit.storage.checkpoints import find_last
 from diffusion_lit.storage.hashing import key_of
 
-PROJECT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()"]
 
 
@@ -62,7 +62,7 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Eight hexadecimal digits of all that the run is configured by: files that a config names included."""
-        files = [PROJECT / "configs" / "base.yaml", self.path]
+        files = [configs_folder() / "base.yaml", self.path]
         for words in _strings(yaml.safe_load(self.path.read_text())):
             if words.endswith(".yaml"):
                 files.append(self.path.parent / words)
@@ -126,24 +126,6 @@ class Failed:
     run: Run
     reason: str
     log: Path
-
-
-def find_config(name: str) -> Path:
-    """A config's file, looked for where the command was given and in the project.
-
-    Args:
-        name: Its path, such as configs/ddpm_digits.yaml.
-
-    Returns:
-        Its whole path.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for path in (Path(name), PROJECT / name):
-        if path.is_file():
-            return path.resolve()
-    raise ValueError(f"There is no config {name}; give the path of a YAML, such as configs/ddpm_digits.yaml.")
 
 
 def grid(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -43,6 +43,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.generation import (
     Job,
@@ -60,7 +61,7 @@ from diffusion_lit.runtime.versions import commit
 from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 from experiments.gauge import Gauge, choose_extractor
-from experiments.runs import Failed, Run, Trained, find_config, fit
+from experiments.runs import Failed, Run, Trained, fit
 from experiments.show import markdown, picture_rows
 
 __all__ = ["QUIET", "Gauge", "Setup", "Study", "StudyFailed", "main", "markdown", "picture_rows", "split"]
@@ -176,7 +177,7 @@ class Study:
         if name in self.options:
             given = self.options[name]
             return yaml.safe_load(given) if isinstance(given, str) else given
-        for path in (find_config(self.config), find_config("configs/base.yaml")):
+        for path in (find_config(self.config), configs_folder() / "base.yaml"):
             found: Any = yaml.safe_load(path.read_text())
             for key in name.split("."):
                 found = found.get(key) if isinstance(found, dict) else None

@@ -22,7 +22,8 @@ import matplotlib.pyplot as plt
 import yaml
 from PIL import Image
 
-from experiments.runs import Trained, find_config, grid, label_of
+from diffusion_lit.commands.configs import find_config
+from experiments.runs import Trained, grid, label_of
 from experiments.study import Study, main
 
 KNOWN = ("config", "options", "grid", "runs")

@@ -285,7 +285,7 @@ def test_a_study_of_ones_own(own, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_additions_run_as_printed(folder, tmp_path):
     """In a copy of the project, through the installed command, nothing changed and nothing left out."""
-    for name in ("diffusion_lit", "datamodules", "experiments", "configs"):
+    for name in ("diffusion_lit", "datamodules", "experiments", "configs", "pyproject.toml"):
         subprocess.run(["cp", "-r", ROOT / name, tmp_path / name], check=True)
     for (name, kind), text in files(EXTEND).items():
         if kind != "diff":

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams.backend_context import Context
 
+from diffusion_lit.commands.configs import find_config
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.scaling import X0Scaling
 from experiments import runs, studies, sweep
@@ -421,7 +422,7 @@ def test_the_sweep_that_the_documentation_prints_is_one(tmp_path):
     (printed,) = blocks("yaml")
     (tmp_path / "x.yaml").write_text(printed)
     config, shared, variants = sweep.read(tmp_path / "x.yaml")
-    assert runs.find_config(config).name == "ddpm_digits.yaml" and shared == {"trainer.max_steps": 300}
+    assert find_config(config).name == "ddpm_digits.yaml" and shared == {"trainer.max_steps": 300}
     assert list(variants) == ["lr=0.003", "lr=0.0003"]
 
 
@@ -435,6 +436,6 @@ def test_every_config_of_a_study_says_what_it_is_and_is_a_sweep_or_an_experiment
         assert word in comment
     content = yaml.safe_load(config.read_text())
     if "config" in content:
-        assert runs.find_config(sweep.read(config)[0]).exists()
+        assert find_config(sweep.read(config)[0]).exists()
     else:
         assert {"trainer", "data", "model"} <= content.keys()

@@ -6,6 +6,7 @@ that the run writes lies under `runs/NAME/version_N/`; the network's channels, s
 told in a sentence.
 """
 
+import glob
 import inspect
 import logging
 import os
@@ -43,6 +44,7 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.callbacks.loggers import quiet_writer_threads
 from diffusion_lit.callbacks.loop import RunLoop
+from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
@@ -52,7 +54,6 @@ from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
 from diffusion_lit.storage.exports import is_export
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 CALLBACKS: dict[str, type[Callback]] = {
     "ema": EMA,
@@ -321,7 +322,12 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             not go on.
     """
     _quiet()
-    defaults = {"default_config_files": [str(CONFIGS / "base.yaml")], "allow_abbrev": False}
+    try:
+        base, args = configs_folder() / "base.yaml", with_configs_found(args)
+    except ValueError as error:
+        print(f"lightning: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    defaults = {"default_config_files": [glob.escape(str(base))], "allow_abbrev": False}
     args = [re.sub(r"^--model\.compile(?==|$)", "--compile", arg) for arg in args]
     sys.argv = [str(MAIN), *args]  # what LightningCLI reads, and the launcher that starts further ranks as this file
     try:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
+from diffusion_lit.runtime.installation import foreign_lightning, refuse_hidden_datamodules
 
 
 class Command(NamedTuple):
@@ -38,10 +40,13 @@ COMMANDS = {
     ),
     "edit": Command("diffusion_lit.commands.edit", "TASKS", "edit pictures: `lightning edit --help` lists the tasks"),
     "export": Command("diffusion_lit.commands.export", "export", "write a checkpoint's model as safetensors and JSON"),
+    "configs": Command("diffusion_lit.commands.configs", "configs", "list the experiments, or copy one to edit"),
+    "doctor": Command("diffusion_lit.commands.doctor", "doctor", "what this machine has, and what would be chosen"),
+    "completion": Command("diffusion_lit.commands.completion", "SHELLS", "complete commands and options in a shell"),
 }
 
 TRAINING = {
-    "fit": "train a model: lightning fit --config configs/edm_digits.yaml",
+    "fit": "train a model: diffusion-lit fit --config edm_digits",
     "validate": "measure the loss on the validation split",
     "test": "measure the loss on the test split",
     "predict": "draw a sample for each test picture",
@@ -49,18 +54,26 @@ TRAINING = {
 
 
 def help_text() -> str:
-    """The text of `lightning --help`."""
-    lines = ["usage: lightning COMMAND ...", "", "Train, sample and measure image diffusion models.", "", "commands:"]
+    """The text of `diffusion-lit --help`."""
+    lines = [
+        "usage: diffusion-lit COMMAND ...",
+        "",
+        "Train, sample and measure image diffusion models.",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<10} {summary}" for name, summary in TRAINING.items()]
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
         "",
-        "`lightning COMMAND --help` lists a command's options. For fit, validate, test and predict:",
-        "  --config configs/NAME.yaml         the experiment; configs/base.yaml is always read first",
+        "`diffusion-lit COMMAND --help` lists a command's options. For fit, validate, test and predict:",
+        "  --config NAME                      the experiment: of `diffusion-lit configs`, or a YAML of yours",
         "  --trainer.max_steps 1000           any value can be overridden",
         "  --print_config                     shows the whole configuration and stops",
         "  --ckpt_path last                   continues the newest run of this name",
         "  fit --model.help CLASS             lists the options of a class, e.g. diffusion_lit.modules.EDM",
+        "",
+        foreign_lightning() or "`lightning` is a second name of this command.",
     ]
     return "\n".join(lines)
 
@@ -79,7 +92,15 @@ def main(args: list[str] | None = None) -> None:
         watchdog.watch(rank=int(os.environ["LOCAL_RANK"]))  # a rank that was started by another ends with it
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
-    elif args[0] in COMMANDS:
+        return
+    if args[0] == "--version":
+        print(f"diffusion-lit {__version__}")
+        return
+    try:
+        refuse_hidden_datamodules()
+    except ValueError as error:
+        _stop(str(error))
+    if args[0] in COMMANDS:
         _run_command(COMMANDS[args[0]], args)
     elif args[0] in TRAINING:
         from diffusion_lit.commands.fit import run
@@ -108,11 +129,16 @@ def _run_command(command: Command, args: list[str]) -> None:
         print("\n".join([*lines, "", f"`lightning {args[0]} TASK --help` lists a task's options."]))
 
 
-def _run_function(function: Callable[..., Any], names: list[str], args: list[str], notes: str) -> None:
-    """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence.
+def function_parser(function: Callable[..., Any], names: list[str], notes: str = "") -> Any:
+    """The parser of a command that is a function.
 
-    An argument that is a dataclass is given by its fields, each an option of the command. One that is a list of texts
-    is given one by one, `--prompt "a" --prompt "b"`, each as it stands.
+    Args:
+        function: It; an argument that is a dataclass is given by its fields.
+        names: The command's words.
+        notes: What stands below the options in its help.
+
+    Returns:
+        The parser.
     """
     from argparse import RawDescriptionHelpFormatter
 
@@ -134,11 +160,28 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
         epilog=notes,
         formatter_class=Formatter,
     )
-    types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
-    spread: dict[str, Any] = {name: kind for name, kind in types.items() if is_dataclass(kind)}
+    spread = spread_arguments(function)
     parser.add_function_arguments(function, fail_untyped=True, skip=set(spread))
     for kind in spread.values():
         parser.add_class_arguments(kind, fail_untyped=True, instantiate=False)
+    return parser
+
+
+def spread_arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a function that are dataclasses, whose fields are options of their own."""
+    parameters = inspect.signature(function).parameters
+    return {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
+
+
+def _run_function(function: Callable[..., Any], names: list[str], args: list[str], notes: str) -> None:
+    """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence.
+
+    An argument that is a dataclass is given by its fields, each an option of the command. One that is a list of texts
+    is given one by one, `--prompt "a" --prompt "b"`, each as it stands.
+    """
+    parser, spread = function_parser(function, names, notes), spread_arguments(function)
+    types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+    for kind in spread.values():
         types |= {option.name: option.type for option in fields(kind)}
     flags = {f"--{name}" for name, kind in types.items() if kind is bool}
     args, texts = _take_texts(args, {name for name, kind in types.items() if kind in (list[str], list[str] | None)})

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from diffusion_lit.runtime.hardware import channels_last_pays
+from diffusion_lit.runtime.installation import refuse_hidden_datamodules
 from diffusion_lit.storage.checkpoints import read_checkpoint
 
 
@@ -51,6 +52,7 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     Raises:
         ValueError: As `read_checkpoint`, or if the file does not say which data it was trained on.
     """
+    refuse_hidden_datamodules()
     import datamodules  # noqa: F401 (makes the classes known)
 
     checkpoint = read_checkpoint(path)
