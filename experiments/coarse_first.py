@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from diffusion_lit.diffusion import Sampling
+from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.images import StepRecorder
@@ -174,8 +174,8 @@ def follow(study: Study, module: Any, path: Path, sampling: Sampling, bands: int
         found["x0"].append(x0)
         if rows[0] == 0:
             sigmas = torch.tensor(recorder.sigmas)
-            steps = torch.linspace(0, len(sigmas) - 1, min(10, len(sigmas))).round().long()
-            shown = torch.stack([estimates[step][:SHOWN] for step in steps.tolist()])
+            steps = evenly(0, len(sigmas) - 1, min(10, len(sigmas)))
+            shown = torch.stack([estimates[step][:SHOWN] for step in steps])
     return {
         "sigmas": sigmas,
         "band_errors": torch.cat(found["band_errors"], dim=1),
@@ -236,7 +236,7 @@ def draw_spectrum(kept: dict[str, Tensor], edges: list[float]) -> plt.Figure:
     figure, (absolute, relative) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     power, sigmas = kept["power"], kept["sigmas"]
     centres = [(low + high) / 2 for low, high in pairwise(edges)]
-    steps = sorted({round(step) for step in np.linspace(0, len(sigmas) - 1, 7)})
+    steps = sorted(set(evenly(0, len(sigmas) - 1, 7)))
     for index, step in enumerate(steps):
         absolute.plot(
             centres, power[step], marker="o", label=f"sigma {sigmas[step]:.3g}", color=_colour(index, len(steps))

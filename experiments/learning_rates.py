@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
+from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
 from experiments.runs import Trained
@@ -134,7 +135,7 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
     recorder = StepRecorder(keep=count)
     labels = torch.arange(count) % module.num_classes if module.num_classes else None
     module.generate(range(study.setup.seed, study.setup.seed + count), labels, callback=recorder)
-    chosen = torch.linspace(0, len(recorder.x) - 1, min(columns, len(recorder.x))).round().long().unique().tolist()
+    chosen = evenly(0, len(recorder.x) - 1, min(columns, len(recorder.x)))
     rows = {}
     for index in range(count):
         scaled = [recorder.x[step][index] / (1 + recorder.sigmas[step] ** 2) ** 0.5 for step in chosen]

@@ -39,7 +39,7 @@ class LossByNoiseLevel(Callback):
         scaling = pl_module.denoiser.scaling
         noise = pl_module.keyed_noise(x0.shape, "loss_by_sigma", index=batch["index"])
         for level in self.sigmas:
-            if scaling.sigma_min <= level <= scaling.sigma_max:
+            if bool(scaling.knows(torch.tensor(level))):
                 sigma = torch.full((len(x0),), level, device=x0.device)
                 loss = pl_module.loss(pl_module.denoiser, x0, sigma, noise, label).mean()
                 pl_module.log(f"loss_by_sigma/{level:g}", loss, batch_size=len(x0), sync_dist=True)

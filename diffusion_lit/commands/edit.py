@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate as enlarge
 from diffusion_lit.commands.edit_options import SAMPLES, Options, PictureOptions, decibels, picture_size, read_pixels
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.report.images import Cell, grid_image, labelled_grid, save_gif
 
@@ -248,7 +249,7 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
     last = options.seed + 1 if to_seed is None else to_seed
     shares, labels = torch.linspace(0, 1, num_frames), options.labels(model, num_frames)
     made = editing.interpolate(model, options.seed, last, shares, labels=labels, sampling=sampling).cpu()
-    shown = sorted({round(i) for i in torch.linspace(0, num_frames - 1, 9).tolist()})
+    shown = sorted(set(evenly(0, num_frames - 1, 9)))
     figure = labelled_grid([[Cell(made[i]) for i in shown]], [f"{float(shares[i]):.2f}" for i in shown], [""])
     facts = {"seeds": [options.seed, last], "num_frames": num_frames, "labels": options.names(model, labels)[:1]}
     folder = options.write("interpolate", model, sampling, figure, {"frame": made}, facts)

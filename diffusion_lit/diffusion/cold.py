@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.generate import StepCallback
+from diffusion_lit.diffusion.grids import evenly
 
 Step = Callable[[Tensor, int], Tensor]
 """A restorer or a degradation with its map bound: (x, step) -> x."""
@@ -150,4 +150,4 @@ class ColdSampling:
         count = total if self.num_steps is None else self.num_steps
         if count > total:
             raise ValueError(f"num_steps is {count}, but the degradation has {total} steps; take at most as many.")
-        return [round(s) for s in torch.linspace(total, 0, count + 1, dtype=torch.float64).tolist()]
+        return evenly(total, 0, count + 1)

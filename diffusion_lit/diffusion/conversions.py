@@ -14,6 +14,8 @@ from torch import Tensor
 
 FLOW_TIME_MIN = 1e-3
 FLOW_TIME_MAX = 1 - FLOW_TIME_MIN
+SAME = 1e-6
+"""Noise levels that differ by this share or less are one level: a level is often rounded, printed and typed again."""
 
 
 def betas_to_alpha_bar(betas: Tensor) -> Tensor:

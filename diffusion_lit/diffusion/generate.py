@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
@@ -257,7 +258,9 @@ class Sampling:
         if churn:
             options["S_churn"] = churn * (len(sigmas) - 1) / (len(grid) - 1)
         if options.get("noise_until") is not None:
-            options["noise_until"] = max(0, options["noise_until"] - int((grid > sigmas[0].to(grid)).sum()))
+            options["noise_until"] = max(
+                0, options["noise_until"] - int((grid > sigmas[0].to(grid) * (1 + SAME)).sum())
+            )
         return options
 
 

@@ -15,6 +15,7 @@ that it is trained on. A model with neither, EDM's, borrows the linear schedule 
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -26,6 +27,20 @@ from diffusion_lit.diffusion.scaling import FlowScaling, Scaling, X0Scaling
 
 FLOW_STEPS = 1000
 ROUNDING = 1e-6  # of a step, when an end of the range is meant to be a whole one
+
+
+def evenly(start: int, stop: int, count: int) -> list[int]:
+    """Whole numbers spread evenly, with exact arithmetic, so that no half is rounded by the last bit of a quotient.
+
+    Args:
+        start: The first number.
+        stop: The last number, on either side.
+        count: How many, at least 1; the start alone for 1.
+
+    Returns:
+        `count` numbers; a half goes to the even one.
+    """
+    return [round(start + Fraction(index * (stop - start), max(count - 1, 1))) for index in range(count)]
 
 
 class Grid(Protocol):
@@ -156,7 +171,7 @@ def leading(
         scaling,
         sigma_min,
         sigma_max,
-        lambda total: torch.arange(num_steps) * (total // num_steps) + steps_offset,
+        lambda total: [step * (total // num_steps) + steps_offset for step in range(num_steps)],
         to_zero,
     )
 
@@ -191,7 +206,7 @@ def linspace(
         scaling,
         sigma_min,
         sigma_max,
-        lambda total: _falling(total - 1, 0, num_steps).round().flip(0),
+        lambda total: evenly(total - 1, 0, num_steps)[::-1],
         to_zero,
     )
 
@@ -226,7 +241,7 @@ def trailing(
         scaling,
         sigma_min,
         sigma_max,
-        lambda total: (total / num_steps * torch.arange(1, num_steps + 1, dtype=torch.float64)).round() - 1,
+        lambda total: [round(Fraction(step * total, num_steps)) - 1 for step in range(1, num_steps + 1)],
         to_zero,
     )
 
@@ -287,7 +302,7 @@ def _strided(
     scaling: Scaling,
     sigma_min: float | None,
     sigma_max: float | None,
-    spacing: Callable[[int], Tensor],
+    spacing: Callable[[int], list[int]],
     to_zero: bool,
 ) -> Tensor:
     """Whole steps of the path within the range: `spacing(total)` picks N rising ones of 0 to total - 1."""
@@ -299,17 +314,16 @@ def _strided(
         raise ValueError(
             f"num_steps is {num_steps}, but the schedule has {total} steps between {low} and {high}; give fewer."
         )
-    steps = first + spacing(total).to(torch.float64)
+    steps = [first + step for step in spacing(total)]
     if steps[-1] > last:
         raise ValueError(
-            f"The grid's first step would be {int(steps[-1])}, beyond the last of the schedule, {last}; give a smaller "
+            f"The grid's first step would be {steps[-1]}, beyond the last of the schedule, {last}; give a smaller "
             "steps_offset or another num_steps."
         )
-    levels = _finish(path.sigma(steps.flip(0)), low, high)
-    if to_zero:
-        return levels
-    levels[-1] = path.sigma(levels.new_tensor(float(first)))
-    return levels if levels[-1] < levels[-2] else levels[:-1]
+    if not to_zero and steps[0] > first:
+        steps = [first, *steps]
+    levels = path.sigma(torch.tensor(steps[::-1], dtype=torch.float64)).clamp(low, high)
+    return _to_zero(levels) if to_zero else levels
 
 
 def _range(num_steps: int, scaling: Scaling, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
@@ -330,4 +344,8 @@ def _falling(start: float, stop: float, num_steps: int) -> Tensor:
 
 def _finish(levels: Tensor, low: float, high: float) -> Tensor:
     """Keeps rounding inside the range and appends the 0."""
-    return torch.cat([levels.clamp(low, high), levels.new_zeros(1)])
+    return _to_zero(levels.clamp(low, high))
+
+
+def _to_zero(levels: Tensor) -> Tensor:
+    return torch.cat([levels, levels.new_zeros(1)])

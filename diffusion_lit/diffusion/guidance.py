@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.conversions import widen
+from diffusion_lit.diffusion.conversions import SAME, widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, evaluate_plain
 
@@ -46,7 +46,8 @@ def _scales(
     if interval is None:
         return scales
     levels = widen(sigma).cpu()
-    return torch.where((levels > interval[0]) & (levels <= interval[1]), scales, neutral)
+    low, high = (end * (1 + SAME) for end in interval)  # a level that is an end but for rounding counts as that end
+    return torch.where((levels > low) & (levels <= high), scales, neutral)
 
 
 def _at(sigma: Tensor | float, rows: Tensor) -> Tensor | float:

@@ -90,9 +90,7 @@ class Scaling:
         """
         if torch.compiler.is_compiling():  # a value cannot be looked at inside a compiled graph
             return
-        slack = max(1e-4, 4 * torch.finfo(sigma.dtype).eps) if sigma.is_floating_point() else 1e-4
-        low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
-        inside = (sigma >= low) & (sigma <= high) & (sigma > 0) & (sigma < math.inf)
+        inside = self.knows(sigma)
         if not bool(inside.all()):
             bad = sigma[~inside].flatten()[0].item()
             raise ValueError(
@@ -100,6 +98,19 @@ class Scaling:
                 f"{self.sigma_min:.6g} to {self.sigma_max:.6g}; choose sigma_min and sigma_max of the grid inside, and "
                 "S_tmax below where churn raises the noise."
             )
+
+    def knows(self, sigma: Tensor) -> Tensor:
+        """Which noise levels a network of this type is trained on.
+
+        Args:
+            sigma: Any shape.
+
+        Returns:
+            Of the same shape, bool: positive, finite, and inside [sigma_min, sigma_max] but for rounding.
+        """
+        slack = max(1e-4, 4 * torch.finfo(sigma.dtype).eps) if sigma.is_floating_point() else 1e-4
+        low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
+        return (sigma >= low) & (sigma <= high) & (sigma > 0) & (sigma < math.inf)
 
     def clamp(self, sigma: Tensor) -> Tensor:
         """Moves noise levels to the nearest edge of the support, as training does with the tails of what it draws.

@@ -83,6 +83,7 @@ def nearest(
     """
     if len(points) <= int(itself):
         raise ValueError(f"{len(points)} pictures are too few to look for neighbours in.")
+    unit = 255 if torch.as_tensor(queries[:1]).dtype == torch.uint8 else 1  # whole numbers, so that ties are exact
     best = torch.full((len(queries),), float("inf"), dtype=torch.float64)
     index = torch.zeros(len(queries), dtype=torch.int64)
     for start in range(0, len(queries), CHUNK):
@@ -102,7 +103,7 @@ def nearest(
                 closer = value < closest
                 closest = torch.where(closer, value, closest)
                 found = torch.where(closer, where + first, found)
-        best[start : start + len(closest)] = closest.clamp(min=0).sqrt().cpu()
+        best[start : start + len(closest)] = closest.clamp(min=0).sqrt().cpu() / unit
         index[start : start + len(found)] = found.cpu()
     return best, index
 
@@ -112,7 +113,7 @@ def _vectors(rows: Any, start: int, flips: bool, device: torch.device | str) -> 
     chunk = torch.as_tensor(rows[start : start + CHUNK]).to(device)
     if chunk.dtype != torch.uint8:
         return [chunk.flatten(1).double()]
-    chunk = chunk.double() / 255
+    chunk = chunk.double()
     return [chunk.flatten(1)] + ([chunk.flip(-1).flatten(1)] if flips else [])
 
 

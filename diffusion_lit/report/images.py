@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.images import to_uint8
 
 
@@ -168,4 +169,4 @@ class StepRecorder:
 
     def _spread(self, most: int) -> list[int]:
         count = min(most, len(self.x))
-        return sorted({round(index) for index in torch.linspace(0, len(self.x) - 1, count).tolist()})
+        return sorted(set(evenly(0, len(self.x) - 1, count)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.curves import LAST, draw, panels, title
 from diffusion_lit.report.events import History, read_history
@@ -187,7 +188,7 @@ class RunPage:
         if grids:
             page.heading("Samples over time")
             page.text("The same seeds and labels at each age of the model.")
-            chosen = sorted({round(place) for place in np.linspace(0, len(grids) - 1, GRIDS)})
+            chosen = sorted(set(evenly(0, len(grids) - 1, GRIDS)))
             page.pictures([(grids[index], f"step {step_of(grids[index]):,}") for index in chosen], columns=3)
         for name, caption in PICTURES.items():
             found = self._files(name, "png")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.editing.common import check_images, check_seeds, device_of, labels_for, settings
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.models import PixelModel
@@ -127,7 +128,7 @@ def denoise(
     """
     sampling = settings(model, sampling)
     sigmas = sampling.sigmas(model.denoiser.scaling)
-    below = sigmas[sigmas < sigma * (1 - 1e-6)]  # a level that differs in rounding alone is this one
+    below = sigmas[sigmas < sigma * (1 - SAME)]
     sigmas = torch.cat([sigmas.new_tensor([sigma]), below])
     x = x.to(device_of(model))
     noise = SeededNoise(check_seeds(seeds, len(x)))

@@ -111,5 +111,6 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
     """
     if eta == 0:
         return sigma_next, 0.0
-    sigma_up = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
-    return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
+    kept = (sigma_next / sigma) ** 2
+    # As a sum of two shares the lower level does not cancel out to 0 in a long step.
+    return sigma_next * math.sqrt(1 - eta**2 + eta**2 * kept), eta * sigma_next * math.sqrt(1 - kept)

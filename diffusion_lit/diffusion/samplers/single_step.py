@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.samplers.common import (
     Callback,
     Denoise,
@@ -273,7 +274,7 @@ def heun(
     x, levels = begin(x, sigmas, stochastic=S_churn > 0)
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        if gamma > 0 and S_tmin <= sigma <= S_tmax:
+        if gamma > 0 and S_tmin * (1 - SAME) <= sigma <= S_tmax * (1 + SAME):
             x = x + math.sqrt(gamma * (2 + gamma)) * sigma * S_noise * noise(x)
             sigma = sigma * (1 + gamma)
         level = level_like(x, sigma)
