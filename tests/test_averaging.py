@@ -75,11 +75,37 @@ def test_parity_with_karras_ema_of_ema_pytorch(tmp_path):
         assert torch.allclose(theirs.ema_model.weight, expected.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_weights_are_those_of_ema_pytorch():
+@pytest.mark.parametrize("steps", [[10], [5, 10], [10, 20, 40], list(range(20, 401, 20))])
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.07, 0.15, 0.28])
+def test_the_average_of_constant_weights_is_constant(tmp_path, steps, sigma_rel):
+    """Whatever was kept: a network that no longer changes is its own average."""
+    constant = torch.tensor([3.0, -700.0, 0.01])
+    for step in steps:
+        for width in (0.05, 0.1):
+            Snapshots.write(tmp_path, step, width, {"w": constant})
+    assert torch.allclose(reconstruct(Snapshots(tmp_path), sigma_rel)["w"], constant, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("left_out", [0.05, 0.1, 0.15])
+def test_a_kept_width_is_found_again_from_the_others(tmp_path, left_out):
+    """Weights far from 0, as a network's are, which shares of another sum would scale."""
+    path = random_walk(400) + 100
+    for width in {0.05, 0.1, 0.15, 0.2} - {left_out}:
+        average = track(path, exponent(width))
+        for step in (100, 200, 300, 400):
+            Snapshots.write(tmp_path, step, width, {"w": average[step - 1]})
+    mine = reconstruct(Snapshots(tmp_path), left_out)["w"].double()
+    kept = track(path, exponent(left_out))[-1]
+    exact = 0.03 if left_out == 0.05 else 0.005  # the narrowest lies outside the others
+    assert (mine - kept).norm() < exact * (path[-1] - kept).norm()
+
+
+def test_weights_are_those_of_ema_pytorch_divided_by_their_sum():
     steps, gammas = [10, 10, 20, 20, 40, 40], [16.97, 6.94] * 3
     mine = weights(steps, gammas, 37, 9.0)
     theirs = solve_weights(*(torch.tensor(x) for x in (steps, gammas, [37], [9.0]))).squeeze(1)
-    assert torch.allclose(mine, theirs, rtol=1e-5)  # theirs reads the exponents in float32
+    assert abs(theirs.sum() - 1) > 0.05  # it lacks the division by the sum that the source's code has
+    assert torch.allclose(mine, theirs / theirs.sum(), rtol=1e-5)  # theirs reads the exponents in float32
 
 
 def test_reconstruction_is_that_of_ema_pytorch(tmp_path):
@@ -99,7 +125,9 @@ def test_reconstruction_is_that_of_ema_pytorch(tmp_path):
             for width, average in zip((0.05, 0.1), post.ema_models, strict=True):
                 Snapshots.write(tmp_path, post.step.item(), width, {"weight": average.ema_model.weight})
     theirs = post.synthesize_ema_model(sigma_rel=0.15).ema_model.weight
-    mine = reconstruct(Snapshots(tmp_path), 0.15)["weight"]
+    steps, gammas = [step for step in (10, 20, 30, 40) for _ in range(2)], [exponent(0.05), exponent(0.1)] * 4
+    total = solve_weights(*(torch.tensor(x) for x in (steps, gammas, [40], [exponent(0.15)]))).sum()
+    mine = total * reconstruct(Snapshots(tmp_path), 0.15)["weight"]  # theirs is not divided by it
     assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
 
 

@@ -31,7 +31,7 @@ from diffusion_lit.diffusion import (
     VScaling,
     X0Scaling,
 )
-from diffusion_lit.diffusion.loss import discretised_gaussian_nll, gaussian_kl
+from diffusion_lit.diffusion.normal import discretised_gaussian_nll, gaussian_kl
 
 SCHEDULE = LinearSchedule(300)
 LABEL = torch.tensor([0, 1, 2, 3])

@@ -10,10 +10,11 @@ the profile. From snapshots of a few such averages, taken along the run, the ave
 the combination whose profile is nearest in the least-squares sense. With p_i the profile of snapshot i and r the wanted
 one,
 
-    A x = b,   A_ij = <p_i, p_j>,   b_i = <p_i, r>,
+    A x = b,   A_ij = <p_i, p_j>,   b_i = <p_i, r>,   divided by its sum,
     <p_a, p_b> = (gamma_a + 1) (gamma_b + 1) (t_lo / t_hi)^gamma_lo / ((gamma_a + gamma_b + 1) t_hi)
 
-where lo is the snapshot with the smaller t.
+where lo is the snapshot with the smaller t. The least squares alone leave a sum below 1, by which all weights of the
+network would shrink.
 
 Source: Karras 2024, arXiv 2312.02696, section 3.1 and 3.2, equations 1 to 3, appendix C.
 """
@@ -71,13 +72,13 @@ def weights(steps: Sequence[int], gammas: Sequence[float], step: int, gamma: flo
         gamma: Exponent wanted.
 
     Returns:
-        Float64 weights, one per snapshot.
+        Float64 weights, one per snapshot, of sum 1.
     """
     t, g = torch.tensor(steps, dtype=torch.float64), torch.tensor(gammas, dtype=torch.float64)
     products = _products(t[:, None], g[:, None], t[None], g[None])
     wanted = _products(t, g, torch.tensor(float(step)).double(), torch.tensor(gamma).double())
     solved: Tensor = torch.linalg.solve(products, wanted)
-    return solved
+    return solved / solved.sum()
 
 
 def _products(t_a: Tensor, g_a: Tensor, t_b: Tensor, g_b: Tensor) -> Tensor:

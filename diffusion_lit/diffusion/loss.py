@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser, per_sample
+from diffusion_lit.diffusion.normal import discretised_gaussian_nll, gaussian_kl
 from diffusion_lit.diffusion.scaling import Scaling
 
 
@@ -203,52 +204,6 @@ def _reverse_step(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Tens
     return posterior.log(), beta.log(), x0_share, first
 
 
-def gaussian_kl(mean_difference: Tensor, log_variance_p: Tensor, log_variance_q: Tensor) -> Tensor:
-    """KL(p || q) of two normal distributions, in nats.
-
-    Args:
-        mean_difference: Difference of the means, any shape.
-        log_variance_p: Logarithm of the variance of p, broadcastable to it.
-        log_variance_q: Logarithm of the variance of q, broadcastable to it.
-
-    Returns:
-        Shape of `mean_difference`.
-    """
-    gap = log_variance_p - log_variance_q
-    return 0.5 * (gap.exp() - 1 - gap + mean_difference**2 * (-log_variance_q).exp())
-
-
-def discretised_gaussian_nll(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
-    """Negative log probability of a pixel's bin under a normal distribution, in nats.
-
-    The bins are centred on `levels` values from -1 to 1; the outermost ones reach to infinity.
-
-    Args:
-        x0: Pixels in [-1, 1], any shape.
-        mean: Of the same shape.
-        log_variance: Of the same shape.
-        levels: Number of values that a pixel can take.
-
-    Returns:
-        Of the same shape, positive.
-
-    Source: Ho et al. 2020 (arXiv 2006.11239), equation 13.
-    """
-    half_bin = 1 / (levels - 1)
-    precision = (-log_variance / 2).exp()
-    lower, upper = (x0 - half_bin - mean) * precision, (x0 + half_bin - mean) * precision
-    # In the upper tail both cumulative probabilities are 1 to rounding: mirrored, they are small and exact.
-    mirrored = lower + upper > 0
-    near, far = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
-    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
-    inner = log_near + torch.log(-torch.expm1((log_far - log_near).clamp(max=-torch.finfo(x0.dtype).tiny)))
-    edge = 1 - half_bin
-    log_probability = torch.where(
-        x0 < -edge, torch.special.log_ndtr(upper), torch.where(x0 > edge, torch.special.log_ndtr(-lower), inner)
-    )
-    return -log_probability
-
-
 class HybridLoss(DenoisingLoss):
     """L_simple + vlb_weight * L_vlb, for networks that predict the variance of a step too.
 
@@ -314,8 +269,9 @@ class HybridLoss(DenoisingLoss):
         log_posterior, log_beta, x0_share = (per_sample(c.to(x0_hat), x0) for c in (log_posterior, log_beta, x0_share))
         log_variance = v * log_beta + (1 - v) * log_posterior
         kl = gaussian_kl(x0_share * (x0 - x0_hat), log_posterior, log_variance)
-        # The mean of the first reverse step is x0_hat itself.
-        decoder = discretised_gaussian_nll(x0.to(x0_hat), x0_hat, log_variance)
-        nats = torch.where(per_sample(first, x0), decoder, kl).flatten(1).mean(1)
+        # The mean of the first reverse step is x0_hat itself. Other rows get a perfect one, far from all overflow.
+        first = per_sample(first, x0)
+        mean, spread = torch.where(first, x0_hat, x0), torch.where(first, log_variance, 0.0)
+        nats = torch.where(first, discretised_gaussian_nll(x0.to(x0_hat), mean, spread), kl).flatten(1).mean(1)
         assert scaling.schedule is not None
         return nats * (scaling.schedule.num_steps / math.log(2))

@@ -12,13 +12,14 @@ last two are the exact negative log-likelihood in nats of 8-bit pictures, with a
 that together with the divergence they bound the bits that a picture costs (-ELBO). Both differences are taken in a form
 that neither cancels nor underflows:
 
-    ln (F(a) - F(b)) = ln F(a) + ln F(-b) + ln(1 - exp(b - a))                (logistic, exact)
-    ln (F(a) - F(b)) = ln F(a) + ln(1 - exp(ln F(b) - ln F(a))),  a, b <= 0   (normal; mirrored where they are positive)
+    ln (F(a) - F(b)) = ln F(a) + ln F(-b) + ln(1 - exp(b - a))    (logistic, exact; normal: `diffusion.normal`)
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diffusion_lit.diffusion.normal import log_cdf, log_normal_mass
 
 HALF_LEVEL = 1 / 255
 LAST_LEVEL = 1 - HALF_LEVEL
@@ -86,19 +87,17 @@ class _Discretised(Reconstruction):
         """Negative log-likelihood in nats; see `Reconstruction.forward`."""
         x_hat, x = x_hat.float(), x.float()
         inverse = (-self.log_scale.clamp(min=SMALLEST_LOG_SCALE)).exp()
-        upper = (x + HALF_LEVEL - x_hat) * inverse
-        lower = (x - HALF_LEVEL - x_hat) * inverse
-        log_p = self.log_difference(upper, lower)
-        log_p = torch.where(x < -LAST_LEVEL, self.log_cdf(upper), log_p)
-        log_p = torch.where(x > LAST_LEVEL, self.log_cdf(-lower), log_p)
+        centre, half_width = (x - x_hat) * inverse, HALF_LEVEL * inverse
+        outer = self.log_cdf(torch.where(x > 0, half_width - centre, half_width + centre))
+        log_p = torch.where(x.abs() > LAST_LEVEL, outer, self.log_mass(centre, half_width))
         return -log_p.flatten(1).sum(1)
 
     def log_cdf(self, u: Tensor) -> Tensor:
         """Logarithm of F(u)."""
         raise NotImplementedError
 
-    def log_difference(self, upper: Tensor, lower: Tensor) -> Tensor:
-        """Logarithm of F(upper) - F(lower), for upper > lower."""
+    def log_mass(self, centre: Tensor, half_width: Tensor) -> Tensor:
+        """Logarithm of F(centre + half_width) - F(centre - half_width)."""
         raise NotImplementedError
 
 
@@ -116,9 +115,10 @@ class DiscretisedLogistic(_Discretised):
         """Logarithm of 1 / (1 + exp(-u))."""
         return F.logsigmoid(u)
 
-    def log_difference(self, upper: Tensor, lower: Tensor) -> Tensor:
+    def log_mass(self, centre: Tensor, half_width: Tensor) -> Tensor:
         """See the formula above."""
-        return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
+        sides = F.logsigmoid(half_width + centre) + F.logsigmoid(half_width - centre)
+        return sides + torch.log(-torch.expm1(-2 * half_width))
 
 
 class DiscretisedGaussian(_Discretised):
@@ -133,12 +133,8 @@ class DiscretisedGaussian(_Discretised):
 
     def log_cdf(self, u: Tensor) -> Tensor:
         """Logarithm of the normal distribution function."""
-        log_cdf: Tensor = torch.special.log_ndtr(u)
-        return log_cdf
+        return log_cdf(u)
 
-    def log_difference(self, upper: Tensor, lower: Tensor) -> Tensor:
-        """See the formula above."""
-        mirrored = upper + lower > 0
-        near, far = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
-        log_near = self.log_cdf(near)
-        return log_near + torch.log(-torch.expm1(self.log_cdf(far) - log_near))
+    def log_mass(self, centre: Tensor, half_width: Tensor) -> Tensor:
+        """See `log_normal_mass`."""
+        return log_normal_mass(centre, half_width)
