@@ -7,7 +7,7 @@ sampling (zeros: the identity), learns from the augmented images without drawing
 | label | meaning                                                                      | drawn as            |
 | ----- | ---------------------------------------------------------------------------- | ------------------- |
 | 0     | mirror left and right                                                        | 0 or 1              |
-| 1     | mirror up and down                                                           | 0 or 1              |
+| 1     | mirror up and down                                                           | 0 or 1, then kept   |
 | 2     | a: enlarge by 2^(0.2 a)                                                      | a ~ N(0, 1)         |
 | 3, 4  | cos(theta) - 1, sin(theta): turn counter-clockwise by theta                  | theta ~ U(-pi, pi)  |
 | 5, 6  | w cos(2 phi), w sin(2 phi): stretch by 2^(0.2 w) along the axis at angle phi | w ~ N(0, 1), phi 0  |
@@ -15,7 +15,12 @@ sampling (zeros: the identity), learns from the augmented images without drawing
 | 7, 8  | move right by 0.125 W and down by 0.125 H, times these                       | N(0, 1) each        |
 
 A point p of the image, from its centre, moves to translation + stretch(turn(2^(0.2 a) p)), after the mirrors. Each
-transform happens with a probability of its own, independently of the others.
+transform happens with a probability of its own, independently of the others. As in the source's pipe a mirror is drawn
+from {0, 1} first and then kept with that probability, so that up and down it comes half as often as the rest.
+
+The source samples an image that a wavelet filter (sym6) has enlarged twofold, and filters it down again, against
+aliasing. Here the image is sampled once, bicubically, without such a filter: reductions (label 2 below 0, stretches)
+alias where an image has detail of one pixel.
 
 The stretch is labelled by twice its angle, where the paper takes the angle itself: with that, (w, phi) and
 (-w, phi + pi) have one label but are different transforms, and the label would not say what was done.
@@ -40,9 +45,9 @@ class Augment:
     """Random flips, scalings, rotations, stretches and translations of images, with labels that say which.
 
     Args:
-        probability: Probability of each transform but the horizontal mirror (EDM: 0.12 for CIFAR-10, 0.15 for faces).
+        probability: Probability of each transform but the mirrors (EDM: 0.12 for CIFAR-10, 0.15 for faces).
         mirror: Mirror left and right with probability 1/2.
-        flip: Mirror up and down.
+        flip: Mirror up and down, with half the probability.
         scale: Enlarge or reduce.
         rotate: Turn by any angle.
         stretch: Stretch along one axis and shrink across it.
@@ -96,7 +101,7 @@ class Augment:
         phi = (uniform[:, 7] * 2 - 1) * math.pi * (uniform[:, 8] < 0.5)
         labels = [
             (uniform[:, 0] < 0.5).float() * self.mirror,
-            on[:, 1].float() * self.flip,
+            (uniform[:, 1] < self.probability / 2).float() * self.flip,
             normal[:, 0] * on[:, 2] * self.scale,
             (theta.cos() - 1) * on[:, 3] * self.rotate,
             theta.sin() * on[:, 3] * self.rotate,
