@@ -1,13 +1,19 @@
-"""TensorBoard: a logger that a full disk does not take down, and images, animated or not."""
+"""What a run tells its loggers beyond figures, images, animations and texts, and how a logger is chosen by name.
 
+TensorBoard, W&B and CSV files are given the same; TensorBoard has a logger that a full disk does not take down.
+"""
+
+import csv
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardLogger(LightningTensorBoardLogger):
@@ -66,16 +72,94 @@ def quiet_writer_threads() -> None:
     threading.excepthook = hook
 
 
-def log_image(writer: SummaryWriter, tag: str, encoded: bytes, size: tuple[int, int], step: int) -> None:
-    """Shows an encoded picture, animated or not, in TensorBoard.
+def show_image(logger: Logger, tag: str, path: Path, size: tuple[int, int], step: int) -> None:
+    """Shows an image or an animation of a run in a logger.
+
+    A logger of one's own takes part by a method `show_image(tag, path, size, step)`; others show none.
 
     Args:
-        writer: TensorBoard's writer.
-        tag: The picture's name.
-        encoded: Bytes of a PNG or GIF file.
+        logger: The logger.
+        tag: The image's name, such as `samples`.
+        path: Its PNG or GIF file.
         size: Width and height in pixels.
         step: Training step that it belongs to.
     """
-    image = Summary.Image(encoded_image_string=encoded, width=size[0], height=size[1], colorspace=3)
-    events: Any = writer
-    events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    own = getattr(logger, "show_image", None)
+    if own is not None:
+        own(tag, path, size, step)
+    elif isinstance(logger, LightningTensorBoardLogger):
+        image = Summary.Image(encoded_image_string=path.read_bytes(), width=size[0], height=size[1], colorspace=3)
+        writer: Any = logger.experiment
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    elif isinstance(logger, WandbLogger):
+        show: Any = logger.log_video if path.suffix == ".gif" else logger.log_image
+        kind = {"format": ["gif"]} if path.suffix == ".gif" else {}
+        show(tag, [str(path)], step, **kind)
+    elif isinstance(logger, CSVLogger):
+        _add_row(Path(logger.log_dir) / "images.csv", {"step": str(step), "tag": tag, "path": str(path)})
+
+
+def note(logger: Logger, tag: str, text: str, step: int) -> None:
+    """Puts a text on record in a logger.
+
+    A logger of one's own takes part by a method `note(tag, text, step)`; others keep none.
+
+    Args:
+        logger: The logger.
+        tag: The text's name, such as `hardware`.
+        text: The text.
+        step: Training step that it belongs to.
+    """
+    own = getattr(logger, "note", None)
+    if own is not None:
+        own(tag, text, step)
+    elif isinstance(logger, LightningTensorBoardLogger):
+        logger.experiment.add_text(tag, text, step)
+    elif isinstance(logger, WandbLogger):
+        logger.experiment.summary[tag] = text
+    elif isinstance(logger, CSVLogger):
+        _add_row(Path(logger.log_dir) / "notes.csv", {"step": str(step), "tag": tag, "text": text})
+
+
+def _add_row(path: Path, row: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+LOGGERS = {
+    "tensorboard": [TensorBoardLogger.__module__ + ".TensorBoardLogger"],
+    "csv": ["lightning.pytorch.loggers.CSVLogger"],
+    "wandb": ["lightning.pytorch.loggers.WandbLogger", "--trainer.logger.init_args.project=diffusion-lit"],
+}
+
+
+def with_logger_named(args: list[str]) -> list[str]:
+    """Puts a logger's class in the place of its name: `--trainer.logger wandb`, `csv` or `tensorboard`.
+
+    Args:
+        args: A command line.
+
+    Returns:
+        It.
+
+    Raises:
+        ValueError: If the package of that logger is missing.
+    """
+    found = []
+    for arg, before in zip(args, ["", *args], strict=False):
+        option, _, name = arg.partition("=")
+        if before == "--trainer.logger":
+            option, name = "", arg
+        if name in LOGGERS and option in ("", "--trainer.logger"):
+            if name == "wandb" and find_spec("wandb") is None:
+                raise ValueError("The logger wandb needs its package: pip install 'diffusion-lit[wandb]'.")
+            kind, *more = LOGGERS[name]
+            found += [f"{option}={kind}" if option else kind, *more]
+        else:
+            found.append(arg)
+    return found

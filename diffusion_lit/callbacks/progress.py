@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from diffusion_lit.callbacks.loggers import TensorBoardLogger
+from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
 from diffusion_lit.runtime.hardware import describe, hardware
 from diffusion_lit.runtime.precision import TrainInBf16
 from diffusion_lit.runtime.ranks import images_of
@@ -88,8 +88,8 @@ class RunSummary(WritesToRunFolder):
         print("\n".join(lines))
         record = f"{hardware(pl_module.device, trainer.world_size)['processor']}. {lines[0]}"
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.attempt(partial(_write_text, logger, "hardware", record, trainer.global_step))
+            write = partial(note, logger, "hardware", record, trainer.global_step)
+            logger.attempt(write) if isinstance(logger, TensorBoardLogger) else write()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the summary on rank 0."""
@@ -133,10 +133,6 @@ class RunSummary(WritesToRunFolder):
         if "val/loss" in metrics:
             figures.append(("validation loss", f"{metrics['val/loss']:.4g}"))
         return figures
-
-
-def _write_text(logger: TensorBoardLogger, tag: str, text: str, step: int) -> None:
-    logger.experiment.add_text(tag, text, step)
 
 
 def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
-from diffusion_lit.callbacks.loggers import log_image
+from diffusion_lit.callbacks.loggers import show_image
 from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
@@ -101,11 +100,11 @@ class Pictures(WritesToRunFolder):
         return drawn
 
     def write(self, trainer: Trainer, tag: str, name: str, image: Image.Image, gif: bytes | None = None) -> None:
-        """Writes a picture under the run's folder and shows it in TensorBoard, on rank 0.
+        """Writes an image under the run's folder and shows it in the run's loggers, on rank 0.
 
         Args:
             trainer: The trainer.
-            tag: TensorBoard's tag.
+            tag: The loggers' name of it.
             name: The file's name folder; the file is called by the training step.
             image: The picture, or the frame that gives the size where `gif` is given.
             gif: The bytes of an animation, written in the picture's stead.
@@ -116,10 +115,10 @@ class Pictures(WritesToRunFolder):
         try:
             folder = run_folder(trainer) / name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"step_{trainer.global_step:07d}.{ending}").write_bytes(encoded)
+            path = folder / f"step_{trainer.global_step:07d}.{ending}"
+            path.write_bytes(encoded)
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    log_image(logger.experiment, tag, encoded, image.size, trainer.global_step)
+                show_image(logger, tag, path, image.size, trainer.global_step)
         except OSError as error:
             rank_zero_warn(f"A picture of {name} could not be written: {error}. Training goes on.")
 

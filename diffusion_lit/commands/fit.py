@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -42,7 +43,7 @@ from diffusion_lit.callbacks import (
     Trajectory,
     Watchdog,
 )
-from diffusion_lit.callbacks.loggers import quiet_writer_threads
+from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.modules.base import KeyedModule
@@ -76,19 +77,20 @@ def start_anew(discard: Any) -> Any:
 
     jsonargparse keeps what the new class takes too, defaults of the old one included: an Adam in the place of the
     default AdamW would keep AdamW's weight decay, and a paper's network the widths of the small one that a config
-    before it names. A model and its data still keep it, so that `--data.class_path` alone runs a config on other data.
+    before it names. A model, its data and a logger still keep it, so that `--data.class_path` alone runs a config on
+    other data, and `--trainer.logger CSVLogger` writes to the same folder.
 
     Args:
         discard: jsonargparse's function, which drops what the new class does not take.
 
     Returns:
-        One that drops all, of other parts than models and data.
+        One that drops all, of other parts than models, data and loggers.
     """
 
     def drop(parser_or_action: Any, previous: Any, value: Any) -> None:
         if previous and previous.get("init_args"):
             old, new = (_class_at(spec["class_path"]) for spec in (previous, value))
-            if old is not new and not issubclass(new, LightningModule | LightningDataModule):
+            if old is not new and not issubclass(new, LightningModule | LightningDataModule | Logger):
                 previous["init_args"] = Namespace()
         discard(parser_or_action, previous, value)
 
@@ -323,7 +325,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """
     _quiet()
     try:
-        base, args = configs_folder() / "base.yaml", with_configs_found(args)
+        base, args = configs_folder() / "base.yaml", with_logger_named(with_configs_found(args))
     except ValueError as error:
         print(f"lightning: {error}", file=sys.stderr)
         raise SystemExit(2) from error
