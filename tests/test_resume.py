@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint: exactly where it stood, and by what was changed meanwhile."""
 
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from test_faults import FIT, LAST, at_step, ended, logged, read, same_training
 
 from diffusion_lit.callbacks import EMA
 from diffusion_lit.callbacks.loop import brought_to, position
+from diffusion_lit.callbacks.resume import differences
 
 DIGITS_128 = ["--data.init_args.batch_size=128", "--model.init_args.net.init_args.model_channels=8"]  # 11 batches
 
@@ -116,3 +118,78 @@ def test_the_average_counts_the_images_that_a_step_saw(tmp_path):
             betas.append(ema.beta())
     assert betas == pytest.approx([0.5 ** (15 / 100), 0.5 ** (7 / 100)])
     assert ema._images_seen == 22
+
+
+# What was changed
+
+
+OPTIMIZER = "--model.init_args.optimizer.init_args"
+COSINE = (
+    "--model.init_args.lr_scheduler={class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: %d}}"
+)
+CHANGED = {
+    "--data.init_args.batch_size=32": "data.batch_size: 16 in the checkpoint, 32 in this run; this run's counts.",
+    "--ema.half_life=700": "ema.half_life: 50000 in the checkpoint, 700 in this run; this run's counts.",
+    "--model.init_args.label_dropout=0.3": "model.label_dropout: 0.1 in the checkpoint, 0.3 in this run; this run's",
+    "--trainer.gradient_clip_val=2.5": "trainer.gradient_clip_val: nothing in the checkpoint, 2.5 in this run; this",
+    "--trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches: 1 in the checkpoint, 2 in this run",
+    "--trainer.max_steps=4": "trainer.max_steps: 2 in the checkpoint, 4 in this run; this run's counts.",
+    "--trainer.precision=bf16-mixed": "trainer.precision: 32-true in the checkpoint, bf16-mixed in this run",
+    f"{OPTIMIZER}.lr=1e-5": "model.optimizer.lr: 0.002 in the checkpoint, 1e-05 in this run; this run's counts.",
+    f"{OPTIMIZER}.betas=[0.5,0.9]": "model.optimizer.betas: [0.9, 0.999] in the checkpoint, [0.5, 0.9] in this run",
+    COSINE % 40: "model.lr_scheduler.T_max: 20 in the checkpoint, 40 in this run; this run's counts.",
+}
+
+
+def test_what_was_changed_holds_and_is_told_in_a_line_each(lightning, capsys):
+    start = [COSINE % 20, "--seed_everything=5", "--trainer.precision=32-true"]
+    lightning(*FIT, "--trainer.max_steps=2", *start)
+    capsys.readouterr()
+    lightning(*FIT, *start, *CHANGED, "--ckpt_path=last")
+    said = capsys.readouterr().out.splitlines()
+    told = [line for line in said if " in the checkpoint, " in line]
+    assert len(told) == len(CHANGED)
+    for expected in CHANGED.values():
+        assert any(line.startswith(expected) for line in told), expected
+    group = read(LAST)["optimizer_states"][0]["param_groups"][0]
+    assert list(group["betas"]) == [0.5, 0.9]
+    assert group["lr"] == pytest.approx(1e-5 * (1 + math.cos(math.pi * 4 / 40)) / 2)
+
+
+def test_the_seed_is_the_checkpoints_unless_typed(lightning, capsys):
+    lightning(*FIT, "--seed_everything=5", "--name=unbroken")
+    lightning(*FIT, "--seed_everything=5", "--trainer.max_steps=3")
+    capsys.readouterr()
+    lightning(*FIT, "--ckpt_path=last")
+    said = capsys.readouterr().out
+    assert "seed_everything: 5 in the checkpoint, 0 in this run; the checkpoint's counts." in said
+    assert same_training(read(LAST), read("runs/unbroken/version_0/checkpoints/last.ckpt"))
+    lightning(*FIT, "--trainer.max_steps=7", "--ckpt_path=last", "--seed_everything=6")
+    assert "seed_everything: 5 in the checkpoint, 6 in this run; this run's counts." in capsys.readouterr().out
+    assert read(LAST)["diffusion_lit"]["seed"] == 6
+
+
+def test_another_optimizer_or_other_data_is_told(lightning, capsys, idx_folder):
+    lightning(*FIT, "--trainer.max_steps=1")
+    capsys.readouterr()
+    assert (
+        ended(lightning, *FIT, "--ckpt_path=last", "--model.init_args.optimizer=torch.optim.SGD", f"{OPTIMIZER}.lr=0.1")
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert "was made by AdamW, but this run trains with SGD" in said and "Traceback" not in said
+    told = dict(
+        (key, (old, new))
+        for key, old, new in differences(
+            {"_class_path": "datamodules.Digits", "batch_size": 16, "num_workers": 0},
+            {"_class_path": "datamodules.MNIST", "batch_size": 32, "num_workers": 2, "root": "data"},
+        )
+    )
+    assert told == {"_class_path": ("datamodules.Digits", "datamodules.MNIST"), "batch_size": (16, 32)}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_without_float32_weights_is_one_sentence(lightning, capsys, precision):
+    assert ended(lightning, *FIT, f"--trainer.precision={precision}") == 2
+    said = capsys.readouterr().err
+    assert f"trainer.precision is '{precision}'" in said and "bf16-mixed" in said and "Traceback" not in said

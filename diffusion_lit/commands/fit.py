@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
 import diffusion_lit.modules
@@ -45,6 +45,7 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
+from diffusion_lit.callbacks.resume import TRAINER, Resume, differences, flat, line
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.runtime import watchdog
@@ -65,7 +66,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "loss_by_noise_level": LossByNoiseLevel,
     "watchdog": Watchdog,
 }
-FREE = ("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach")  # how, not what, a run computes
+
+
+PRECISIONS = ("None", "32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
 
 
 class UserError(Exception):
@@ -187,8 +190,26 @@ class CLI(LightningCLI):
         if self.config["subcommand"] == "fit" and is_export(path):
             raise UserError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
         checkpoint = read_checkpoint(path)
-        self.recorded = checkpoint.get("hyper_parameters", {})
+        self.recorded = {
+            **(checkpoint.get("callbacks", {}).get("Resume", {}).get("settings") or {}),
+            "model": checkpoint.get("hyper_parameters", {}),
+            "data": checkpoint.get("datamodule_hyper_parameters", {}),
+        }
         self.trained_in = checkpoint.get("diffusion_lit", {}).get("precision", "32-true")
+        self._take_seed(config, checkpoint.get("diffusion_lit", {}).get("seed"))
+
+    def _take_seed(self, config: Namespace, recorded: int | None) -> None:
+        """Goes on with the checkpoint's seed, unless one was typed or stands in a configuration that was given."""
+        now = config.get("seed_everything")
+        if self.config["subcommand"] != "fit" or recorded is None or now == recorded:
+            return
+        typed = any(arg.partition("=")[0] == "--seed_everything" for arg in sys.argv)
+        for file in config.get("config") or []:
+            text = Path(str(file)).read_text() if Path(str(file)).is_file() else ""
+            typed |= re.search(r"^seed_everything\s*:", text, re.MULTILINE) is not None
+        if not typed:
+            config.seed_everything = recorded
+        _say(line("seed_everything", recorded, now, "this run's" if typed else "the checkpoint's"))
 
     def _name_run(self, config: Namespace) -> None:
         """Names the run after its config."""
@@ -201,7 +222,7 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
-        always: list[Callback] = [Throughput(), RunSummary(), Cost()]
+        always: list[Callback] = [Resume(self._settings()), Throughput(), RunSummary(), Cost()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
         for key in ("callbacks", "plugins"):
@@ -211,11 +232,18 @@ class CLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not bars:
             always.append(ProgressBar())  # where rich is installed, Lightning would take its "Epoch 1/-2"
         config["plugins"].append(SafeCheckpointIO())
+        _refuse_precision(config)
         if self.subcommand == "fit":
             self._suit_hardware(config)
         trainer = super()._instantiate_trainer(config, [*callbacks, *always])
         trainer.fit_loop = RunLoop(trainer)
         return trainer
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of average, guard and trainer that the training depends on, as plain values."""
+        config = self.config[self.subcommand].as_dict()
+        trainer = {name: config["trainer"].get(name) for name in TRAINER}
+        return {"ema": config["ema"], "guard": config["guard"], "trainer": trainer}
 
     def _suit_hardware(self, config: dict[str, Any]) -> None:
         """Fills in what the user left to the hardware: threads, precision, and how cuDNN chooses its kernels.
@@ -247,7 +275,7 @@ class CLI(LightningCLI):
             raise told from error
 
     def after_instantiate_classes(self) -> None:
-        """Says aloud where the configuration contradicts the checkpoint, and refuses a network that does not fit."""
+        """Suits the network to the hardware, and compares the configuration with the checkpoint."""
         self._refuse_what_the_data_decides()
         chosen = self.config[self.subcommand].get("channels_last")
         if chosen is None:
@@ -258,23 +286,39 @@ class CLI(LightningCLI):
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay
-        path = self.config[self.subcommand].get("ckpt_path")
-        recorded = _flat(getattr(self, "recorded", {}))
-        now = _flat(dict(self.model.hparams))
-        made_by, this = (str(values.get("_class_path")).rpartition(".")[2] for values in (recorded, now))
-        if recorded and made_by != this:
-            raise UserError(
-                f"The checkpoint {path} was made by {made_by}, but this run trains {this}; use the configuration that "
-                "it was trained with."
-            )
-        for key in sorted(recorded.keys() & now.keys()):
-            if recorded[key] != now[key] and not key.startswith("_") and key not in FREE:
-                if key.startswith("net."):
+        if self.subcommand == "fit":
+            self._tell_what_differs()
+
+    def _tell_what_differs(self) -> None:
+        """Says a line for each setting that is not the checkpoint's, and refuses what its state does not fit.
+
+        Raises:
+            UserError: If the checkpoint is of another model, network or optimizer.
+        """
+        path, recorded = self.config[self.subcommand].get("ckpt_path"), getattr(self, "recorded", None)
+        if not recorded or not recorded["model"]:
+            return
+        now = {**self._settings(), "model": dict(self.model.hparams), "data": dict(self.datamodule.hparams)}
+        for part, key in (("model", "_class_path"), ("optimizer", "model.optimizer.class_path")):
+            paths = [flat(values["model"] if part == "model" else values).get(key) for values in (recorded, now)]
+            if None not in paths and _class_at(paths[0]) is not _class_at(paths[1]):
+                raise UserError(
+                    f"The checkpoint {path} was made by {paths[0].rpartition('.')[2]}, but this run trains "
+                    f"{'with ' if part == 'optimizer' else ''}{paths[1].rpartition('.')[2]}, which cannot go on from "
+                    f"its state; use the {part} that it was trained with."
+                )
+        lines = []
+        for name in now.keys() & recorded.keys():
+            for key, old, new in differences(recorded[name], now[name]):
+                if name == "model" and key.startswith("net."):
                     raise UserError(
-                        f"The checkpoint {path} was trained with model.{key} = {recorded[key]!r}, but this run says "
-                        f"{now[key]!r}; its weights do not fit. Use the configuration that it was trained with."
+                        f"The checkpoint {path} was trained with model.{key} = {old!r}, but this run says {new!r}; its "
+                        "weights do not fit. Use the configuration that it was trained with."
                     )
-                rank_zero_warn(f"model.{key} is {now[key]!r} in this run and was {recorded[key]!r} in the checkpoint.")
+                lines.append(line(f"{name}.{key}".replace("._class_path", ".class_path"), old, new))
+        if str(self.trainer.precision) != self.trained_in:
+            lines.append(line("trainer.precision", self.trained_in, str(self.trainer.precision)))
+        _say(*sorted(lines))
 
     def _refuse_what_the_data_decides(self) -> None:
         """Refuses a size, channels or classes of the network that were typed and are not the data's."""
@@ -299,14 +343,25 @@ def _logger(config: Namespace) -> Any:
     return None
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots, `init_args` left out."""
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, prefix if key == "init_args" else f"{prefix}{key}.")
-    return flat
+def _refuse_precision(config: dict[str, Any]) -> None:
+    """Refuses a precision in which the weights themselves, and so their average, are not in float32.
+
+    Raises:
+        UserError: If it is one.
+    """
+    asked = [config.get("precision"), *(getattr(plugin, "precision", None) for plugin in config["plugins"])]
+    for precision in asked:
+        if str(precision) not in PRECISIONS:
+            raise UserError(
+                f"trainer.precision is {precision!r}, but weights and their average are kept in float32 here, since "
+                "small steps are lost in 16 bits and figures need no 64; choose bf16-mixed, 16-mixed or 32-true."
+            )
+
+
+def _say(*lines: str) -> None:
+    """Prints lines on rank 0."""
+    if getattr(rank_zero_only, "rank", None) in (None, 0) and lines:
+        print("\n".join(lines))
 
 
 def run(args: list[str], cli: type[CLI] = CLI) -> CLI:

@@ -55,12 +55,13 @@ class Trapezoid(LambdaLR):
         return rise * max(0.0, min(1.0, fall))
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters alone: the rest comes from the config."""
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": self._last_lr}
+        """The counters: the rest comes from the config. The length is on record, to see that a run's was changed."""
+        counters = {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": self._last_lr}
+        return {**counters, "total_steps": self.total_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counters."""
-        self.__dict__.update(state_dict)
+        self.__dict__.update({name: value for name, value in state_dict.items() if name != "total_steps"})
 
 
 def configure_optimizers(

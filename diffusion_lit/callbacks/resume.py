@@ -1,0 +1,137 @@
+"""What a run that goes on compares with its checkpoint, says about it and does about it.
+
+Settings of model, data, average and trainer that differ are told, one line each with both values and the one that
+counts. Options of the optimizer and its schedule that differ are applied (`modules.reapply`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffusion_lit.modules.base import KeyedModule
+from diffusion_lit.modules.reapply import reapply, reapply_implementation
+
+FREE = (  # how and where, not what, a run computes
+    *("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach", "cache_dir", "cache_latents"),
+    *("num_workers", "on_device"),
+)
+TRAINER = (  # settings of the trainer that the training depends on
+    *("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("val_check_interval", "check_val_every_n_epoch", "limit_train_batches", "limit_val_batches", "overfit_batches"),
+    *("devices", "num_nodes"),
+)
+ABSENT = "nothing"
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one.
+
+    Args:
+        values: Dictionaries of plain values.
+        prefix: What the keys begin with.
+
+    Returns:
+        Values by keys that dots join, `init_args` left out.
+    """
+    if not isinstance(values, dict) or (not values and prefix):
+        return {prefix.rstrip("."): values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, prefix if key == "init_args" else f"{prefix}{key}.")
+    return found
+
+
+def differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two settings.
+
+    Args:
+        before: Those of the checkpoint, as nested dictionaries.
+        now: Those of this run.
+
+    Yields:
+        The key, and its value before and now, `ABSENT` where there is none or it is None. Of a part whose class
+        differs, the class and what both classes take.
+    """
+    one, two = ({key: value for key, value in flat(part).items() if value is not None} for part in (before, now))
+    for key in sorted(one.keys() | two.keys()):
+        old, new = one.get(key, ABSENT), two.get(key, ABSENT)
+        part = key.rpartition(".")[0]
+        paths = [values.get(f"{part}.class_path" if part else "_class_path") for values in (one, two)]
+        of_both = paths[0] == paths[1] or key.endswith("class_path") or ABSENT not in (old, new)
+        if of_both and key not in FREE and _plain(old) != _plain(new):
+            yield key, old, new
+
+
+def _plain(value: Any) -> Any:
+    """A value as it is compared: a list and a tuple of the same values are the same."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def line(key: str, old: Any, new: Any, counts: str = "this run's") -> str:
+    """A difference in words.
+
+    Args:
+        key: The setting, as an option names it.
+        old: Its value in the checkpoint.
+        new: Its value in this run.
+        counts: Whose value holds.
+
+    Returns:
+        A line.
+    """
+    values = [value if value is ABSENT else repr(value).removesuffix(".0") for value in (old, new)]
+    return f"{key}: {values[0]} in the checkpoint, {values[1]} in this run; {counts} counts."
+
+
+class Resume(Callback):
+    """Puts the settings of a run on record in its checkpoints, and applies what was changed when it goes on.
+
+    Args:
+        settings: Plain values, nested, that the checkpoint's other records do not hold.
+    """
+
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        self.settings = settings or {}
+        self._changed: dict[str, tuple[Any, Any]] | None = None
+        self._saved: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return {"settings": self.settings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: this run's settings hold."""
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Finds what differs in optimizer and schedule, and keeps a schedule from reading the state of another."""
+        before, now = checkpoint.get("hyper_parameters", {}), dict(pl_module.hparams)
+        if trainer.state.fn != "fit" or not before or not now:
+            return
+        parts = ({"optimizer": values.get("optimizer")} for values in (before, now))
+        changed = {key.partition(".")[2]: (old, new) for key, old, new in differences(*parts)}
+        schedules = [{"schedule": values.get("lr_scheduler")} for values in (before, now)]
+        if list(differences(*schedules)):
+            changed["schedule"] = (schedules[0], schedules[1])
+        self._saved = next(iter(checkpoint.get("lr_schedulers", [])), {})
+        if "schedule" in changed:
+            checkpoint["lr_schedulers"] = []
+        self._changed = changed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Applies what differs."""
+        changed, self._changed = self._changed, None
+        ours = (
+            isinstance(pl_module, KeyedModule)
+            and type(pl_module).configure_optimizers is KeyedModule.configure_optimizers
+        )
+        if changed is None or not ours:
+            return
+        optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
+        scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+        total = getattr(scheduler, "total_steps", None)
+        if "schedule" not in changed and self._saved.get("total_steps", total) != total:  # it follows the run's length
+            changed["schedule"] = (self._saved["total_steps"], total)
+        reapply_implementation(optimizer)
+        if changed:
+            reapply(optimizer, scheduler, pl_module._makers(), changed, self._saved, trainer.global_step)

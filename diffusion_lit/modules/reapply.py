@@ -1,0 +1,118 @@
+"""What was changed in the configuration of optimizer and schedule, applied where a run goes on.
+
+Lightning gives a resumed optimizer the options of the checkpoint, and its schedule the constants, whatever the
+configuration says. Here an option that was changed takes its new value while the moments stay, and a schedule that was
+changed, or whose learning rate was, is played from the first step to the one at which the run goes on. What was not
+changed is not touched.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+HOW = ("fused", "foreach")  # how, not what, an optimizer computes: what this run and its hardware say
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")  # what a plateau has seen so far
+
+
+def reapply_implementation(optimizer: Optimizer) -> None:
+    """Lets the optimizer compute as it was built, not as that of the checkpoint was.
+
+    Args:
+        optimizer: One that has just read its state.
+    """
+    for group in optimizer.param_groups:
+        for name in HOW:
+            if name in group and name in optimizer.defaults:
+                group[name] = optimizer.defaults[name]
+        if group.get("fused"):
+            for parameter in group["params"]:
+                step = optimizer.state[parameter].get("step")
+                if isinstance(step, Tensor):  # a fused kernel counts where the weights are
+                    optimizer.state[parameter]["step"] = step.to(parameter.device)
+
+
+def reapply(
+    optimizer: Optimizer,
+    scheduler: Any,
+    makers: tuple[Callable[..., Any], Callable[..., Any] | None],
+    changed: dict[str, tuple[Any, Any]],
+    saved: dict[str, Any],
+    step: int,
+) -> None:
+    """Applies what was changed.
+
+    Args:
+        optimizer: The optimizer, its state and options those of the checkpoint.
+        scheduler: Its schedule, or None.
+        makers: Make the optimizer from parameters, and the schedule from the optimizer, as this run configures them.
+        changed: Value before and now of each option of the optimizer that differs, and of "schedule" where that does.
+        saved: State of the schedule in the checkpoint; empty where it had none.
+        step: Number of steps taken.
+
+    Raises:
+        ValueError: If the checkpoint lacks what a changed option needs.
+    """
+    fresh: Optimizer = makers[0]([nn.Parameter(torch.zeros(2, 2))])
+    configured = _options(fresh)
+    _refuse_without_state(optimizer, makers[0], changed)
+    new = {name: configured[name] for name in changed if name in configured}
+    played = makers[1](fresh) if makers[1] is not None else None
+    plateau = isinstance(played, ReduceLROnPlateau)
+    if plateau and "num_bad_epochs" in saved:  # what it has seen holds on, and what it has reduced the rate by
+        if "lr" in changed:
+            new["lr"] = configured["lr"] * optimizer.param_groups[0]["lr"] / changed["lr"][0]
+        if "schedule" in changed:
+            seen = {key: saved[key] for key in PLATEAU if key in saved and saved["mode"] == played.mode}
+            scheduler.load_state_dict({**played.state_dict(), **seen})
+    elif "schedule" in changed or "lr" in changed:
+        if played is not None and not plateau:
+            _play(played, scheduler, step)
+        reached = _options(fresh)
+        new |= {name: reached[name] for name in reached if reached[name] != configured.get(name)}
+        new["lr"] = reached["lr"]
+    for group in optimizer.param_groups:
+        group.update(new)
+
+
+def _options(optimizer: Optimizer) -> dict[str, Any]:
+    return {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+
+
+def _play(played: Any, scheduler: Any, step: int) -> None:
+    """Takes a schedule through the steps that were trained, and lets the run's own one stand there."""
+    if getattr(played, "total_steps", 0) is None:  # found out from the trainer, where the configuration leaves it open
+        played.total_steps = scheduler.total_steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # steps of a schedule without steps of its optimizer
+        for _ in range(step):
+            played.step()
+    scheduler.load_state_dict(played.state_dict())
+    if hasattr(played, "base_lrs"):
+        scheduler.base_lrs = list(played.base_lrs)
+
+
+def _refuse_without_state(optimizer: Optimizer, make: Callable[..., Any], changed: dict[str, Any]) -> None:
+    """Tries a step on a weight of its own with as much state as the checkpoint brings."""
+    states = [state for state in optimizer.state.values() if state]
+    if not states:
+        return
+    weight = nn.Parameter(torch.zeros(2, 2))
+    probe: Optimizer = make([weight])
+    for name, value in states[0].items():
+        full = isinstance(value, Tensor) and value.dim() > 0
+        probe.state[weight][name] = torch.zeros_like(weight) if full else copy.deepcopy(value)
+    weight.grad = torch.ones_like(weight)
+    try:
+        probe.step()
+    except KeyError as error:
+        options = ", ".join(f"{name} = {new!r}" for name, (_, new) in changed.items() if name != "schedule")
+        raise ValueError(
+            f"The checkpoint's optimizer lacks {error}, which {options} needs; an option that keeps state of its own "
+            "is switched on only at the start of a run."
+        ) from error
