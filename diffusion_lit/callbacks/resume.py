@@ -1,7 +1,7 @@
-"""What a run that goes on compares with its checkpoint, says about it and does about it.
+"""What a run that goes on compares with its checkpoint, and what it does about differences.
 
-Settings of model, data, average and trainer that differ are told, one line each with both values and the one that
-counts. Options of the optimizer and its schedule that differ are applied (`modules.reapply`).
+A checkpoint records the settings of model and data, and here those of average, guard and trainer. Options of the
+optimizer and its schedule that differ are applied (`modules.reapply`).
 """
 
 from collections.abc import Iterator
@@ -66,22 +66,6 @@ def differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
 def _plain(value: Any) -> Any:
     """A value as it is compared: a list and a tuple of the same values are the same."""
     return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def line(key: str, old: Any, new: Any, counts: str = "this run's") -> str:
-    """A difference in words.
-
-    Args:
-        key: The setting, as an option names it.
-        old: Its value in the checkpoint.
-        new: Its value in this run.
-        counts: Whose value holds.
-
-    Returns:
-        A line.
-    """
-    values = [value if value is ABSENT else repr(value).removesuffix(".0") for value in (old, new)]
-    return f"{key}: {values[0]} in the checkpoint, {values[1]} in this run; {counts} counts."
 
 
 class Resume(Callback):

@@ -45,8 +45,9 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
-from diffusion_lit.callbacks.resume import TRAINER, Resume, differences, flat, line
+from diffusion_lit.callbacks.resume import TRAINER, Resume, line
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
+from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
 from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
@@ -66,9 +67,6 @@ CALLBACKS: dict[str, type[Callback]] = {
     "loss_by_noise_level": LossByNoiseLevel,
     "watchdog": Watchdog,
 }
-
-
-PRECISIONS = ("None", "32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
 
 
 class UserError(Exception):
@@ -203,13 +201,10 @@ class CLI(LightningCLI):
         now = config.get("seed_everything")
         if self.config["subcommand"] != "fit" or recorded is None or now == recorded:
             return
-        typed = any(arg.partition("=")[0] == "--seed_everything" for arg in sys.argv)
-        for file in config.get("config") or []:
-            text = Path(str(file)).read_text() if Path(str(file)).is_file() else ""
-            typed |= re.search(r"^seed_everything\s*:", text, re.MULTILINE) is not None
+        typed = names_seed(sys.argv, config.get("config") or [])
         if not typed:
             config.seed_everything = recorded
-        _say(line("seed_everything", recorded, now, "this run's" if typed else "the checkpoint's"))
+        say(line("seed_everything", recorded, now, "this run's" if typed else "the checkpoint's"))
 
     def _name_run(self, config: Namespace) -> None:
         """Names the run after its config."""
@@ -232,7 +227,7 @@ class CLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not bars:
             always.append(ProgressBar())  # where rich is installed, Lightning would take its "Epoch 1/-2"
         config["plugins"].append(SafeCheckpointIO())
-        _refuse_precision(config)
+        refuse_precision(config)
         if self.subcommand == "fit":
             self._suit_hardware(config)
         trainer = super()._instantiate_trainer(config, [*callbacks, *always])
@@ -286,39 +281,12 @@ class CLI(LightningCLI):
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay
-        if self.subcommand == "fit":
-            self._tell_what_differs()
-
-    def _tell_what_differs(self) -> None:
-        """Says a line for each setting that is not the checkpoint's, and refuses what its state does not fit.
-
-        Raises:
-            UserError: If the checkpoint is of another model, network or optimizer.
-        """
-        path, recorded = self.config[self.subcommand].get("ckpt_path"), getattr(self, "recorded", None)
-        if not recorded or not recorded["model"]:
-            return
-        now = {**self._settings(), "model": dict(self.model.hparams), "data": dict(self.datamodule.hparams)}
-        for part, key in (("model", "_class_path"), ("optimizer", "model.optimizer.class_path")):
-            paths = [flat(values["model"] if part == "model" else values).get(key) for values in (recorded, now)]
-            if None not in paths and _class_at(paths[0]) is not _class_at(paths[1]):
-                raise UserError(
-                    f"The checkpoint {path} was made by {paths[0].rpartition('.')[2]}, but this run trains "
-                    f"{'with ' if part == 'optimizer' else ''}{paths[1].rpartition('.')[2]}, which cannot go on from "
-                    f"its state; use the {part} that it was trained with."
-                )
-        lines = []
-        for name in now.keys() & recorded.keys():
-            for key, old, new in differences(recorded[name], now[name]):
-                if name == "model" and key.startswith("net."):
-                    raise UserError(
-                        f"The checkpoint {path} was trained with model.{key} = {old!r}, but this run says {new!r}; its "
-                        "weights do not fit. Use the configuration that it was trained with."
-                    )
-                lines.append(line(f"{name}.{key}".replace("._class_path", ".class_path"), old, new))
-        if str(self.trainer.precision) != self.trained_in:
-            lines.append(line("trainer.precision", self.trained_in, str(self.trainer.precision)))
-        _say(*sorted(lines))
+        recorded = getattr(self, "recorded", {})
+        if self.subcommand == "fit" and recorded.get("model"):
+            now = {**self._settings(), "model": dict(self.model.hparams), "data": dict(self.datamodule.hparams)}
+            before = {**recorded, "precision": self.trained_in}
+            now["precision"] = str(self.trainer.precision)
+            say(*differing_lines(str(self.config["fit"].ckpt_path), before, now))
 
     def _refuse_what_the_data_decides(self) -> None:
         """Refuses a size, channels or classes of the network that were typed and are not the data's."""
@@ -341,27 +309,6 @@ def _logger(config: Namespace) -> Any:
     if isinstance(logger, Namespace) and str(logger.get("class_path", "")).endswith("TensorBoardLogger"):
         return logger.init_args
     return None
-
-
-def _refuse_precision(config: dict[str, Any]) -> None:
-    """Refuses a precision in which the weights themselves, and so their average, are not in float32.
-
-    Raises:
-        UserError: If it is one.
-    """
-    asked = [config.get("precision"), *(getattr(plugin, "precision", None) for plugin in config["plugins"])]
-    for precision in asked:
-        if str(precision) not in PRECISIONS:
-            raise UserError(
-                f"trainer.precision is {precision!r}, but weights and their average are kept in float32 here, since "
-                "small steps are lost in 16 bits and figures need no 64; choose bf16-mixed, 16-mixed or 32-true."
-            )
-
-
-def _say(*lines: str) -> None:
-    """Prints lines on rank 0."""
-    if getattr(rank_zero_only, "rank", None) in (None, 0) and lines:
-        print("\n".join(lines))
 
 
 def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
