@@ -134,7 +134,7 @@ CHANGED = {
     "--trainer.gradient_clip_val=2.5": "trainer.gradient_clip_val: nothing in the checkpoint, 2.5 in this run; this",
     "--trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches: 1 in the checkpoint, 2 in this run",
     "--trainer.max_steps=4": "trainer.max_steps: 2 in the checkpoint, 4 in this run; this run's counts.",
-    "--trainer.precision=bf16-mixed": "trainer.precision: 32-true in the checkpoint, bf16-mixed in this run",
+    "--trainer.precision=bf16-mixed": "trainer.precision: '32-true' in the checkpoint, 'bf16-mixed' in this run",
     f"{OPTIMIZER}.lr=1e-5": "model.optimizer.lr: 0.002 in the checkpoint, 1e-05 in this run; this run's counts.",
     f"{OPTIMIZER}.betas=[0.5,0.9]": "model.optimizer.betas: [0.9, 0.999] in the checkpoint, [0.5, 0.9] in this run",
     COSINE % 40: "model.lr_scheduler.T_max: 20 in the checkpoint, 40 in this run; this run's counts.",
