@@ -36,7 +36,7 @@ DENOISER = [*SMALL, *FEW, "--model.init_args.net.init_args.dropout=0.1"]
 FIGURES = {  # the config's own figures, of few samples and by pixels, which need no classifier
     name: {
         "class_path": f"diffusion_lit.callbacks.{name}",
-        "init_args": {"extractor": "diffusion_lit.evaluation.PixelFeatures", "num_samples": 32},
+        "init_args": {"extractor": "diffusion_lit.evaluation.Pixels", "num_samples": 32},
     }
     for name in ("FID", "ReconstructionFID")
 } | {name: {"class_path": f"diffusion_lit.callbacks.{name}"} for name in ("Reconstructions", "Interpolations")}

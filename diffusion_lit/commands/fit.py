@@ -45,7 +45,7 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
-from diffusion_lit.callbacks.resume import TRAINER, Resume, line
+from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
 from diffusion_lit.modules.base import KeyedModule
