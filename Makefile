@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-slow lint types wheel docs board clean
+.PHONY: help install demo latent-demo gallery studies test test-slow lint types wheel lock docs board clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ types: install ## check types
 
 wheel: install ## build dist/, install the wheel in an environment of its own, and run the commands there
 	$(BIN)/python tools/check_wheel.py --out dist
+
+lock: install ## renew requirements.lock: the newest versions that pyproject.toml allows
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra wandb --universal --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock --upgrade
 
 docs: install ## renew what README and docs take from the code: lines of links, the table of recipes
 	$(BIN)/python tests/renew_docs.py
