@@ -186,8 +186,8 @@ def _write(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    size = int(np.prod(index["shape"])) / 2**20
-    rank_zero_info(f"Prepared {index['shape'][0]} pictures of {listing.label} in {place} ({size:.1f} MiB).")
+    mebibytes = int(np.prod(index["shape"])) / 2**20
+    rank_zero_info(f"Prepared {index['shape'][0]} pictures of {listing.label} in {place} ({mebibytes:.1f} MiB).")
 
 
 def _decode(
