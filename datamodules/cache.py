@@ -8,7 +8,6 @@ same work, and whoever holds it removes what a killed run left.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -25,7 +24,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from datamodules.decode import Transform
 from datamodules.decoding import decode_all
 from datamodules.sources import Listing, Picture, Skip, printable
-from diffusion_lit.storage.room import fits_in_memory, reserve
 
 VERSION = 1  # raise it when decoding changes
 NAMED = 5  # skipped pictures that a message names
@@ -96,16 +94,11 @@ def prepare(
                     _write(place, listing, pools, transform, strict, processes)
                     cache = _open(place)
     except OSError as error:
-        refusal = (
+        kind = PermissionError if isinstance(error, PermissionError) else ValueError
+        raise kind(
             f"The pictures of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
             "cache_dir to a folder that may be written to and has enough room."
-        )
-        size = sum(map(len, pools.values())) * int(np.prod(transform.shape))
-        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT) or not fits_in_memory(size):
-            kind = PermissionError if isinstance(error, PermissionError) else ValueError
-            raise kind(refusal) from error
-        rank_zero_warn(f"{refusal} Until then every process decodes them into its memory.")
-        cache = _in_memory(listing, pools, transform, strict, processes)
+        ) from error
     assert cache is not None
     if cache.skipped:
         if strict:
@@ -174,74 +167,48 @@ def _write(
     processes: int | None,
 ) -> None:
     """Decodes all pictures into a folder beside the place, and renames it."""
+    pictures = [picture for pool in pools.values() for picture in pool]
+    row = int(np.prod(transform.shape))
     scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
-        with (scratch / "images.u8").open("wb") as file:
-            size = sum(map(len, pools.values())) * int(np.prod(transform.shape))
-            reserve(file, size, scratch / "images.u8")
-        index = _decode(scratch / "images.u8", listing, pools, transform, strict, processes)
+        _reserve(scratch / "images.u8", len(pictures) * row)
+        names = [picture.name for picture in pictures]
+        reasons = decode_all(listing, names, transform, scratch / "images.u8", processes, strict)
+        skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
+        if strict and skipped:
+            raise ValueError(_refusal(listing, skipped))
+        kept = [number for number in range(len(pictures)) if number not in reasons]
+        if not kept:
+            raise ValueError(f"No picture of {listing.label} can be used: {_summary(skipped, None)}")
+        checksum = _compact(scratch / "images.u8", kept, row)
+        index = {
+            "shape": [len(kept), *transform.shape],
+            "names": [names[number] for number in kept],
+            "pools": _kept_pools(pools, kept),
+            "skipped": skipped,
+            "sha256": checksum,
+            "root": str(listing.root),
+            "transform": asdict(transform),
+        }
         _write_json(scratch / "index.json", index)
         scratch.chmod(0o755)
         os.replace(scratch, place)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    mebibytes = int(np.prod(index["shape"])) / 2**20
-    rank_zero_info(f"Prepared {index['shape'][0]} pictures of {listing.label} in {place} ({mebibytes:.1f} MiB).")
+    size = len(kept) * row / 2**20
+    rank_zero_info(f"Prepared {len(kept)} pictures of {listing.label} in {place} ({size:.1f} MiB).")
 
 
-def _decode(
-    path: Path,
-    listing: Listing,
-    pools: Mapping[str, Sequence[Picture]],
-    transform: Transform,
-    strict: bool,
-    processes: int | None,
-) -> dict[str, Any]:
-    """Decodes all pictures into a file that has their size, the broken ones left out; returns the index."""
-    pictures = [picture for pool in pools.values() for picture in pool]
-    names = [picture.name for picture in pictures]
-    reasons = decode_all(listing, names, transform, path, processes, strict)
-    skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
-    if strict and skipped:
-        raise ValueError(_refusal(listing, skipped))
-    kept = [number for number in range(len(pictures)) if number not in reasons]
-    if not kept:
-        raise ValueError(f"No picture of {listing.label} can be used: {_summary(skipped, None)}")
-    return {
-        "shape": [len(kept), *transform.shape],
-        "names": [names[number] for number in kept],
-        "pools": _kept_pools(pools, kept),
-        "skipped": skipped,
-        "sha256": _compact(path, kept, int(np.prod(transform.shape))),
-        "root": str(listing.root),
-        "transform": asdict(transform),
-    }
-
-
-def _in_memory(
-    listing: Listing,
-    pools: Mapping[str, Sequence[Picture]],
-    transform: Transform,
-    strict: bool,
-    processes: int | None,
-) -> Cache:
-    """The same without a disk: decoded into memory that processes reach by a name (Linux), or into a temporary file."""
-    size = sum(map(len, pools.values())) * int(np.prod(transform.shape))
-    with contextlib.ExitStack() as stack:
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("pictures")
-            stack.callback(os.close, descriptor)
-            os.truncate(descriptor, size)
-            path = Path(f"/proc/self/fd/{descriptor}")
-        else:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / "images.u8"
-            with path.open("wb") as file:
-                reserve(file, size, path)
-        index = _decode(path, listing, pools, transform, strict, processes)
-        images = np.memmap(path, np.uint8, "r", shape=tuple(index["shape"]))
-    pooled = {name: (start, end) for name, (start, end) in index["pools"].items()}
-    return Cache(images, index["names"], pooled, index["skipped"], index["sha256"])
+def _reserve(path: Path, size: int) -> None:
+    """Makes a file of a size and claims its room on the disk, so that a full disk is told now and not in the middle."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free")
+    with path.open("wb") as file:
+        file.truncate(size)
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _compact(path: Path, kept: list[int], row: int) -> str:

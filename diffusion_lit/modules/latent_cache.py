@@ -11,14 +11,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +28,6 @@ from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.ranks import rank_zero_alone
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of
-from diffusion_lit.storage.room import fits_in_memory, reserve
 
 FORMAT = 1
 DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
@@ -101,7 +100,7 @@ def latent_cache(
         The cache.
 
     Raises:
-        OSError: If it cannot be written and does not fit into memory.
+        OSError: If it cannot be written.
     """
     images = data.reference_images(split)
     record = {
@@ -116,39 +115,19 @@ def latent_cache(
     }
     parent = Path(folder).expanduser() if folder is not None else cache_folder() / "latents"
     place = parent / key_of(record)[:32]
-    with _held(trainer, place) as problem:
-        cache = None if problem else _open(place, record)
-        if not problem and not trainer.strategy.reduce_boolean_decision(cache is not None):
-            trainer.strategy.barrier()
-            problem = _write(trainer, place, record, space, images, device)
-            cache = None if problem else _open(place, record)
-    if cache is None:
-        refusal = (
-            f"The latents cannot be kept in {parent} ({problem}); set cache_dir to a folder that may be written to and "
-            "has enough room, or cache_latents to false."
-        )
-        if not fits_in_memory(4 * int(np.prod(record["shape"]))):
-            raise OSError(refusal)
-        rank_zero_warn(f"{refusal} Until then every rank encodes all of them and keeps them in memory.")
-        cache = _in_memory(record, space, images, device)
+    try:
+        with _held(place):
+            cache = _open(place, record)
+            if not trainer.strategy.reduce_boolean_decision(cache is not None):
+                _write(trainer, place, record, space, images, device)
+                cache = _open(place, record)
+    except OSError as error:
+        raise type(error)(
+            f"The latents cannot be kept in {parent} ({error.strerror or error}); set cache_dir to a folder that may "
+            "be written to and has enough room, or cache_latents to false."
+        ) from error
+    assert cache is not None
     return cache
-
-
-def _in_memory(record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device) -> LatentCache:
-    """The cache without a disk: encoded in the same chunks, so that no digit differs."""
-    moments = np.empty(tuple(record["shape"]), np.float32)
-    sums = encode_all(space, images, bool(record["mirrored"]), device, keep=_keeper(moments))
-    return LatentCache(moments, sums)
-
-
-def _keeper(moments: Any) -> Callable[[int, int, Posterior], None]:
-    """Writes each chunk to its rows."""
-
-    def keep(copy: int, start: int, posterior: Posterior) -> None:
-        rows = slice(start, start + len(posterior.mean))
-        moments[copy, rows, 0], moments[copy, rows, 1] = posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
-
-    return keep
 
 
 def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
@@ -165,8 +144,8 @@ def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
 
 def _write(
     trainer: Trainer, place: Path, record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device
-) -> str:
-    """Encodes the pictures into a folder beside the place, every rank its share, and renames it; says what failed."""
+) -> None:
+    """Encodes the pictures into a folder beside the place, every rank its share, and renames it."""
     scratch = place.with_name(f".{place.name}.part")
     shape, world = tuple(record["shape"]), trainer.world_size
 
@@ -174,24 +153,7 @@ def _write(
         for left in (scratch, place):  # of a run that was killed, or damaged
             shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
-        with (scratch / "moments.f32").open("wb") as file:
-            reserve(file, 4 * int(np.prod(shape)), scratch / "moments.f32")
-
-    problem = _on_rank_zero(trainer, begin, "room for the latents")
-    if problem:
-        shutil.rmtree(scratch, ignore_errors=True)
-        return problem
-    moments = np.memmap(scratch / "moments.f32", np.float32, "r+", shape=shape)
-    with tqdm(
-        desc="encoding pictures once", total=shape[0] * shape[1] // world, unit="img", leave=False, delay=2,
-        disable=not trainer.is_global_zero,
-    ) as bar:  # fmt: skip
-        sums = encode_all(
-            space, images, bool(record["mirrored"]), device, (world, trainer.global_rank), _keeper(moments), bar.update
-        )
-    moments.flush()
-    sums = all_sum(trainer, sums, device)
-    trainer.strategy.barrier()  # all have written
+        _reserve(scratch / "moments.f32", 4 * int(np.prod(shape)))
 
     def finish() -> None:
         with (scratch / "index.json").open("w") as file:
@@ -202,20 +164,24 @@ def _write(
         size = 4 * int(np.prod(shape)) / 2**20
         rank_zero_info(f"Encoded {shape[1]:,} pictures into {place} ({size:.1f} MiB); training reads them from there.")
 
-    return _on_rank_zero(trainer, finish, "the index of the latents")
+    rank_zero_alone(begin, "room for the latents")
+    moments = np.memmap(scratch / "moments.f32", np.float32, "r+", shape=shape)
 
+    def keep(copy: int, start: int, posterior: Posterior) -> None:
+        rows = slice(start, start + len(posterior.mean))
+        moments[copy, rows, 0], moments[copy, rows, 1] = posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
 
-def _on_rank_zero(trainer: Trainer, work: Callable[[], None], what: str) -> str:
-    """Does something with the disk on rank 0; all ranks learn why it failed, or an empty text."""
-
-    def attempt() -> str:
-        try:
-            work()
-        except OSError as error:
-            return error.strerror or str(error)
-        return ""
-
-    return str(trainer.strategy.broadcast(rank_zero_alone(attempt, what)))
+    with tqdm(
+        desc="encoding pictures once", total=shape[0] * shape[1] // world, unit="img", leave=False, delay=2,
+        disable=not trainer.is_global_zero,
+    ) as bar:  # fmt: skip
+        sums = encode_all(
+            space, images, bool(record["mirrored"]), device, (world, trainer.global_rank), keep, bar.update
+        )
+    moments.flush()
+    sums = all_sum(trainer, sums, device)
+    trainer.strategy.barrier()  # all have written
+    rank_zero_alone(finish, "the index of the latents")
 
 
 def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
@@ -236,9 +202,20 @@ def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
     return total.cpu()
 
 
+def _reserve(path: Path, size: int) -> None:
+    """Makes a file of a size, and tells a full disk now and not in the middle."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free")
+    with path.open("wb") as file:
+        file.truncate(size)
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 @contextlib.contextmanager
-def _held(trainer: Trainer, place: Path) -> Iterator[str]:
-    """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it. Yields what failed."""
+def _held(place: Path) -> Iterator[None]:
+    """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it."""
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
@@ -255,4 +232,5 @@ def _held(trainer: Trainer, place: Path) -> Iterator[str]:
                 with watchdog.waiting("another run"):
                     fcntl.flock(file, fcntl.LOCK_EX)
 
-        yield _on_rank_zero(trainer, hold, f"the lock of {place.parent}")
+        rank_zero_alone(hold, f"the lock of {place.parent}")
+        yield

@@ -8,7 +8,6 @@ import gc
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ def embed_prompts(model: Path, texts: Sequence[str]) -> Tensor:
         for text, embedding in zip(missing, _encode(model, missing), strict=True):
             found[text] = embedding
             place = _place(identity, text)
-            with suppress(OSError), atomic(place) as file:  # a cache that cannot be written is done without
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(place) as file:
                 file.write(save({"embedding": embedding}, metadata={"text": text, "encoder": identity}))
     return torch.stack([found[text] for text in texts])
 

@@ -5,19 +5,14 @@ The format is safetensors, which holds tensors and text and runs nothing.
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_lit.storage.hashing import canonical
-
-_IN_MEMORY: dict[str, dict[str, Tensor]] = {}  # what could not be written, by its record
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -31,16 +26,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
     Raises:
         OSError: If the file cannot be written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, part, metadata={"record": canonical(record)})
-        part.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by a class of its own
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+    save_file(whole, part, metadata={"record": canonical(record)})
+    part.replace(path)
 
 
 def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -62,28 +52,6 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception:  # a truncated or foreign file is a miss, whatever the reader calls it
         return None
-
-
-def kept_tensors(path: Path, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from the cache, or made now and kept: in the cache, or in memory where that cannot be written.
-
-    Args:
-        path: The .safetensors file in the cache.
-        record: What determines them.
-        make: Makes them.
-
-    Returns:
-        The tensors by name.
-    """
-    found = read_tensors(path, record) or _IN_MEMORY.get(canonical(record))
-    if found is None:
-        found = make()
-        try:
-            write_tensors(path, found, record)
-        except OSError as error:
-            _IN_MEMORY[canonical(record)] = found
-            rank_zero_warn(f"The cache cannot be used, so that the work goes on from memory: {error}")
-    return found
 
 
 def read_record(path: Path) -> dict[str, Any]:
