@@ -37,7 +37,7 @@ class LossByNoiseLevel(Callback):
         x0 = pl_module.x0(batch, "val", batch_idx)
         label = batch.get("label") if pl_module.num_classes else None
         scaling = pl_module.denoiser.scaling
-        noise = pl_module.keyed_noise(x0.shape, "loss_by_sigma", index=batch["index"])
+        noise = pl_module.keyed_noise(x0.shape, "loss_by_sigma", index=pl_module.rows_of(batch, batch_idx))
         for level in self.sigmas:
             if bool(scaling.knows(torch.tensor(level))):
                 sigma = torch.full((len(x0),), level, device=x0.device)

@@ -57,19 +57,21 @@ BLOCK = 64  # images of a split that share a generator
 def drawn_by_index(index: Tensor, draw: Callable[[torch.Generator], Tensor], *key: int | str) -> Tensor:
     """Draws for held-out images: each image's own, whatever batch and rank it falls to.
 
-    Images 0 to 63 of a split share a generator, 64 to 127 the next, so that no image needs one of its own.
+    Images 0 to 63 of a split share a generator, 64 to 127 the next, so that no image needs one of its own. Draws are
+    made on the CPU, so that `val/loss` on a GPU and on a CPU are of the same draws.
 
     Args:
-        index: Rows of the split, int64 (B,), on the device that draws.
+        index: Rows of the split, int64 (B,), on the device where the draws are wanted.
         draw: Makes the draws of `BLOCK` images from a generator, as the rows of a tensor.
         key: Names the draw.
 
     Returns:
         The rows of these images.
     """
-    blocks, which = torch.unique(index // BLOCK, return_inverse=True)
-    drawn = [draw(keyed_generator(*key, block, device=index.device)) for block in blocks.tolist()]
-    return torch.cat(drawn)[which * BLOCK + index % BLOCK]
+    rows = index.cpu()
+    blocks, which = torch.unique(rows // BLOCK, return_inverse=True)
+    drawn = [draw(keyed_generator(*key, block)) for block in blocks.tolist()]
+    return torch.cat(drawn)[which * BLOCK + rows % BLOCK].to(index.device)
 
 
 class SeededNoise:

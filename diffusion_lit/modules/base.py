@@ -82,11 +82,26 @@ class KeyedModule(LightningModule):
             This rank's rows, of this shape.
         """
         if index is not None:
-            size, device = (BLOCK, *shape[1:]), self.device
-            return drawn_by_index(index.to(device), lambda draw: torch.randn(size, generator=draw, device=device), *key)
+            size = (BLOCK, *shape[1:])
+            return drawn_by_index(index.to(self.device), lambda draw: torch.randn(size, generator=draw), *key)
         world, rank = self.ranks
         generator = keyed_generator(*key, device=self.device)
         return torch.randn(shape[0] * world, *shape[1:], generator=generator, device=self.device)[rank::world]
+
+    def rows_of(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The rows of a held-out split in a batch: its "index", or by its number where other data gives none.
+
+        Args:
+            batch: As the data module gives it.
+            batch_idx: Number of the batch.
+
+        Returns:
+            Rows int64 (B,).
+        """
+        if "index" in batch:
+            return batch["index"]
+        count, (world, rank) = len(next(iter(batch.values()))), self.ranks
+        return (batch_idx * count + torch.arange(count, device=self.device)) * world + rank
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Keys what the network draws by itself."""
@@ -247,8 +262,8 @@ class DiffusionModule(PixelModel, KeyedModule):
     def _held_out_loss(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         x0 = self.x0(batch, split, batch_idx)
         label = batch.get("label") if self.num_classes else None
-        noise = self.keyed_noise(x0.shape, split, index=batch["index"])
-        index = batch["index"].to(self.device)
+        index = self.rows_of(batch, batch_idx).to(self.device)
+        noise = self.keyed_noise(x0.shape, split, index=index)
         sigma = drawn_by_index(index, lambda draw: self.noise_levels.sample(BLOCK, draw), split, "sigma")
         loss = self.loss(self.denoiser, x0, self.denoiser.scaling.clamp(sigma), noise, label).mean()
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(x0), sync_dist=True)

@@ -110,7 +110,9 @@ class ColdDiffusion(KeyedModule):
         world, rank = self.ranks
 
         def steps(count: int, generator: torch.Generator) -> Tensor:
-            return torch.randint(1, self.degradation.num_steps + 1, (count,), generator=generator, device=self.device)
+            return torch.randint(
+                1, self.degradation.num_steps + 1, (count,), generator=generator, device=generator.device
+            )
 
         if index is None:
             t = steps(len(x0) * world, keyed_generator("steps", *key, device=self.device))[rank::world]
@@ -129,15 +131,15 @@ class ColdDiffusion(KeyedModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss under draws that are the same at every epoch."""
-        self._held_out("val", batch)
+        self._held_out("val", batch, batch_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss on the test split."""
-        self._held_out("test", batch)
+        self._held_out("test", batch, batch_idx)
 
-    def _held_out(self, split: str, batch: dict[str, Tensor]) -> None:
+    def _held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         image = batch["image"]
-        loss = self.loss(image, split, index=batch["index"])
+        loss = self.loss(image, split, index=self.rows_of(batch, batch_idx))
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -161,7 +161,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
             posterior = cache.posterior(batch["index"], mirrored)
         training = split == "train"
         key = (split, run_seed(), self.current_epoch, batch_idx) if training else (split,)
-        index = None if training else batch["index"]
+        index = None if training else self.rows_of(batch, batch_idx)
         noise = self.keyed_noise(posterior.mean.shape, "posterior", *key, index=index)
         return self.space.standardise(posterior.sample(noise))
 

@@ -191,16 +191,16 @@ class VAE(KeyedModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss under draws that are the same at every epoch, and how good reconstructions are."""
-        self._held_out("val", batch)
+        self._held_out("val", batch, batch_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same on the test split."""
-        self._held_out("test", batch)
+        self._held_out("test", batch, batch_idx)
 
-    def _held_out(self, split: str, batch: dict[str, Tensor]) -> None:
+    def _held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         image = batch["image"]
         values = image[0].numel()
-        terms = self.terms(image, split, index=batch["index"])
+        terms = self.terms(image, split, index=self.rows_of(batch, batch_idx))
         restored = self.net.decode(terms.mean).float().clamp(-1, 1)
         figures = {
             "loss": self.loss(terms, values, self.kl_weight),
