@@ -110,3 +110,26 @@ def test_sampling_compiles_the_network_for_graphs_and_draws_the_same(lightning, 
     assert asked == [(UNet, "reduce-overhead")]
     plain, compiled = (np.load(f"{name}/samples.npz")["arr_0"].astype(int) for name in ("plain", "compiled"))
     assert abs(plain - compiled).max() <= 1
+
+
+def test_training_may_use_tf32_and_what_is_measured_does_not(lightning, monkeypatch):
+    """The flags as a GPU would find them, at each training step, in each validation step and while images are drawn."""
+    seen = {"train": set(), "val": set(), "draw": set()}
+
+    def watch(name, where):
+        before = getattr(EDM, name)
+
+        def watched(*args, **options):
+            seen[where].add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return before(*args, **options)
+
+        monkeypatch.setattr(EDM, name, watched)
+
+    watch("training_step", "train"), watch("validation_step", "val"), watch("generate", "draw")
+    lightning(*FIT, "--trainer.val_check_interval=2", "--sample_grid.every=1", "--trainer.max_steps=4")
+    assert seen == {"train": {("high", True)}, "val": {("highest", False)}, "draw": {("highest", False)}}
+    torch.backends.cudnn.allow_tf32 = True
+    lightning("sample", "--ckpt_path", LAST, "--num_samples=1", "--num_steps=1", "--device=cpu")
+    assert seen["draw"] == {("highest", False)}
+    lightning(*FIT, "--trainer.max_steps=1", "--tf32.training=false", "--name=other")
+    assert ("highest", False) in seen["train"]

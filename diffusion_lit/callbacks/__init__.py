@@ -10,11 +10,13 @@ from diffusion_lit.callbacks.progress import ProgressBar, RunSummary, Throughput
 from diffusion_lit.callbacks.psnr import PicturePSNR
 from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
 from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
+from diffusion_lit.callbacks.tf32 import TF32
 from diffusion_lit.callbacks.watchdog import Watchdog
 
 __all__ = [
     "EMA",
     "FID",
+    "TF32",
     "Cost",
     "Interpolations",
     "LastCheckpoint",

@@ -25,6 +25,7 @@ from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.runtime.hardware import hardware
+from diffusion_lit.runtime.precision import float32_arithmetic
 from diffusion_lit.runtime.ranks import meet, rank_zero_first
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
@@ -319,6 +320,7 @@ def header(
             "seeds": [plan.seed, plan.seed + plan.total - 1],
             "labels": choose_labels(plan, module, data)[1],
             "precision": "float32 weights and sampling, uint8 pictures, float32 features, float64 statistics",
+            "float32": float32_arithmetic(),
         },
         "versions": versions(),
         "references": {name: reference.summary for name, reference in against.items()},

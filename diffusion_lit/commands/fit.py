@@ -32,6 +32,7 @@ import diffusion_lit.modules
 import diffusion_lit.pretrained  # noqa: F401 (reads the autoencoders of other libraries)
 from diffusion_lit.callbacks import (
     EMA,
+    TF32,
     Cost,
     LastCheckpoint,
     LossByNoiseLevel,
@@ -51,7 +52,7 @@ from diffusion_lit.commands.resuming import differing_lines, line, names_seed, r
 from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
-from diffusion_lit.runtime.precision import TrainInBf16
+from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.stopping import RunStopped, explain
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
@@ -65,6 +66,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "sample_grid": SampleGrid,
     "trajectory": Trajectory,
     "loss_by_noise_level": LossByNoiseLevel,
+    "tf32": TF32,
     "watchdog": Watchdog,
 }
 
@@ -379,4 +381,4 @@ def _quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     quiet_writer_threads()
-    torch.set_float32_matmul_precision("high")
+    use_tf32(False)

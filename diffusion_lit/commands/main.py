@@ -144,6 +144,8 @@ def function_parser(function: Callable[..., Any], names: list[str], notes: str =
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+    from diffusion_lit.runtime.precision import use_tf32
+
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
         """Keeps the lines of description and notes as they are."""
 
@@ -191,6 +193,7 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     try:
         for name, kind in spread.items():
             values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
+        use_tf32(False)
         function(**values)
     except (ValueError, OSError) as error:
         _stop(str(error))

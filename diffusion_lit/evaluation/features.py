@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusion_lit.runtime.precision import nn, use_tf32
 from diffusion_lit.storage.hashing import weights_hash
 
 
@@ -232,8 +233,7 @@ def check_pixels(images: Tensor) -> None:
 def full_precision() -> Iterator[None]:
     """Full float32 within: no TF32, no autocast, so that features do not depend on the settings of a training run."""
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    use_tf32(False)
     try:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield

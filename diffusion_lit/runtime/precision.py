@@ -4,7 +4,27 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+
+
+def use_tf32(allowed: bool) -> None:
+    """Says whether float32 products and convolutions on NVIDIA GPUs may round their factors to TF32's 10 bits.
+
+    torch's own default is no for products and yes for convolutions. Here it is no, but for training (`callbacks.TF32`).
+
+    Args:
+        allowed: Whether they may.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def float32_arithmetic() -> str:
+    """What float32 means at this moment, in words for a receipt."""
+    matmul, convolution = torch.get_float32_matmul_precision() != "highest", torch.backends.cudnn.allow_tf32
+    found = [name for name, on in (("products", matmul), ("convolutions", convolution)) if on]
+    return f"TF32 in {' and '.join(found)} on GPUs that have it" if found else "full float32, no TF32"
 
 
 class TrainInBf16(MixedPrecision):

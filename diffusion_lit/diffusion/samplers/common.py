@@ -61,8 +61,11 @@ def begin(x: Tensor, sigmas: Tensor, *, stochastic: bool) -> tuple[Tensor, list[
 
 
 def level_like(x: Tensor, level: float) -> Tensor:
-    """A noise level as the 0-d tensor that a denoiser is called with, of x's dtype and device."""
-    return x.new_full((), level)
+    """A noise level as the 0-d tensor that a denoiser is called with, of x's dtype, on the CPU.
+
+    There it is looked at without waiting for an accelerator, whose queue takes it along as a number.
+    """
+    return torch.tensor(level, dtype=x.dtype)
 
 
 def toward(x: Tensor, x0_hat: Tensor, ratio: float) -> Tensor:
