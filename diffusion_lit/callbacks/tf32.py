@@ -1,0 +1,38 @@
+"""TF32 for what is trained, full float32 for what is measured."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffusion_lit.runtime.precision import use_tf32
+
+
+class TF32(Callback):
+    """Lets NVIDIA GPUs from Ampere on round the factors of float32 products and convolutions to TF32 in training.
+
+    In validation, and so in samples and metrics, float32 is float32: they do not depend on the GPU's age.
+
+    Args:
+        training: Whether training may use it; with bf16 autocast little is left in float32 that could.
+    """
+
+    def __init__(self, training: bool = True) -> None:
+        self.training = training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets training use it."""
+        use_tf32(self.training)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches it off."""
+        use_tf32(False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets training use it again."""
+        use_tf32(self.training and trainer.state.fn == "fit")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches it off."""
+        use_tf32(False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Switches it off."""
+        use_tf32(False)
