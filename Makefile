@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-slow lint types wheel lock docs board clean
+.PHONY: help install demo latent-demo gallery studies test test-slow lint types wheel lock docs board check-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ board: install ## open TensorBoard over all runs: make board PORT=6006
 		{ echo "Port $(PORT) is in use, or is no port; choose another, such as make board PORT=6007"; exit 1; }
 	@mkdir -p runs
 	$(BIN)/tensorboard --logdir runs --port $(PORT)
+
+check-gpu: install ## check everything on one NVIDIA GPU, in 8 minutes: check_gpu.json
+	$(BIN)/python tools/check_gpu.py
 
 clean: ## remove caches, not runs and not .venv
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

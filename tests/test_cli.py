@@ -227,3 +227,13 @@ def test_a_checkpoint_of_another_network_is_refused(lightning, checkpoint, capsy
     )
     assert "model_channels = 16" in said
     assert "says 32" in said
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed", "deepspeed_stage_3", "fsdp"])
+def test_strategies_that_cut_the_model_up_are_refused_in_a_sentence(lightning, capsys, strategy):
+    config = Path(__file__).resolve().parent.parent / "configs/edm_digits.yaml"
+    with pytest.raises(SystemExit) as caught:
+        lightning("fit", "--config", config, f"--trainer.strategy={strategy}", "--trainer.accelerator=cpu")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "Traceback" not in said
+    assert "--trainer.strategy ddp" in said and "activation_checkpointing" in said and "20 bytes" in said

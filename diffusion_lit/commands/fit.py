@@ -219,6 +219,7 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
+        refuse_sharding(config.get("strategy"))
         always: list[Callback] = [Resume(self._settings()), Throughput(), RunSummary(), Cost()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
@@ -303,6 +304,25 @@ class CLI(LightningCLI):
                     f"The network's {name} is given as {typed!r}, but the data has {used!r}; it comes from the data, "
                     "so leave it out."
                 )
+
+
+def refuse_sharding(strategy: Any) -> None:
+    """Refuses strategies that cut the model up, which the average of the weights cannot follow.
+
+    Args:
+        strategy: As given to the trainer: a name, an object, or None.
+
+    Raises:
+        UserError: If it is one of them.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if re.match("fsdp|deepspeed|modelparallel|model_parallel", name, re.IGNORECASE):
+        raise UserError(
+            f"The strategy {name} cuts the model up over the devices, and the average of the weights needs it whole. "
+            "Use --trainer.strategy ddp: weights, gradients, AdamW and average take 20 bytes per parameter on each device, "
+            "so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the default where "
+            "it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
+        )
 
 
 def _logger(config: Namespace) -> Any:

@@ -144,8 +144,6 @@ def function_parser(function: Callable[..., Any], names: list[str], notes: str =
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    from diffusion_lit.runtime.precision import use_tf32
-
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
         """Keeps the lines of description and notes as they are."""
 

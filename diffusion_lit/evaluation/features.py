@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion_lit.runtime.precision import nn, use_tf32
+from diffusion_lit.runtime.precision import use_tf32
 from diffusion_lit.storage.hashing import weights_hash
 
 
