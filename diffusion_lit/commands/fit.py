@@ -319,9 +319,9 @@ def refuse_sharding(strategy: Any) -> None:
     if re.match("fsdp|deepspeed|modelparallel|model_parallel", name, re.IGNORECASE):
         raise UserError(
             f"The strategy {name} cuts the model up over the devices, and the average of the weights needs it whole. "
-            "Use --trainer.strategy ddp: weights, gradients, AdamW and average take 20 bytes per parameter on each device, "
-            "so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the default where "
-            "it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
+            "Use --trainer.strategy ddp: weights, gradients, AdamW and average take 20 bytes per parameter on each "
+            "device, so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the default "
+            "where it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
         )
 
 
