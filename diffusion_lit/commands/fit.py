@@ -320,8 +320,8 @@ def refuse_sharding(strategy: Any) -> None:
         raise UserError(
             f"The strategy {name} cuts the model up over the devices, and the average of the weights needs it whole. "
             "Use --trainer.strategy ddp: weights, gradients, AdamW and average take 20 bytes per parameter on each "
-            "device, so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the default "
-            "where it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
+            "device, so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the "
+            "default where it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
         )
 
 

@@ -191,6 +191,8 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     try:
         for name, kind in spread.items():
             values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
+        from diffusion_lit.runtime.precision import use_tf32
+
         use_tf32(False)
         function(**values)
     except (ValueError, OSError) as error:
