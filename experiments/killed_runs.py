@@ -109,7 +109,7 @@ def kill_after_step(step: int) -> None:
     """Kills all processes of the run at the end of a step, after what is saved there.
 
     Args:
-        step: Number of steps taken.
+        step: Number of steps taken, or the first after it that this run takes.
     """
     from diffusion_lit.callbacks import LastCheckpoint
 
@@ -117,7 +117,7 @@ def kill_after_step(step: int) -> None:
 
     def hook(self: Any, trainer: Any, *args: Any) -> None:
         before(self, trainer, *args)
-        if trainer.global_step == step and not trainer.fit_loop._should_accumulate() and trainer.is_global_zero:
+        if trainer.global_step >= step and not trainer.fit_loop._should_accumulate() and trainer.is_global_zero:
             os.killpg(os.getpgid(0), signal.SIGKILL)
 
     LastCheckpoint.on_train_batch_end = hook  # type: ignore[method-assign]

@@ -225,7 +225,7 @@ def case(number: int, setting: Setting, chain: list[Kill]) -> dict[str, Any]:
         if status == -signal.SIGKILL:
             path = checkpoint(killed)
             at.append(torch.load(path, weights_only=True)["global_step"] if path.exists() else 0)
-        elif status:
+        else:
             break
     differs = [f"exit status {status}"] if status else compare(whole, killed)
     if not differs:

@@ -200,6 +200,10 @@ def _validate(trainer: Trainer) -> None:
     loop.reset_restart_stage()
     trainer.validating = True
     first = trainer._logger_connector._first_loop_iter
+    epochs = trainer.fit_loop.epoch_progress.current
+    edge = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 and epochs.completed > 0
+    epochs.completed -= edge  # its figures belong to the epoch that ended
     loop.run()
+    epochs.completed += edge
     trainer.training = True
     trainer._logger_connector._first_loop_iter = first
