@@ -88,8 +88,9 @@ def kill_while_saving(let_through: int) -> None:
     Args:
         let_through: Number of checkpoints that are written before.
     """
-    from diffusion_lit.storage import checkpoint_io
+    from diffusion_lit.storage import checkpoint_io as module
 
+    checkpoint_io: Any = module
     before: Callable[..., None] = checkpoint_io._save
     left = [let_through]
 
@@ -113,14 +114,15 @@ def kill_after_step(step: int) -> None:
     """
     from diffusion_lit.callbacks import LastCheckpoint
 
-    before = LastCheckpoint.on_train_batch_end
+    patched: Any = LastCheckpoint
+    before = patched.on_train_batch_end
 
     def hook(self: Any, trainer: Any, *args: Any) -> None:
         before(self, trainer, *args)
         if trainer.global_step >= step and not trainer.fit_loop._should_accumulate() and trainer.is_global_zero:
             os.killpg(os.getpgid(0), signal.SIGKILL)
 
-    LastCheckpoint.on_train_batch_end = hook  # type: ignore[method-assign]
+    patched.on_train_batch_end = hook
 
 
 def kill_before_saving(let_through: int) -> None:
@@ -131,7 +133,8 @@ def kill_before_saving(let_through: int) -> None:
     """
     from diffusion_lit.callbacks import LastCheckpoint
 
-    before = LastCheckpoint.on_validation_end
+    patched: Any = LastCheckpoint
+    before = patched.on_validation_end
     left = [let_through]
 
     def hook(self: Any, trainer: Any, *args: Any) -> None:
@@ -140,7 +143,7 @@ def kill_before_saving(let_through: int) -> None:
         left[0] -= 1
         before(self, trainer, *args)
 
-    LastCheckpoint.on_validation_end = hook  # type: ignore[method-assign]
+    patched.on_validation_end = hook
 
 
 def checkpoint(name: str) -> Path:

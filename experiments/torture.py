@@ -270,6 +270,7 @@ def from_files(workers: int) -> list[str]:
         from datamodules import Digits
 
         images, labels = Digits(batch_size=1).split("train")
+        assert isinstance(images, torch.Tensor) and labels is not None
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             (root / str(int(label))).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).save(root / str(int(label)) / f"{index:04d}.png")
@@ -287,15 +288,16 @@ def take_out(what: str | None) -> None:
         what: "keys": noise, noise levels and dropout come from the global generator, as in most training code;
             "position": the loop's counters are restored as Lightning does it.
     """
-    import diffusion_lit.modules.base as base
+    import diffusion_lit.modules.base as module
     from diffusion_lit.callbacks.loop import RunLoop
 
     def unkeyed(*key: int | str, device: Any = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
 
+    base: Any = module
     if what == "keys":
         base.keyed_generator = unkeyed
-        base.KeyedModule.on_train_batch_start = lambda *args: None  # type: ignore[method-assign]
+        base.KeyedModule.on_train_batch_start = lambda *args: None
     if what == "position":
         del RunLoop.load_state_dict
 

@@ -121,7 +121,7 @@ class RunLoop(_FitLoop):
         """
         super().setup_data()
         batches, step = self.max_batches, self.trainer.accumulate_grad_batches
-        if 0 < batches < step and not self.trainer.fast_dev_run:
+        if 0 < batches < step and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {step}, but an epoch has {batches} batches, and a step ends with "
                 f"its epoch; choose at most {batches}, or a smaller data.init_args.batch_size."

@@ -105,11 +105,9 @@ class Resume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies what differs."""
         changed, self._changed = self._changed, None
-        ours = (
-            isinstance(pl_module, KeyedModule)
-            and type(pl_module).configure_optimizers is KeyedModule.configure_optimizers
-        )
-        if changed is None or not ours:
+        if changed is None or not isinstance(pl_module, KeyedModule):
+            return
+        if type(pl_module).configure_optimizers is not KeyedModule.configure_optimizers:
             return
         optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
         scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None

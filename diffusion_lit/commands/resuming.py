@@ -43,8 +43,8 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any]) -> l
         ValueError: If the checkpoint is of another model, network or optimizer, which its state does not fit.
     """
     for part, key in (("model", "_class_path"), ("optimizer", "optimizer.class_path")):
-        old, new = (flat(values["model"]).get(key) for values in (before, now))
-        if None not in (old, new) and not _same_class(old, new):
+        old, new = (str(flat(values["model"]).get(key, "")) for values in (before, now))
+        if old and new and not _same_class(old, new):
             trains = "trains" if part == "model" else "trains with"
             raise ValueError(
                 f"The checkpoint {path} was made by {_short(old)}, but this run {trains} {_short(new)}, which cannot "

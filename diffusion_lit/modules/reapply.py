@@ -62,7 +62,7 @@ def reapply(
     configured = _options(fresh)
     _refuse_without_state(optimizer, makers[0], changed)
     new = {name: configured[name] for name in changed if name in configured}
-    played = makers[1](fresh) if makers[1] is not None else None
+    played: Any = makers[1](fresh) if makers[1] is not None else None
     plateau = isinstance(played, ReduceLROnPlateau)
     if plateau and "num_bad_epochs" in saved:  # what it has seen holds on, and what it has reduced the rate by
         if "lr" in changed:
