@@ -196,7 +196,7 @@ class ImageDataModule(LightningDataModule):
         """
         if not self.random_flip:
             return images
-        mirrored = self._draw_mirrored(generator, rows).to(images.device)
+        mirrored = self._draw_mirrored(generator, rows).to(images.device, non_blocking=True)
         both = torch.cat([images, images.flip(-1)])  # and choose by row: four times as fast as `where` on bytes
         return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * mirrored)
 

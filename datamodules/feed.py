@@ -166,10 +166,12 @@ class BatchLoader:
         Returns:
             "image" in [-1, 1], "index" (rows of the split) and, where there are labels, "label", all on the device.
         """
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # or the copy would wait, and the host with it
         images = images.to(self.device, non_blocking=True)
         if self.augment is not None:
             images = self.augment(images, key)
-        rows = key.rows.to(self.device)
+        rows = key.rows.to(self.device, non_blocking=True)
         batch = {"image": normalise(images), "index": rows}
         if self.labels is not None:
             batch["label"] = self.labels[rows]

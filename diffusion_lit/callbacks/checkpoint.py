@@ -16,7 +16,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from diffusion_lit.runtime.stopping import RunStopped
 from diffusion_lit.runtime.watchdog import SAME
@@ -41,6 +40,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._validation_due = False  # the state is that of a step after which validation comes
         self._signal: int | None = None
         self._heard = 0.0  # when it came
+        self._hosts: Any = None  # the group of processes through which ranks tell each other of it
         self._stopping: RunStopped | None = None
         self._requeue: Any = None
         self._handlers: dict[int, Any] = {}
@@ -48,6 +48,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens for signals, and makes up for a validation that the checkpoint was saved before."""
         super().on_train_start(trainer, pl_module)
+        if trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu":
+            self._hosts = torch.distributed.new_group(backend="gloo")  # no host waits for its device
         self._listen(trainer)
         if self._validation_due:
             self._validation_due = False
@@ -157,9 +159,9 @@ class LastCheckpoint(ModelCheckpoint):
         """The signal that any rank has had, the same on all ranks; 0 for none."""
         if trainer.world_size == 1:
             return self._signal or 0
-        number: Tensor = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return int(number.item())
+        number = torch.tensor(self._signal or 0)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
+        return int(number)
 
     def _stop(self) -> None:
         if self._stopping is not None:

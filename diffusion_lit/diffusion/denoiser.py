@@ -89,7 +89,9 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in, c_noise = (per_sample(c.to(x), x) for c in coefficients)
         label = self._check_label(x, label, trusted)
         extra = {} if augment is None else {"augment": augment}
-        output = self.net((c_in * x).to(self._net_dtype(x)), c_noise.flatten().expand(len(x)), label, **extra)
+        output = self.net(
+            (c_in * x).to(self._net_dtype(x)), c_noise.flatten().expand(len(x)).contiguous(), label, **extra
+        )
         return x, output.to(x.dtype), c_skip, c_out
 
     def _net_dtype(self, x: Tensor) -> torch.dtype:

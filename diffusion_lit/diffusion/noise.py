@@ -292,12 +292,13 @@ class DiscreteUniform(NoiseLevels):
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self._sigmas = schedule.sigmas.float()  # moved once, not at each step
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws n of the schedule's sigmas; see `NoiseLevels.sample`."""
-        device = generator.device
-        t = torch.randint(self.schedule.num_steps, (n,), generator=generator, device=device)
-        return self.schedule.sigmas.to(device=device, dtype=torch.float32)[t]
+        self._sigmas = self._sigmas.to(generator.device)
+        t = torch.randint(self.schedule.num_steps, (n,), generator=generator, device=generator.device)
+        return self._sigmas[t]
 
 
 class UniformT(NoiseLevels):

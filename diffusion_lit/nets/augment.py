@@ -165,7 +165,7 @@ def inverse_affine(labels: Tensor, height: int, width: int) -> Tensor:
         [torch.stack([w.cosh() + ratio * u, ratio * v], 1), torch.stack([ratio * v, w.cosh() - ratio * u], 1)], 1
     )
     linear = turn @ unstretch * (2 ** (-SCALE_OCTAVES * labels[:, 2]))[:, None, None]
-    size = labels.new_tensor([width / 2, height / 2])  # pixels per unit
-    linear = linear * size / size[:, None]
+    linear[:, 0, 1] *= height / width  # from pixels to units, by numbers that no device has to be given
+    linear[:, 1, 0] *= width / height
     offset = -(linear @ (2 * TRANSLATE_FRACTION * labels[:, 7:9, None]))
     return torch.cat([linear, offset], dim=2)
