@@ -107,7 +107,7 @@ def kill_while_saving(let_through: int) -> None:
 
 
 def kill_after_step(step: int) -> None:
-    """Kills all processes of the run at the end of a step, after what is saved there.
+    """Kills all processes of the run when a step is over, what is saved after it and its figures written.
 
     Args:
         step: Number of steps taken, or the first after it that this run takes.
@@ -115,14 +115,20 @@ def kill_after_step(step: int) -> None:
     from diffusion_lit.callbacks import LastCheckpoint
 
     patched: Any = LastCheckpoint
-    before = patched.on_train_batch_end
 
-    def hook(self: Any, trainer: Any, *args: Any) -> None:
-        before(self, trainer, *args)
-        if trainer.global_step >= step and not trainer.fit_loop._should_accumulate() and trainer.is_global_zero:
-            os.killpg(os.getpgid(0), signal.SIGKILL)
+    def killing(before: Callable[..., None]) -> Callable[..., None]:
+        def hook(self: Any, trainer: Any, *args: Any) -> None:
+            before(self, trainer, *args)
+            if trainer.global_step >= max(step, started.setdefault("at", trainer.global_step) + 1):
+                if trainer.is_global_zero:
+                    os.killpg(os.getpgid(0), signal.SIGKILL)
+                time.sleep(60)  # a further rank waits for its end
 
-    patched.on_train_batch_end = hook
+        return hook
+
+    started: dict[str, int] = {}
+    for name in ("on_train_batch_start", "on_validation_start", "on_train_epoch_end"):
+        setattr(patched, name, killing(getattr(patched, name)))
 
 
 def kill_before_saving(let_through: int) -> None:
