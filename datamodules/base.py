@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from datamodules.feed import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
+from diffusion_lit.checks import check_count
 
 SPLITS = ("train", "val", "test")
 DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by default
@@ -39,10 +40,8 @@ class ImageDataModule(LightningDataModule):
         on_device: bool | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it counts pictures per step and must be at least 1.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be 0 (read in the training process) or more.")
+        check_count(batch_size=batch_size)
+        check_count(0, num_workers=num_workers)
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -22,6 +22,7 @@ from datamodules.decode import Transform
 from datamodules.feed import Split
 from datamodules.files import may_not_read
 from datamodules.sources import Listing, Skip, list_pictures
+from diffusion_lit.checks import check_count
 
 PICTURES = "img_align_celeba"
 PARTITION = "list_eval_partition"
@@ -78,6 +79,7 @@ class CelebA(ImageDataModule):
         self.transform = Transform(image_size, crop=crop)
         self.strict = strict
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        check_count(cache_processes=cache_processes)
         self.cache_processes = cache_processes
 
     @property

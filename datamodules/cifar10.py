@@ -20,6 +20,7 @@ from datamodules.feed import Split
 from datamodules.files import download, first_line, may_not_read
 from datamodules.folder import ImageFolder
 from datamodules.pickles import read_pickle
+from diffusion_lit.checks import check_count
 
 SOURCE = datasets.CIFAR10
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -57,8 +58,7 @@ class CIFAR10(ImageDataModule):
         on_device: bool | None = None,
     ) -> None:
         super().__init__(batch_size, 0, use_labels, random_flip, on_device)
-        if val_size < 0:
-            raise ValueError(f"val_size is {val_size}; it counts training images that are held out, 0 for none.")
+        check_count(0, val_size=val_size)
         self.root = Path(root).expanduser()
         self.val_size = val_size
         self.download = download

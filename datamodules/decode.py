@@ -18,6 +18,8 @@ from typing import IO, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from diffusion_lit.checks import check_count, check_number
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ORIENTATION = 0x0112  # the EXIF tag, and below what turns a picture upright for each of its values
@@ -62,16 +64,14 @@ class Transform:
     background: int = 255
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= 4096:
-            raise ValueError(f"image_size is {self.size}; it counts pixels per side, from 1 to 4096.")
+        check_number(least=1, most=4096, whole=True, image_size=self.size)
+        check_count(channels=self.channels)
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; it is 3 for colour or 1 for grey.")
         if self.resize not in ("lanczos", "area"):
             raise ValueError(f"resize is {self.resize!r}; choose 'lanczos' or 'area'.")
-        if self.crop is not None and self.crop < 1:
-            raise ValueError(f"crop is {self.crop}; it counts pixels per side of the centre square and is at least 1.")
-        if not 0 <= self.background <= 255:
-            raise ValueError(f"background is {self.background}; it is a grey level from 0 (black) to 255 (white).")
+        check_count(crop=self.crop)
+        check_number(least=0, most=255, whole=True, background=self.background)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from datamodules.cache import Cache, prepare
 from datamodules.decode import ENDINGS, Transform
 from datamodules.feed import Split
 from datamodules.sources import Listing, Picture, Skip, list_pictures
+from diffusion_lit.checks import check_count, check_number
 
 POOLS = {
     "train": "train", "training": "train",
@@ -144,9 +145,8 @@ class ImageFolder(ImageDataModule):
         on_device: bool | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, use_labels, random_flip, on_device)
-        for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= share < 0.5:
-                raise ValueError(f"{name} is {share}; it is the share of pictures held out, from 0 to below 0.5.")
+        check_number(least=0, below=0.5, val_fraction=val_fraction, test_fraction=test_fraction)
+        check_count(cache_processes=cache_processes)
         self.root = root
         self.transform = Transform(image_size, channels, resize, crop, upscale, background)
         self.val_fraction = val_fraction

@@ -11,6 +11,7 @@ from datamodules.base import ImageDataModule, held_out
 from datamodules.feed import Split
 from datamodules.files import download, first_line
 from datamodules.idx import find_idx, read_idx
+from diffusion_lit.checks import check_count
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -52,8 +53,7 @@ class MNIST(ImageDataModule):
         super().__init__(batch_size, 0, use_labels, random_flip, on_device)
         if image_size not in (SIDE, 32):
             raise ValueError(f"image_size is {image_size}; {type(self).__name__} has 28 pixels, or 32 with a border.")
-        if val_size < 0:
-            raise ValueError(f"val_size is {val_size}; it counts training images that are held out, 0 for none.")
+        check_count(0, val_size=val_size)
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.val_size = val_size

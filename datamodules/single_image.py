@@ -16,6 +16,7 @@ from datamodules.base import ImageDataModule
 from datamodules.decode import BadPictureError, Transform, decode
 from datamodules.feed import Split, keyed_generator
 from datamodules.files import may_not_read
+from diffusion_lit.checks import check_count
 
 SAMPLES = ("flower", "china")
 HELD_OUT = 64  # rows of "val" and "test"
@@ -52,6 +53,7 @@ class SingleImage(ImageDataModule):
         on_device: bool | None = None,
     ) -> None:
         super().__init__(batch_size, 0, False, random_flip, on_device)
+        check_count(copies=copies, patches=patches)
         if copies < batch_size:
             raise ValueError(
                 f"copies is {copies}; an epoch must hold a batch at least, which is {batch_size} pictures."

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from datamodules.base import ImageDataModule
 from datamodules.feed import Split
+from diffusion_lit.checks import check_count
 
 EPOCH = 4096  # pictures that an epoch has at least, fewer being repeated
 
@@ -27,8 +28,7 @@ class Subset(ImageDataModule):
         super().__init__(data.batch_size, data.num_workers, data.use_labels, data.random_flip, data.on_device)
         if isinstance(self.hparams.get("data"), ImageDataModule):  # made in Python: an object is no plain value
             self.hparams.pop("data")
-        if count < 1:
-            raise ValueError(f"count is {count}; a subset has at least 1 picture.")
+        check_count(count=count)
         if type(data).augment is not ImageDataModule.augment:
             raise ValueError(f"{type(data).__name__} makes its training pictures itself, so that there are no fewer.")
         self.data = data

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.runtime.stopping import RunStopped
 from diffusion_lit.runtime.watchdog import SAME
 
@@ -34,6 +35,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_train_steps: int | None = None) -> None:
+        check_count(every_n_train_steps=every_n_train_steps, hint=", or leave it out for every validation")
         super().__init__(filename="last", enable_version_counter=False)
         self.every = every_n_train_steps
         self._due = False  # a save that waits for the end of the optimizer step

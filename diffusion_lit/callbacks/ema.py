@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.averaging import exponent, power_beta
 from diffusion_lit.runtime.ranks import images_of
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
@@ -52,18 +53,17 @@ class EMA(WritesToRunFolder, WeightAveraging):
         sigma_rel: list[float] | None = None,
         snapshot_every: int = 0,
     ) -> None:
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"EMA decay is {decay}; it must be at least 0 and below 1.")
+        check_number(least=0, below=1, decay=decay)
+        check_number(above=0, half_life=half_life, ramp_up=ramp_up, hint=", or null")
+        check_count(0, snapshot_every=snapshot_every)
         if half_life is None and decay is None and not sigma_rel:
             raise ValueError("EMA half_life is null; give a number of images, or decay or sigma_rel in its place.")
-        if half_life is not None and not half_life > 0:
-            raise ValueError(f"EMA half_life is {half_life} images; it must be above 0.")
         if sigma_rel is not None and (decay is not None or not sigma_rel or len(set(sigma_rel)) < len(sigma_rel)):
             raise ValueError(
                 f"EMA has sigma_rel {sigma_rel} and decay {decay}; give different widths, at least one, and no decay."
             )
-        if snapshot_every < 0 or (snapshot_every and not sigma_rel):
-            raise ValueError(f"EMA snapshot_every is {snapshot_every}; it takes 0 or more, and sigma_rel beside it.")
+        if snapshot_every and not sigma_rel:
+            raise ValueError(f"EMA snapshot_every is {snapshot_every}; it takes sigma_rel beside it.")
         self.sigma_rel = sigma_rel or []
         self.gammas = [exponent(width) for width in self.sigma_rel]
         self.snapshot_every = snapshot_every

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.callbacks.ema import EMA
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
@@ -54,11 +55,9 @@ class FID(Callback):
         split: str = "train",
         strict: bool = False,
     ) -> None:
-        if num_samples < 2 or batch_size < 1 or every_n_epochs < 1:
-            raise ValueError(
-                f"FID with num_samples {num_samples}, batch_size {batch_size} and every_n_epochs {every_n_epochs} "
-                "cannot be measured; they must be at least 2, 1 and 1."
-            )
+        check_count(2, num_samples=num_samples)
+        check_count(batch_size=batch_size, every_n_epochs=every_n_epochs)
+        check_count(0, seed=seed)
         self.extractor = extractor
         self.num_samples = num_samples
         self.every_n_epochs = every_n_epochs

@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_numbers
 from diffusion_lit.modules.base import DiffusionModule
 
 
@@ -18,6 +19,8 @@ class LossByNoiseLevel(Callback):
     """
 
     def __init__(self, sigmas: tuple[float, ...] = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0), batches: int = 2) -> None:
+        check_numbers("sigmas", sigmas, above=0)
+        check_count(0, batches=batches)
         self.sigmas = sigmas
         self.batches = batches
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
 
@@ -20,8 +21,8 @@ class PicturePSNR(Callback):
     """
 
     def __init__(self, count: int = 4, seed: int = 0) -> None:
-        if count < 1:
-            raise ValueError(f"count is {count}; a PSNR needs at least one sample.")
+        check_count(count=count)
+        check_count(0, seed=seed)
         self.count = count
         self.seed = seed
 

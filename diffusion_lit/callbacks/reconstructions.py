@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.samples import Pictures
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
@@ -26,8 +27,7 @@ class Reconstructions(Pictures):
 
     def __init__(self, count: int = 24, columns: int = 12, every: int = 1) -> None:
         super().__init__(every)
-        if count < 1 or columns < 1:
-            raise ValueError(f"A grid of {count} pictures in {columns} columns is empty; both must be at least 1.")
+        check_count(count=count, columns=columns)
         self.count = count
         self.columns = columns
 
@@ -55,8 +55,8 @@ class Interpolations(Pictures):
 
     def __init__(self, rows: int = 6, columns: int = 9, every: int = 1) -> None:
         super().__init__(every)
-        if rows < 1 or columns < 2:
-            raise ValueError(f"Interpolations of {rows} rows and {columns} columns are empty; give at least 1 and 2.")
+        check_count(rows=rows)
+        check_count(2, columns=columns)
         self.rows = rows
         self.columns = columns
 

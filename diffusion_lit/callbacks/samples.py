@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import show_image
+from diffusion_lit.checks import check_count
 from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
@@ -29,8 +30,7 @@ class Pictures(WritesToRunFolder):
     """
 
     def __init__(self, every: int = 1, seed: int = 0) -> None:
-        if every < 0:
-            raise ValueError(f"every is {every}; it must be 0 (never) or more.")
+        check_count(0, every=every, seed=seed)
         self.every = every
         self.seed = seed
         self.validations = 0
@@ -135,10 +135,7 @@ class SampleGrid(Pictures):
 
     def __init__(self, rows: int = 8, columns: int = 8, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
-        if rows < 1 or columns < 1:
-            raise ValueError(
-                f"A sample grid of {rows} rows and {columns} columns has no samples; both must be at least 1."
-            )
+        check_count(rows=rows, columns=columns)
         self.rows = rows
         self.columns = columns
 
@@ -162,8 +159,7 @@ class Trajectory(Pictures):
 
     def __init__(self, count: int = 4, columns: int = 10, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
-        if count < 1 or columns < 1:
-            raise ValueError(f"A trajectory of {count} samples and {columns} steps is empty; both must be at least 1.")
+        check_count(count=count, columns=columns)
         self.count = count
         self.columns = columns
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.runtime import watchdog
 
 TIME_TO_END = 30.0  # seconds that a rank has which raised an error
@@ -24,8 +25,7 @@ class Watchdog(Callback):
     """
 
     def __init__(self, minutes: float = 20.0) -> None:
-        if minutes < 0:
-            raise ValueError(f"watchdog.minutes is {minutes}; it is a time above 0, or 0 for never.")
+        check_number(least=0, **{"watchdog.minutes": minutes}, hint="; 0 is never")
         self.minutes = minutes
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

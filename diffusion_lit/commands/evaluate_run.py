@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
@@ -70,9 +71,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuses numbers that nothing can be measured with."""
-        for name, least in (("num_samples", 2), ("num_blocks", 1), ("batch_size", 1), ("likelihood_images", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_count(2, num_samples=self.num_samples, likelihood_images=self.likelihood_images)
+        check_count(num_blocks=self.num_blocks, batch_size=self.batch_size)
         if Path(self.out).suffix != ".json":
             raise ValueError(f"--out {self.out} must end in .json; a page of the same name with .md goes beside it.")
 

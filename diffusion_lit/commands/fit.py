@@ -47,6 +47,7 @@ from diffusion_lit.callbacks import (
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.resume import TRAINER, Resume
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
 from diffusion_lit.modules.base import KeyedModule
@@ -69,6 +70,16 @@ CALLBACKS: dict[str, type[Callback]] = {
     "tf32": TF32,
     "watchdog": Watchdog,
 }
+
+
+COUNTS_FROM_1 = ("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
+COUNTS_FROM_0 = ("log_every_n_steps", "reload_dataloaders_every_n_epochs")
+COUNTS_FROM_MINUS_1 = ("max_steps", "max_epochs", "min_steps", "min_epochs", "num_sanity_val_steps")
+SHARES_OR_COUNTS = (
+    *(f"limit_{split}_batches" for split in ("train", "val", "test", "predict")),
+    "val_check_interval",
+    "overfit_batches",
+)
 
 
 class UserError(Exception):
@@ -219,6 +230,7 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
+        _check_numbers_of_trainer(config)
         refuse_sharding(config.get("strategy"))
         always: list[Callback] = [Resume(self._settings()), Throughput(), RunSummary(), Cost()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
@@ -323,6 +335,17 @@ def refuse_sharding(strategy: Any) -> None:
             "device, so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the "
             "default where it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
         )
+
+
+def _check_numbers_of_trainer(config: dict[str, Any]) -> None:
+    """Refuses numbers that Lightning takes in silence: it would climb the loss, clip by NaN or never validate."""
+    for least, names in ((1, COUNTS_FROM_1), (0, COUNTS_FROM_0), (-1, COUNTS_FROM_MINUS_1)):
+        for name in names:
+            check_count(least, **{f"trainer.{name}": config.get(name)})
+    check_number(least=0, **{"trainer.gradient_clip_val": config.get("gradient_clip_val")})
+    for name in SHARES_OR_COUNTS:
+        if isinstance(config.get(name), int | float):  # or a length of time
+            check_number(least=0, **{f"trainer.{name}": config[name]})
 
 
 def _logger(config: Namespace) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import StepCallback
 from diffusion_lit.diffusion.grids import evenly
 
@@ -99,10 +100,9 @@ class ColdSampling:
         """Refuses what cannot be run."""
         if self.sampler not in RESTORERS:
             raise ValueError(f"There is no sampler {self.sampler!r} here; choose one of {', '.join(RESTORERS)}.")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; restoration needs at least 1 step.")
+        check_count(num_steps=self.num_steps)
         if self.cfg_scale != 1:
-            raise ValueError("Cold diffusion restores pictures without classes and has no cfg_scale; leave it out.")
+            raise ValueError(f"cfg_scale is {self.cfg_scale}, but cold diffusion has no classes; leave it out.")
         if self.sampler == "direct":
             object.__setattr__(self, "num_steps", 1)
 

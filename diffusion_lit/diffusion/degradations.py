@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion_lit.checks import check_count, check_number
+
 
 class Degradation(nn.Module):
     """Base: T steps from a picture to what is left of it.
@@ -34,8 +36,7 @@ class Degradation(nn.Module):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; a degradation has at least 1 step.")
+        check_count(num_steps=num_steps)
         self.num_steps = num_steps
         self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
@@ -87,8 +88,8 @@ class Degradation(nn.Module):
 
 
 def _check_widths(first: float, last: float) -> None:
-    if not 0 < first <= last:
-        raise ValueError(f"Widths go from {first} to {last}; they are shares of the side, above 0 and rising.")
+    check_number(above=0, first=first)
+    check_number(least=first, last=last)
 
 
 class Blur(Degradation):
@@ -229,11 +230,9 @@ class Snow(Degradation):
 
     def __init__(self, num_steps: int = 40, density: float = 0.4, pale: float = 0.5, flake: float = 0.06) -> None:
         super().__init__(num_steps)
-        if not (0 < density < 1 and 0 <= pale <= 1 and 0 < flake <= 1):
-            raise ValueError(
-                f"Snow of density {density}, pale {pale} and flake {flake} cannot fall; density lies in (0, 1), pale "
-                "in [0, 1] and flake in (0, 1]."
-            )
+        check_number(above=0, below=1, density=density)
+        check_number(least=0, most=1, pale=pale)
+        check_number(above=0, most=1, flake=flake)
         self.density, self.pale, self.flake = density, pale, flake
 
     def flakes(self, t: Tensor, noise: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS
@@ -71,8 +72,11 @@ class Sampling:
         _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("grid", self.grid, GRIDS)
         _one_of("clip_x0", self.clip_x0, CLIP_OPTIONS)
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; sampling needs at least 1 step.")
+        check_count(num_steps=self.num_steps)
+        check_number(above=0, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        check_number(cfg_scale=self.cfg_scale)
+        check_share(guidance_rescale=self.guidance_rescale)
+        check_numbers("guidance_interval", self.guidance_interval, least=0, infinite=True)
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise ValueError(
                 f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; give a rising range."

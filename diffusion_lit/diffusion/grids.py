@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
 from diffusion_lit.diffusion.scaling import FlowScaling, Scaling, X0Scaling
@@ -77,8 +78,7 @@ def karras(
 
     Source: arXiv 2206.00364, eq. 5.
     """
-    if not rho > 0:
-        raise ValueError(f"The grid's rho is {rho}; give a number above 0, such as 7.")
+    check_number(above=0, rho=rho, hint=", such as 7")
     low, high = _range(num_steps, scaling, sigma_min, sigma_max)
     return _finish(_falling(high ** (1 / rho), low ** (1 / rho), num_steps) ** rho, low, high)
 
@@ -160,12 +160,12 @@ def leading(
 
     Source: arXiv 2010.02502, appendix D.2 (linear); arXiv 2305.08891, table 2.
     """
+    check_count(num_steps=num_steps)
     if num_steps == 1:
         raise ValueError(
             "The leading grid with num_steps 1 would start at the lowest noise level; give 2 or more, or trailing."
         )
-    if steps_offset < 0:
-        raise ValueError(f"The leading grid's steps_offset is {steps_offset}; give 0 or more.")
+    check_count(0, steps_offset=steps_offset)
     return _strided(
         num_steps,
         scaling,
@@ -328,8 +328,7 @@ def _strided(
 
 def _range(num_steps: int, scaling: Scaling, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
     """The checked range of a grid."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; give 1 or more.")
+    check_count(num_steps=num_steps)
     low = scaling.sampling_range[0] if sigma_min is None else sigma_min
     high = scaling.sampling_range[1] if sigma_max is None else sigma_max
     if not 0 < low < high < math.inf:

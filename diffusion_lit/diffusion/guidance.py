@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME, widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, evaluate_plain
@@ -24,10 +25,18 @@ Interval = tuple[float, float]
 
 
 def _check_interval(interval: Interval | None) -> None:
+    check_numbers("The guidance interval", interval, infinite=True)
     if interval is not None and not 0 <= interval[0] <= interval[1]:
         raise ValueError(
             f"The guidance interval is {interval}, but must be (low, high) with 0 <= low <= high, in sigma."
         )
+
+
+def _check_scale(name: str, scale: float | Tensor) -> Tensor:
+    """One scale or several as a tensor, all finite."""
+    scales = torch.as_tensor(scale)
+    check_numbers(name, scales.flatten().tolist(), empty=False)
+    return scales
 
 
 def _scales(
@@ -101,9 +110,8 @@ class ClassifierFreeGuidance(DenoiserWrapper):
     ) -> None:
         super().__init__(denoiser)
         _check_interval(interval)
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale is {rescale}, but must be in [0, 1]; 0.7 is the usual one, 0 is off.")
-        scales = torch.as_tensor(cfg_scale)
+        check_share(rescale=rescale, hint="; 0.7 is the usual one, 0 is off")
+        scales = _check_scale("cfg_scale", cfg_scale)
         if self.num_classes == 0 and not bool((scales == 1).all()):
             raise ValueError("An unconditional model has no classes to guide by; leave cfg_scale at 1.")
         if per_class and scales.shape != (self.num_classes,):
@@ -177,6 +185,7 @@ class Autoguidance(DenoiserWrapper):
     ) -> None:
         super().__init__(denoiser)
         _check_interval(interval)
+        _check_scale("scale", scale)
         self.guide, self.scale, self.interval = guide, scale, interval
 
     def transform(
@@ -226,6 +235,7 @@ class ClassifierGuidance(DenoiserWrapper):
     ) -> None:
         super().__init__(denoiser)
         _check_interval(interval)
+        _check_scale("scale", scale)
         self.classifier, self.scale, self.interval, self.noisy = classifier, scale, interval, noisy
 
     def transform(

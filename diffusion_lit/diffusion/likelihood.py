@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.samplers.adaptive import DormandPrince, root_mean_square, shrinkage
 from diffusion_lit.diffusion.samplers.common import Denoise, Noise
 
@@ -63,8 +64,8 @@ class Likelihood:
                 f"The range is sigma_min {self.sigma_min} to sigma_max {self.sigma_max}; "
                 "give 0 < sigma_min < sigma_max."
             )
-        if self.prior_std is not None and not self.prior_std > 0:
-            raise ValueError(f"prior_std is {self.prior_std}; give a number above 0, or None for sigma_max.")
+        check_number(above=0, prior_std=self.prior_std, rtol=self.rtol, atol=self.atol)
+        check_count(max_steps=self.max_steps)
 
     def log_prob(self, denoise: Denoise, x: Tensor, *, noise: Noise = torch.randn_like) -> Tensor:
         """The log-density of images.

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser, per_sample
 from diffusion_lit.diffusion.normal import discretised_gaussian_nll, gaussian_kl
@@ -67,8 +68,7 @@ class MinSNR(LossWeight):
 
     def __init__(self, gamma: float = 5.0) -> None:
         super().__init__()
-        if not gamma > 0:
-            raise ValueError(f"gamma is {gamma}, but must be positive; 5 is the usual one.")
+        check_number(above=0, gamma=gamma, hint="; 5 is the usual one")
         self.gamma = gamma
 
     def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
@@ -93,6 +93,7 @@ class LearnedUncertainty(LossWeight):
 
     def __init__(self, channels: int = 128) -> None:
         super().__init__()
+        check_count(channels=channels)
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels))
         self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
         self.coefficients = nn.Parameter(torch.zeros(channels))
@@ -223,8 +224,7 @@ class HybridLoss(DenoisingLoss):
 
     def __init__(self, weight: LossWeight | None = None, vlb_weight: float = 0.001) -> None:
         super().__init__(weight)
-        if vlb_weight < 0:
-            raise ValueError(f"vlb_weight is {vlb_weight}, but must be 0 or more; 0.001 is the usual one.")
+        check_number(least=0, vlb_weight=vlb_weight, hint="; 0.001 is the usual one")
         self.vlb_weight = vlb_weight
 
     def forward(

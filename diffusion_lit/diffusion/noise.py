@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.conversions import (
     FLOW_TIME_MAX,
     FLOW_TIME_MIN,
@@ -111,11 +112,6 @@ class Schedule:
         return log_sigma.exp().to(_result_dtype(t))
 
 
-def _check_num_steps(num_steps: int) -> None:
-    if num_steps < 2:
-        raise ValueError(f"num_steps is {num_steps}, but a schedule needs at least 2 steps; 1000 is the usual number.")
-
-
 class LinearSchedule(Schedule):
     """Betas that rise linearly.
 
@@ -133,7 +129,8 @@ class LinearSchedule(Schedule):
     def __init__(
         self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True
     ) -> None:
-        _check_num_steps(num_steps)
+        check_count(2, num_steps=num_steps)
+        check_number(above=0, beta_start=beta_start, beta_end=beta_end)
         scale = 1000 / num_steps if rescale else 1.0
         super().__init__(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64) * scale)
 
@@ -153,7 +150,8 @@ class ScaledLinearSchedule(Schedule):
     def __init__(
         self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, rescale: bool = True
     ) -> None:
-        _check_num_steps(num_steps)
+        check_count(2, num_steps=num_steps)
+        check_number(above=0, beta_start=beta_start, beta_end=beta_end)
         scale = 1000 / num_steps if rescale else 1.0
         roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64)
         super().__init__(roots**2 * scale)
@@ -176,7 +174,9 @@ class CosineSchedule(Schedule):
     """
 
     def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> None:
-        _check_num_steps(num_steps)
+        check_count(2, num_steps=num_steps)
+        check_number(least=0, s=s)
+        check_number(above=0, below=1, max_beta=max_beta)
         time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         super().__init__(_betas_of(torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2, max_beta))
 
@@ -200,9 +200,11 @@ class SigmoidSchedule(Schedule):
     def __init__(
         self, num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
     ) -> None:
-        _check_num_steps(num_steps)
-        if not (end > start and tau > 0):
-            raise ValueError(f"SigmoidSchedule needs start < end and tau > 0, not start={start}, end={end}, tau={tau}.")
+        check_count(2, num_steps=num_steps)
+        check_number(start=start)
+        check_number(above=start, end=end)
+        check_number(above=0, tau=tau)
+        check_number(above=0, below=1, max_beta=max_beta)
         time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         curve = torch.sigmoid((start + (end - start) * time) / tau)
         super().__init__(_betas_of((curve[-1] - curve) / (curve[-1] - curve[0]), max_beta))
@@ -235,11 +237,11 @@ class ContinuousVP(Schedule):
         tau_min: float = 1e-5,
         tau_sampling: float = 1e-3,
     ) -> None:
-        _check_num_steps(num_steps)
-        if not 0 < beta_min <= beta_max:
-            raise ValueError(f"ContinuousVP needs 0 < beta_min <= beta_max, not {beta_min} and {beta_max}.")
-        if not 0 < tau_min <= tau_sampling < 1:
-            raise ValueError(f"ContinuousVP needs 0 < tau_min <= tau_sampling < 1, not {tau_min} and {tau_sampling}.")
+        check_count(2, num_steps=num_steps)
+        check_number(above=0, beta_min=beta_min)
+        check_number(least=beta_min, beta_max=beta_max)
+        check_number(above=0, below=1, tau_min=tau_min)
+        check_number(least=tau_min, below=1, tau_sampling=tau_sampling)
         self.beta_min, self.beta_max, self.tau_min = beta_min, beta_max, tau_min
         exponents = self._exponent(torch.linspace(tau_min, 1, num_steps, dtype=torch.float64))
         super().__init__(-torch.expm1(-torch.diff(exponents, prepend=exponents.new_zeros(1))))
@@ -338,8 +340,8 @@ class LogNormal(NoiseLevels):
     """
 
     def __init__(self, P_mean: float = -1.2, P_std: float = 1.2) -> None:
-        if P_std < 0:
-            raise ValueError(f"P_std is {P_std}, but a standard deviation is 0 or more; 1.2 is the usual one.")
+        check_number(P_mean=P_mean)
+        check_number(least=0, P_std=P_std, hint="; 1.2 is the usual one")
         self.P_mean, self.P_std = P_mean, P_std
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -365,8 +367,8 @@ class LogitNormal(NoiseLevels):
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
-        if std < 0:
-            raise ValueError(f"std is {std}, but a standard deviation is 0 or more; 1 is the usual one.")
+        check_number(mean=mean)
+        check_number(least=0, std=std, hint="; 1 is the usual one")
         self.mean, self.std = mean, std
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -387,8 +389,7 @@ class Constant(NoiseLevels):
     """
 
     def __init__(self, sigma: float) -> None:
-        if not sigma > 0:
-            raise ValueError(f"sigma is {sigma}, but a noise level is positive; 0.5 suits images in [-1, 1].")
+        check_number(above=0, sigma=sigma, hint="; 0.5 suits images in [-1, 1]")
         self.sigma = sigma
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.conversions import FLOW_TIME_MAX, FLOW_TIME_MIN, sigma_to_flow_time, widen
 from diffusion_lit.diffusion.noise import Schedule
 
@@ -137,8 +138,7 @@ class EDMScaling(Scaling):
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data is {sigma_data}, but a standard deviation is positive; 0.5 suits images.")
+        check_number(above=0, sigma_data=sigma_data, hint="; 0.5 suits images")
         super().__init__(support=(0.0, math.inf), sampling_range=(0.002, 80.0))
         self.sigma_data = sigma_data
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.scaling import Scaling
 
@@ -179,12 +180,9 @@ class ClipX0(DenoiserWrapper):
         ceiling: float = math.inf,
     ) -> None:
         super().__init__(denoiser)
-        if not 0 < percentile <= 1:
-            raise ValueError(f"The percentile is {percentile}, but must be a share in (0, 1]; 0.995 is the usual one.")
-        if not limit > 0:
-            raise ValueError(f"The limit is {limit}, but must be positive; it is 1 for images in [-1, 1].")
-        if not ceiling >= limit:
-            raise ValueError(f"The ceiling is {ceiling}, but must be at least the limit, {limit}.")
+        check_number(above=0, most=1, percentile=percentile, hint="; 0.995 is the usual one")
+        check_number(above=0, limit=limit, hint="; it is 1 for images in [-1, 1]")
+        check_number(least=limit, infinite=True, ceiling=ceiling)
         self.dynamic, self.percentile, self.limit, self.ceiling = dynamic, percentile, limit, ceiling
 
     def transform(

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
+from diffusion_lit.checks import check_share
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.loss import DenoisingLoss
@@ -172,8 +173,7 @@ class DiffusionModule(PixelModel, KeyedModule):
         augment: Augment | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"label_dropout is {label_dropout}; it is a probability between 0 and 1.")
+        check_share(label_dropout=label_dropout)
         told = getattr(denoiser.net, "augment_dim", 0)
         if augment is not None and told != AUGMENT_DIM:
             raise ValueError(

@@ -7,6 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.modules.base import KeyedModule, run_seed
 from diffusion_lit.nets.classifier import ConvClassifier
@@ -35,10 +36,8 @@ class Classifier(KeyedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if shift < 0:
-            raise ValueError(f"shift is {shift}; it counts pixels and must be 0 or more.")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1.")
+        check_count(0, shift=shift)
+        check_number(least=0, below=1, label_smoothing=label_smoothing)
         self.net = net
         self.label_smoothing = label_smoothing
         self.shift = shift

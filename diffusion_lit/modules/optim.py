@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from diffusion_lit.checks import check_count, check_share
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -32,8 +34,9 @@ class Trapezoid(LambdaLR):
         decay_fraction: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
-        if not 0 <= decay_fraction <= 1:
-            raise ValueError(f"decay_fraction is {decay_fraction}; it is a share of the run between 0 and 1.")
+        check_count(0, warmup_steps=warmup_steps)
+        check_count(total_steps=total_steps)
+        check_share(decay_fraction=decay_fraction)
         self.warmup_steps = warmup_steps
         self.decay_fraction = decay_fraction
         self.total_steps = total_steps

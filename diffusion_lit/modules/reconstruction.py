@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.normal import log_cdf, log_normal_mass
 
 HALF_LEVEL = 1 / 255
@@ -76,11 +77,8 @@ class _Discretised(Reconstruction):
 
     def __init__(self, channels: int = 1, scale: float = 0.1) -> None:
         super().__init__()
-        if channels < 1 or not scale > 0:
-            raise ValueError(
-                f"A likelihood of {channels} channels and scale {scale} does not exist; give at least 1 channel and a "
-                "scale above 0."
-            )
+        check_count(channels=channels)
+        check_number(above=0, scale=scale)
         self.log_scale = nn.Parameter(torch.full((channels, 1, 1), scale).log())
 
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:

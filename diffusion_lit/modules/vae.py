@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.generate import check_labels
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.modules.autoencoders import describe
@@ -121,11 +122,8 @@ class VAE(KeyedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if kl_weight < 0 or kl_warmup_steps < 0 or lpips_weight < 0:
-            raise ValueError(
-                f"kl_weight {kl_weight}, kl_warmup_steps {kl_warmup_steps} and lpips_weight {lpips_weight} must all be "
-                "0 or more."
-            )
+        check_number(least=0, kl_weight=kl_weight, lpips_weight=lpips_weight)
+        check_count(0, kl_warmup_steps=kl_warmup_steps)
         # The command tells every network the number of classes, and an autoencoder has no such argument.
         self.hparams.get("net", {}).get("init_args", {}).pop("num_classes", None)
         self.net: Any = net

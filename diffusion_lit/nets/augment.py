@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion_lit.checks import check_share
 from diffusion_lit.nets.layers import no_autocast
 
 AUGMENT_DIM = 9
@@ -69,8 +70,7 @@ class Augment:
         stretch: bool = True,
         translate: bool = True,
     ) -> None:
-        if not 0 <= probability <= 1:
-            raise ValueError(f"probability={probability} is not in [0, 1]; EDM takes 0.12 for CIFAR-10.")
+        check_share(probability=probability, hint="; EDM takes 0.12 for CIFAR-10")
         self.probability = probability
         self.mirror = mirror
         self.flip = flip

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.nets.checks import require_image, require_image_size, require_positive
+from diffusion_lit.checks import check_count, check_counts, check_number
+from diffusion_lit.nets.checks import require_image, require_image_size
 from diffusion_lit.nets.layers import Attention, GroupNorm, downsample, initialise, upsample
 from diffusion_lit.nets.unet import ResBlock
 
@@ -127,7 +128,7 @@ class Autoencoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        require_positive(
+        check_count(
             in_channels=in_channels,
             image_size=image_size,
             latent_channels=latent_channels,
@@ -135,11 +136,9 @@ class Autoencoder(nn.Module):
             num_blocks=num_blocks,
             patch_size=patch_size,
             head_channels=head_channels,
-            levels=len(channel_mult),
-            channel_mult=min(channel_mult, default=1),
         )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is not a probability in [0, 1).")
+        check_counts("channel_mult", channel_mult, empty=False)
+        check_number(least=0, below=1, dropout=dropout)
         self.in_channels = in_channels
         self.image_size = image_size
         self.latent_channels = latent_channels

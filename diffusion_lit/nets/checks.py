@@ -3,24 +3,19 @@
 from torch import Tensor
 
 
-def require_positive(**values: int) -> None:
-    """Refuse any named value below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is too small; it must be at least 1.")
-
-
-def require_not_negative(**values: int) -> None:
-    """Refuse any named value below 0."""
-    for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"{name}={value} is negative; use 0 for none.")
-
-
 def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not one of the allowed words."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
+
+
+def require_levels(name: str, wanted: tuple[int, ...], sizes: list[int]) -> None:
+    """Refuse sizes of feature maps that no level of the network has."""
+    for size in wanted:
+        if size not in sizes:
+            raise ValueError(
+                f"{name} has {size!r}, but the feature maps have sizes {', '.join(map(str, sizes))}; take these."
+            )
 
 
 def require_image_size(image_size: int, multiple: int, because: str) -> None:

@@ -9,6 +9,8 @@ garments and digits apart well, so that measuring costs little beside sampling.
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_count, check_number
+
 
 def _conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """A convolution with batch norm and ReLU."""
@@ -46,10 +48,10 @@ class ConvClassifier(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"A classifier needs at least 2 classes, not {num_classes}; use data with labels.")
-        if image_size < 4:
-            raise ValueError(f"Pictures of {image_size} pixels are too small for the classifier; it needs at least 4.")
+        check_count(2, num_classes=num_classes, hint="; use data with labels")
+        check_count(4, image_size=image_size)
+        check_count(in_channels=in_channels, width=width, blocks=blocks, feature_dim=feature_dim)
+        check_number(least=0, below=1, dropout=dropout)
         self.in_channels = in_channels
         self.image_size = image_size
         self.num_classes = num_classes

@@ -14,7 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion_lit.nets.checks import require_image, require_image_size, require_not_negative, require_positive
+from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.nets.checks import require_image, require_image_size
 from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName, attention, recomputed
 
 
@@ -106,7 +107,7 @@ class DiT(nn.Module):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         out_channels = in_channels if out_channels is None else out_channels
-        require_positive(
+        check_count(
             in_channels=in_channels,
             image_size=image_size,
             out_channels=out_channels,
@@ -115,14 +116,13 @@ class DiT(nn.Module):
             depth=depth,
             num_heads=num_heads,
         )
-        require_not_negative(num_classes=num_classes, augment_dim=augment_dim)
+        check_count(0, num_classes=num_classes, augment_dim=augment_dim)
         require_image_size(image_size, patch_size, f"patch_size={patch_size}")
         if hidden_channels % 4 or hidden_channels % num_heads:
             raise ValueError(
                 f"hidden_channels={hidden_channels} must be a multiple of 4 and of num_heads={num_heads}: change one."
             )
-        if mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio={mlp_ratio} must be positive; the paper's is 4.")
+        check_number(above=0, mlp_ratio=mlp_ratio, hint="; the paper's is 4")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.image_size = image_size

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_lit.checks import check_numbers
 from diffusion_lit.nets.checks import require_one_of
 
 NoiseEmbeddingName = Literal["positional", "fourier", "none"]
@@ -239,6 +240,7 @@ class Resample(nn.Module):
 
     def __init__(self, direction: Literal["down", "up"], taps: tuple[float, ...] = (1, 1)) -> None:
         super().__init__()
+        check_numbers("resample_filter", taps)
         if len(taps) < 2 or len(taps) % 2 or sum(taps) <= 0:
             raise ValueError(f"resample_filter={tuple(taps)} needs an even number of taps with a positive sum: (1, 1).")
         self.direction = direction

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion_lit.checks import check_count, check_counts, check_number, check_numbers
 from diffusion_lit.nets.checks import (
     require_image,
     require_image_size,
-    require_not_negative,
+    require_levels,
     require_one_of,
-    require_positive,
 )
 from diffusion_lit.nets.layers import (
     Attention,
@@ -181,7 +181,7 @@ class UNet(nn.Module):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         out_channels = in_channels if out_channels is None else out_channels
-        require_positive(
+        check_count(
             in_channels=in_channels,
             image_size=image_size,
             out_channels=out_channels,
@@ -189,12 +189,12 @@ class UNet(nn.Module):
             num_blocks=num_blocks,
             patch_size=patch_size,
             head_channels=head_channels,
-            levels=len(channel_mult),
-            channel_mult=min(channel_mult, default=1),
         )
-        require_not_negative(num_classes=num_classes, augment_dim=augment_dim)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} is not a probability in [0, 1).")
+        check_counts("channel_mult", channel_mult, empty=False)
+        check_count(0, num_classes=num_classes, augment_dim=augment_dim)
+        check_number(least=0, below=1, dropout=dropout)
+        check_number(above=0, skip_scale=skip_scale)
+        check_numbers("resample_filter", resample_filter)
         require_one_of("resample", resample, get_args(ResampleName))
         require_one_of("decoder_attention", decoder_attention, ("all", "last"))
         self.in_channels = in_channels
@@ -226,6 +226,8 @@ class UNet(nn.Module):
 
         widths = [model_channels * mult for mult in channel_mult]
         sizes = [image_size // patch_size // 2**level for level in range(len(widths))]
+        require_levels("attention_resolutions", attention_resolutions, sizes)
+        require_levels("linear_attention_resolutions", linear_attention_resolutions, sizes)
         self.stem = nn.Conv2d(in_channels * patch_size**2, model_channels, 3, padding=1)
         channels = model_channels
         skips = [channels]

@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.samplers.common import Callback, Denoise, Noise, begin, check_range, level_like
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -77,10 +78,8 @@ class DormandPrince:
         max_steps: int,
         norm: Callable[[Tensor], Tensor] = root_mean_square,
     ) -> None:
-        for name, value in (("rtol", rtol), ("atol", atol)):
-            if not value > 0:
-                raise ValueError(f"The option {name} is {value}; give a number above 0, such as 1e-5.")
-        check_range("max_steps", max_steps, 1)
+        check_number(above=0, rtol=rtol, atol=atol, first_step=first_step, hint=", such as 1e-5")
+        check_range("max_steps", max_steps, 1, whole=True)
         self.f, self.y, self.rtol, self.atol, self.norm = slope, y, rtol, atol, norm
         self.attempts_left = max_steps
         self.s = y.new_full((y.shape[0],), start)

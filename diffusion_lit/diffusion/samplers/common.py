@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_number
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Any `denoise(x, sigma) -> x0_hat`; sigma comes as a 0-d tensor or as one value per sample, shape (B,)."""
 
@@ -82,7 +84,9 @@ def toward(x: Tensor, x0_hat: Tensor, ratio: float) -> Tensor:
     return x0_hat + ratio * (x - x0_hat) if ratio > 0 else x0_hat
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+def check_range(
+    name: str, value: float, low: float, high: float = math.inf, *, whole: bool = False, infinite: bool = False
+) -> None:
     """Refuses an option outside [low, high].
 
     Args:
@@ -90,13 +94,13 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         value: What was given.
         low: The least value allowed.
         high: The greatest value allowed.
+        whole: Whether it must be whole.
+        infinite: Whether infinity is allowed.
 
     Raises:
-        ValueError: If value is outside, or not a number.
+        ValueError: If value is outside, or not such a number.
     """
-    if not low <= value <= high:
-        allowed = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
-        raise ValueError(f"The option {name} is {value}; give {allowed}.")
+    check_number(least=low, most=None if high == math.inf else high, infinite=infinite, whole=whole, **{name: value})
 
 
 def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:

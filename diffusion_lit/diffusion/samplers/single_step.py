@@ -203,7 +203,7 @@ def ddpm(
     if variance not in ("posterior", "beta", "learned"):
         raise ValueError(f"The option variance is {variance!r}; give 'posterior', 'beta' or 'learned'.")
     check_range("variance_scale", variance_scale, 0)
-    check_range("noise_until", 0 if noise_until is None else noise_until, 0)
+    check_range("noise_until", 0 if noise_until is None else noise_until, 0, whole=True)
     learned = getattr(denoise, "learned_variance", None)
     if variance == "learned" and learned is None:
         raise ValueError("The denoiser has no learned variance; train with it, or give variance 'posterior' or 'beta'.")
@@ -269,7 +269,7 @@ def heun(
     Source: arXiv 2206.00364, algorithms 1 and 2.
     """
     for name, value in (("S_churn", S_churn), ("S_tmin", S_tmin), ("S_tmax", S_tmax), ("S_noise", S_noise)):
-        check_range(name, value, 0)
+        check_range(name, value, 0, infinite=name == "S_tmax")
     dtype = x.dtype
     x, levels = begin(x, sigmas, stochastic=S_churn > 0)
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)

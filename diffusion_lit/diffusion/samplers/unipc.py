@@ -54,7 +54,7 @@ def unipc(
 
     Source: arXiv 2302.04867, algorithms 1 and 2, eq. 3, 8 and 9.
     """
-    check_range("order", order, 1, 3)
+    check_range("order", order, 1, 3, whole=True)
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"The option variant is {variant!r}; give 'bh1' or 'bh2'.")
     dtype = x.dtype
