@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-slow lint types wheel lock docs board check-gpu clean
+.PHONY: help install demo latent-demo gallery studies test test-plain-kernels test-slow lint types wheel lock docs board check-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-19s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed ## create .venv and install the project into it
 
@@ -33,6 +33,12 @@ studies: install ## run every study in its small form, in 20 minutes on 2 cores:
 
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+
+# Every processor has kernels of its own, whose exp and log differ in the last bit: these tests run on the plainest too.
+COMPUTE := grids or last_bit or gradients or noise or scaling or conversions or denoiser or guidance or wrappers or views \
+	or test_loss or generate or likelihood or analytic or averaging or reconstruction or test_samplers or nets_layers
+test-plain-kernels: install ## run the tests that compute with the kernels of a processor without AVX
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -k '$(COMPUTE)'
 
 test-slow: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

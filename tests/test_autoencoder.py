@@ -66,9 +66,9 @@ def test_the_noise_of_an_extreme_encoder_stays_finite():
     ("options", "message"),
     [
         ({"image_size": 10, "channel_mult": (1, 2, 2)}, "image_size=10 is not a multiple of 4"),
-        ({"latent_channels": 0}, "latent_channels=0"),
-        ({"channel_mult": ()}, "levels=0"),
-        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"channel_mult": ()}, "channel_mult is empty"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )
 def test_what_cannot_be_built_is_named(options, message):

@@ -131,8 +131,8 @@ def test_a_range_of_ones_own_is_kept(grid):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps is 0; give 1 or more"),
-        ({"num_steps": -3}, "num_steps is -3; give 1 or more"),
+        ({"num_steps": 0}, "num_steps is 0; give a whole number from 1"),
+        ({"num_steps": -3}, "num_steps is -3; give a whole number from 1"),
         ({"num_steps": 4, "sigma_min": 5.0, "sigma_max": 5.0}, "give 0 < sigma_min < sigma_max"),
         ({"num_steps": 4, "sigma_min": 100.0}, "sigma_min 100.0 to sigma_max 80.0; give 0 < sigma_min < sigma_max"),
         ({"num_steps": 4, "sigma_min": 0.0}, "give 0 < sigma_min < sigma_max"),
@@ -145,7 +145,7 @@ def test_a_bad_range_is_refused_in_a_sentence(grid, arguments, message):
 
 
 def test_bad_options_are_refused_in_a_sentence():
-    with pytest.raises(ValueError, match="rho is 0; give a number above 0"):
+    with pytest.raises(ValueError, match="rho is 0; give a finite number above 0"):
         GRIDS["karras"](4, EDMScaling(), rho=0)
     with pytest.raises(ValueError, match="would start at the lowest noise level; give 2 or more, or trailing"):
         GRIDS["leading"](1, EDMScaling())

@@ -141,7 +141,7 @@ def test_it_works_where_evaluation_runs(mode, exact):
     [
         (lambda: Likelihood(sigma_min=1.0, sigma_max=0.5), "give 0 < sigma_min < sigma_max"),
         (lambda: Likelihood(sigma_min=0.0), "give 0 < sigma_min < sigma_max"),
-        (lambda: Likelihood(prior_std=0.0), "prior_std is 0.0; give a number above 0"),
+        (lambda: Likelihood(prior_std=0.0), "prior_std is 0.0; give a finite number above 0"),
         (lambda: Likelihood(rtol=0.0).log_prob(diagonal_gaussian(), randn(1, 1, 2, 3)), "rtol is 0.0; give"),
         (lambda: Likelihood().log_prob(diagonal_gaussian(), randn(1, 1, 2, 3).bfloat16()), "convert them first"),
         (lambda: Likelihood().bits_per_dim(diagonal_gaussian(), randn(1, 1, 2, 3)), "not 8-bit ones"),

@@ -211,7 +211,7 @@ def test_types_and_bad_input():
         half = augment_images(x.bfloat16(), rows)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), exact, rtol=0, atol=0.05)
-    with pytest.raises(ValueError, match=r"probability=1\.2"):
+    with pytest.raises(ValueError, match=r"probability is 1\.2"):
         Augment(1.2)
     with pytest.raises(ValueError, match=r"shape \(2, 9\), not \(3, 9\)"):
         augment_images(x, torch.zeros(3, 9))

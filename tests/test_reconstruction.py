@@ -66,5 +66,5 @@ def test_the_scale_that_is_learned_is_that_of_the_errors(kind):
 
 
 def test_an_impossible_scale_is_named():
-    with pytest.raises(ValueError, match="scale 0"):
+    with pytest.raises(ValueError, match="scale is 0"):
         DiscretisedGaussian(1, 0.0)

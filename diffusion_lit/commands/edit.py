@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.nn.functional import interpolate as enlarge
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.commands.edit_options import SAMPLES, Options, PictureOptions, decibels, picture_size, read_pixels
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
@@ -244,8 +245,7 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
     """
     model = options.load()
     sampling = options.sampling(model.sampling)
-    if num_frames < 2:
-        raise ValueError(f"num_frames is {num_frames}; a way has two ends at least.")
+    check_count(2, num_frames=num_frames)
     last = options.seed + 1 if to_seed is None else to_seed
     shares, labels = torch.linspace(0, 1, num_frames), options.labels(model, num_frames)
     made = editing.interpolate(model, options.seed, last, shares, labels=labels, sampling=sampling).cpu()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
@@ -217,8 +218,7 @@ class Options:
         Raises:
             ValueError: If there is to be no result.
         """
-        if count < 1:
-            raise ValueError(f"num_samples is {count}; it counts results and must be at least 1.")
+        check_count(num_samples=count)
         return range(self.seed, self.seed + count)
 
     def write(

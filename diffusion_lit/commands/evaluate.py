@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.commands.evaluate_run import Plan, run
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.runtime.ranks import fabric as ranks_of
@@ -101,8 +102,7 @@ def evaluate(
     for name in ("data", "devices", "accelerator", "strategy"):
         options.pop(name)
     plan = Plan(**options, data=data)
-    if devices < 1:
-        raise ValueError(f"devices is {devices}; it counts processes and must be at least 1.")
+    check_count(devices=devices)
     ranks = ranks_of(devices, accelerator, strategy) if several(devices) else Fabric(accelerator=accelerator, devices=1)
     written = ranks.launch(partial(run, plan=plan))
     if ranks.is_global_zero and written:

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.samplers import sampler_table
@@ -95,10 +96,7 @@ def sample(
     Raises:
         ValueError: If the model cannot be used or an option does not fit it.
     """
-    if devices < 1:
-        raise ValueError(f"devices is {devices}; it counts processes and must be at least 1.")
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples is {num_samples} and batch_size {batch_size}; both must be at least 1.")
+    check_count(devices=devices, num_samples=num_samples, batch_size=batch_size)
     given = {"negative_prompt": negative_prompt, "stage_2": stage_2, "stage_2_options": stage_2_options}
     module = load_model(ckpt_path, pretrained, prompt or (), **given)
     if labels is not None and getattr(module, "prompts", None) is not None:

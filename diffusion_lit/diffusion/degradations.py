@@ -89,7 +89,7 @@ class Degradation(nn.Module):
 
 def _check_widths(first: float, last: float) -> None:
     check_number(above=0, first=first)
-    check_number(least=first, last=last)
+    check_number(least=first, last=last, hint=", first being the least")
 
 
 class Blur(Degradation):

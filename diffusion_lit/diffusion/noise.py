@@ -202,7 +202,7 @@ class SigmoidSchedule(Schedule):
     ) -> None:
         check_count(2, num_steps=num_steps)
         check_number(start=start)
-        check_number(above=start, end=end)
+        check_number(above=start, end=end, hint=", which is start")
         check_number(above=0, tau=tau)
         check_number(above=0, below=1, max_beta=max_beta)
         time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
@@ -239,9 +239,9 @@ class ContinuousVP(Schedule):
     ) -> None:
         check_count(2, num_steps=num_steps)
         check_number(above=0, beta_min=beta_min)
-        check_number(least=beta_min, beta_max=beta_max)
+        check_number(least=beta_min, beta_max=beta_max, hint=", beta_min being the least")
         check_number(above=0, below=1, tau_min=tau_min)
-        check_number(least=tau_min, below=1, tau_sampling=tau_sampling)
+        check_number(least=tau_min, below=1, tau_sampling=tau_sampling, hint=", tau_min being the least")
         self.beta_min, self.beta_max, self.tau_min = beta_min, beta_max, tau_min
         exponents = self._exponent(torch.linspace(tau_min, 1, num_steps, dtype=torch.float64))
         super().__init__(-torch.expm1(-torch.diff(exponents, prepend=exponents.new_zeros(1))))

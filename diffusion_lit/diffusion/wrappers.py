@@ -182,7 +182,7 @@ class ClipX0(DenoiserWrapper):
         super().__init__(denoiser)
         check_number(above=0, most=1, percentile=percentile, hint="; 0.995 is the usual one")
         check_number(above=0, limit=limit, hint="; it is 1 for images in [-1, 1]")
-        check_number(least=limit, infinite=True, ceiling=ceiling)
+        check_number(least=limit, infinite=True, ceiling=ceiling, hint=", the limit being the least")
         self.dynamic, self.percentile, self.limit, self.ceiling = dynamic, percentile, limit, ceiling
 
     def transform(

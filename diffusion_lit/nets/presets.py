@@ -17,6 +17,11 @@ from diffusion_lit.nets.layers import NoiseEmbeddingName
 from diffusion_lit.nets.unet import UNet
 
 
+def _at_16(image_size: int, channel_mult: tuple[int, ...]) -> tuple[int, ...]:
+    """Attention at feature maps of 16, or none where images of this size have no such map."""
+    return (16,) if 16 in [image_size // 2**level for level in range(len(channel_mult))] else ()
+
+
 class DDPMCIFAR10(UNet):
     """The U-Net of DDPM on CIFAR-10: 128 to 256 channels at 32, 16, 8 and 4 pixels, attention at 16. 35.7M parameters.
 
@@ -51,7 +56,7 @@ class DDPMCIFAR10(UNet):
             model_channels=128,
             channel_mult=(1, 2, 2, 2),
             num_blocks=2,
-            attention_resolutions=(16,),
+            attention_resolutions=_at_16(image_size, (1, 2, 2, 2)),
             head_channels=256,
             dropout=dropout,
             noise_embedding=noise_embedding,
@@ -103,7 +108,7 @@ class DDPMpp(UNet):
             model_channels=128,
             channel_mult=channel_mult,
             num_blocks=4,
-            attention_resolutions=(16,),
+            attention_resolutions=_at_16(image_size, channel_mult),
             head_channels=256,
             dropout=dropout,
             noise_embedding=noise_embedding,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.denoiser import DenoiserLike
 from diffusion_lit.diffusion.editing.common import check_images, check_seeds, device_of, labels_for, settings
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
@@ -182,8 +183,7 @@ def restore(
 
     Source: arXiv 2201.09865, algorithm 1 and section 4.2.
     """
-    if resamplings < 1 or jump < 1:
-        raise ValueError(f"resamplings is {resamplings} and jump {jump}; both count from 1.")
+    check_count(resamplings=resamplings, jump=jump)
     sampling = settings(model, sampling or revising(model.sampling))
     guided = sampling.guide(model.denoiser, labels is not None)
     denoise = Conditioned(Consistent(guided, project), labels_for(model, labels, count))

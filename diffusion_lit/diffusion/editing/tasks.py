@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.editing.common import check_images, check_seeds, device_of, labels_for, settings
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
@@ -53,8 +54,7 @@ def forward(model: PixelModel, images: Tensor, sigma: float, seeds: Sequence[int
     Raises:
         ValueError: If sigma is negative, or shapes or seeds do not fit.
     """
-    if not 0 <= sigma < float("inf"):
-        raise ValueError(f"The noise level is {sigma}; give a number from 0 up.")
+    check_number(least=0, sigma=sigma)
     x0 = model.encode(check_images(model, images))
     return x0 + sigma * SeededNoise(check_seeds(seeds, len(images)))(x0)
 
