@@ -51,7 +51,7 @@ def test_what_cannot_be_degraded_is_named():
         Pixelate(5)(pictures(), 1, draw(4, 1, 16, 16))
     with pytest.raises(ValueError, match="last is 0.1; give a finite number from 0.3"):
         Blur(first=0.3, last=0.1)
-    with pytest.raises(ValueError, match="density 2"):
+    with pytest.raises(ValueError, match="density is 2"):
         Snow(density=2.0)
 
 
