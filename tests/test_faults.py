@@ -21,7 +21,6 @@ from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs/edm_digits.yaml"
-NET = "--model.init_args.net.init_args"
 FIT = [
     *["fit", "--config", str(DIGITS), "--name=run", "--trainer.accelerator=cpu", "--trainer.max_steps=6"],
     *["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.callbacks=[]"],
@@ -457,7 +456,7 @@ def said_by(capsys, run, *args):
     ("options", "message"),
     [
         (["--data.init_args.use_labels=false"], "num_classes = 10, but this run says 0"),
-        ([f"{NET}.channel_mult=[1]", f"{NET}.attention_resolutions=[8]"], "channel_mult = "),
+        (["--model.init_args.net.init_args.channel_mult=[2, 2]"], "channel_mult = "),
         (["--model.class_path=diffusion_lit.modules.DDPM"], "was made by EDM, but this run trains DDPM"),
     ],
     ids=["classes", "network", "module"],
@@ -476,9 +475,8 @@ def test_a_checkpoint_of_another_image_size_is_one_sentence(lightning, capsys, t
     for index in range(40):
         Image.new("L", (16, 16), index).save(tmp_path / "pictures" / "0" / f"{index}.png")
     data = ["--data=datamodules.ImageFolder", f"--data.init_args.root={tmp_path / 'pictures'}"]
-    data += ["--data.init_args.image_size=16", "--data.init_args.channels=1", "--data.init_args.batch_size=16"]
-    data += [f"{NET}.attention_resolutions=[8]"]
-    assert "image_size = 8, but this run says 16" in said_by(capsys, lightning, *FIT, *data, "--ckpt_path=last")
+    data += ["--data.init_args.image_size=4", "--data.init_args.channels=1", "--data.init_args.batch_size=16"]
+    assert "image_size = 8, but this run says 4" in said_by(capsys, lightning, *FIT, *data, "--ckpt_path=last")
 
 
 @pytest.mark.parametrize("how", ["truncated", "text", "empty"])
