@@ -16,6 +16,9 @@ from datamodules.feed import Array, EvalLoader, Key, Split, TrainLoader, keyed_g
 from diffusion_lit.checks import check_count
 
 SPLITS = ("train", "val", "test")
+NOT_THERE = (
+    "a checkpoint named that folder, so that nothing is downloaded or unpacked into it unless --data_root names it"
+)
 DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by default
 
 
@@ -48,8 +51,19 @@ class ImageDataModule(LightningDataModule):
         self.use_labels = use_labels
         self.random_flip = random_flip
         self.on_device = on_device
+        self.writes_root = True
         self._splits: dict[str, Split] = {}
         self._moved: dict[str, Tensor] = {}
+
+    def write_nowhere(self, but_root: bool) -> None:
+        """Takes back the places to write to, which a file chose: caches go to their default folder.
+
+        Args:
+            but_root: Whether the user named `root`, so that data may be downloaded there.
+        """
+        self.writes_root = but_root
+        if hasattr(self, "cache_dir"):
+            self.cache_dir = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision import datasets
 
-from datamodules.base import ImageDataModule, held_out
+from datamodules.base import NOT_THERE, ImageDataModule, held_out
 from datamodules.feed import Split
 from datamodules.files import download, first_line, may_not_read
 from datamodules.folder import ImageFolder
@@ -87,6 +87,8 @@ class CIFAR10(ImageDataModule):
             _ = self._folder.cache
             return
         archive = self.root / SOURCE.filename
+        if not self.writes_root:
+            raise FileNotFoundError(self._missing(NOT_THERE))
         if not archive.is_file() and not self.download:
             raise FileNotFoundError(self._missing("download is off"))
         try:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import datasets
 
-from datamodules.base import ImageDataModule, held_out
+from datamodules.base import NOT_THERE, ImageDataModule, held_out
 from datamodules.feed import Split
 from datamodules.files import download, first_line
 from datamodules.idx import find_idx, read_idx
@@ -82,8 +82,8 @@ class MNIST(ImageDataModule):
         """
         if self._folder() is not None:
             return
-        if not self.download:
-            raise FileNotFoundError(self._missing("download is off"))
+        if not (self.download and self.writes_root):
+            raise FileNotFoundError(self._missing("download is off" if self.writes_root else NOT_THERE))
         folder = self.folders[-1]
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,11 @@ class Subset(ImageDataModule):
         """Names of its classes."""
         return self.data.class_names
 
+    def write_nowhere(self, but_root: bool) -> None:
+        """See `ImageDataModule.write_nowhere`."""
+        super().write_nowhere(but_root)
+        self.data.write_nowhere(but_root)
+
     def prepare_data(self) -> None:
         """Gets the data set."""
         self.data.prepare_data()

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
 
 
@@ -49,7 +49,7 @@ def test_a_malicious_file_is_refused_and_does_not_run(tmp_path, how):
         torch.save({"state_dict": {}, "hyper_parameters": Marker(marker)}, tmp_path / "bad.ckpt")
     else:
         (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(Marker(marker)))
-    with pytest.raises(ValueError, match="bad.ckpt"):
+    with pytest.raises(ValueError, match=r"bad.ckpt holds objects .*run code"):
         read_checkpoint(tmp_path / "bad.ckpt")
     assert not marker.exists()
     if how == "torch":
@@ -69,7 +69,7 @@ def test_classes_that_do_not_exist_or_are_no_modules(tmp_path):
             },
             tmp_path / "odd.ckpt",
         )
-        with pytest.raises(ValueError, match=r"odd\.ckpt|not resolve to an already imported"):
+        with pytest.raises(ValueError, match=rf"odd\.ckpt.*{name}"):
             load_module(tmp_path / "odd.ckpt")
 
 
@@ -83,27 +83,3 @@ def test_the_newest_version_with_a_last_checkpoint_is_found(tmp_path):
     for version in (2, 9, 10):
         (tmp_path / "run" / f"version_{version}" / "checkpoints" / "last.ckpt").touch()
     assert find_last(tmp_path / "run").parts[-3] == "version_10"
-
-
-def test_a_data_set_of_ones_own_is_imported_from_where_the_command_is_given_and_from_nowhere_else(
-    tmp_path, monkeypatch
-):
-    code = "from datamodules import Digits\n\n\nclass Mine(Digits):\n    pass\n"
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here/mine_here.py").write_text(code)
-    (tmp_path / "mine_elsewhere.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path / "here"))
-
-    def of(class_path):
-        record = {"_class_path": class_path, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-        record["batch_size"] = 16
-        version = {"pytorch-lightning_version": "2.6.4"}
-        torch.save({"state_dict": {}, "datamodule_hyper_parameters": record, **version}, "own.ckpt")
-        return load_data("own.ckpt")
-
-    assert type(of("mine_here.Mine")).__name__ == "Mine" and of("mine_here.Mine").batch_size == 16
-    with pytest.raises(ValueError, match="mine_elsewhere.Mine"):
-        of("mine_elsewhere.Mine")
-    assert not (tmp_path / "ran").exists()

@@ -135,7 +135,7 @@ def test_the_library_gets_a_clean_copy_and_not_the_users_file(tmp_path, monkeypa
     original = torch.load
 
     def watched(file, *args, weights_only=None, **kwargs):
-        read.append((str(file), weights_only))
+        read.append((str(getattr(file, "name", file)), weights_only))
         return original(file, *args, weights_only=weights_only, **kwargs)
 
     monkeypatch.setattr(torch, "load", watched)

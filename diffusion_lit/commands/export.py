@@ -8,6 +8,7 @@
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from diffusion_lit.storage.atomic import atomic
-from diffusion_lit.storage.exports import FORMAT, KEPT, RECORD, WEIGHTS
+from diffusion_lit.storage.exports import FORMAT, KEPT, RECORD, WEIGHTS, record_checksum
 
 
 def export(ckpt_path: str, out: str, weights: str = "average") -> None:
@@ -55,11 +56,13 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
         **{name: checkpoint[name] for name in KEPT if name in checkpoint},
     }
+    record["crc32"] = f"{zlib.crc32(encoded):08x}"
+    described = _json(record, ckpt_path).encode()
     folder = Path(out)
     with atomic(folder / WEIGHTS) as file:
         file.write(encoded)
     with atomic(folder / RECORD) as file:
-        file.write(_json(record, ckpt_path).encode())
+        file.write(described)
     print(f"{record['parameters']:,} {record['weights']} weights of step {record.get('global_step')} are in {folder}/.")
 
 
@@ -83,8 +86,9 @@ def _described(module: Any) -> dict[str, Any]:
 
 def _json(record: dict[str, Any], path: str) -> str:
     try:
-        return json.dumps(record, indent=2)
+        plain = json.loads(json.dumps(record))
     except TypeError as error:
         raise ValueError(
             f"The checkpoint {path} has arguments that are no plain values and cannot be exported: {error}."
         ) from error
+    return json.dumps({**plain, "record_crc32": record_checksum(plain)}, indent=2)

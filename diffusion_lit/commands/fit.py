@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace, _typehints
+from jsonargparse import Namespace, _typehints, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -58,6 +58,7 @@ from diffusion_lit.runtime.stopping import RunStopped, explain
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
 from diffusion_lit.storage.exports import is_export
+from diffusion_lit.storage.trust import TRUST_HELP, trust
 
 MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 CALLBACKS: dict[str, type[Callback]] = {
@@ -118,6 +119,7 @@ def _class_at(path: str) -> type:
     return found if isinstance(found, type) else type(path, (), {})
 
 
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
 _typehints.discard_init_args_on_class_path_change = start_anew(_typehints.discard_init_args_on_class_path_change)
 
 
@@ -164,6 +166,7 @@ class CLI(LightningCLI):
             default=None,
             help="Keeps feature maps in the layout NHWC; by default on CUDA and, in float32, on x86 CPUs.",
         )
+        parser.add_argument("--trust", type=str | None, default=None, help=TRUST_HELP)  # `main` has taken it
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         for source, target, compute in (
@@ -183,6 +186,7 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Finds `last` and reads the checkpoint's record; unlike Lightning's, it leaves the configuration alone."""
         config = self.config[self.config["subcommand"]]
+        trust((config.get("trust") or "").split(","))
         self._name_run(config)
         path = config.get("ckpt_path")
         if path is None:

@@ -17,6 +17,7 @@ from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
 from diffusion_lit.runtime.installation import foreign_lightning, refuse_hidden_datamodules
+from diffusion_lit.storage.trust import TRUST_HELP, Untrusted, trusted, trusting
 
 
 class Command(NamedTuple):
@@ -71,6 +72,7 @@ def help_text() -> str:
         "  --trainer.max_steps 1000           any value can be overridden",
         "  --print_config                     shows the whole configuration and stops",
         "  --ckpt_path last                   continues the newest run of this name",
+        "  --trust MODULE                     lets a file name classes of this module; for every command",
         "  fit --model.help CLASS             lists the options of a class, e.g. diffusion_lit.modules.EDM",
         "",
         foreign_lightning() or "`lightning` is a second name of this command.",
@@ -84,8 +86,17 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The command line without the program's name; the process's own by default.
     """
-    args = sys.argv[1:] if args is None else args
-    if "" not in sys.path:  # classes of one's own, in files where the command is given, have names too
+    args, trust = _take_texts(sys.argv[1:] if args is None else args, {"trust"})
+    try:
+        with trusting(module for word in trust.get("trust", []) for module in word.split(",")):
+            _run(args)
+    except Untrusted as error:
+        _stop(str(error))
+
+
+def _run(args: list[str]) -> None:
+    own = trusted() or (args[:1] and args[0] in TRAINING) or any(arg.startswith("--data") for arg in args)
+    if own and "" not in sys.path:  # classes of one's own, in files where the command is given, have names too
         sys.path.append("")
     keep_freed_memory()
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
@@ -142,7 +153,9 @@ def function_parser(function: Callable[..., Any], names: list[str], notes: str =
     """
     from argparse import RawDescriptionHelpFormatter
 
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
         """Keeps the lines of description and notes as they are."""
@@ -183,10 +196,12 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     for kind in spread.values():
         types |= {option.name: option.type for option in fields(kind)}
+    parser.add_argument("--trust", metavar="MODULE", help=TRUST_HELP)  # for the help: `main` has taken it
     flags = {f"--{name}" for name, kind in types.items() if kind is bool}
     args, texts = _take_texts(args, {name for name, kind in types.items() if kind in (list[str], list[str] | None)})
     options = parser.parse_args(_spell_out_flags(args, flags))
     values = {**parser.instantiate_classes(options).as_dict(), **texts}
+    values.pop("trust")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         for name, kind in spread.items():

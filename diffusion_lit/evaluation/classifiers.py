@@ -104,9 +104,12 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
     checkpoint = read_checkpoint(path)
     if "classifier" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of a Classifier; give one of configs/classifier_NAME.yaml.")
-    network = ConvClassifier(**checkpoint["classifier"])
     state = {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
-    network.load_state_dict(state)
+    try:
+        network = ConvClassifier(**checkpoint["classifier"])
+        network.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"The classifier in {path} cannot be built: {error}.") from error
     return network.eval().requires_grad_(False)
 
 

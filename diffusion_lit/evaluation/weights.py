@@ -1,16 +1,16 @@
 """Weights from outside: fetched once, checked by hash, and read without running what is in the file."""
 
-import pickle
 import urllib.request
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.evaluation.features import MissingWeights
+from diffusion_lit.storage.pickled import HoldsCode, read_pickled
+from diffusion_lit.storage.verified import decode
 
 TIMEOUT = 15.0
 
@@ -89,11 +89,9 @@ def read_state(path: Path, what: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise MissingWeights(f"There is no file {path} with the weights of {what}.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        unsafe = isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+        state = decode(path)[0] if path.suffix == ".safetensors" else read_pickled(path, verified=False)
+    except (OSError, ValueError) as error:
+        unsafe = isinstance(error, HoldsCode)
         reason = "it holds objects that only running code would make" if unsafe else "it is damaged or of another kind"
         raise ValueError(f"{path} was not read as weights of {what}: {reason}. Give a plain state dict.") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -1,13 +1,13 @@
 """Trained autoencoders, from a checkpoint, a run or another library."""
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
+from diffusion_lit.storage.trust import check, find_class, naming
 
 HUB = "hub:"
 LOADERS: dict[str, Callable[[str], nn.Module]] = {}  # of other libraries' autoencoders, which register themselves
@@ -35,16 +35,17 @@ def build(record: dict[str, Any]) -> Any:
         The autoencoder.
 
     Raises:
-        ValueError: If the class is not to be had or is no autoencoder.
+        ValueError: If the class is not one that a file may name, or is no autoencoder.
     """
-    module, _, name = str(record["class_path"]).rpartition(".")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"The autoencoder {record['class_path']} is not to be had here: {error}.") from error
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "encode")):
+    with naming("The file"):
+        check(record)
+        kind = find_class(record["class_path"])
+    if not (issubclass(kind, nn.Module) and hasattr(kind, "encode")):
         raise ValueError(f"{record['class_path']} is no autoencoder.")
-    return kind(**record["init_args"])
+    try:
+        return kind(**record["init_args"])
+    except (TypeError, RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(f"The file's autoencoder {record['class_path']} cannot be built: {error}.") from error
 
 
 def load_autoencoder(source: str) -> Any:

@@ -1,18 +1,24 @@
 """A checkpoint as the objects that it describes: its LightningModule and its data module."""
 
 import contextlib
-import importlib
 import io
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import instantiate_module
 
 from diffusion_lit.runtime.hardware import channels_last_pays
 from diffusion_lit.runtime.installation import refuse_hidden_datamodules
 from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.trust import Untrusted, check, guarded, naming
+
+JSONARGPARSE_SAYS_TOO = (
+    *("Given value", "Subtypes", "Does not validate", "Expected a <class 'NoneType'>", "Expected a <class 'list'>"),
+)
 
 
 def load_module(path: str | Path) -> Any:
@@ -42,6 +48,9 @@ def load_module(path: str | Path) -> Any:
 def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     """Builds the LightningDataModule that a checkpoint was trained on.
 
+    The file offers where the data is read; it chooses no place to write to: caches go to their default folder, and
+    nothing is downloaded into a `root` that is not given here.
+
     Args:
         path: The checkpoint file.
         overrides: Arguments of the data module to replace, such as `root`.
@@ -53,41 +62,49 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
         ValueError: As `read_checkpoint`, or if the file does not say which data it was trained on.
     """
     refuse_hidden_datamodules()
-    import datamodules  # noqa: F401 (makes the classes known)
+    import datamodules
 
     checkpoint = read_checkpoint(path)
     _described(checkpoint, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "data", path)
-    return cast(LightningDataModule, _build(LightningDataModule, checkpoint, path, **overrides))
+    data = cast(LightningDataModule, _build(LightningDataModule, checkpoint, path, **overrides))
+    if isinstance(data, datamodules.ImageDataModule):
+        data.write_nowhere(but_root="root" in overrides)
+    return data
 
 
 def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides: Any) -> Any:
-    """Lightning's own `load_from_checkpoint`, fed with what was read already, its failures told in a sentence."""
-    _import_own(str(checkpoint.get(base.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path", "")))
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    buffer.seek(0)
+    """Builds what a checkpoint describes, of classes that a file may name, and gives it its state."""
+    record = deepcopy({**checkpoint[base.CHECKPOINT_HYPER_PARAMS_KEY], **overrides})
+    with naming(f"The checkpoint {path}"):
+        check(record)
+    record.pop("_instantiator", None)
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            return base.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, **overrides)
-    except SystemExit as error:
-        reason = (said.getvalue().strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(f"The checkpoint {path} names something that cannot be built: {reason}") from error
-    except (RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"The checkpoint {path} does not fit the code that it names: {reason}") from error
+        with guarded(), contextlib.redirect_stderr(io.StringIO()):
+            built = instantiate_module(base, record)
+    except (Exception, SystemExit) as error:  # whatever the arguments in a file bring a class to
+        raise ValueError(f"The checkpoint {path} names something that cannot be built: {_reason(error)}") from error
+    try:
+        if isinstance(built, LightningModule):
+            built.configure_model()
+            built.on_load_checkpoint(checkpoint)
+            built.load_state_dict(checkpoint["state_dict"])
+        elif type(built).__qualname__ in checkpoint:
+            built.load_state_dict(checkpoint[type(built).__qualname__])
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"The checkpoint {path} does not fit the code that it names: {_reason(error)}") from error
+    return built
 
 
-def _import_own(class_path: str) -> None:
-    """Imports the module of a class of one's own, which lies in the folder where the command is given.
-
-    Lightning builds none but classes that are imported already, so that a checkpoint cannot make it run any module of
-    the machine.
-    """
-    module, _, _ = class_path.rpartition(".")
-    top = module.partition(".")[0]
-    if top and (Path(f"{top}.py").is_file() or Path(top, "__init__.py").is_file()):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line: of jsonargparse's pages what a file may not name, else the innermost failure."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Untrusted):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.endswith(":") and not line.startswith(JSONARGPARSE_SAYS_TOO)]
+    return said[-1] if said else type(error).__name__
 
 
 def _described(checkpoint: dict[str, Any], key: str, what: str, path: str | Path) -> None:

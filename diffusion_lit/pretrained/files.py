@@ -15,6 +15,7 @@ PART_FILES = (
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors"),
 )
 VARIANTS = ["*.fp16*", "*non_ema*"]
+CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config", "pre_quantization_config")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 WAY_OUT = "or give a folder that holds it, as `save_pretrained` writes it"
 
@@ -137,9 +138,11 @@ def load_part(kind: Any, folder: Path, **options: Any) -> Any:
         The network.
 
     Raises:
-        ValueError: If the weights are pickles, or missing, damaged or others than the configuration says.
+        ValueError: If the weights are pickles, or missing, damaged or others than the configuration says, or the folder
+            asks for code from elsewhere.
     """
     safetensors = library("safetensors")
+    refuse_code(folder)
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         found = f", only {pickles[0]}, a pickle, which could run code and is not read" if pickles else ""
@@ -158,3 +161,49 @@ def load_part(kind: Any, folder: Path, **options: Any) -> Any:
     if missing:
         raise ValueError(f"The weights in {folder} lack {missing[0]} and {len(missing) - 1} more; get them anew.")
     return net.float().eval().requires_grad_(False)
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuses a part of a model that asks its library for code, or for weights in other than safetensors.
+
+    Args:
+        folder: The part's folder.
+
+    Raises:
+        ValueError: If a file there asks for that.
+    """
+    for path in sorted(folder.glob("*config.json")):
+        config = read_json(path)
+        for key in CODE:
+            if config.get(key):
+                raise ValueError(f"{path} sets {key}, by which code runs that is no part of the library; not read.")
+        attention = config.get("attn_implementation") or config.get("_attn_implementation")
+        if "/" in str(attention):
+            raise ValueError(f"{path} takes its attention from {attention}, code on the hub; not read.")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} is an adapter, which names another model to load; give a whole model.")
+    for path in sorted(folder.glob("*.index.json")):
+        shards = read_json(path).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else ["no shards"]:
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
+                raise ValueError(f"{path} names {shard}, which is no file of safetensors beside it; not read.")
+
+
+def refuse_foreign_parts(model: Path, parts: tuple[str, ...]) -> None:
+    """Refuses a model whose index names classes of other libraries for parts that are read.
+
+    Args:
+        model: The model's folder.
+        parts: The parts that are read.
+
+    Raises:
+        ValueError: If one is neither of diffusers nor of transformers.
+    """
+    index = read_json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
+    if not isinstance(index.get("_class_name", ""), str):
+        raise ValueError(f"{model} has a pipeline of its own code, {index['_class_name']}, which is not run; not read.")
+    for part in parts:
+        named = index.get(part) or [None, None]
+        known = isinstance(named, list) and len(named) == 2 and named[0] in (None, "diffusers", "transformers")
+        if not known or (named[0] and not str(named[1]).isidentifier()):
+            raise ValueError(f"{model} has {named} as its {part}, which is no class of diffusers or transformers.")

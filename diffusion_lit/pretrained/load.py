@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from diffusion_lit.pretrained.autoencoders import load_pretrained_autoencoder
-from diffusion_lit.pretrained.files import find_model, library, load_part, part_of, read_json
+from diffusion_lit.pretrained.files import find_model, library, load_part, part_of, read_json, refuse_foreign_parts
 from diffusion_lit.pretrained.models import (
     Cascade,
     PretrainedLatentModel,
@@ -76,6 +76,7 @@ def load_pretrained(
         ValueError: If the model is not to be had, is of another kind, or prompts are given to one that reads none.
     """
     model = find_model(name, PARTS)
+    refuse_foreign_parts(model, PARTS)
     unet_class, config = _network_config(model)
     _check_parts(model, config)
     scheduler = read_scheduler(model)
@@ -123,6 +124,7 @@ def load_upsampler(name: str, embeddings: Tensor, noise_level: int = 250, **chan
         ValueError: If the model is not to be had or is no such upsampler, or an option is none.
     """
     model = find_model(name, UPSAMPLER_PARTS)
+    refuse_foreign_parts(model, UPSAMPLER_PARTS)
     unet_class, config = _network_config(model)
     channels = int(config.get("in_channels") or 0) // 2
     if unet_class != "UNet2DConditionModel" or config.get("class_embed_type") != "timestep" or channels < 1:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion_lit.pretrained.files import library, load_part, read_json
+from diffusion_lit.pretrained.files import library, load_part, read_json, refuse_code
 from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.cache import cache_folder
+from diffusion_lit.storage.verified import decode, encode
 
 IF_TOKENS = 77  # what IF's encoder was trained to read, whatever its tokenizer allows
 VERSION = "v1"
@@ -47,7 +46,7 @@ def embed_prompts(model: Path, texts: Sequence[str]) -> Tensor:
             place = _place(identity, text)
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomic(place) as file:
-                file.write(save({"embedding": embedding}, metadata={"text": text, "encoder": identity}))
+                file.write(encode({"embedding": embedding}, {"text": text, "encoder": identity}))
     return torch.stack([found[text] for text in texts])
 
 
@@ -77,8 +76,8 @@ def _place(identity: str, text: str) -> Path:
 def _read(place: Path) -> Tensor | None:
     """A kept embedding; None where there is none, or a damaged one, which is then made anew."""
     try:
-        return load_file(place).get("embedding")
-    except (OSError, SafetensorError):
+        return decode(place)[0].get("embedding")
+    except (OSError, ValueError):
         return None
 
 
@@ -90,6 +89,7 @@ def _encode(model: Path, texts: Sequence[str]) -> list[Tensor]:
         raise ValueError(
             f"{model} has a text encoder of the kind {kind}; those that can be read are {', '.join(ENCODERS)}."
         )
+    refuse_code(model / "tokenizer")
     tokenizer_kind, encode = ENCODERS[kind]
     try:
         tokenizer = getattr(transformers, tokenizer_kind).from_pretrained(

@@ -66,7 +66,7 @@ def read_scheduler(model: Path, part: str = "scheduler") -> dict[str, Any]:
         ) from error
     given = read_json(folder / "scheduler_config.json")
     name = str(given.get("_class_name", "a scheduler without a name"))
-    kind = getattr(diffusers, name, None)
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     known = inspect.signature(kind.__init__).parameters if inspect.isclass(kind) else {}
     config = {key: parameter.default for key, parameter in known.items() if parameter.default is not parameter.empty}
     config |= given

@@ -1,16 +1,16 @@
 """Checkpoints: files that describe themselves, read without executing anything they hold.
 
 A checkpoint made by `lightning fit` records the classes and arguments of its module and data, the average weights as
-`state_dict` and the raw ones as `current_model_state`. Reading goes through `torch.load(weights_only=True)` alone.
+`state_dict` and the raw ones as `current_model_state`. Reading goes through `storage.pickled` alone, and what is built
+from a record through `storage.trust`.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffusion_lit.storage.exports import is_export, read_export
+from diffusion_lit.storage.pickled import Damaged, HoldsCode, read_pickled
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -38,15 +38,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"There is no checkpoint {path}; `lightning fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_pickled(path)
     except PermissionError as error:
         raise ValueError(f"The checkpoint {path} cannot be read: no permission.") from error
-    except Exception as error:  # the unpickler fails in as many ways as there are files
-        if "Weights only load failed" in str(error) and "Unsupported global" in str(error):
-            raise ValueError(
-                f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since "
-                "that would run code from the file."
-            ) from error
+    except HoldsCode as error:
+        raise ValueError(
+            f"The checkpoint {path} holds objects other than tensors and plain values and was not loaded, since "
+            "that would run code from the file."
+        ) from error
+    except Damaged as error:
         raise ValueError(
             f"{path} is not a readable checkpoint: it is damaged, truncated or another kind of file."
         ) from error

@@ -6,6 +6,7 @@ OUT/model.json          what builds the module and draws from it: classes and ar
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ def is_export(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS).is_file() and (Path(path) / RECORD).is_file()
 
 
+def record_checksum(record: dict[str, Any]) -> str:
+    """The CRC-32 of a record's other values.
+
+    Args:
+        record: Plain values.
+
+    Returns:
+        Eight hexadecimal digits.
+    """
+    others = {name: value for name, value in record.items() if name != "record_crc32"}
+    return f"{zlib.crc32(json.dumps(others, sort_keys=True).encode()):08x}"
+
+
 def read_export(path: str | Path) -> dict[str, Any]:
     """Reads an exported model in the form of a checkpoint's contents.
 
@@ -54,7 +68,13 @@ def read_export(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder / RECORD} is damaged: {error}. Export the checkpoint again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{folder / RECORD} is not a record of `lightning export`; export the checkpoint again.")
-    if hashlib.sha256(encoded).hexdigest() != record.get("sha256"):
+    if "record_crc32" in record and record["record_crc32"] != record_checksum(record):
+        raise ValueError(
+            f"{folder / RECORD} is damaged or was changed after it was written; export the checkpoint again."
+        )
+    written = record.get("crc32")  # a quarter of the time of the SHA-256, which older exports have alone
+    found = hashlib.sha256(encoded).hexdigest() if written is None else f"{zlib.crc32(encoded):08x}"
+    if found != (record.get("sha256") if written is None else written):
         raise ValueError(
             f"{folder / WEIGHTS} is not the file that {RECORD} beside it describes, or it is damaged; export the "
             "checkpoint again."

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from diffusion_lit.storage.atomic import atomic
+from diffusion_lit.storage.verified import decode, encode
 
 
 class Snapshots:
@@ -45,9 +44,8 @@ class Snapshots:
         Raises:
             OSError: If it cannot be written.
         """
-        tensors = {name: value.detach().cpu().contiguous() for name, value in average.items()}
         with atomic(folder / f"step_{step:07d}_sigma_{sigma_rel:g}.safetensors") as file:
-            file.write(save(tensors))
+            file.write(encode(average))
 
     @property
     def steps(self) -> list[int]:
@@ -69,10 +67,10 @@ class Snapshots:
         total: dict[str, Tensor] = {}
         for path, share in shares.items():
             try:
-                with safe_open(str(path), framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                        part = file.get_tensor(name).double() * share
-                        total[name] = total[name] + part if name in total else part
-            except SafetensorError as error:
-                raise ValueError(f"The snapshot {path} is damaged: {error}. Delete it.") from error
+                snapshot, _ = decode(path)
+            except ValueError as error:
+                raise ValueError(f"The snapshot {path} is damaged: {error} Delete it.") from error
+            for name, value in snapshot.items():
+                part = value.double() * share
+                total[name] = total[name] + part if name in total else part
         return {name: value.float() for name, value in total.items()}

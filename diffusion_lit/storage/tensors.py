@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_lit.storage.hashing import canonical
+from diffusion_lit.storage.verified import decode, encode
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -28,8 +28,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, part, metadata={"record": canonical(record)})
+    part.write_bytes(encode(tensors, {"record": canonical(record)}))
     part.replace(path)
 
 
@@ -49,7 +48,7 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             if (file.metadata() or {}).get("record") != canonical(record):
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return decode(path)[0]
     except Exception:  # a truncated or foreign file is a miss, whatever the reader calls it
         return None
 

@@ -1,0 +1,189 @@
+"""What a file may name: nothing in a file is executed but classes that are known before it is opened.
+
+A checkpoint describes its model by the paths of classes and their arguments, and to build an object is to run its
+class. So each class that a file names is looked up here, before anything is imported or built. Allowed are
+
+    classes that are defined in this project's rooms of models and data sets (`ROOMS`),
+    the optimizers and learning-rate schedules of torch,
+    classes that are defined in a module that the user trusts: `--trust MODULE` of every command that reads a file, or
+    the environment variable DIFFUSION_LIT_TRUST, both modules joined by commas.
+
+What counts is where a class is defined, not the path that leads to it: `a.b.os.system` is no class of `a.b`.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import yaml
+
+VARIABLE = "DIFFUSION_LIT_TRUST"
+ROOMS = (*(f"diffusion_lit.{room}" for room in ("diffusion", "nets", "modules", "pretrained")), "datamodules")
+OPTIMIZERS = ("torch.optim", "lightning.pytorch.cli")  # of these, optimizers and schedules alone
+INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+TRUST_HELP = (
+    "Module of your own, or of someone you trust, whose classes a checkpoint may name; the option may come again. By "
+    "default a file names none but this project's classes and torch's optimizers and schedules."
+)
+
+
+class Untrusted(ImportError, ValueError):
+    """A file names something that it may not; both bases, since jsonargparse takes either for an invalid value."""
+
+
+def trusted() -> tuple[str, ...]:
+    """The modules that the user trusts."""
+    return tuple(module for word in os.environ.get(VARIABLE, "").split(",") if (module := word.strip()))
+
+
+def trust(modules: Iterable[str]) -> None:
+    """Trusts further modules, in this process and in those that it starts.
+
+    Args:
+        modules: Their names; a package's includes its modules. Empty ones are left out.
+
+    Raises:
+        Untrusted: If one is no name of a module.
+    """
+    named = [module.strip() for module in modules if module.strip()]
+    for module in named:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise Untrusted(f"--trust {module} is no name of a module; give one such as shapes or my_package.nets.")
+    if named:
+        os.environ[VARIABLE] = ",".join(dict.fromkeys([*trusted(), *named]))
+
+
+@contextmanager
+def trusting(modules: Iterable[str]) -> Iterator[None]:
+    """Within, further modules are trusted, as by `trust`.
+
+    Args:
+        modules: Their names.
+    """
+    before = os.environ.get(VARIABLE)
+    try:
+        trust(modules)
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def find_class(path: Any) -> type:
+    """A class that a file names.
+
+    Args:
+        path: Its path, `package.module.Class`.
+
+    Returns:
+        The class.
+
+    Raises:
+        Untrusted: If it is not one that a file may name, or there is none; no foreign module is imported then.
+    """
+    parts = path.split(".") if isinstance(path, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise Untrusted(f"{path!r} is no path of a class, such as diffusion_lit.nets.UNet")
+    module = ".".join(parts[:-1])
+    if not _within(module, (*ROOMS, *OPTIMIZERS, *trusted())):
+        raise Untrusted(_refusal(path, module))
+    try:
+        found = getattr(import_module(module), parts[-1], None)
+    except ImportError as error:
+        raise Untrusted(f"{path} is not to be had here: {error}") from error
+    if not isinstance(found, type):
+        raise Untrusted(f"{path} is no class, or there is none of that name")
+    if not _may_be_named(found):
+        raise Untrusted(_refusal(path, found.__module__))
+    return found
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Within, a refusal says in which file the class is named.
+
+    Args:
+        what: The file, as a sentence begins.
+    """
+    try:
+        yield
+    except Untrusted as error:
+        raise ValueError(f"{what} names a class that it may not: {error}.") from error
+
+
+def _within(module: str, roots: Iterable[str]) -> bool:
+    return any(module == root or module.startswith(f"{root}.") for root in roots)
+
+
+def _may_be_named(found: type) -> bool:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    if _within(found.__module__, (*ROOMS, *trusted())):
+        return True
+    return _within(found.__module__, OPTIMIZERS) and issubclass(found, Optimizer | LRScheduler)
+
+
+def _refusal(path: str, module: str) -> str:
+    return (
+        f"{path} is none of this project's models, networks and data sets, nor an optimizer or schedule of torch, and "
+        f"was neither imported nor run; where it is yours, give --trust {module} (in Python, set {VARIABLE}={module})"
+    )
+
+
+def check(value: Any) -> None:
+    """Looks up every class that a record names, at any depth, also in texts of YAML and JSON.
+
+    Args:
+        value: Plain values, as a file holds them.
+
+    Raises:
+        Untrusted: If one is not a class that a file may name.
+    """
+    left, seen = [value], set()
+    while left:
+        held = left.pop()
+        if isinstance(held, str):
+            left += [_parsed(held)] if "class_path" in held else []
+        elif isinstance(held, Mapping | list | tuple | set | frozenset) and id(held) not in seen:
+            seen.add(id(held))
+            left += [*held.values(), *held.keys()] if isinstance(held, Mapping) else held
+            for key, named in held.items() if isinstance(held, Mapping) else ():
+                if str(key).strip("_ ") == "class_path":
+                    find_class(named)
+                elif str(key).strip("_ ") == "instantiator" and named not in INSTANTIATORS:
+                    raise Untrusted(f"{named!r} is no way to build an object that a file may name")
+
+
+def _parsed(text: str) -> Any:
+    """What a text holds as YAML, where that is more than the text."""
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return None if isinstance(parsed, str) else parsed
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Within, jsonargparse imports nothing for a value but classes that a file may name.
+
+    `check` sees what a record says; this sees whatever jsonargparse makes of it: texts that are paths of functions or
+    classes, short names of classes, files that are named in a value's place. Without jsonargparse's own check of paths
+    (4.53 and later) it fails.
+    """
+    from jsonargparse import _typehints, _util, set_parsing_settings
+
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+    places: tuple[Any, ...] = (_util, _typehints)
+    before = [place.check_import_path for place in places]
+    try:
+        for place in places:
+            place.check_import_path = find_class
+        yield
+    finally:
+        for place, function in zip(places, before, strict=True):
+            place.check_import_path = function
