@@ -109,3 +109,24 @@ def test_a_failure_that_cannot_end_is_ended(python):
     process = python(code)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 1 and "the disk is full" in said
+
+
+def test_signals_of_a_child_are_not_the_parents(python):
+    """A loader's process inherits handlers; what it is sent must not count as a second signal to the run."""
+    code = """
+import signal
+signal.signal(signal.SIGTERM, lambda *args: None)
+watchdog.watch()
+print("ready", flush=True)
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.6)
+time.sleep(1)
+"""
+    process = python(code)
+    process.communicate(timeout=30)
+    assert process.returncode == 0

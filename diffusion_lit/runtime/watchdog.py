@@ -83,6 +83,10 @@ def end_within(seconds: float, reason: str) -> None:
         _thread.deadline = (time.monotonic() + seconds, reason)
 
 
+# A loader's process must not tell its parent's watch of signals of its own.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
 class _Watch(threading.Thread):
     def __init__(self, patience: float, rank: int) -> None:
         super().__init__(daemon=True, name="watchdog")
@@ -148,7 +152,10 @@ class _Watch(threading.Thread):
     def place(self) -> Any:
         """Where the main thread stands, and how far the work has got."""
         bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
-        done = sum(bar.n for bar in list(getattr(bars, "_instances", ()))) if bars is not None else 0
+        try:
+            done = sum(bar.n for bar in list(getattr(bars, "_instances", ())))
+        except RuntimeError:  # a bar came or went meanwhile: something moves
+            done = time.monotonic()
         return tuple((id(frame.f_code), frame.f_lasti) for frame in self.frames()), _beats, done
 
     def hangs(self, seconds: float) -> None:
@@ -191,7 +198,7 @@ def name_place(frames: list[FrameType]) -> str:
             if "Callback" in kinds or "LightningModule" in kinds:
                 named = f"in {type(owner).__name__}.{frame.f_code.co_name} "
                 break
-    innermost = (ours or frames or [None])[0]
+    innermost = next(iter(ours or frames), None)
     if innermost is None:
         return named or "nowhere"
     path = Path(innermost.f_code.co_filename)
