@@ -14,7 +14,15 @@ from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.snapshots import Snapshots
 
-NET = {"in_channels": 1, "image_size": 8, "num_classes": 10, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+NET = {
+    "in_channels": 1,
+    "image_size": 8,
+    "num_classes": 10,
+    "model_channels": 8,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attention_resolutions": [],
+}
 RECORD = {
     "_class_path": "diffusion_lit.modules.EDM",
     "_instantiator": "lightning.pytorch.cli.instantiate_module",
