@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.feed import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
@@ -54,6 +55,7 @@ class ImageDataModule(LightningDataModule):
         self.writes_root = True
         self._splits: dict[str, Split] = {}
         self._moved: dict[str, Tensor] = {}
+        self._identities: dict[str, dict[str, Any]] = {}
 
     def write_nowhere(self, but_root: bool) -> None:
         """Takes back the places to write to, which a file chose: caches go to their default folder.
@@ -164,6 +166,101 @@ class ImageDataModule(LightningDataModule):
             if labels is not None:
                 digest.update(labels.numpy().tobytes())
         return digest.hexdigest()
+
+    def number_classes(self, names: list[str]) -> bool:
+        """Numbers the classes anew, where a data set can.
+
+        Args:
+            names: The names of its own classes, in the order of their numbers from now on.
+
+        Returns:
+            Whether it could; here it cannot.
+        """
+        return False
+
+    def match_classes(self, names: list[str]) -> None:
+        """Numbers the classes as a model that was trained before knows them.
+
+        Args:
+            names: The names of the model's classes in the order of their numbers; none where it knows none.
+
+        Raises:
+            ValueError: If the classes have other names than the model's.
+        """
+        mine = self.class_names
+        if not names or not mine or names == mine:
+            return
+        if sorted(names) == sorted(mine) and self.number_classes(list(names)):
+            self._forget()
+            return
+        gone, new = ([name for name in one if name not in other] for one, other in ((names, mine), (mine, names)))
+        differ = f"without {_few(gone)}, and with {_few(new)} instead" if gone or new else f"as {_few(mine)}"
+        raise ValueError(
+            f"The model was trained on the classes {_few(names)}, and the data has them {differ}; give it the data of "
+            "its classes, rename them as they were, or train anew."
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the data: class, and count and fingerprint of what is trained and validated on.
+
+        Only the splits that were read so far are in it.
+        """
+        for name in ("train", "val"):
+            if name in self._splits and name not in self._identities:
+                self._identities[name] = {"count": len(self._splits[name].images), "sha256": self._identity_of(name)}
+        return {"class": type(self).__name__, **self.rule(), **self._identities}
+
+    def _identity_of(self, split: str) -> str:
+        return self.fingerprint(split)
+
+    def rule(self) -> dict[str, Any]:
+        """What decides, beside the arguments, which pictures are in which split, as plain values."""
+        return {}
+
+    def follow(self, rule: dict[str, Any]) -> None:
+        """Takes the rule that a model was trained under.
+
+        Args:
+            rule: The `identity` in its checkpoint, empty in those of before there was one.
+        """
+
+    def continue_from(self, recorded: dict[str, Any], class_names: list[str]) -> None:
+        """Becomes the data that a model was trained on, and says where it is not.
+
+        Args:
+            recorded: The `identity` in its checkpoint, empty in those of before there was one.
+            class_names: The names of its classes in the order of their numbers; none where it knows none.
+
+        Raises:
+            ValueError: If the classes have other names than the model's.
+        """
+        self.follow(recorded)
+        self.match_classes(class_names)
+        self.compare_identity(recorded)
+
+    def _forget(self) -> None:
+        """Forgets what was read: it is to be read in another way."""
+        self._splits.clear()
+        self._moved.clear()
+        self._identities.clear()
+
+    def compare_identity(self, recorded: dict[str, Any]) -> None:
+        """Says where the data is not what a checkpoint was trained on.
+
+        Args:
+            recorded: The `identity` in the checkpoint.
+        """
+        mine = self.identity()
+        for name, what in (("train", "trained"), ("val", "validated")):
+            then, now = recorded.get(name), mine.get(name)
+            if then and now and then != now:
+                rank_zero_warn(
+                    f"The data is not what the checkpoint was {what} on: {then['count']:,} pictures of "
+                    f"{recorded.get('class')} with the fingerprint {then['sha256'][:12]} then, {now['count']:,} of "
+                    f"{mine['class']} with {now['sha256'][:12]} now. The run goes on with those of now; a picture that "
+                    "was held out may be among those that are trained on, if it is not the same data set with more "
+                    "pictures."
+                )
 
     def train_dataloader(self) -> TrainLoader:
         """Keyed random batches of the training split.
@@ -292,7 +389,17 @@ class ImageDataModule(LightningDataModule):
         self._moved.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_splits": {}, "_moved": {}}  # a process that this is sent to reads them itself
+        return {
+            **self.__dict__,
+            "_splits": {},
+            "_moved": {},
+            "_identities": {},
+        }  # a process that this is sent to reads them itself
+
+
+def _few(names: list[str]) -> str:
+    """Up to six names in one line."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "none"
 
 
 def held_out(count: int, val_size: int) -> dict[str, Tensor]:

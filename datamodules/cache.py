@@ -1,10 +1,14 @@
 """The prepared cache: every picture decoded once, by several processes, into one memory-mapped uint8 array.
 
-A cache is a folder `CACHE_DIR/KEY` with `images.u8` (N x C x H x W bytes) and `index.json` (names, pools, what was
-skipped). KEY is a hash of the pictures' names, sizes and times and of the transform, so that a changed folder or option
-gets a cache of its own. It is written beside its place and renamed when it is whole: whoever is killed leaves nothing
-that a later run takes for a cache. A lock, which the system releases with its process, keeps two runs from doing the
-same work, and whoever holds it removes what a killed run left.
+A cache is a folder `CACHE_DIR/KEY` with `images.u8` (N x C x H x W bytes) and `index.json` (names, hashes, pools, what
+was skipped). KEY is a hash of the pictures' names, sizes and times and of the transform, so that a changed folder or
+option gets a cache of its own. It is written beside its place and renamed when it is whole: whoever is killed leaves
+nothing that a later run takes for a cache. A lock, which the system releases with its process, keeps two runs from
+doing the same work; where a file system does not honour it, both do, and neither harms the other.
+
+Whoever opens a cache reads all of it once and compares the CRC-32 of the pixels and the SHA-256 of the index with those
+that were written, at more than 1 GB/s: a damaged cache is told and made anew, so that no damaged pixel is trained on or
+carries the fingerprint of a sound one.
 """
 
 import contextlib
@@ -12,20 +16,23 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.decode import Transform
+from datamodules.decode import BadPictureError, Transform, significant_bits
 from datamodules.decoding import decode_all
 from datamodules.sources import Listing, Picture, Skip, printable
+from diffusion_lit.storage.cache import cache_folder
+from diffusion_lit.storage.folders import publish, scratch_of, sweep
 
-VERSION = 1  # raise it when decoding changes
+VERSION = 2  # raise it when decoding changes
 NAMED = 5  # skipped pictures that a message names
 
 
@@ -36,6 +43,7 @@ class Cache:
     Args:
         images: Memory-mapped uint8 array (N, C, H, W), read-only.
         names: The N names.
+        hashes: Of each file's contents, 16 hexadecimal digits; empty where they were not asked for.
         pools: For each pool of pictures, its first row and the row after its last.
         skipped: What could not be used.
         checksum: SHA-256 of all pixels.
@@ -43,15 +51,10 @@ class Cache:
 
     images: np.ndarray
     names: list[str]
+    hashes: list[str]
     pools: dict[str, tuple[int, int]]
     skipped: list[Skip]
     checksum: str
-
-
-def default_cache_dir() -> Path:
-    """Where caches go unless told otherwise: `~/.cache/diffusion-lit`, or as XDG_CACHE_HOME says."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "diffusion-lit"
 
 
 def prepare(
@@ -61,6 +64,7 @@ def prepare(
     cache_dir: Path | None = None,
     strict: bool = False,
     processes: int | None = None,
+    by_content: bool = False,
 ) -> Cache:
     """Opens the cache of a set of pictures, after decoding them if there is none.
 
@@ -68,9 +72,10 @@ def prepare(
         listing: Where the pictures lie, and what could not be listed.
         pools: The pictures of each pool ("train", "val", ...), which stay together in the order given.
         transform: What to make of each picture.
-        cache_dir: Folder of all caches.
+        cache_dir: Folder of all caches of images; `images` in the folder of all caches by default.
         strict: Whether a picture that cannot be used stops the run; otherwise it is left out and told.
         processes: Number of processes that decode; by default one per core that this process may use, 16 at the most.
+        by_content: Whether the pictures of each pool are put in the order of the hashes of their files' contents.
 
     Returns:
         The cache.
@@ -79,8 +84,8 @@ def prepare(
         ValueError: If no picture can be used, or, with `strict`, if one cannot; or the cache cannot be written.
         PermissionError: If the folder of caches may not be written to.
     """
-    key = _key(listing, pools, transform)
-    cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+    key = _key(listing, pools, transform, by_content)
+    cache_dir = cache_folder() / "images" if cache_dir is None else cache_dir
     place = cache_dir / key
     if strict and listing.skipped:
         raise ValueError(_refusal(listing, listing.skipped))
@@ -90,8 +95,10 @@ def prepare(
             with _lock(cache_dir, key):
                 cache = _open(place)  # another process may have written it meanwhile
                 if cache is None:
-                    _clear(cache_dir, key)
-                    _write(place, listing, pools, transform, strict, processes)
+                    if place.exists():
+                        rank_zero_warn(f"The prepared pictures in {place} are damaged; they are prepared anew.")
+                    sweep(place)
+                    _write(place, listing, pools, transform, strict, processes, by_content)
                     cache = _open(place)
     except OSError as error:
         kind = PermissionError if isinstance(error, PermissionError) else ValueError
@@ -99,7 +106,8 @@ def prepare(
             f"The pictures of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
             "cache_dir to a folder that may be written to and has enough room."
         ) from error
-    assert cache is not None
+    if cache is None:
+        raise ValueError(f"The prepared pictures in {place} are damaged as soon as they are written; check the disk.")
     if cache.skipped:
         if strict:
             raise ValueError(_refusal(listing, cache.skipped))
@@ -107,9 +115,9 @@ def prepare(
     return cache
 
 
-def _key(listing: Listing, pools: Mapping[str, Sequence[Picture]], transform: Transform) -> str:
+def _key(listing: Listing, pools: Mapping[str, Sequence[Picture]], transform: Transform, by_content: bool) -> str:
     digest = hashlib.sha256()
-    what = [VERSION, str(listing.root.resolve()), asdict(transform), listing.skipped]
+    what = [VERSION, str(listing.root.resolve()), asdict(transform), listing.skipped, by_content]
     digest.update(json.dumps(what, sort_keys=True).encode())
     for pool, pictures in pools.items():
         digest.update(json.dumps([pool, len(pictures)]).encode())
@@ -119,19 +127,36 @@ def _key(listing: Listing, pools: Mapping[str, Sequence[Picture]], transform: Tr
 
 
 def _open(place: Path) -> Cache | None:
-    """The cache in a folder, or None where there is none that is whole."""
+    """The cache in a folder, or None where there is none that is whole and as it was written."""
     try:
         index = json.loads((place / "index.json").read_text())
         shape = tuple(index["shape"])
+        if index.pop("index_sha256") != _index_hash(index):
+            return None
         if (place / "images.u8").stat().st_size != int(np.prod(shape)):
+            return None
+        if _crc32(place / "images.u8") != index["crc32"]:
             return None
         images = np.memmap(place / "images.u8", np.uint8, "r", shape=shape)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):  # damaged after it was written
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged after it was written
         return None
     pools = {name: (start, end) for name, (start, end) in index["pools"].items()}
-    return Cache(images, index["names"], pools, [Skip(*skip) for skip in index["skipped"]], index["sha256"])
+    skipped = [Skip(*skip) for skip in index["skipped"]]
+    return Cache(images, index["names"], index["hashes"], pools, skipped, index["sha256"])
+
+
+def _index_hash(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            total = zlib.crc32(block, total)
+    return total
 
 
 @contextlib.contextmanager
@@ -152,12 +177,6 @@ def _lock(cache_dir: Path, key: str) -> Iterator[None]:
         yield
 
 
-def _clear(cache_dir: Path, key: str) -> None:
-    """Removes what killed runs left of this cache, and a damaged one."""
-    for left in [*cache_dir.glob(f".{key}.*"), cache_dir / key]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def _write(
     place: Path,
     listing: Listing,
@@ -165,39 +184,72 @@ def _write(
     transform: Transform,
     strict: bool,
     processes: int | None,
+    by_content: bool,
 ) -> None:
     """Decodes all pictures into a folder beside the place, and renames it."""
-    pictures = [picture for pool in pools.values() for picture in pool]
+    hashes = _hashes(listing, pools) if by_content else {}
+    if by_content:
+        pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
+    names = [picture.name for pool in pools.values() for picture in pool]
     row = int(np.prod(transform.shape))
-    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    transform = replace(transform, bits=transform.bits or _bits(listing, names))
+    scratch = scratch_of(place)
+    scratch.mkdir()
     try:
-        _reserve(scratch / "images.u8", len(pictures) * row)
-        names = [picture.name for picture in pictures]
+        _reserve(scratch / "images.u8", len(names) * row)
         reasons = decode_all(listing, names, transform, scratch / "images.u8", processes, strict)
         skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
         if strict and skipped:
             raise ValueError(_refusal(listing, skipped))
-        kept = [number for number in range(len(pictures)) if number not in reasons]
+        kept = [number for number in range(len(names)) if number not in reasons]
         if not kept:
             raise ValueError(f"No picture of {listing.label} can be used: {_summary(skipped, None)}")
-        checksum = _compact(scratch / "images.u8", kept, row)
+        sha256, crc32 = _compact(scratch / "images.u8", kept, row)
         index = {
             "shape": [len(kept), *transform.shape],
             "names": [names[number] for number in kept],
+            "hashes": [hashes[names[number]] for number in kept] if by_content else [],
             "pools": _kept_pools(pools, kept),
             "skipped": skipped,
-            "sha256": checksum,
+            "sha256": sha256,
+            "crc32": crc32,
             "root": str(listing.root),
             "transform": asdict(transform),
         }
-        _write_json(scratch / "index.json", index)
-        scratch.chmod(0o755)
-        os.replace(scratch, place)
+        _write_json(scratch / "index.json", {**index, "index_sha256": _index_hash(index)})
+        publish(scratch, place, lambda: _open(place) is not None)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     size = len(kept) * row / 2**20
     rank_zero_info(f"Prepared {len(kept)} pictures of {listing.label} in {place} ({size:.1f} MiB).")
+
+
+def _hashes(listing: Listing, pools: Mapping[str, Sequence[Picture]]) -> dict[str, str]:
+    """The hash of each file's contents by its name; of its name where it cannot be read, which decoding will tell."""
+
+    def hashed(name: str) -> str:
+        try:
+            with listing.open(name) as file:
+                return hashlib.sha256(file.read()).hexdigest()[:16]
+        except (BadPictureError, OSError):
+            return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    names = [picture.name for pool in pools.values() for picture in pool]
+    with ThreadPoolExecutor(8) as threads:
+        return dict(zip(names, threads.map(hashed, names), strict=True))
+
+
+def _bits(listing: Listing, names: Sequence[str]) -> int:
+    """How many of 16 bits the pictures use, by the largest value of up to 64 of them."""
+    found = []
+    for name in names[:: max(1, len(names) // 64)]:
+        with contextlib.suppress(BadPictureError, OSError), listing.open(name) as file:
+            found.append(significant_bits(file))
+    bits = max((number for number in found if number is not None), default=16)
+    if bits < 16:
+        rank_zero_info(f"{listing.label}: of 16 bits per channel {bits} are used, which become the full range.")
+    return bits
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -211,21 +263,22 @@ def _reserve(path: Path, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
-def _compact(path: Path, kept: list[int], row: int) -> str:
-    """Moves the rows that are kept together at the start of the file; returns the SHA-256 of all that stays."""
-    digest = hashlib.sha256()
+def _compact(path: Path, kept: list[int], row: int) -> tuple[str, int]:
+    """Moves the rows that are kept to the start of the file; returns the SHA-256 and CRC-32 of all that stays."""
+    digest, crc32 = hashlib.sha256(), 0
     with path.open("r+b") as file:
         for new, old in enumerate(kept):
             file.seek(old * row)
             pixels = file.read(row)
             digest.update(pixels)
+            crc32 = zlib.crc32(pixels, crc32)
             if new != old:
                 file.seek(new * row)
                 file.write(pixels)
         file.truncate(len(kept) * row)
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return digest.hexdigest(), crc32
 
 
 def _kept_pools(pools: Mapping[str, Sequence[Picture]], kept: list[int]) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ classes, k of them 2^k joint ones, with class = sum of 2^i over the attributes i
 
 import csv
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from datamodules.cache import Cache, prepare
 from datamodules.decode import Transform
 from datamodules.feed import Split
 from datamodules.files import may_not_read
+from datamodules.folder import describe_classes
 from datamodules.sources import Listing, Skip, list_pictures
 from diffusion_lit.checks import check_count
 
@@ -113,7 +115,8 @@ class CelebA(ImageDataModule):
             raise ValueError(f"{listing.label} has none of the {len(missing)} pictures of {self._list(PARTITION)}.")
         listing = Listing(listing.root, [], listing.skipped + missing, listing.label, listing.archive)
         cache = prepare(listing, pools, self.transform, self.cache_dir, self.strict, self.cache_processes)
-        rank_zero_info(f"{len(cache.names)} pictures of {listing.label}, {self.num_classes or 'no'} classes.")
+        kinds = describe_classes(self.class_names)
+        rank_zero_info(f"{len(cache.names)} pictures of {listing.label}, {kinds}.")
         return cache
 
     def prepare_data(self) -> None:
@@ -134,6 +137,15 @@ class CelebA(ImageDataModule):
         start, end = self.cache.pools[split]
         labels = self._labels()[start:end] if self.class_names else None
         return Split(self.cache.images[start:end], labels)
+
+    def fingerprint(self, split: str) -> str:
+        """What a split holds, as a SHA-256 over all prepared pixels, its rows and its labels; see `ImageFolder`."""
+        digest = hashlib.sha256(self.cache.checksum.encode())
+        for name in split.split("+"):
+            labels = self.split(name).labels
+            digest.update(repr((self.image_shape, self.cache.pools[name])).encode())
+            digest.update(b"" if labels is None else labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def _listing(self) -> Listing:
         """The folder or zip of the pictures."""

@@ -7,7 +7,7 @@ import shutil
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from torchvision import datasets
 from datamodules.base import NOT_THERE, ImageDataModule, held_out
 from datamodules.feed import Split
 from datamodules.files import download, first_line, may_not_read
-from datamodules.folder import ImageFolder
+from datamodules.folder import ImageFolder, hash_at
 from datamodules.pickles import read_pickle
 from diffusion_lit.checks import check_count
 
 SOURCE = datasets.CIFAR10
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
+OFFICIAL = 50_000  # training pictures
 FILES: dict[str, list[list[str]]] = {"train": SOURCE.train_list, "test": SOURCE.test_list}
 
 
@@ -41,6 +42,8 @@ class CIFAR10(ImageDataModule):
         val_size: Training images held out for validation; a tenth where there are fewer than ten times as many.
         download: Whether missing files are downloaded, through torchvision and verified by checksum.
         cache_dir: Where pictures of class folders are kept decoded, `~/.cache/diffusion-lit` by default.
+        split_by: How pictures of class folders are held out: by the hash of each file's "content", so that one that is
+            added moves no other, `val_size` of 50,000, or by their "order", as before version 2 of the caches.
         use_labels: Whether batches carry the class, and the model is made conditional.
         random_flip: Whether half of the training pictures are mirrored, drawn anew at each epoch.
         on_device: Whether the pictures live on the training device; by default they do on a GPU.
@@ -53,6 +56,7 @@ class CIFAR10(ImageDataModule):
         val_size: int = 5000,
         download: bool = True,
         cache_dir: str | None = None,
+        split_by: Literal["content", "order"] = "content",
         use_labels: bool = True,
         random_flip: bool = True,
         on_device: bool | None = None,
@@ -63,6 +67,7 @@ class CIFAR10(ImageDataModule):
         self.val_size = val_size
         self.download = download
         self.cache_dir = cache_dir
+        self.split_by: Literal["content", "order"] = split_by
         self._announced: set[str] = set()
 
     @property
@@ -74,6 +79,18 @@ class CIFAR10(ImageDataModule):
     def class_names(self) -> list[str]:
         """The ten names, from "airplane" to "truck"."""
         return list(CLASSES) if self.use_labels else []
+
+    def rule(self) -> dict[str, Any]:
+        """How pictures of class folders are held out."""
+        return {"split_by": self.split_by}
+
+    def follow(self, rule: dict[str, Any]) -> None:
+        """Takes the rule that a model was trained under; see `ImageDataModule.follow`."""
+        split_by = rule.get("split_by") if rule else "order"
+        if split_by in ("content", "order") and split_by != self.split_by:
+            self.split_by = split_by
+            self.__dict__.pop("_folder", None)
+            self._forget()
 
     def prepare_data(self) -> None:
         """Downloads or unpacks what is missing, or decodes the pictures of class folders.
@@ -119,7 +136,7 @@ class CIFAR10(ImageDataModule):
             pieces = [read_batch(batches / name) for name, _ in FILES[part]]
             images, labels = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         elif self._has_class_folders():
-            images, labels = self._read_class_folders(part)
+            return self._read_class_folders(split)
         else:
             raise FileNotFoundError(self._missing("prepare_data has not downloaded them"))
         if part == "test":
@@ -130,7 +147,7 @@ class CIFAR10(ImageDataModule):
     @functools.cached_property
     def _folder(self) -> ImageFolder:
         """The class folders as a folder of pictures."""
-        folder = ImageFolder(str(self.root), self.batch_size, SIDE, cache_dir=self.cache_dir)
+        folder = ImageFolder(str(self.root), self.batch_size, SIDE, split_by=self.split_by, cache_dir=self.cache_dir)
         if tuple(folder.class_names) != CLASSES:
             raise ValueError(
                 f"{self.root} has the class folders {', '.join(folder.class_names) or '(none)'}, not CIFAR-10's "
@@ -141,12 +158,19 @@ class CIFAR10(ImageDataModule):
     def _has_class_folders(self) -> bool:
         return all((self.root / part / CLASSES[0]).is_dir() for part in ("train", "test"))
 
-    def _read_class_folders(self, part: str) -> tuple[Tensor, Tensor]:
+    def _read_class_folders(self, split: str) -> Split:
         cache = self._folder.cache
-        start, end = cache.pools.get(part, (0, 0))
-        labels = self._folder.labels(cache.names[start:end])
+        start, end = cache.pools.get("test" if split == "test" else "train", (0, 0))
+        rows = torch.arange(start, end)
+        if split != "test" and cache.hashes:
+            border = hash_at(min(self.val_size / OFFICIAL, 0.1))
+            held = torch.tensor([digest < border for digest in cache.hashes[start:end]], dtype=torch.bool)
+            rows = rows[held if split == "val" else ~held]
+        elif split != "test":
+            rows = rows[held_out(end - start, self.val_size)[split]]
+        labels = self._folder.labels([cache.names[row] for row in rows.tolist()])
         assert labels is not None
-        return torch.from_numpy(np.array(cache.images[start:end])), labels
+        return Split(torch.from_numpy(cache.images[rows.numpy()]), labels)
 
     def _batches(self) -> Path | None:
         """The folder that holds all official pickles, or None."""

@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from diffusion_lit.checks import check_count, check_number
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 ORIENTATION = 0x0112  # the EXIF tag, and below what turns a picture upright for each of its values
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,6 +32,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of 16
 HUGE = 2**23  # pixels to decode, from which on the gate is asked
 DRAFT = 4  # a reduced JPEG keeps at least so many times the target's pixels per side
 
@@ -51,6 +52,8 @@ class Transform:
         crop: Pixels per side of the centre square that is kept; by default as many as fit.
         upscale: Whether pictures smaller than the target are enlarged rather than refused.
         background: Grey level 0..255 that shows behind transparent pixels.
+        bits: How many bits of a picture with 16 bits per channel are used, from 8 to 16: 12 for values 0..4095; by
+            default the fewest of 8, 10, 12, 14 and 16 that hold its values.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,6 +65,7 @@ class Transform:
     crop: int | None = None
     upscale: bool = False
     background: int = 255
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         check_number(least=1, most=4096, whole=True, image_size=self.size)
@@ -72,6 +76,8 @@ class Transform:
             raise ValueError(f"resize is {self.resize!r}; choose 'lanczos' or 'area'.")
         check_count(crop=self.crop)
         check_number(least=0, most=255, whole=True, background=self.background)
+        if self.bits is not None:
+            check_number(least=8, most=16, whole=True, bits=self.bits)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -124,9 +130,10 @@ def _square(image: Image.Image, transform: Transform, gate: Callable[[], Abstrac
         image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))  # does nothing but to a JPEG
     scale = min(image.size) / min(width, height)
     with gate() if image.width * image.height > HUGE else nullcontext():
+        deep = _deep(image)
         image.load()
         orientation = _orientation(image)  # read after loading: TIFF turns by itself
-        image = _eight_bit(image)
+        image = _eight_bit(image) if deep is None else _reduced(deep, transform.bits)
         kernel = Image.Resampling.BOX if transform.resize == "area" else Image.Resampling.LANCZOS
         if side < transform.size:
             kernel = Image.Resampling.LANCZOS  # there is no area to average over
@@ -151,15 +158,61 @@ def _centre(size: tuple[int, int], side: float) -> tuple[float, float, float, fl
     return (max(left, 0.0), max(top, 0.0), min(left + side, float(size[0])), min(top + side, float(size[1])))
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture in a mode of 8 bits per channel that may be resampled: L, LA, RGB or RGBA."""
+def significant_bits(file: IO[bytes]) -> int | None:
+    """How many bits of a picture with 16 bits per channel are used.
+
+    Args:
+        file: The opened file.
+
+    Returns:
+        The fewest of 8, 10, 12, 14 and 16 that hold its values; None for a picture with fewer bits, or a broken one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                values = _deep(image)
+                return None if values is None else _bits_of(values)
+    except Exception:  # what is wrong with it, decoding tells
+        return None
+
+
+def _bits_of(values: np.ndarray) -> int:
+    return min(bits for bits in DEPTHS if int(values.max()) < 2**bits)
+
+
+def _deep(image: Image.Image) -> np.ndarray | None:
+    """The values (H, W) or (H, W, C) of a picture with 16 bits per channel; None for one with fewer."""
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.asarray(image).astype(np.int64)
     if image.mode == "I":  # 32 bits, as some writers store 16
-        values = np.asarray(image)
+        values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise BadPictureError("has 32 bits per channel beyond the 16 that have a meaning")
-        return Image.fromarray((values >> 8).astype(np.uint8))
+        return values
+    if image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith(";16B"):
+        import torch  # Pillow reads the upper 8 bits of colours, which for 12 of 16 are nearly black
+        from torchvision.io import ImageReadMode, decode_image
+
+        assert image.fp is not None
+        position = image.fp.tell()
+        image.fp.seek(0)
+        encoded = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+        image.fp.seek(position)
+        return decode_image(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy().astype(np.int64)
+    return None
+
+
+def _reduced(values: np.ndarray, bits: int | None) -> Image.Image:
+    """A picture of 16 bits per channel in 8: its upper 8 of those that are used."""
+    bits, needed = bits or _bits_of(values), _bits_of(values)
+    if needed > bits:
+        raise BadPictureError(f"holds the value {values.max()}, which {bits} bits do not; set bits to {needed}")
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The picture in a mode of 8 bits per channel that may be resampled: L, LA, RGB or RGBA."""
     if image.mode == "F":
         raise BadPictureError("holds floating-point values, whose range is not known")
     if image.mode in ("L", "LA", "RGB", "RGBA") and not image.has_transparency_data:

@@ -1,15 +1,23 @@
 """Any pictures: a folder of any depth, with or without classes and splits, a zip of it, or a list of globs.
 
 What the folders mean is read off their names. A single folder that holds all the rest means nothing and is passed
-through. `train`, `val` and `test` beside each other are the splits. Folders below that are classes where every training
-picture lies in one and there are two at least. Without splits on disk, pictures are dealt to "val" and "test" by the
-hash of their names: always the same, and little changed when pictures are added.
+through. `train`, `val` and `test` beside each other are the splits. Folders below that are classes where there are two
+at least; a few training pictures beside them, at most as many as a class has on average, are left out and told. Classes
+are numbered in the order of their names, numbers in them as numbers: 0, 1, 2, 10.
+
+Without splits on disk, each picture is dealt by the hash h of its file's contents, taken as a number in [0, 1): to
+"val" where h < val_fraction, to "test" where h >= 1 - test_fraction. A picture that is added, removed or renamed moves
+no other, and two copies of one picture are never in different splits. Where no picture falls to a split that is asked
+for, the one with the lowest hash ("val") or the highest ("test") is taken.
 """
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +29,10 @@ from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
 from datamodules.decode import ENDINGS, Transform
 from datamodules.feed import Split
-from datamodules.sources import Listing, Picture, Skip, list_pictures
+from datamodules.sources import Listing, Picture, Skip, list_pictures, printable
 from diffusion_lit.checks import check_count, check_number
+
+SHOWN = 12  # classes that are told one by one
 
 POOLS = {
     "train": "train", "training": "train",
@@ -41,6 +51,7 @@ class Layout:
         classes: Names of the classes, sorted; empty where there are none.
         prefix: The part of the names that all share.
         split: Whether there are splits on disk.
+        note: Why folders are no classes, where one may wonder; empty otherwise.
     """
 
     listing: Listing
@@ -48,6 +59,7 @@ class Layout:
     classes: list[str]
     prefix: str
     split: bool
+    note: str = ""
 
     def class_of(self, name: str) -> str | None:
         """The class of a picture.
@@ -85,23 +97,44 @@ def lay_out(listing: Listing, use_labels: bool = True) -> Layout:
         else:
             pools[POOLS[head] if split else "train"].append(picture)
     layout = Layout(listing, pools, [], prefix, split)
-    classes = {layout.class_of(picture.name) for picture in pools["train"]}
-    names = sorted(name for name in classes if name is not None)
-    if len(names) < 2 or None in classes or not use_labels:
+    counts = Counter(layout.class_of(picture.name) for picture in pools["train"])
+    beside = counts.pop(None, 0)
+    names = sorted((name for name in counts if name is not None), key=natural)
+    note = ""
+    if len(names) < 2 or not use_labels:
+        names = []
+    elif beside > sum(counts.values()) / len(names):
+        note = f"{beside} pictures lie beside the {len(names)} folders, which are therefore no classes"
         names = []
     for pool, pictures in pools.items() if names else ():
         strays = [picture for picture in pictures if layout.class_of(picture.name) not in names]
-        skipped += [Skip(picture.name, "lies in the folder of no training class") for picture in strays]
+        for picture in strays:
+            none = layout.class_of(picture.name) is None
+            where = "beside the folders of the classes" if none else "in the folder of no training class"
+            skipped.append(Skip(picture.name, f"lies {where}"))
         pools[pool] = [picture for picture in pictures if layout.class_of(picture.name) in names]
     listing = Listing(listing.root, listing.pictures, skipped, listing.label, listing.archive)
-    return Layout(listing, pools, names, prefix, split)
+    return Layout(listing, pools, names, prefix, split, note)
+
+
+def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sorts names as people do: numbers in them as numbers, "2" before "10".
+
+    Args:
+        name: A name.
+
+    Returns:
+        What to sort it by.
+    """
+    parts = [part for part in re.split("([0-9]+)", name) if part]
+    return [(0, int(part)) if part[0] in "0123456789" else (1, part) for part in parts], name
 
 
 class ImageFolder(ImageDataModule):
     """Pictures of any size and kind from a folder, a zip or a list of globs, cut to squares and resized.
 
-    JPEG, PNG, WebP, BMP and TIFF, in grey, palette, alpha, CMYK or 16 bits, turned upright by their EXIF tag. Each
-    picture is decoded once, into a cache; broken ones are named and left out.
+    JPEG, PNG, WebP, BMP, TIFF and GIF (its first frame), in grey, palette, alpha, CMYK or 16 bits, turned upright by
+    their EXIF tag. Each picture is decoded once, into a cache; broken ones are named and left out.
 
     Args:
         root: A folder, a zip, a glob such as "dogs/*terrier*", or a list of globs.
@@ -112,8 +145,12 @@ class ImageFolder(ImageDataModule):
         crop: Pixels per side of the centre square that is kept before resizing; by default as many as fit.
         upscale: Whether pictures smaller than image_size are enlarged rather than left out.
         background: Grey level 0..255 behind transparent pixels.
+        bits: How many bits of pictures with 16 bits per channel are used, such as 12 for values 0..4095; by default the
+            fewest of 8, 10, 12, 14 and 16 that hold the values of 64 pictures.
         val_fraction: Share of the training pictures held out for validation, where the disk has no val folder.
         test_fraction: Share held out as test split, where the disk has no test folder; with 0, it is the val split.
+        split_by: How pictures are dealt to the splits: by the hash of each file's "content", or by their "order", the
+            first of an order that changes with every file, as before version 2 of the caches.
         strict: Whether a picture that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches, `~/.cache/diffusion-lit` by default.
         cache_processes: Processes that decode; by default one per core.
@@ -134,8 +171,10 @@ class ImageFolder(ImageDataModule):
         crop: int | None = None,
         upscale: bool = False,
         background: int = 255,
+        bits: int | None = None,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        split_by: Literal["content", "order"] = "content",
         strict: bool = False,
         cache_dir: str | None = None,
         cache_processes: int | None = None,
@@ -148,12 +187,16 @@ class ImageFolder(ImageDataModule):
         check_number(least=0, below=0.5, val_fraction=val_fraction, test_fraction=test_fraction)
         check_count(cache_processes=cache_processes)
         self.root = root
-        self.transform = Transform(image_size, channels, resize, crop, upscale, background)
+        if split_by not in ("content", "order"):
+            raise ValueError(f"split_by is {split_by!r}; choose 'content' or 'order'.")
+        self.transform = Transform(image_size, channels, resize, crop, upscale, background, bits)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
+        self.split_by = split_by
         self.strict = strict
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.cache_processes = cache_processes
+        self._numbered: list[str] = []
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -178,18 +221,42 @@ class ImageFolder(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The folders' names where they are classes."""
-        return self.layout.classes
+        """The folders' names where they are classes, in the order of their numbers."""
+        return self._numbered or self.layout.classes
+
+    def number_classes(self, names: list[str]) -> bool:
+        """Numbers the classes anew; see `ImageDataModule.number_classes`."""
+        self._numbered = names
+        rank_zero_info(f"The classes are numbered as the model knows them: {describe_classes(names)}.")
+        return True
 
     @functools.cached_property
     def cache(self) -> Cache:
         """The decoded pictures, prepared if they are not yet."""
         layout = self.layout
         pools = {pool: pictures for pool, pictures in layout.pools.items() if pictures}
-        cache = prepare(layout.listing, pools, self.transform, self.cache_dir, self.strict, self.cache_processes)
-        kinds = f"{len(layout.classes)} classes" if layout.classes else "no classes"
-        rank_zero_info(f"{len(cache.names)} pictures of {layout.listing.label}, {kinds}.")
+        options = (self.transform, self.cache_dir, self.strict, self.cache_processes, self.split_by == "content")
+        cache = prepare(layout.listing, pools, *options)
+        counts = Counter(layout.class_of(name) for name in cache.names)
+        kinds = describe_classes(self.class_names, counts)
+        note = f" ({layout.note})" if layout.note else ""
+        rank_zero_info(f"{len(cache.names)} pictures of {layout.listing.label}, {kinds}{note}.")
         return cache
+
+    def rule(self) -> dict[str, Any]:
+        """How pictures are dealt to the splits, and the bits that are used of 16."""
+        return {"split_by": self.split_by, "bits": self.transform.bits}
+
+    def follow(self, rule: dict[str, Any]) -> None:
+        """Takes the rule that a model was trained under; see `ImageDataModule.follow`."""
+        rule = rule or {"split_by": "order", "bits": 16}  # as it was before it was recorded
+        if "split_by" not in rule or self.rule() == {name: rule[name] for name in self.rule()}:
+            return
+        rank_zero_info(f"split_by and bits are as the model was trained with: {rule['split_by']}, {rule['bits']}.")
+        self.split_by = rule["split_by"]
+        self.transform = replace(self.transform, bits=rule["bits"])
+        self.__dict__.pop("cache", None)
+        self._forget()
 
     def prepare_data(self) -> None:
         """Decodes the pictures into the cache where that was not done before."""
@@ -211,15 +278,18 @@ class ImageFolder(ImageDataModule):
         if "train" not in pools or pools["train"][0] == pools["train"][1]:
             raise ValueError(f"{self.layout.listing.label} has no usable picture to train on.")
         start, end = pools["train"]
-        val = 0 if "val" in pools else _share(self.val_fraction, end - start)
-        test = 0 if "test" in pools else _share(self.test_fraction, end - start)
+        val = 0 if "val" in pools else self._held_out(self.val_fraction, start, end, lowest=True)
+        test = 0 if "test" in pools else self._held_out(self.test_fraction, start, end, lowest=False)
         if end - start - val - test < 1:
             raise ValueError(
                 f"{self.layout.listing.label} has {end - start} pictures to train on, too few to hold {val + test} "
                 "out; set val_fraction and test_fraction to 0, or use SingleImage to learn from one picture."
             )
-        places = {"train": (start + val + test, end), "val": (start, start + val)}
-        places["test"] = (start + val, start + val + test)
+        if self.split_by == "content":  # val | train | test, by rising hash
+            places = {"val": (start, start + val), "train": (start + val, end - test), "test": (end - test, end)}
+        else:  # val | test | train
+            places = {"val": (start, start + val), "train": (start + val + test, end)}
+            places["test"] = (start + val, start + val + test)
         if "val" in pools:
             places["val"] = pools["val"]
         if "test" in pools:
@@ -227,6 +297,16 @@ class ImageFolder(ImageDataModule):
         elif test == 0:
             places["test"] = places["val"]
         return places[split]
+
+    def _held_out(self, fraction: float, start: int, end: int, lowest: bool) -> int:
+        """Number of pictures of the training pool that are held out at its one end."""
+        if not fraction:
+            return 0
+        if self.split_by != "content":
+            return max(1, round(fraction * (end - start)))
+        border = hash_at(fraction if lowest else 1 - fraction)
+        place = bisect_left(self.cache.hashes, border, start, end)
+        return max(1, place - start if lowest else end - place)
 
     def read(self, split: str) -> Split:
         """Opens a split in the cache.
@@ -249,7 +329,7 @@ class ImageFolder(ImageDataModule):
         Returns:
             An int64 tensor (N,), or None where there are no classes.
         """
-        classes = {name: number for number, name in enumerate(self.layout.classes)}
+        classes = {name: number for number, name in enumerate(self.class_names)}
         if not classes:
             return None
         return torch.tensor([classes[str(self.layout.class_of(name))] for name in names], dtype=torch.int64)
@@ -270,6 +350,15 @@ class ImageFolder(ImageDataModule):
             digest.update(b"" if labels is None else labels.numpy().tobytes())
         return digest.hexdigest()
 
+    def _identity_of(self, split: str) -> str:
+        """The files of this split alone, so that more pictures in another change nothing."""
+        start, end = self.rows(split)
+        if not self.cache.hashes:
+            return self.fingerprint(split)
+        classes = [self.layout.class_of(name) for name in self.cache.names[start:end]] if self.class_names else []
+        files = sorted(zip(self.cache.hashes[start:end], classes or self.cache.hashes[start:end], strict=True))
+        return hashlib.sha256(repr((self.transform, files)).encode("utf-8", "surrogateescape")).hexdigest()
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "cache"}
 
@@ -283,6 +372,8 @@ class Landscapes(ImageFolder):
         image_size: Pixels per side.
         val_fraction: Share of the training pictures held out for validation, where the disk has no val folder.
         test_fraction: Share held out as test split, where the disk has no test folder; with 0, it is the val split.
+        split_by: How pictures are dealt to the splits: by the hash of each file's "content", or by their "order", the
+            first of an order that changes with every file, as before version 2 of the caches.
         strict: Whether a picture that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches, `~/.cache/diffusion-lit` by default.
         cache_processes: Processes that decode; by default one per core.
@@ -298,6 +389,7 @@ class Landscapes(ImageFolder):
         image_size: int = 64,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        split_by: Literal["content", "order"] = "content",
         strict: bool = False,
         cache_dir: str | None = None,
         cache_processes: int | None = None,
@@ -311,6 +403,7 @@ class Landscapes(ImageFolder):
             image_size,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
+            split_by=split_by,
             strict=strict,
             cache_dir=cache_dir,
             cache_processes=cache_processes,
@@ -321,9 +414,36 @@ class Landscapes(ImageFolder):
         )
 
 
-def _share(fraction: float, count: int) -> int:
-    """Number of pictures that a share of them is, 1 at the least unless the share is 0."""
-    return max(1, round(fraction * count)) if fraction else 0
+def hash_at(fraction: float) -> str:
+    """The hash below which a share of all hashes lie.
+
+    Args:
+        fraction: The share, in [0, 1).
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return f"{int(fraction * 2**64):016x}"
+
+
+def describe_classes(names: Sequence[str], counts: Mapping[str | None, int] | None = None) -> str:
+    """Classes with their numbers and how many pictures each has, in a few words.
+
+    Args:
+        names: The classes in the order of their numbers.
+        counts: Pictures of each by its name.
+
+    Returns:
+        Such as "2 classes: 0 = cat (160), 1 = dog (158)"; of many, the first and the last.
+    """
+    if not names:
+        return "no classes"
+    told = [
+        f"{number} = {printable(name)}" + ("" if counts is None else f" ({counts[name]})")
+        for number, name in enumerate(names)
+    ]
+    shown = told if len(told) <= SHOWN else [*told[: SHOWN - 2], "...", told[-1]]
+    return f"{len(names)} classes: {', '.join(shown)}"
 
 
 def _rank(name: str) -> str:

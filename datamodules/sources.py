@@ -20,6 +20,10 @@ from typing import IO, Any, NamedTuple
 from datamodules.decode import ENDINGS, BadPictureError
 from datamodules.files import may_not_read
 
+OTHERS = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".exr",
+    ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".dcm", ".nii", ".npy", ".npz", ".mp4", ".mov", ".avi",
+)  # fmt: skip  # pictures of kinds that are not read
 GIVE = "give a folder of pictures, a zip of them, or a list of globs"
 MAX_MEMBER = 2**29  # bytes that a picture in a zip may unpack to
 
@@ -172,6 +176,7 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
             skipped.append(Skip(prefix.rstrip("/") or str(folder), f"cannot be listed ({_why(error)})"))
             continue
         below = []
+        skipped += _unreadable(prefix, [entry.name for entry in entries])
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -190,6 +195,16 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
                 else:
                     skipped.append(Skip(name, "is no regular file"))
         waiting += reversed(below)
+
+
+def _unreadable(folder: str, names: Sequence[str]) -> list[Skip]:
+    """What is said of the files of a folder that are pictures of kinds that are not read: one line for each kind."""
+    endings = [os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")]
+    return [
+        Skip(folder or "the folder itself", f"holds {endings.count(ending)} {ending} files, which are not read")
+        for ending in OTHERS
+        if ending in endings
+    ]
 
 
 def _list_folder(folder: Path) -> Listing:
@@ -214,7 +229,13 @@ def _list_zip(path: Path) -> Listing:
         for info in archive.infolist()
         if is_picture(info.filename) and not info.is_dir() and not _is_hidden(info.filename)
     }
-    return Listing(path, sorted(pictures.values()), [], printable(str(path)), archive)
+    folders: dict[str, list[str]] = {}
+    for info in archive.infolist():
+        if not info.is_dir() and not _is_hidden(info.filename):
+            folder, _, name = info.filename.rpartition("/")
+            folders.setdefault(folder and folder + "/", []).append(name)
+    skipped = [skip for folder, names in sorted(folders.items()) for skip in _unreadable(folder, names)]
+    return Listing(path, sorted(pictures.values()), skipped, printable(str(path)), archive)
 
 
 def _list_globs(patterns: Sequence[str]) -> Listing:

@@ -1,5 +1,7 @@
 """A part of another data set's training pictures, to see what becomes of a model as they get fewer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,20 @@ class Subset(ImageDataModule):
         """See `ImageDataModule.write_nowhere`."""
         super().write_nowhere(but_root)
         self.data.write_nowhere(but_root)
+
+    def number_classes(self, names: list[str]) -> bool:
+        """Numbers the classes anew, where the data set can; see `ImageDataModule.number_classes`."""
+        self.data.match_classes(names)
+        return True
+
+    def rule(self) -> dict[str, Any]:
+        """The rule of the data set."""
+        return self.data.rule()
+
+    def follow(self, rule: dict[str, Any]) -> None:
+        """Has the data set take the rule that a model was trained under; see `ImageDataModule.follow`."""
+        self.data.follow(rule)
+        self._forget()
 
     def prepare_data(self) -> None:
         """Gets the data set."""

@@ -47,9 +47,9 @@ def contents(data: ImageFolder, split: str) -> list[bytes]:
     return sorted(image.tobytes() for image in np.asarray(data.reference_images(split)))
 
 
-def test_flat_folder_is_split_by_names_and_has_no_classes(tmp_path):
+def test_flat_folder_is_split_and_has_no_classes(tmp_path):
     paths = write_flat(tmp_path / "data", 60)
-    data = make(tmp_path / "data", tmp_path)
+    data = make(tmp_path / "data", tmp_path, split_by="order")
     assert data.num_classes == 0 and data.reference_labels("train") is None and data.image_shape == (3, 16, 16)
     assert [len(data.reference_images(split)) for split in ("train", "val", "test")] == [54, 3, 3]
     together = [image for split in ("train", "val", "test") for image in contents(data, split)]
@@ -59,14 +59,14 @@ def test_flat_folder_is_split_by_names_and_has_no_classes(tmp_path):
     assert batch["image"].shape == (2, 3, 16, 16) and "label" not in batch
 
 
-def test_split_by_names_is_stable(tmp_path):
+def test_split_by_order_is_as_it_was_before_the_split_by_content(tmp_path):
     write_flat(tmp_path / "data", 100)
-    before = make(tmp_path / "data", tmp_path)
+    before = make(tmp_path / "data", tmp_path, split_by="order")
     held = set(contents(before, "val") + contents(before, "test"))
     picture((24, 20), seed=5000).save(tmp_path / "data" / "another.png")
-    after = make(tmp_path / "data", tmp_path)
+    after = make(tmp_path / "data", tmp_path, split_by="order")
     assert len(held & set(contents(after, "val") + contents(after, "test"))) >= 9
-    again = make(tmp_path / "data", tmp_path, val_fraction=0.2, test_fraction=0)
+    again = make(tmp_path / "data", tmp_path, val_fraction=0.2, test_fraction=0, split_by="order")
     assert len(again.reference_images("val")) == 20 and contents(again, "test") == contents(again, "val")
 
 
@@ -91,7 +91,7 @@ def test_splits_on_disk_are_used(tmp_path):
 
 def test_missing_split_is_taken_from_training(tmp_path):
     write_class_folders(tmp_path / "data", ["a", "b"], per_class=10, size=(20, 20))
-    data = make(tmp_path / "data", tmp_path)
+    data = make(tmp_path / "data", tmp_path, val_fraction=1e-9)  # one at the least
     assert [len(data.reference_images(split)) for split in ("train", "val", "test")] == [19, 1, 20]
 
 

@@ -22,6 +22,7 @@ from diffusion_lit.diffusion.loss import DenoisingLoss
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
+from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.modules.optim import configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
@@ -49,6 +50,7 @@ class KeyedModule(LightningModule):
         self._makers: Callable[[], tuple[OptimizerCallable, LRSchedulerCallable | None]]
         self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names: list[str] = []
+        self._has_checked = False
         if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
             self.save_hyperparameters()
 
@@ -105,7 +107,10 @@ class KeyedModule(LightningModule):
         return (batch_idx * count + torch.arange(count, device=self.device)) * world + rank
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Keys what the network draws by itself."""
+        """Checks the first batch of the process, and keys what the network draws by itself."""
+        if not self._has_checked:
+            check_batch(batch, getattr(self, "image_shape", None), getattr(self, "num_classes", 0))
+            self._has_checked = True
         seed = keyed_seed("network", run_seed(), self.current_epoch, batch_idx, self.global_rank)
         seed_default_generators(seed, self.device)
 
@@ -131,16 +136,32 @@ class KeyedModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""
-        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        identity = getattr(data, "identity", None)
         checkpoint["diffusion_lit"] = {
-            "class_names": list(names or self.class_names),
+            "class_names": list(getattr(data, "class_names", None) or self.class_names),
+            "conditional": self._is_conditional,
+            "data": {} if identity is None else identity(),
             "seed": run_seed(),
             "precision": "32-true" if self._trainer is None else str(self.trainer.precision),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the names of the classes from the checkpoint."""
-        self.class_names = checkpoint.get("diffusion_lit", {}).get("class_names", self.class_names)
+        """Takes the names of the classes from the checkpoint, and has the data numbered and compared by it.
+
+        Raises:
+            ValueError: If the data has other classes than the checkpoint was trained on.
+        """
+        recorded = checkpoint.get("diffusion_lit", {})
+        self.class_names = recorded.get("class_names", self.class_names)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "continue_from"):
+            data.continue_from(recorded.get("data") or {}, self.class_names if self._is_conditional else [])
+
+    @property
+    def _is_conditional(self) -> bool:
+        """Whether the numbers of the classes mean anything to the network."""
+        return bool(getattr(self, "num_classes", True))
 
 
 class DiffusionModule(PixelModel, KeyedModule):

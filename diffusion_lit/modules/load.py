@@ -59,7 +59,8 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
         The data module, not yet prepared.
 
     Raises:
-        ValueError: As `read_checkpoint`, or if the file does not say which data it was trained on.
+        ValueError: As `read_checkpoint`, if the file does not say which data it was trained on, or if the data has
+            other classes now.
     """
     refuse_hidden_datamodules()
     import datamodules
@@ -69,6 +70,9 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     data = cast(LightningDataModule, _build(LightningDataModule, checkpoint, path, **overrides))
     if isinstance(data, datamodules.ImageDataModule):
         data.write_nowhere(but_root="root" in overrides)
+        recorded = checkpoint.get("diffusion_lit", {})
+        names = recorded.get("class_names", []) if recorded.get("conditional", True) else []
+        data.continue_from(recorded.get("data") or {}, names)
     return data
 
 
