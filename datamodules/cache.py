@@ -31,6 +31,7 @@ from datamodules.decoding import decode_all
 from datamodules.sources import Listing, Picture, Skip, printable
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
+from diffusion_lit.storage.hashing import file_crc32, key_of
 
 VERSION = 2  # raise it when decoding changes
 NAMED = 5  # skipped pictures that a message names
@@ -131,11 +132,11 @@ def _open(place: Path) -> Cache | None:
     try:
         index = json.loads((place / "index.json").read_text())
         shape = tuple(index["shape"])
-        if index.pop("index_sha256") != _index_hash(index):
+        if index.pop("index_sha256") != key_of(index):
             return None
         if (place / "images.u8").stat().st_size != int(np.prod(shape)):
             return None
-        if _crc32(place / "images.u8") != index["crc32"]:
+        if file_crc32(place / "images.u8") != index["crc32"]:
             return None
         images = np.memmap(place / "images.u8", np.uint8, "r", shape=shape)
     except (FileNotFoundError, NotADirectoryError):
@@ -145,18 +146,6 @@ def _open(place: Path) -> Cache | None:
     pools = {name: (start, end) for name, (start, end) in index["pools"].items()}
     skipped = [Skip(*skip) for skip in index["skipped"]]
     return Cache(images, index["names"], index["hashes"], pools, skipped, index["sha256"])
-
-
-def _index_hash(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
-def _crc32(path: Path) -> int:
-    total = 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            total = zlib.crc32(block, total)
-    return total
 
 
 @contextlib.contextmanager
@@ -216,7 +205,7 @@ def _write(
             "root": str(listing.root),
             "transform": asdict(transform),
         }
-        _write_json(scratch / "index.json", {**index, "index_sha256": _index_hash(index)})
+        _write_json(scratch / "index.json", {**index, "index_sha256": key_of(index)})
         publish(scratch, place, lambda: _open(place) is not None)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

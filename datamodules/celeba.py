@@ -45,7 +45,7 @@ class CelebA(ImageDataModule):
         crop: Pixels per side of the centre square that is kept: 140 or 178.
         attributes: Attributes that make the classes, such as [Smiling, Male]; none for an unconditional model.
         strict: Whether a picture that cannot be used stops the run instead of being left out.
-        cache_dir: Folder of the caches, `~/.cache/diffusion-lit` by default.
+        cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
         num_workers: Processes that read ahead from the cache while training, for one on a slow disk.
         use_labels: Whether batches carry the classes that `attributes` makes.

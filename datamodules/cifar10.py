@@ -41,7 +41,7 @@ class CIFAR10(ImageDataModule):
         batch_size: Pictures per training step over all ranks.
         val_size: Training images held out for validation; a tenth where there are fewer than ten times as many.
         download: Whether missing files are downloaded, through torchvision and verified by checksum.
-        cache_dir: Where pictures of class folders are kept decoded, `~/.cache/diffusion-lit` by default.
+        cache_dir: Where pictures of class folders are kept decoded; `images` in the folder of all caches by default.
         split_by: How pictures of class folders are held out: by the hash of each file's "content", so that one that is
             added moves no other, `val_size` of 50,000, or by their "order", as before version 2 of the caches.
         use_labels: Whether batches carry the class, and the model is made conditional.

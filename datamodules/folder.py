@@ -152,7 +152,7 @@ class ImageFolder(ImageDataModule):
         split_by: How pictures are dealt to the splits: by the hash of each file's "content", or by their "order", the
             first of an order that changes with every file, as before version 2 of the caches.
         strict: Whether a picture that cannot be used stops the run instead of being left out.
-        cache_dir: Folder of the caches, `~/.cache/diffusion-lit` by default.
+        cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
         num_workers: Processes that read ahead from the cache while training, for one on a slow disk.
         use_labels: Whether folders are classes, which batches carry and the model is conditioned on.
@@ -375,7 +375,7 @@ class Landscapes(ImageFolder):
         split_by: How pictures are dealt to the splits: by the hash of each file's "content", or by their "order", the
             first of an order that changes with every file, as before version 2 of the caches.
         strict: Whether a picture that cannot be used stops the run instead of being left out.
-        cache_dir: Folder of the caches, `~/.cache/diffusion-lit` by default.
+        cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
         num_workers: Processes that read ahead from the cache while training.
         random_flip: Whether half of the training pictures are mirrored.

@@ -332,3 +332,72 @@ def test_a_batch_in_another_range_is_told_and_a_right_one_is_not(recwarn):
     for images, told in (((GOOD + 1) / 2, r"in \[0, 1\]"), (GOOD * 3, r"models expect \[-1, 1\]")):
         with pytest.warns(UserWarning, match=told):
             check_batch(batch(images), (3, 8, 8))
+
+
+# --- from the command line
+
+
+@pytest.fixture
+def run(lightning, tmp_path):
+    """A model of two class folders, trained for two steps; trains it on for one more."""
+    for label, name in enumerate(["cat", "dog"]):
+        for number in range(30):
+            write(tmp_path / "pets" / name / f"{number}.png", 100 * label + number)
+
+    def fit(steps, *args):
+        lightning(
+            *["fit", "--config", os.path.join(os.path.dirname(__file__), "..", "configs", "edm_digits.yaml")],
+            *["--data=datamodules.ImageFolder", "--data.root", tmp_path / "pets", "--data.image_size=8"],
+            *["--data.batch_size=8", "--model.net.channels=16", f"--trainer.max_steps={steps}", *args],
+            *["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=1000"],
+        )
+
+    fit(2)
+    return fit
+
+
+def refusal(capsys, call):
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_classes_and_its_own_split(run, tmp_path, capsys, lightning):
+    last = tmp_path / "runs/edm_digits/version_0/checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    recorded = content["diffusion_lit"]
+    assert recorded["class_names"] == ["cat", "dog"] and len(recorded["data"]["train"]["sha256"]) == 64
+    (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "animal")
+    assert "without dog, and with animal instead" in refusal(capsys, lambda: run(3, "--ckpt_path=last"))
+    evaluate = ["evaluate", "--ckpt_path", last, "--num_samples=4", "--extractor=pixels", "--per_class", "--out=e.json"]
+    assert "without dog, and with animal instead" in refusal(capsys, lambda: lightning(*evaluate))
+    (tmp_path / "pets" / "animal").rename(tmp_path / "pets" / "dog")
+    recorded["class_names"] = ["dog", "cat"]  # as of a run that had numbered them so
+    torch.save(content, last)
+    write(tmp_path / "pets" / "cat" / "another.png", 1)  # the bytes of cat/1.png: in the same split as that
+    train = recorded["data"]["train"]["count"]
+    with pytest.warns(UserWarning, match=rf"trained on: {train} pictures of ImageFolder .* then, {train + 1} of"):
+        run(3, "--ckpt_path=last")
+    again = torch.load(last, weights_only=True)["diffusion_lit"]
+    assert again["class_names"] == ["dog", "cat"] and again["data"]["val"] == recorded["data"]["val"]
+
+
+def test_a_checkpoint_of_before_goes_on_with_its_own_split(run, tmp_path):
+    from diffusion_lit.modules.load import load_data
+
+    last = tmp_path / "runs/edm_digits/version_0/checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    for name in ("data", "conditional"):
+        content["diffusion_lit"].pop(name)
+    for name in ("split_by", "bits"):
+        content["datamodule_hyper_parameters"].pop(name)
+    torch.save(content, last)
+    old = held(folder(tmp_path / "pets", tmp_path / "cache2", split_by="order"))["val"]
+    wide = {Image.open(path).resize((8, 8)).tobytes() for path in (tmp_path / "pets").rglob("*.png")}
+    assert len(wide) == 60
+    run(3, "--ckpt_path=last")
+    assert torch.load(last, weights_only=True)["diffusion_lit"]["data"]["split_by"] == "order"
+    data = load_data(last)
+    data.prepare_data()
+    assert len(data.split("val").images) == len(old) == 3

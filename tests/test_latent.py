@@ -145,12 +145,43 @@ def test_a_cache_is_found_again_and_belongs_to_its_autoencoder_and_data(here, mo
     assert len(list((here / "cache").glob("*/moments.f32"))) == 5
 
 
-def test_a_damaged_cache_is_made_anew(here):
+def test_a_damaged_cache_is_told_and_made_anew(here):
     _, losses, _ = fitted(here)
+    for name, place in (("moments.f32", 5000), ("moments.f32", -1), ("index.json", 700)):
+        for path in (here / "cache").glob(f"*/{name}"):
+            content = bytearray(path.read_bytes())
+            content[place if place < len(content) else 7] ^= 4  # one bit
+            path.write_bytes(content)
+        with pytest.warns(UserWarning, match="are damaged; they are encoded anew"):
+            assert fitted(here)[1] == losses
     for path in (here / "cache").glob("*/moments.f32"):
         path.write_bytes(path.read_bytes()[:100])
-    (here / "cache" / ".leftover.part").mkdir()
     assert fitted(here)[1] == losses
+    assert [path for path in (here / "cache").iterdir() if path.name.startswith(".")] == []
+
+
+def test_where_no_lock_is_honoured_the_cache_of_another_host_stays(here, monkeypatch):
+    """Another host encodes the same pictures, is half through with one split and finishes the other meanwhile."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    _, losses, _ = fitted(here)
+    (here / "cache").rename(here / "done")
+    (here / "cache").mkdir()
+    names = [path.name for path in (here / "done").iterdir() if path.is_dir()]
+    half = here / "cache" / f".{names[0]}.0123abcd.1.89abcdef"
+    half.mkdir()
+    (half / "moments.f32").write_bytes(b"half")
+    encode = LatentSpace.encode
+
+    def while_the_other_finishes(self, images):
+        for name in names:
+            if (here / "done" / name).exists():
+                (here / "done" / name).rename(here / "cache" / name)
+        return encode(self, images)
+
+    monkeypatch.setattr(LatentSpace, "encode", while_the_other_finishes)
+    assert fitted(here)[1] == losses
+    assert (half / "moments.f32").read_bytes() == b"half"
+    assert sorted(path.name for path in (here / "cache").iterdir() if path.is_dir()) == sorted([half.name, *names])
 
 
 def test_the_autoencoder_is_out_of_sight_and_frozen(here):

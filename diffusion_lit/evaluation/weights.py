@@ -1,7 +1,6 @@
 """Weights from outside: fetched once, checked by hash, and read without running what is in the file."""
 
 import urllib.request
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.evaluation.features import MissingWeights
+from diffusion_lit.storage.folders import scratch_of
+from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.pickled import HoldsCode, read_pickled
 from diffusion_lit.storage.verified import decode
 
@@ -50,11 +51,7 @@ def fetch(url: str, name: str, sha256_prefix: str, what: str, option: str) -> Pa
                 f"The weights of {what} are not at {path} and could not be downloaded ({error}). On a machine with "
                 f"internet, download {url} and put it there, or name the file with {option}."
             ) from error
-    with path.open("rb") as file:
-        digest = sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if not digest.hexdigest().startswith(sha256_prefix):
+    if not file_hash(path).startswith(sha256_prefix):
         raise ValueError(f"{path} is not the file published at {url}: its hash differs. Delete it and try again.")
     return path
 
@@ -62,7 +59,7 @@ def fetch(url: str, name: str, sha256_prefix: str, what: str, option: str) -> Pa
 def _download(url: str, path: Path) -> None:
     """Downloads to a file beside the goal, and moves it there when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
+    part = scratch_of(path)
     with urllib.request.urlopen(url, timeout=TIMEOUT) as source, part.open("wb") as target:
         total = int(source.headers.get("Content-Length", 0)) or None
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {path.name}") as bar:

@@ -35,7 +35,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         loss: Denoising loss with its weight; by default 1/c_out^2.
         sampling: How latents are drawn; by default 18 steps of Heun's method on the Karras grid.
         cache_latents: Whether latents are encoded once and kept on disk; otherwise each step runs the encoder.
-        cache_dir: Folder of such caches, `~/.cache/diffusion-lit/latents` by default.
+        cache_dir: Folder of such caches; `latents` in the folder of all caches by default.
         vae_precision: What the autoencoder computes in: float32, bfloat16 or float16.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.

@@ -4,7 +4,8 @@ A cache is a folder `latents/KEY` with `moments.f32`, float32 (copies, N, 2, c, 
 of the autoencoder's weights, the fingerprint of the data (its transformed pixels) and whether there are mirrored
 copies, so that whatever changes a latent gets a cache of its own. All ranks write into one file beside its place, which
 is renamed when it is whole: whoever is killed leaves nothing that a later run takes for a cache. A lock keeps two runs
-from doing the same work.
+from doing the same work; where it is not honoured, neither harms the other. Whoever opens a cache reads all of it once
+and compares its CRC-32 and the hash of its index with those that were written; a damaged one is told and made anew.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,9 +28,10 @@ from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.ranks import rank_zero_alone
 from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.folders import publish, scratch_of, sweep
+from diffusion_lit.storage.hashing import file_crc32, key_of
 
-FORMAT = 1
+FORMAT = 2
 DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
 
 
@@ -134,11 +136,15 @@ def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
     """The cache in a folder, or None where there is none that is whole."""
     try:
         index = json.loads((place / "index.json").read_text())
-        if index["record"] != record or (place / "moments.f32").stat().st_size != 4 * int(np.prod(record["shape"])):
+        if index.pop("index_sha256") != key_of(index) or index["record"] != record:
+            return None
+        if (place / "moments.f32").stat().st_size != 4 * int(np.prod(record["shape"])):
+            return None
+        if file_crc32(place / "moments.f32") != index["crc32"]:
             return None
         moments = np.memmap(place / "moments.f32", np.float32, "r", shape=tuple(record["shape"]))
         return LatentCache(moments, torch.tensor(index["sums"], dtype=torch.float64))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged after it was written
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
         return None
 
 
@@ -146,21 +152,23 @@ def _write(
     trainer: Trainer, place: Path, record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device
 ) -> None:
     """Encodes the pictures into a folder beside the place, every rank its share, and renames it."""
-    scratch = place.with_name(f".{place.name}.part")
+    scratch = Path(trainer.strategy.broadcast(str(scratch_of(place))))
     shape, world = tuple(record["shape"]), trainer.world_size
 
     def begin() -> None:
-        for left in (scratch, place):  # of a run that was killed, or damaged
-            shutil.rmtree(left, ignore_errors=True)
+        if place.exists():
+            rank_zero_warn(f"The latents in {place} are damaged; they are encoded anew.")
+        sweep(place)
         scratch.mkdir(parents=True)
         _reserve(scratch / "moments.f32", 4 * int(np.prod(shape)))
 
     def finish() -> None:
+        index = {"record": record, "sums": sums.tolist(), "crc32": file_crc32(scratch / "moments.f32")}
         with (scratch / "index.json").open("w") as file:
-            json.dump({"record": record, "sums": sums.tolist()}, file)
+            json.dump({**index, "index_sha256": key_of(index)}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, place)
+        publish(scratch, place, lambda: _open(place, record) is not None)
         size = 4 * int(np.prod(shape)) / 2**20
         rank_zero_info(f"Encoded {shape[1]:,} pictures into {place} ({size:.1f} MiB); training reads them from there.")
 

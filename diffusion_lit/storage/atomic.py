@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from diffusion_lit.storage.folders import scratch_of
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[IO[bytes]]:
@@ -25,7 +27,7 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{scratch_of(path).name}.tmp")  # no other process of any host has it
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -4,13 +4,13 @@ The format is safetensors, which holds tensors and text and runs nothing.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from diffusion_lit.storage.folders import scratch_of
 from diffusion_lit.storage.hashing import canonical
 from diffusion_lit.storage.verified import decode, encode
 
@@ -27,7 +27,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
         OSError: If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = scratch_of(path)
     part.write_bytes(encode(tensors, {"record": canonical(record)}))
     part.replace(path)
 
