@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
 
 SIDE = 12
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def write(path, seed):
@@ -346,10 +348,11 @@ def run(lightning, tmp_path):
 
     def fit(steps, *args):
         lightning(
-            *["fit", "--config", os.path.join(os.path.dirname(__file__), "..", "configs", "edm_digits.yaml")],
-            *["--data=datamodules.ImageFolder", "--data.root", tmp_path / "pets", "--data.image_size=8"],
-            *["--data.batch_size=8", "--model.net.channels=16", f"--trainer.max_steps={steps}", *args],
-            *["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=1000"],
+            *["fit", "--config", CONFIGS / "edm_digits.yaml", "--trainer.accelerator=cpu", "--trainer.callbacks=[]"],
+            *["--data.class_path=datamodules.ImageFolder", f"--data.init_args.root={tmp_path / 'pets'}"],
+            *["--data.init_args.image_size=8", "--data.init_args.batch_size=8", "--data.init_args.cache_processes=1"],
+            *["--model.init_args.net.init_args.model_channels=16", "--model.init_args.sampling.num_steps=2"],
+            *[f"--trainer.max_steps={steps}", "--trainer.enable_progress_bar=false", *args],
         )
 
     fit(2)

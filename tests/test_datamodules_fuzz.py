@@ -105,7 +105,7 @@ PICTURES: dict[str, tuple[str, bytes]] = {
     "a BMP that claims a gigapixel": ("bad.bmp", bmp(50_000, 50_000)),
     "a BMP of negative width": ("bad.bmp", bmp(-64, 48)),
     "a TIFF that claims a gigapixel": ("bad.tif", huge_tiff()),
-    "a GIF": ("bad.png", encoded("GIF")),
+    "a PPM": ("bad.png", encoded("PPM")),
     "PostScript": ("bad.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"),
     "SVG": ("bad.png", b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>'),
     "a zip": ("bad.jpg", b"PK\x05\x06" + bytes(18)),
