@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from datamodules.decode import BadPictureError, Transform, significant_bits
 from datamodules.decoding import decode_all
 from datamodules.sources import Listing, Picture, Skip, printable
 from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.folders import publish, scratch_of, sweep
+from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 
 VERSION = 2  # raise it when decoding changes
@@ -93,7 +93,9 @@ def prepare(
     try:
         cache = _open(place)
         if cache is None:
-            with _lock(cache_dir, key):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            told = f"Another process is preparing the same pictures in {cache_dir}; waiting for it."
+            with locked(cache_dir / f"{key}.lock", lambda: rank_zero_info(told)):
                 cache = _open(place)  # another process may have written it meanwhile
                 if cache is None:
                     if place.exists():
@@ -146,24 +148,6 @@ def _open(place: Path) -> Cache | None:
     pools = {name: (start, end) for name, (start, end) in index["pools"].items()}
     skipped = [Skip(*skip) for skip in index["skipped"]]
     return Cache(images, index["names"], index["hashes"], pools, skipped, index["sha256"])
-
-
-@contextlib.contextmanager
-def _lock(cache_dir: Path, key: str) -> Iterator[None]:
-    """Holds the lock of a cache, which the system releases if this process dies."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two runs may then do the same work, each in a folder of its own
-        yield
-        return
-    with (cache_dir / f"{key}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            rank_zero_info(f"Another process is preparing the same pictures in {cache_dir}; waiting for it.")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write(

@@ -21,6 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from datamodules.decode import BadPictureError, Transform, decode
 from datamodules.sources import Listing
+from diffusion_lit.storage.folders import locked
 
 FEW = 64  # up to so many pictures, processes do not pay
 MOST_PROCESSES = 16
@@ -209,25 +210,12 @@ def _decode_some(
         for number in range(first, len(names), step):
             try:
                 with listing.open(names[number]) as file:
-                    array = decode(file, transform, lambda: _alone(path))
+                    array = decode(file, transform, lambda: locked(path))
                 output.seek(number * row)
                 output.write(array.tobytes())
                 yield number, None
             except BadPictureError as error:
                 yield number, str(error)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Lets one process at a time pass; the system lets the next in when the one inside dies."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where one process does all
-        yield
-        return
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _cores() -> int:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.ranks import rank_zero_alone
 from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.folders import publish, scratch_of, sweep
+from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 
 FORMAT = 2
@@ -228,17 +229,13 @@ def _held(place: Path) -> Iterator[None]:
 
         def hold() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(place.with_name(f"{place.name}.lock").open("w"))
-            try:
-                import fcntl
-            except ImportError:  # not on Windows: two runs may then do the same work
-                return
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                rank_zero_info(f"Another run is encoding the same pictures into {place.parent}; waiting for it.")
-                with watchdog.waiting("another run"):
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            told = f"Another run is encoding the same pictures into {place.parent}; waiting for it."
+
+            def waiting() -> AbstractContextManager[object]:
+                rank_zero_info(told)
+                return watchdog.waiting("another run")
+
+            stack.enter_context(locked(place.with_name(f"{place.name}.lock"), waiting))
 
         rank_zero_alone(hold, f"the lock of {place.parent}")
         yield

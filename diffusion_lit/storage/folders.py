@@ -5,6 +5,7 @@ whole. Locks only save work: where a file system shared by several hosts does no
 first folder stays, and nobody removes what another is writing.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -13,7 +14,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 ABANDONED = 86400  # seconds without a write after which the scratch folder of another host is taken for left over
@@ -69,6 +71,31 @@ def sweep(place: Path) -> None:
         ours = named is not None and named[1] == _host()
         if (named is not None and ours and not _is_alive(int(named[2]))) or (not ours and _age(left) > ABANDONED):
             _remove(left)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], AbstractContextManager[object] | None] = nullcontext) -> Iterator[None]:
+    """Holds a lock on a file, which the system releases if this process dies; waits while another holds it.
+
+    On Windows, and where a file system knows no locks, nothing is locked.
+
+    Args:
+        path: The file, made where it is missing; its contents are left alone.
+        waiting: Called, and what it returns entered, where there is another that holds it.
+    """
+    with path.open("ab") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with waiting() or nullcontext():
+                    fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _host() -> str:
