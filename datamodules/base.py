@@ -234,8 +234,11 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: If the classes have other names than the model's.
         """
+        were_read = list(self._splits)
         self.follow(recorded)
         self.match_classes(class_names)
+        for name in were_read:
+            self.split(name)
         self.compare_identity(recorded)
 
     def _forget(self) -> None:
