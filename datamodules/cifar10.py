@@ -86,9 +86,9 @@ class CIFAR10(ImageDataModule):
 
     def follow(self, rule: dict[str, Any]) -> None:
         """Takes the rule that a model was trained under; see `ImageDataModule.follow`."""
-        split_by = rule.get("split_by") if rule else "order"
-        if split_by in ("content", "order") and split_by != self.split_by:
-            self.split_by = split_by
+        split_by = rule.get("split_by", self.split_by) if rule else "order"
+        if split_by != self.split_by:
+            self.split_by = "order" if split_by == "order" else "content"
             self.__dict__.pop("_folder", None)
             self._forget()
 

@@ -17,6 +17,7 @@ from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from diffusion_lit.checks import check_count, check_number
 
@@ -190,7 +191,7 @@ def _deep(image: Image.Image) -> np.ndarray | None:
         if values.min() < 0 or values.max() > 65535:
             raise BadPictureError("has 32 bits per channel beyond the 16 that have a meaning")
         return values
-    if image.format == "PNG" and image.tile and str(image.tile[0][3]).endswith(";16B"):
+    if isinstance(image, PngImageFile) and image.tile and str(image.tile[0][3]).endswith(";16B"):
         import torch  # Pillow reads the upper 8 bits of colours, which for 12 of 16 are nearly black
         from torchvision.io import ImageReadMode, decode_image
 
@@ -199,7 +200,7 @@ def _deep(image: Image.Image) -> np.ndarray | None:
         image.fp.seek(0)
         encoded = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
         image.fp.seek(position)
-        return decode_image(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy().astype(np.int64)
+        return np.asarray(decode_image(encoded, ImageReadMode.UNCHANGED).permute(1, 2, 0)).astype(np.int64)
     return None
 
 

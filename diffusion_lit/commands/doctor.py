@@ -103,13 +103,11 @@ def caches() -> list[tuple[str, str]]:
     """Folders that this project and its libraries keep what they made or downloaded in."""
     import torch
 
-    from datamodules.cache import default_cache_dir
     from diffusion_lit.storage.cache import cache_folder
 
-    lines = []
-    for own in dict.fromkeys((cache_folder(), default_cache_dir())):
-        parts = sorted(own.glob("*")) if own.is_dir() else []
-        lines += [(str(part), _size(_bytes(part))) for part in parts] or [(str(own), "empty")]
+    own = cache_folder()
+    parts = sorted(own.glob("*")) if own.is_dir() else []
+    lines = [(str(part), _size(_bytes(part))) for part in parts] or [(str(own), "empty")]
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     others = [folder for folder in (Path(torch.hub.get_dir()), hub) if folder.is_dir()]
     return lines + [(str(folder), _size(_bytes(folder))) for folder in others]
