@@ -25,7 +25,7 @@ class Watchdog(Callback):
     """
 
     def __init__(self, minutes: float = 20.0) -> None:
-        check_number(least=0, **{"watchdog.minutes": minutes}, hint="; 0 is never")
+        check_number(least=0, minutes=minutes, hint="; 0 is never")
         self.minutes = minutes
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

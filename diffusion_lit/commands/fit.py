@@ -345,8 +345,10 @@ def _check_numbers_of_trainer(config: dict[str, Any]) -> None:
     """Refuses numbers that Lightning takes in silence: it would climb the loss, clip by NaN or never validate."""
     for least, names in ((1, COUNTS_FROM_1), (0, COUNTS_FROM_0), (-1, COUNTS_FROM_MINUS_1)):
         for name in names:
-            check_count(least, **{f"trainer.{name}": config.get(name)})
-    check_number(least=0, **{"trainer.gradient_clip_val": config.get("gradient_clip_val")})
+            given: dict[str, Any] = {f"trainer.{name}": config.get(name)}
+            check_count(least, **given)
+    clip: dict[str, Any] = {"trainer.gradient_clip_val": config.get("gradient_clip_val")}
+    check_number(least=0, **clip)
     for name in SHARES_OR_COUNTS:
         if isinstance(config.get(name), int | float):  # or a length of time
             check_number(least=0, **{f"trainer.{name}": config[name]})

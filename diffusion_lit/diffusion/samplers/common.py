@@ -8,6 +8,7 @@ costs no transfer to the device. The network is never called at sigma 0.
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def toward(x: Tensor, x0_hat: Tensor, ratio: float) -> Tensor:
 
 
 def check_range(
-    name: str, value: float, low: float, high: float = math.inf, *, whole: bool = False, infinite: bool = False
+    name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False, infinite: bool = False
 ) -> None:
     """Refuses an option outside [low, high].
 
