@@ -1,5 +1,6 @@
 """The command, run in this process: wrong input of every kind, resume, and sampling from a checkpoint alone."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_sampling_needs_the_checkpoint_alone(lightning, checkpoint, tmp_path, ca
     assert arrays["arr_0"].dtype == np.uint8
     assert arrays["labels"].tolist() == [label for label in range(10) for _ in range(2)]
     grid, strip = Image.open(tmp_path / "out/grid.png"), Image.open(tmp_path / "out/trajectory.png")
-    assert grid.height > 4 * grid.width  # ten rows of two
+    assert grid.height > 4 * (grid.width - 40)  # ten rows of two, and the classes' names
     assert strip.size[0] > 0
     assert Image.open(tmp_path / "out/trajectory.gif").n_frames >= 3
 
@@ -138,6 +139,77 @@ def test_sampling_needs_the_checkpoint_alone(lightning, checkpoint, tmp_path, ca
     again = np.load(tmp_path / "again/samples.npz")
     assert np.abs(again["arr_0"].astype(int) - arrays["arr_0"][:3].astype(int)).max() <= 1
     assert again["labels"].tolist() == [0, 0, 1]
+
+
+def test_samples_are_written_as_they_come_and_only_those_of_one_run_are_there(
+    lightning, checkpoint, tmp_path, capsys, monkeypatch
+):
+    from diffusion_lit.commands import sample as command
+
+    draw = ["sample", "--ckpt_path", checkpoint, "--num_steps=2", "--out=out"]
+    lightning(*draw, "--num_samples=400", "--labels=all", "--batch_size=100", "--trajectory")
+    said = capsys.readouterr().out
+    assert "400 samples" in said and "grid.png (with 100 of them)" in said
+    grid = Image.open("out/grid.png")
+    assert max(grid.size) < 2100
+    whole = np.load("out/samples.npz")["arr_0"]
+    tiles = np.asarray(grid.convert("L"))[4:, grid.width - 680 :]  # ten by ten of 64 pixels with borders of 4
+    for row, column in ((0, 0), (3, 7), (9, 9)):
+        tile = tiles[68 * row : 68 * row + 64 : 8, 68 * column : 68 * column + 64 : 8]
+        assert (tile == whole[40 * row + column, :, :, 0]).all()
+
+    lightning(*draw, "--num_samples=23", "--labels=all", "--batch_size=5")
+    assert sorted(os.listdir("out")) == ["grid.png", "samples.npz"]
+    again = np.load("out/samples.npz")
+    assert np.bincount(again["labels"]).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert np.abs(again["arr_0"][:3].astype(int) - whole[:3]).max() <= 1
+
+    original = command.Job.draw
+    calls = iter([None, None, KeyboardInterrupt()])
+
+    def interrupted(*args):
+        if error := next(calls):
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(command.Job, "draw", interrupted)
+    said = stopped(capsys, lightning, *draw, "--num_samples=40", "--batch_size=5", status=130)
+    assert np.load("out/samples.partial.npz")["arr_0"].shape == (10, 8, 8, 1)
+    assert len(np.load("out/samples.npz")["arr_0"]) == 23
+
+
+def test_where_nothing_can_be_written_is_told_before_the_checkpoint_is_read(lightning, capsys):
+    checkpoint = "nowhere.ckpt"
+    Path("file").touch()
+    for command in (["sample"], ["edit", "img2img"]):
+        said = stopped(capsys, lightning, *command, "--ckpt_path", checkpoint, "--out=file")
+        assert "Nothing can be written to file (it is a file)" in said
+    said = stopped(capsys, lightning, "evaluate", "--ckpt_path", checkpoint, "--out=file/report.json")
+    assert "Nothing can be written to file" in said
+
+
+def test_values_that_are_not_finite_give_no_image_and_no_figure(lightning, checkpoint, capsys, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    for state in (content["state_dict"], content["current_model_state"]):
+        name = next(name for name in state if name.endswith("weight"))
+        state[name] = torch.full_like(state[name], float("nan"))
+    torch.save(content, "nan.ckpt")
+    few = ["--num_samples=4", "--num_steps=2"]
+    for command in (
+        ["sample", "--out=o", *few],
+        ["evaluate", "--out=o/r.json", "--extractor=pixels", "--num_blocks=1", *few, "--accelerator=cpu"],
+        ["edit", "img2img", "--out=o", "--starts=[0]", "--num_steps=2"],
+        ["edit", "denoise", "--out=o", "--sigmas=[1]", "--num_steps=2"],
+        ["edit", "invert", "--out=o", "--num_steps=2"],
+    ):
+        assert "not finite" in stopped(capsys, lightning, *command, "--ckpt_path=nan.ckpt"), command
+        made = [path for path in Path("o").rglob("*") if path.is_file() and path.name != "lock"]
+        assert not made, (command, made)
+    for command in ("validate", "test"):
+        said = stopped(
+            capsys, lightning, command, "--config", DIGITS, *TINY, *NO_PICTURES, "--ckpt_path=nan.ckpt", status=1
+        )
+        assert "/loss is nan" in said and "Traceback" not in said
 
 
 def test_the_last_checkpoint_is_continued_in_the_same_folder(lightning, checkpoint, tmp_path, capsys):
@@ -204,6 +276,8 @@ def test_a_wrong_key_in_the_yaml_is_named(lightning, tmp_path, capsys):
         (["--sigma_min=3", "--sigma_max=2"], "sigma_min 3.0 is not below sigma_max 2.0"),
         (["--sampler=ddim", '--sampler_options={"eta": -1}'], "eta"),
         (["--num_samples=0"], "num_samples is 0"),
+        (["--cfg_scale=7"], "--cfg_scale 7.0 does nothing without something to guide to"),
+        (["--labels=all", "--guidance_interval=[0.3, 5]"], "does nothing at cfg_scale 1"),
         (["--num_step=3"], "num_step"),
         (["--device=cuda:77"], "no device 'cuda:77'"),
     ],

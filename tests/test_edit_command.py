@@ -121,6 +121,22 @@ def test_help_lists_tasks_and_their_options(lightning, capsys):
 # What the tasks write
 
 
+def test_a_folder_holds_the_files_of_one_run(edit, capsys):
+    Path("out").mkdir()
+    Path("out/mine.png").write_bytes(b"")
+    edit("img2img", "edm", "--starts=[0, 1]", "--num_steps=2", "--num_samples=2")
+    record = edit("interpolate", "edm", "--num_frames=2", "--num_steps=2")
+    found = sorted(path.name for path in Path("out").iterdir())
+    assert found == sorted([*record["files"], "mine.png"])
+    assert "interpolation.gif" in found and "start_0_0.png" not in found
+
+
+def test_guidance_that_does_nothing_is_refused(edit, capsys):
+    assert "--cfg_scale 3.0 does nothing without" in stopped(capsys, edit, "img2img", "edm", "--cfg_scale=3")
+    assert "unconditional" in stopped(capsys, edit, "img2img", "ddpm", "--cfg_scale=3")
+    assert "asks no network, so that --cfg_scale 3" in stopped(capsys, edit, "forward", "edm", "--cfg_scale=3")
+
+
 def test_inpainting_leaves_the_known_pixels_alone(edit):
     record = edit("inpaint", "edm", "--box=[2, 1, 5, 8]", "--num_samples=2", "--label=3", "--resamplings=1")
     assert record["known_pixels_are_the_pictures"] and record["labels"] == ["3", "3"]

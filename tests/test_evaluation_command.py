@@ -1,5 +1,6 @@
 """`lightning evaluate`, through the command in this process, on a digits model trained for three steps."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -310,3 +311,46 @@ def test_help_lists_samplers_and_options(lightning, capsys):
     said = capsys.readouterr().out
     for words in ("--memorization", "--reference", "dpmpp_2m", "real-against-real"):
         assert words in said
+
+
+def test_two_evaluations_never_share_a_report(evaluate, tmp_path, capsys):
+    from test_cli import stopped
+
+    from diffusion_lit.storage.lock import locked
+
+    with locked(tmp_path / "report.parts" / "lock", "{}"):
+        said = stopped(capsys, evaluate, "--extractor=pixels", "--num_blocks=1")
+    assert f"(process {os.getpid()}) is writing to {tmp_path / 'report.json'}" in said and "another --out" in said
+    assert not (tmp_path / "report.json").exists()
+    evaluate("--extractor=pixels", "--num_blocks=1", "--num_steps=1")
+    assert not (tmp_path / "report.parts").exists()
+
+
+def test_a_cache_that_cannot_be_written_changes_no_figure(evaluate, tmp_path, monkeypatch):
+    options = ["--extractor=classifier", "--num_blocks=1", "--num_steps=1"]
+    expected = evaluate(*options)
+    from diffusion_lit.storage import tensors as store
+
+    original = Path.write_bytes
+
+    def full(path, data):
+        if "full" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(store, "_IN_MEMORY", {})
+    monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "full"))
+    with pytest.warns(UserWarning, match="goes on from memory.*No space left"):
+        found = evaluate(*options)
+    assert figures(found) == figures(expected)
+    assert without_run(found)["extractor"] == without_run(expected)["extractor"]
+    assert len(store._IN_MEMORY) == 3  # the classifier, and the features of two splits
+
+
+def test_options_of_guidance_that_do_nothing_are_refused(evaluate, capsys):
+    from test_cli import stopped
+
+    few = ["--extractor=pixels", "--num_blocks=1", "--guidance_interval=[0.3, 5]"]
+    assert "does nothing at cfg_scale 1" in stopped(capsys, evaluate, *few)
+    evaluate(*few, "--cfg_scale=1,2", "--num_steps=1")

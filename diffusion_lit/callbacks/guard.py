@@ -142,6 +142,16 @@ class NonFiniteGuard(Callback):
         if self._count is not None and trainer.training | trainer.validating:
             self.read(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses held-out figures that are not finite."""
+        if self.nonfinite == "stop" and not trainer.sanity_checking:
+            _check_figures(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses figures that are not finite."""
+        if self.nonfinite == "stop":
+            _check_figures(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the record a last time."""
         if self._count is not None:
@@ -216,6 +226,17 @@ def _tensors(optimizer: Any) -> Iterator[Tensor]:
             if parameter.grad is not None:
                 yield parameter
                 yield from (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
+
+
+def _check_figures(trainer: Trainer) -> None:
+    """Stops where a held-out figure is not finite."""
+    for name, value in trainer.callback_metrics.items():
+        if not name.startswith("train/") and not torch.isfinite(value).all():
+            raise RunStopped(
+                f"{name} is {float(value)} at step {trainer.global_step}, which is no figure: the weights or the "
+                "held-out data hold values that are not finite. Take an earlier checkpoint, and look at the data; "
+                "--guard.nonfinite skip goes on."
+            )
 
 
 def _last_checkpoint(trainer: Trainer) -> str:

@@ -20,6 +20,7 @@ from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.modules.labels import check_guidance
 from diffusion_lit.report.images import Cell, grid_image, labelled_grid, save_gif
 
 BLURS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -33,6 +34,7 @@ def forward(options: PictureOptions, sigmas: list[float] = [0.1, 0.3, 1.0, 3.0, 
         sigmas: Noise levels.
         num_samples: Draws of the noise, a row each.
     """
+    options.unused("Noising a picture", "label", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
     model = options.load()
     seeds, image = options.seeds(num_samples), options.read(model)
     images = image.expand(num_samples, -1, -1, -1)
@@ -63,7 +65,7 @@ def denoise(
         kernel_size: Side of the blur's kernel in pixels, odd; by default it reaches out to 4 standard deviations.
     """
     model = options.load()
-    sampling = options.sampling(editing.strided(model.sampling, model.denoiser.scaling))
+    sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
     image, labels, seeds = options.read(model), options.labels(model, 1), options.seeds(1)
     blurs = BLURS if blur_sigma is None else (blur_sigma,)
     made: dict[str, dict[float, Tensor]] = {"noisy": {}, "blur": {}, "one_step": {}, "iterative": {}}
@@ -102,7 +104,7 @@ def img2img(
         num_samples: Results for each level, a row each.
     """
     model = options.load()
-    sampling = options.sampling(editing.strided(model.sampling, model.denoiser.scaling))
+    sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
     seeds, image = options.seeds(num_samples), options.read(model)
     images, labels = image.expand(num_samples, -1, -1, -1), options.labels(model, num_samples)
     levels = {start: editing.start_level(sampling, model.denoiser.scaling, start) for start in starts}
@@ -148,7 +150,7 @@ def inpaint(
         num_samples: Results.
     """
     model = options.load()
-    sampling = options.sampling(editing.revising(model.sampling))
+    sampling = options.sampling(model, editing.revising(model.sampling))
     seeds, image = options.seeds(num_samples), options.read(model)
     known = _known(options, model, mask, box)
     images, labels = image.expand(num_samples, -1, -1, -1), options.labels(model, num_samples)
@@ -190,7 +192,7 @@ def anagram(
     """
     model = options.load()
     editing.need_pixels(model, "An anagram")
-    seeds, sampling = options.seeds(num_samples), options.sampling(model.sampling)
+    seeds, sampling = options.seeds(num_samples), options.sampling(model, model.sampling)
     made_views = [editing.make_view(name, model.image_shape) for name in view]
     labels = None
     if model.num_classes:
@@ -219,7 +221,7 @@ def hybrid(
     """
     model = options.load()
     editing.need_pixels(model, "A hybrid")
-    seeds, sampling = options.seeds(num_samples), options.sampling(model.sampling)
+    seeds, sampling = options.seeds(num_samples), options.sampling(model, model.sampling)
     pair = options.several(model, 2, "A hybrid")
     made = editing.hybrid(
         model,
@@ -244,7 +246,7 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
         num_frames: Pictures on the way, both ends included.
     """
     model = options.load()
-    sampling = options.sampling(model.sampling)
+    sampling = options.sampling(model, model.sampling)
     check_count(2, num_frames=num_frames)
     last = options.seed + 1 if to_seed is None else to_seed
     shares, labels = torch.linspace(0, 1, num_frames), options.labels(model, num_frames)
@@ -252,10 +254,10 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
     shown = sorted(set(evenly(0, num_frames - 1, 9)))
     figure = labelled_grid([[Cell(made[i]) for i in shown]], [f"{float(shares[i]):.2f}" for i in shown], [""])
     facts = {"seeds": [options.seed, last], "num_frames": num_frames, "labels": options.names(model, labels)[:1]}
-    folder = options.write("interpolate", model, sampling, figure, {"frame": made}, facts)
     scale = max(1, 256 // made.shape[-1])
     frames = [grid_image(x[None], columns=1, scale=scale) for x in [*made, *made.flip(0)[1:]]]
-    save_gif(frames, folder / "interpolation.gif")
+    animations = {"interpolation.gif": save_gif(frames, None)}
+    options.write("interpolate", model, sampling, figure, {"frame": made}, facts, animations)
 
 
 def invert(options: PictureOptions) -> None:
@@ -269,7 +271,7 @@ def invert(options: PictureOptions) -> None:
     model = options.load()
     own: Sampling = model.sampling
     quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.but(sampler="heun")
-    sampling = options.sampling(quiet.but(num_steps=100))
+    sampling = options.sampling(model, quiet.but(num_steps=100))
     image, labels = options.read(model), options.labels(model, 1)
     x = editing.invert(model, image, labels=labels, sampling=sampling)
     sigma = float(sampling.sigmas(model.denoiser.scaling)[0])
@@ -300,7 +302,9 @@ def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -
         raise ValueError("The sweep of guidance takes --cfg_scales, a list as JSON such as '[1, 5]', not --cfg_scale.")
     if model.num_classes == 0:
         raise ValueError("The model is unconditional, so that there is nothing to guide by; give a conditional one.")
-    sampling = options.sampling(model.sampling)
+    sampling = options.sampling(model, model.sampling)
+    for scale in cfg_scales:
+        check_guidance(model, sampling.but(cfg_scale=scale), labelled=True, cfg_scale=scale)
     labels = torch.tensor(options.conditions(model) or list(range(min(10, model.num_classes))))
     seeds = [options.seed] * len(labels)
     made = editing.guidance_sweep(model, labels, cfg_scales, seeds=seeds, sampling=sampling).cpu()
@@ -323,7 +327,7 @@ def colorize(options: PictureOptions, resamplings: int = 5, jump: int = 1, num_s
         num_samples: Results.
     """
     model = options.load()
-    sampling = options.sampling(editing.revising(model.sampling))
+    sampling = options.sampling(model, editing.revising(model.sampling))
     seeds, image = options.seeds(num_samples), options.read(model)
     labels = options.labels(model, num_samples)
     grey = editing.to_grey(image) if image.shape[1] == 3 else image
@@ -356,7 +360,7 @@ def super_resolve(
         num_samples: Results.
     """
     model = options.load()
-    sampling = options.sampling(editing.revising(model.sampling))
+    sampling = options.sampling(model, editing.revising(model.sampling))
     side = model.image_shape[1]
     if factor < 2 or side % factor:
         raise ValueError(f"factor is {factor}; it must be at least 2 and divide the model's {side} pixels.")

@@ -18,13 +18,16 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
+from diffusion_lit.modules.labels import check_guidance
 from diffusion_lit.modules.load import load_data
 from diffusion_lit.pretrained.load_model import load_model
+from diffusion_lit.report.images import png_bytes
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.versions import versions
-from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.exports import WEIGHTS, is_export
 from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.own_files import RECORD, own_files
+from diffusion_lit.storage.room import try_folder
 
 OUT = "runs/edits"
 SAMPLES = ("flower", "china")  # of scikit-learn
@@ -87,6 +90,7 @@ class Options:
         Raises:
             ValueError: If there is none, or it does not denoise, or words are given to a model of classes.
         """
+        try_folder(Path(self.out or OUT))
         further = {"negative_prompt": self.negative_prompt} if self.negative_prompt else {}
         model = load_model(self.ckpt_path, self.pretrained, self.prompts, **further)
         if not hasattr(model, "denoiser"):
@@ -98,21 +102,39 @@ class Options:
             raise ValueError("Both --label and --prompt were given; a text model takes --prompt alone.")
         return model.to(pick_device(self.device))
 
+    def unused(self, what: str, *names: str) -> None:
+        """Refuses options that a task has no use for.
+
+        Args:
+            what: What the task does, to begin the sentence with.
+            names: The options.
+
+        Raises:
+            ValueError: If one of them is given.
+        """
+        for name in names:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{what} asks no network, so that --{name} {getattr(self, name)} does nothing.")
+
     @property
     def prompts(self) -> list[str]:
         """The prompts, in order."""
         return list(self.prompt or [])
 
-    def sampling(self, default: Sampling) -> Sampling:
+    def sampling(self, model: Any, default: Sampling) -> Sampling:
         """The settings of a task with what is given in place.
 
         Args:
+            model: The model.
             default: How the task samples unless told otherwise.
 
         Returns:
             The settings.
+
+        Raises:
+            ValueError: If guidance is asked for that does nothing.
         """
-        return default.but(
+        sampling = default.but(
             cfg_scale=self.cfg_scale,
             sampler=self.sampler,
             num_steps=self.num_steps,
@@ -125,6 +147,9 @@ class Options:
             guidance_interval=self.guidance_interval,
             guidance_rescale=self.guidance_rescale,
         )
+        guidance = (self.cfg_scale, self.guidance_interval, self.guidance_rescale)
+        check_guidance(model, sampling, bool(self.prompts) or self.label is not None, *guidance)
+        return sampling
 
     def conditions(self, model: Any) -> list[int]:
         """The conditions given: classes by number, or prompts by place.
@@ -229,8 +254,9 @@ class Options:
         figure: Image.Image,
         pictures: dict[str, Tensor],
         facts: dict[str, Any],
-    ) -> Path:
-        """Writes the figure, the pictures and the record, and says so.
+        animations: dict[str, bytes] | None = None,
+    ) -> None:
+        """Writes the figure, the pictures and the record, in the place of those of an earlier run, and says so.
 
         Args:
             task: The task's name.
@@ -239,17 +265,16 @@ class Options:
             figure: What a person looks at.
             pictures: Pictures (B, C, H, W) in [-1, 1] by name, each written as NAME.png, or NAME_0.png, NAME_1.png...
             facts: Figures and whatever else the record shall hold.
+            animations: GIF files by name.
 
-        Returns:
-            The folder.
+        Raises:
+            OSError: If something cannot be written; the results of an earlier run are as they were.
         """
         folder = Path(self.out or f"{OUT}/{task}")
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.save(folder / "figure.png")
+        files: dict[str, Image.Image | bytes] = {"figure.png": figure, **(animations or {})}
         for name, images in pictures.items():
             for index, image in enumerate(images):
-                file = f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"
-                as_picture(image).save(folder / file)
+                files[f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"] = as_picture(image)
         record = {
             "task": task,
             "model": self._identity(model),
@@ -257,11 +282,14 @@ class Options:
             "options": {name: value for name, value in asdict(self).items() if value not in (None, "")},
             **facts,
             "versions": versions(),
+            "files": [*files, RECORD],
         }
-        with atomic(folder / "record.json") as written:
-            written.write(json.dumps(record, indent=2).encode())
+        text = json.dumps(record, indent=2, allow_nan=False)
+        with own_files(folder) as fresh:
+            for name, content in files.items():
+                (fresh / name).write_bytes(content if isinstance(content, bytes) else png_bytes(content))
+            (fresh / RECORD).write_text(text)
         print(f"{task}: figure.png, record.json and the pictures are in {folder}/.")
-        return folder
 
     def _identity(self, model: Any) -> dict[str, Any]:
         """What the model is, for the record."""

@@ -1,6 +1,7 @@
 """One evaluation from end to end, on every rank: load, draw shards, wait; rank 0 measures and writes the report."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -21,16 +22,18 @@ from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
 from diffusion_lit.evaluation.measure import Against, measure, read_references
 from diffusion_lit.evaluation.single_image import is_single
-from diffusion_lit.modules.labels import parse_labels
+from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.precision import float32_arithmetic
-from diffusion_lit.runtime.ranks import meet, rank_zero_first
+from diffusion_lit.runtime.ranks import meet, rank_zero_alone, rank_zero_first
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.lock import locked
+from diffusion_lit.storage.room import try_folder
 
 FORMAT = 1
 
@@ -75,6 +78,8 @@ class Plan:
         check_count(num_blocks=self.num_blocks, batch_size=self.batch_size)
         if Path(self.out).suffix != ".json":
             raise ValueError(f"--out {self.out} must end in .json; a page of the same name with .md goes beside it.")
+        if Path(self.out).is_dir():
+            raise ValueError(f"--out {self.out} is a folder; give the name of a file.")
 
     @property
     def path(self) -> Path:
@@ -112,6 +117,21 @@ class Plan:
             for sampler, num_steps, cfg_scale in product(*lists)
         ]
 
+    def check_guidance(self, module: Any, settings: list[Sampling]) -> None:
+        """Refuses guidance that does nothing; every sample has a class where there are any.
+
+        Args:
+            module: The model.
+            settings: All that are to be measured, of which one at least must be guided where options of guidance stand.
+        """
+        guided = [setting for setting in settings if getattr(setting, "cfg_scale", 1) not in (0, 1)] or settings
+        for setting in settings:
+            scale = None if self.cfg_scale is None else setting.cfg_scale
+            interval, rescale = (
+                (self.guidance_interval, self.guidance_rescale) if setting is guided[0] else (None, None)
+            )
+            check_guidance(module, setting, module.num_classes > 0, scale, interval, rescale)
+
 
 def _words(option: str, text: str | None, kind: Any) -> list[Any]:
     """The values of a list on the command line; one None where it was not given."""
@@ -136,13 +156,26 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
     Raises:
         ValueError: If the checkpoint, data, extractor and options do not fit together, or weights are missing.
     """
+    with ExitStack() as stack:
+
+        def take_place() -> None:
+            for folder in (plan.path.parent, *([] if plan.save_samples is None else [Path(plan.save_samples)])):
+                try_folder(folder)
+            busy = f"An evaluation ({{}}) is writing to {plan.out}; wait until it is done, or give another --out."
+            stack.enter_context(locked(plan.folder / "lock", busy))
+
+        rank_zero_alone(take_place, "the place of the report")
+        return evaluate(fabric, plan)
+
+
+def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
+    """Evaluates, the report's place being held; see `run`."""
     started = datetime.now(UTC)
     module = load_module(plan.ckpt_path)
     if not hasattr(module, "generate"):
         raise ValueError(f"{plan.ckpt_path} holds a {type(module).__name__}, which draws no samples to evaluate.")
     settings = plan.settings(module.sampling)
-    if module.num_classes == 0 and plan.cfg_scale is not None:
-        raise ValueError("The model is unconditional, so that --cfg_scale does nothing; leave it out.")
+    plan.check_guidance(module, settings)
 
     def prepare() -> tuple[Any, FeatureExtractor]:
         data = prepare_data(plan, module, fabric.is_global_zero)

@@ -1,14 +1,13 @@
 """`lightning sample`: pictures from a checkpoint, which is all that it needs, or from a pretrained model."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,11 +15,15 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.samplers import sampler_table
-from diffusion_lit.modules.labels import parse_labels
+from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.pretrained.load_model import load_model
-from diffusion_lit.report.images import StepRecorder, grid_image, save_gif
+from diffusion_lit.report.images import StepRecorder, save_gif, titled_grid
 from diffusion_lit.runtime.hardware import pick_device
-from diffusion_lit.runtime.ranks import fabric, meet, several
+from diffusion_lit.runtime.ranks import fabric, several
+from diffusion_lit.storage.room import try_folder
+from diffusion_lit.storage.sample_archive import SampleArchive
+
+PREVIEW_SIDE = 2048  # pixels of the grid's sides, about
 
 
 def sample(
@@ -54,10 +57,11 @@ def sample(
 ) -> None:
     """Draws pictures from a checkpoint, or from a pretrained model of diffusers.
 
-    Writes OUT/grid.png and OUT/samples.npz (`arr_0`: uint8 pictures N x H x W x C, and `labels`), and with --trajectory
-    OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is the same picture whatever the batch
-    size and the number of devices. What is not given is as the model was trained to be sampled (a pretrained one as its
-    own pipeline samples, which may take 1,000 steps). The average (EMA) weights are used.
+    Writes OUT/samples.npz (`arr_0`: uint8 pictures N x H x W x C, and `labels`), batch by batch, OUT/grid.png with the
+    first ones, and with --trajectory OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is
+    the same picture whatever the batch size and the number of devices. What is not given is as the model was trained to
+    be sampled (a pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are
+    used.
 
     Args:
         ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
@@ -70,8 +74,9 @@ def sample(
         stage_2: Name or folder of an upsampler, such as DeepFloyd/IF-II-M-v1.0, that makes the pictures large.
         stage_2_options: Its settings, as JSON: '{"num_steps": 30, "cfg_scale": 6, "noise_level": 250}'.
         num_samples: Number of pictures.
-        labels: Classes to draw: `all` (a row of the grid per class), or a list such as 3,3,7 that is repeated until
-            there are enough. Without it, a model with classes draws unconditionally, through its null class.
+        labels: Classes to draw: `all` (each equally often, the first ones one more where it does not divide), or a list
+            such as 3,3,7 that is repeated until there are enough. Without it, a model with classes draws
+            unconditionally, through its null class.
         cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the
             unconditional one.
         sampler: Name of the sampler; the table below lists them.
@@ -97,6 +102,7 @@ def sample(
         ValueError: If the model cannot be used or an option does not fit it.
     """
     check_count(devices=devices, num_samples=num_samples, batch_size=batch_size)
+    try_folder(Path(out))
     given = {"negative_prompt": negative_prompt, "stage_2": stage_2, "stage_2_options": stage_2_options}
     module = load_model(ckpt_path, pretrained, prompt or (), **given)
     if labels is not None and getattr(module, "prompts", None) is not None:
@@ -121,28 +127,20 @@ def sample(
         guidance_rescale=guidance_rescale,
     )
     classes = parse_labels(labels, num_samples, module.num_classes)
+    check_guidance(module, settings, classes is not None, cfg_scale, guidance_interval, guidance_rescale)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
-    job = Job(module, settings, classes, num_samples, seed, batch_size, trajectory)
-    columns = -(-num_samples // module.num_classes) if labels == "all" else min(10, num_samples)
-    finish = partial(write, classes=classes, columns=columns, folder=Path(out), nfe=settings.nfe)
+    job = Job(module, settings, classes, num_samples, seed, batch_size, trajectory, Path(out))
     if several(devices):
-        fabric(devices, device, strategy).launch(partial(draw_shared, job=job, finish=finish))
+        fabric(devices, device, strategy).launch(lambda ranks: job.run(ranks))
     else:
         module.to(pick_device(device))
-        finish(job.draw(range(num_samples)))
-
-
-class Drawn(NamedTuple):
-    """Samples (N, C, H, W) in [-1, 1] on the CPU, and how the first ones came to be."""
-
-    samples: Tensor
-    recorder: StepRecorder | None
+        job.run()
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be drawn.
+    """What is to be drawn, and where it goes.
 
     Args:
         module: The model.
@@ -152,6 +150,7 @@ class Job:
         seed: Seed of sample 0.
         batch_size: Samples drawn at a time.
         trajectory: Whether the steps of the first samples are kept.
+        folder: Where to.
     """
 
     module: Any
@@ -161,70 +160,142 @@ class Job:
     seed: int
     batch_size: int
     trajectory: bool
+    folder: Path
 
-    def draw(self, rows: range) -> Drawn:
-        """Draws some of the samples.
+    def run(self, ranks: Fabric | None = None) -> None:
+        """Draws all samples, each batch written as it comes; on rank 0 alone where there are several.
 
         Args:
-            rows: Which, without gaps.
+            ranks: The processes that share the work, which draw batches in turn: who draws a sample is all the same.
+        """
+        if ranks is not None:
+            self.module.to(ranks.device)
+            if not ranks.is_global_zero:
+                for _ in self.batches(ranks):
+                    pass
+                return
+        channels, height, width = self.module.image_shape
+        labels = None if self.classes is None else self.classes.numpy()
+        recorder = StepRecorder(keep=min(16, self.count)) if self.trajectory else None
+        preview = Preview(self.classes, self.count, height, getattr(self.module, "class_names", []))
+        archive = SampleArchive(self.folder / "samples.npz", (self.count, height, width, channels), labels)
+        try:
+            with archive:
+                for start, images, pixels in self.batches(ranks, recorder):
+                    archive.add(pixels.permute(0, 2, 3, 1).numpy())
+                    preview.add(start, images)
+        finally:
+            if archive.partial is not None:
+                print(f"{archive.rows} of {self.count} samples were drawn and are in {archive.partial}.")
+        self.write(preview, recorder)
+
+    def batches(
+        self, ranks: Fabric | None = None, recorder: StepRecorder | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Draws batch after batch, in the order of the samples.
+
+        Args:
+            ranks: The processes, each of which draws a batch in each round and sees those of all.
+            recorder: Keeps the steps of the first samples.
+
+        Yields:
+            Index of the first sample, samples (B, C, H, W) in [-1, 1] on the CPU, and the same in uint8.
+
+        Raises:
+            ValueError: On all ranks, if a value is not finite.
+        """
+        world, rank = (1, 0) if ranks is None else (ranks.world_size, ranks.global_rank)
+        size = min(self.batch_size, -(-self.count // world))
+        for start in tqdm(range(0, self.count, size * world), desc="sampling", unit="batch", disable=rank > 0):
+            first = min(start + rank * size, self.count)
+            rows = range(first, min(first + size, self.count))
+            drawn = self.draw(rows, recorder if first == 0 else None) if rows else None
+            if ranks is not None:
+                whole = torch.zeros(size, *self.module.image_shape, device=ranks.device)
+                if drawn is not None:
+                    whole[: len(rows)] = drawn.to(whole)
+                drawn = cast(Tensor, ranks.all_gather(whole)).flatten(0, -4)[: self.count - start]
+            assert drawn is not None
+            yield start, drawn.cpu(), to_uint8(drawn)
+
+    def draw(self, rows: range, recorder: StepRecorder | None) -> Tensor:
+        """Draws one batch.
+
+        Args:
+            rows: The samples' indices.
+            recorder: Keeps their steps.
 
         Returns:
-            Them, and the steps of the first ones where row 0 is among them.
+            Samples (B, C, H, W) in [-1, 1].
         """
-        first = self.trajectory and rows.start == 0
-        recorder = StepRecorder(keep=min(16, self.count)) if first else None
-        batches: list[Tensor] = []
-        starts = range(rows.start, rows.stop, self.batch_size)
-        for start in tqdm(starts, desc="sampling", unit="batch", disable=rows.start > 0):
-            batch = range(start, min(start + self.batch_size, rows.stop))
-            seeds = range(self.seed + batch.start, self.seed + batch.stop)
-            chosen = None if self.classes is None else self.classes[batch.start : batch.stop]
-            watch = recorder if start == 0 else None
-            batches.append(self.module.generate(seeds, chosen, self.settings, watch).cpu())
-        return Drawn(torch.cat(batches) if batches else torch.empty(0, *self.module.image_shape), recorder)
+        seeds = range(self.seed + rows.start, self.seed + rows.stop)
+        chosen = None if self.classes is None else self.classes[rows.start : rows.stop]
+        drawn: Tensor = self.module.generate(seeds, chosen, self.settings, recorder)
+        return drawn
+
+    def write(self, preview: "Preview", recorder: StepRecorder | None) -> None:
+        """Writes the images for a person, removes those of an earlier run, and says what is where.
+
+        Args:
+            preview: Some of the samples.
+            recorder: How the first ones came to be, or None.
+        """
+        for name in ("trajectory.png", "trajectory.gif", "samples.partial.npz"):
+            (self.folder / name).unlink(missing_ok=True)
+        preview.image().save(self.folder / "grid.png")
+        if recorder is not None and recorder.x:
+            recorder.strip().save(self.folder / "trajectory.png")
+            save_gif(recorder.frames(columns=4), self.folder / "trajectory.gif")
+        nfe = self.settings.nfe
+        calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
+        some = "" if preview.shown == self.count else f" (with {preview.shown} of them)"
+        print(f"{self.count:,} samples, {calls}, are in {self.folder}/: grid.png{some}, samples.npz")
 
 
-def draw_shared(ranks: Fabric, job: Job, finish: Callable[[Drawn], None]) -> None:
-    """Draws this rank's part of the samples: sample i is a function of its seed, so that who draws it is all the same.
-
-    Args:
-        ranks: The processes.
-        job: What to draw.
-        finish: What rank 0 does with all samples.
-    """
-    world, rank, shape = ranks.world_size, ranks.global_rank, job.module.image_shape
-    job.module.to(ranks.device)
-    share = -(-job.count // world)
-    mine = job.draw(range(min(rank * share, job.count), min((rank + 1) * share, job.count)))
-    padded = torch.zeros(share, *shape, device=ranks.device)
-    padded[: len(mine.samples)] = mine.samples.to(padded)
-    meet("the samples of other ranks")
-    gathered = cast(Tensor, ranks.all_gather(padded)).reshape(-1, *shape)[: job.count].cpu()
-    if ranks.is_global_zero:
-        finish(Drawn(gathered, mine.recorder))
-
-
-def write(drawn: Drawn, classes: Tensor | None, columns: int, folder: Path, nfe: int | None) -> None:
-    """Writes the grid, the arrays and, where it was kept, the trajectory.
+class Preview:
+    """Some of the samples, so few that the grid can be looked at: where there are classes, each in rows of its own.
 
     Args:
-        drawn: The samples.
-        classes: Their classes, or None.
-        columns: Columns of the grid.
-        folder: Where to.
-        nfe: Denoiser calls per sample, or None.
+        classes: Class of each sample, or None.
+        count: Number of samples.
+        side: Pixels of a sample's side.
+        names: Names of the classes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    grid_image(drawn.samples, columns).save(folder / "grid.png")
-    arrays: dict[str, Any] = {"arr_0": to_uint8(drawn.samples).permute(0, 2, 3, 1).numpy()}
-    if classes is not None:
-        arrays["labels"] = classes.numpy()
-    np.savez_compressed(folder / "samples.npz", **arrays)
-    if drawn.recorder is not None:
-        drawn.recorder.strip().save(folder / "trajectory.png")
-        save_gif(drawn.recorder.frames(columns=4), folder / "trajectory.gif")
-    calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
-    print(f"{len(drawn.samples)} samples, {calls}, are in {folder}/: grid.png, samples.npz")
+
+    def __init__(self, classes: Tensor | None, count: int, side: int, names: Sequence[str]) -> None:
+        tile = max(side, 64)
+        columns, most = (max(1, min(limit, PREVIEW_SIDE // tile)) for limit in (10, 16))
+        self.names: list[str] = []
+        self.rows: list[range | list[int]] = []
+        if classes is None:
+            self.rows = [
+                range(start, min(start + columns, count)) for start in range(0, min(count, columns * most), columns)
+            ]
+        else:
+            kinds = list(dict.fromkeys(classes.tolist()))[:most]
+            for kind in kinds:
+                members = (classes == kind).nonzero()[: columns * (most // len(kinds)), 0].tolist()
+                self.rows += [members[start : start + columns] for start in range(0, len(members), columns)]
+                label = str(names[kind]) if kind < len(names) else str(kind)
+                self.names += [label, *[""] * (len(self.rows) - len(self.names) - 1)]
+        self.wanted = {index for row in self.rows for index in row}
+        self.shown = len(self.wanted)
+        self.samples: dict[int, Tensor] = {}
+
+    def add(self, start: int, images: Tensor) -> None:
+        """Keeps what is shown of a batch.
+
+        Args:
+            start: Index of its first sample.
+            images: Samples (B, C, H, W) in [-1, 1].
+        """
+        for index, image in enumerate(images, start):
+            if index in self.wanted:
+                self.samples[index] = image.clone()
+
+    def image(self) -> Image.Image:
+        """The grid, the classes' names beside their rows."""
+        return titled_grid([[self.samples[index] for index in row] for row in self.rows], self.names)
 
 
 def help_notes() -> str:

@@ -14,7 +14,17 @@ def to_uint8(images: Tensor) -> Tensor:
 
     Returns:
         The same shape in uint8 on the CPU, -1 as 0 and 1 as 255.
+
+    Raises:
+        ValueError: If a value is not finite, of which no image and no figure can be made.
     """
+    finite = torch.isfinite(images)
+    if not finite.all():
+        raise ValueError(
+            f"{int((~finite).sum()):,} of {finite.numel():,} values of the images are not finite (NaN or infinite), so "
+            "that they show and measure nothing; take an earlier checkpoint if its weights are ruined, and another "
+            "sampler or more steps if they are not."
+        )
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 

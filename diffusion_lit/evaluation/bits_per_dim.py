@@ -10,7 +10,7 @@ from tqdm import tqdm
 from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.wrappers import Conditioned
-from diffusion_lit.evaluation.metrics import mean_and_deviation
+from diffusion_lit.evaluation.metrics import check_figures, mean_and_deviation
 from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
@@ -102,6 +102,7 @@ def gather_bits(plan: Any, module: Any, data: Any) -> dict[str, Any]:
         found.append(part["bits"])
     bits = torch.cat(found)
     mean, deviation = mean_and_deviation(bits.tolist())
+    check_figures({"bits_per_dim": mean})
     return {
         "bits_per_dim": mean,
         "standard_error": (deviation or 0.0) / len(bits) ** 0.5,

@@ -5,7 +5,6 @@ The training on the spot is short and a function of the data alone: AdamW with a
 safetensors file under a key of the data's fingerprint and the recipe.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import key_of
-from diffusion_lit.storage.tensors import read_tensors, write_tensors
+from diffusion_lit.storage.tensors import kept_tensors
 
 IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 pictures
 MOST_EPOCHS = 20
@@ -135,13 +134,12 @@ def classifier_of(data: ImageSource) -> ConvClassifier:
     network = _fresh(channels, size, int(labels.max()) + 1)
     record = {"recipe": RECIPE, "network": network.config, "fingerprint": data.fingerprint("train")}
     path = cache_folder() / "classifiers" / f"{key_of(record)[:32]}.safetensors"
-    kept = read_tensors(path, record)
-    if kept is not None:
-        network.load_state_dict(kept)
-    else:
+
+    def trained() -> dict[str, Tensor]:
         train_classifier(network, data.reference_images("train"), labels)
-        with suppress(OSError):  # a cache that cannot be written is done without
-            write_tensors(path, network.state_dict(), record)
+        return network.state_dict()
+
+    network.load_state_dict(kept_tensors(path, record, trained))
     return network.eval().requires_grad_(False)
 
 

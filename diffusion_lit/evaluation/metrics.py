@@ -76,7 +76,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
         The squared distance, 0 for equal ones.
 
     Raises:
-        ValueError: If they have different dimensions.
+        ValueError: If they have different dimensions, or the distance is not finite.
     """
     if first.mu.shape != second.mu.shape:
         raise ValueError(
@@ -84,7 +84,8 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
             "from the same extractor."
         )
     made = fid_statistics_to_metric(vars(first), vars(second), verbose=False)
-    return float(made["frechet_inception_distance"])
+    value = float(made["frechet_inception_distance"])
+    return check_figures({"The Fréchet distance": value})["The Fréchet distance"]
 
 
 def kernel_distance(generated: Tensor, reference: Tensor) -> float:
@@ -179,7 +180,7 @@ def compute_metrics(
         recall and the Inception score.
 
     Raises:
-        ValueError: If neither the reference's features nor its statistics are given.
+        ValueError: If neither the reference's features nor its statistics are given, or a figure is not finite.
     """
     if statistics is None:
         if reference is None:
@@ -195,6 +196,27 @@ def compute_metrics(
             figures |= {f"precision_{name}": precision, f"recall_{name}": recall}
     if generated.logits is not None:
         figures[f"isc_{name}"] = inception_score(generated.logits)
+    return check_figures(figures)
+
+
+def check_figures(figures: dict[str, float]) -> dict[str, float]:
+    """Refuses figures that are no numbers.
+
+    Args:
+        figures: Figures by name.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name} is {value}, which is no figure: the model's or the extractor's values are not finite, or too "
+                "large for it; look at the samples, and take an earlier checkpoint if its weights are ruined."
+            )
     return figures
 
 

@@ -6,7 +6,6 @@ asked for. `real_against_real` gives the floor: what a perfect model would get f
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +19,7 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageS
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of
-from diffusion_lit.storage.tensors import read_tensors, write_tensors
+from diffusion_lit.storage.tensors import kept_tensors
 
 FORMAT = 1
 
@@ -81,13 +80,8 @@ def reference_of(
         images, labels = take(images, rows), None if labels is None else labels[rows]
     record = reference_record(data, split, extractor, len(images))
     path = cache_folder() / "references" / f"{key_of(record)[:32]}.safetensors"
-    kept = read_tensors(path, record)
-    if kept is not None:
-        features = Features(kept["features"], kept.get("logits"))
-    else:
-        features = extractor.extract(images, batch_size, progress)
-        with suppress(OSError):  # a cache that cannot be written is done without
-            write_tensors(path, features.tensors(), record)
+    kept = kept_tensors(path, record, lambda: extractor.extract(images, batch_size, progress).tensors())
+    features = Features(kept["features"], kept.get("logits"))
     return Reference(Statistics.of(features.features), features, len(features), labels, record)
 
 

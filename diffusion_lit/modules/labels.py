@@ -1,4 +1,6 @@
-"""Classes as a user names them."""
+"""Classes as a user names them, and whether guidance can do with them what it is asked to."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | N
 
     Returns:
         Class indices of shape (count,), or None. `all` gives every class the same number of samples, one class after
-        the other (the last ones fewer where it does not divide); a list is repeated.
+        the other, the first ones one more where it does not divide; a list is repeated.
 
     Raises:
         ValueError: If the text is no list of classes of the model.
@@ -24,7 +26,8 @@ def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | N
     if num_classes == 0:
         raise ValueError(f"--labels {labels} was given, but the model is unconditional; leave --labels out.")
     if labels == "all":
-        return torch.arange(num_classes).repeat_interleave(-(-count // num_classes))[:count]
+        each, more = divmod(count, num_classes)
+        return torch.arange(num_classes).repeat_interleave(each + (torch.arange(num_classes) < more).long())
     try:
         classes = [int(word) for word in labels.split(",")]
     except ValueError as error:
@@ -33,3 +36,61 @@ def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | N
         if not 0 <= label < num_classes:
             raise ValueError(f"Label {label} is outside the model's classes 0 to {num_classes - 1}.")
     return torch.tensor([classes[index % len(classes)] for index in range(count)])
+
+
+def check_guidance(
+    module: Any,
+    sampling: Any,
+    labelled: bool,
+    cfg_scale: Any = None,
+    guidance_interval: Any = None,
+    guidance_rescale: float | None = None,
+) -> None:
+    """Refuses guidance that does nothing, and samples through a class that was never trained.
+
+    Args:
+        module: The model.
+        sampling: The settings that it is to draw by.
+        labelled: Whether samples have classes or prompts.
+        cfg_scale: As it was given, None where it was not.
+        guidance_interval: The same.
+        guidance_rescale: The same.
+
+    Raises:
+        ValueError: If an option does nothing, or a class that the samples go through was left out of training.
+    """
+    given = {
+        "cfg_scale": cfg_scale,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale or None,
+    }
+    typed = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    reads_text = getattr(module, "prompts", None) is not None
+    scale, dropout = getattr(sampling, "cfg_scale", 1.0), getattr(module, "label_dropout", None)
+    if typed and module.num_classes == 0 and not reads_text:
+        raise ValueError(f"The model is unconditional, so that {typed[0]} does nothing; leave it out.")
+    if typed and not labelled and (scale not in (0, 1) or cfg_scale is None):
+        how = "--prompt TEXT" if reads_text else "a class, such as all of them by --labels all (--label in edit)"
+        raise ValueError(f"{typed[0]} does nothing without something to guide to; give {how}, or leave it out.")
+    idle = [option for option in typed if not option.startswith("--cfg_scale")]
+    if idle and scale in (0, 1):
+        raise ValueError(
+            f"{idle[0]} does nothing at cfg_scale {scale:g}, where there is no guidance; give --cfg_scale."
+        )
+    if not module.num_classes or dropout is None:
+        return
+    if dropout == 0 and not labelled:
+        raise ValueError(
+            "The model was trained with label_dropout 0, so that its null class, through which it draws without "
+            "classes, is untrained and gives noise; give classes, such as --labels all (--label in edit)."
+        )
+    if dropout == 0 and scale != 1:
+        raise ValueError(
+            f"The model was trained with label_dropout 0, so that its null class, which cfg_scale {scale:g} needs, is "
+            "untrained and gives noise; use --cfg_scale 1, or train with --model.init_args.label_dropout 0.1."
+        )
+    if dropout == 1 and labelled and scale != 0:
+        raise ValueError(
+            "The model was trained with label_dropout 1, so that its classes are untrained; draw without classes, or "
+            "train with --model.init_args.label_dropout 0.1."
+        )

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,7 @@ def embed_prompts(model: Path, texts: Sequence[str]) -> Tensor:
         for text, embedding in zip(missing, _encode(model, missing), strict=True):
             found[text] = embedding
             place = _place(identity, text)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(place) as file:
+            with suppress(OSError), atomic(place) as file:  # a cache that cannot be written is done without
                 file.write(encode({"embedding": embedding}, {"text": text, "encoder": identity}))
     return torch.stack([found[text] for text in texts])
 

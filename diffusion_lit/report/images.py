@@ -2,13 +2,15 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -33,6 +35,48 @@ def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.
     pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(pixels, nrow=columns, padding=max(1, scale // 2), pad_value=255).permute(1, 2, 0)
     return Image.fromarray(grid.numpy())
+
+
+def titled_grid(
+    rows: Sequence[Sequence[Tensor]],
+    names: Sequence[str] = (),
+    headings: Sequence[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """Lays images out in rows that have names, under headings; pixel for pixel, as `grid_image`.
+
+    Args:
+        rows: Images (C, H, W) in [-1, 1] of one size; where a row is shorter than others, its last cells stay blank.
+        names: What stands left of each row; none by default.
+        headings: What stands above each column; none by default.
+        scale: Whole factor by which pixels are enlarged; by default small images grow to about 64 pixels a side.
+
+    Returns:
+        The figure, in black on white around the images.
+    """
+    columns = max(len(row) for row in rows)
+    blank = torch.ones_like(rows[0][0])
+    cells = [image for row in rows for image in [*row, *[blank] * (columns - len(row))]]
+    body = grid_image(torch.stack(cells), columns, scale)
+    if not any(names) and not any(headings):
+        return body
+    gap, size = 6, 12
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+    pen = ImageDraw.Draw(body)
+    texts = ["\n".join(textwrap.wrap(name, 24)[:3]) for name in names]
+    left = round(max((pen.multiline_textbbox((0, 0), text, font)[2] for text in texts), default=-gap)) + 2 * gap
+    width, height = (length / count for length, count in zip(body.size, (columns, len(rows)), strict=True))
+    per_line = max(4, int(width / (0.58 * size)))
+    tops = ["\n".join(textwrap.wrap(text, per_line)) if "\n" not in text else text for text in headings]
+    top = max((round(pen.multiline_textbbox((0, 0), text, font)[3]) + gap for text in tops), default=0)
+    figure = Image.new("RGB", (left + body.width, top + body.height), "white")
+    figure.paste(body, (left, top))
+    pen = ImageDraw.Draw(figure)
+    for index, text in enumerate(texts):
+        pen.multiline_text((left - gap, top + (index + 0.5) * height), text, "black", font, "rm", align="right")
+    for index, text in enumerate(tops):
+        pen.multiline_text((left + (index + 0.5) * width, top - gap / 2), text, "black", font, "md", align="center")
+    return figure
 
 
 class Cell(NamedTuple):

@@ -26,6 +26,6 @@ def write_report(report: dict[str, Any], path: Path) -> list[Path]:
     if len(report["results"]) > 1 and any(result.get("references") for result in report["results"]):
         written.append(path.with_suffix(".png"))
         plot(report).savefig(written[-1], dpi=150)
-    path.write_text(json.dumps(report, indent=2, sort_keys=False, allow_nan=True) + "\n")
+    path.write_text(json.dumps(report, indent=2, sort_keys=False, allow_nan=False) + "\n")
     written[1].write_text(markdown(report))
     return written

@@ -4,15 +4,20 @@ The format is safetensors, which holds tensors and text and runs nothing.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
 
 from diffusion_lit.storage.folders import scratch_of
 from diffusion_lit.storage.hashing import canonical
 from diffusion_lit.storage.verified import decode, encode
+
+_IN_MEMORY: dict[str, dict[str, Tensor]] = {}  # what could not be written, by its record
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -26,10 +31,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
     Raises:
         OSError: If the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = scratch_of(path)
-    part.write_bytes(encode(tensors, {"record": canonical(record)}))
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(encode(tensors, {"record": canonical(record)}))
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -51,6 +61,28 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
         return decode(path)[0]
     except Exception:  # a truncated or foreign file is a miss, whatever the reader calls it
         return None
+
+
+def kept_tensors(path: Path, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors from the cache, or made now and kept: in the cache, or in memory where that cannot be written.
+
+    Args:
+        path: The .safetensors file in the cache.
+        record: What determines them.
+        make: Makes them.
+
+    Returns:
+        The tensors by name.
+    """
+    found = read_tensors(path, record) or _IN_MEMORY.get(canonical(record))
+    if found is None:
+        found = make()
+        try:
+            write_tensors(path, found, record)
+        except OSError as error:
+            _IN_MEMORY[canonical(record)] = found
+            rank_zero_warn(f"The cache cannot be used, so that the work goes on from memory: {error}")
+    return found
 
 
 def read_record(path: Path) -> dict[str, Any]:

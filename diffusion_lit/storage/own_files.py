@@ -1,0 +1,72 @@
+"""A folder of results that holds those of one run: they come together, and those of the run before go.
+
+What a run wrote is listed in its record.json under `files`; nothing else in the folder is ever touched.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusion_lit.storage.room import try_folder
+
+RECORD = "record.json"
+
+
+@contextlib.contextmanager
+def own_files(folder: Path) -> Iterator[Path]:
+    """Makes a folder to write into, whose files, all there, replace those of the run before.
+
+    Args:
+        folder: Where the results are to lie.
+
+    Yields:
+        An empty folder; write the files and RECORD, which lists them, into it.
+
+    Raises:
+        OSError: If something cannot be written; the results of the run before are as they were.
+    """
+    try_folder(folder)
+    _sweep(folder)
+    fresh = Path(tempfile.mkdtemp(prefix=f".new-{os.getpid()}-", dir=folder))
+    try:
+        yield fresh
+        names = {path.name for path in fresh.iterdir()}
+        for name in recorded(folder) - names:
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(names, key=lambda name: name == RECORD):  # the record last
+            os.replace(fresh / name, folder / name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def recorded(folder: Path) -> set[str]:
+    """The files that the last run in a folder wrote, by its record.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Plain names; none where there is no record that can be read.
+    """
+    try:
+        files = json.loads((folder / RECORD).read_text())["files"]
+        return {
+            name for name in files if isinstance(name, str) and name == Path(name).name and (folder / name).is_file()
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed runs left unfinished."""
+    for left in folder.glob(".new-*-*"):
+        try:
+            os.kill(int(left.name.split("-")[1]), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # it lives, and is another user's
+            continue
