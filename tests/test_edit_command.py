@@ -131,6 +131,26 @@ def test_a_folder_holds_the_files_of_one_run(edit, capsys):
     assert "interpolation.gif" in found and "start_0_0.png" not in found
 
 
+def test_figures_are_printed_as_a_table_or_as_json(edit, capsys):
+    capsys.readouterr()
+    record = edit("denoise", "ddpm", "--timesteps=[250, 500]", "--kernel_sizes=[3, 5]", "--num_steps=3")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    header = next(line for line in lines if line[:1] == ["PSNR"])
+    assert header[3:6] == ["t", "250,", "sigma"] and header[7:10] == ["t", "500,", "sigma"]
+    blurred = next(line for line in lines if line[:2] == ["Gaussian", "blur"])
+    assert blurred[2:] == [f"{value:.2f}" for value in record["psnr"]["blur"].values()]
+    assert record["timesteps"] == [250, 500] and record["kernel_size"] == [3, 5]
+    shape = np.cos((np.array([0, 251, 501]) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # the cosine schedule, by hand
+    expected = np.sqrt(shape[0] / shape[1:] - 1)
+    assert np.allclose([float(sigma) for sigma in record["psnr"]["noisy"]], expected, rtol=1e-3)
+    edit("invert", "edm", "--num_steps=3", "--json")
+    printed = capsys.readouterr().out
+    assert json.loads(printed[printed.index("{") :])["psnr"] == json.loads(Path("out/record.json").read_text())["psnr"]
+    assert "has no schedule; give --sigmas" in stopped(capsys, edit, "forward", "edm", "--timesteps=[250]")
+    assert "no step 1000 in --timesteps" in stopped(capsys, edit, "forward", "ddpm", "--timesteps=[1000]")
+    assert "kernel_sizes is [3] for 4" in stopped(capsys, edit, "denoise", "ddpm", "--kernel_sizes=[3]")
+
+
 def test_guidance_that_does_nothing_is_refused(edit, capsys):
     assert "--cfg_scale 3.0 does nothing without" in stopped(capsys, edit, "img2img", "edm", "--cfg_scale=3")
     assert "unconditional" in stopped(capsys, edit, "img2img", "ddpm", "--cfg_scale=3")

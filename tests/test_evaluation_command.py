@@ -348,6 +348,17 @@ def test_a_cache_that_cannot_be_written_changes_no_figure(evaluate, tmp_path, mo
     assert len(store._IN_MEMORY) == 3  # the classifier, and the features of two splits
 
 
+def test_figures_are_printed_as_a_table_or_as_json(evaluate, capsys, tmp_path):
+    few = ["--extractor=pixels", "--num_blocks=1", "--num_steps=1"]
+    capsys.readouterr()
+    report = evaluate(*few)
+    said = capsys.readouterr().out
+    value = figures(report)["fd_pixels"][0]
+    assert f"{value:.4g}" in said and "warning: 1 block(s)" in said and str(tmp_path / "report.md") in said
+    evaluate(*few, "--json")
+    assert without_run(json.loads(capsys.readouterr().out)) == without_run(report)
+
+
 def test_options_of_guidance_that_do_nothing_are_refused(evaluate, capsys):
     from test_cli import stopped
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffusion_lit.diffusion.images import to_uint8
-from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
+from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif, titled_grid
 
 
 def test_bytes_are_rounded_and_clipped():
@@ -52,11 +52,22 @@ def test_the_recorder_shows_noise_at_unit_variance_above_the_prediction():
     assert recorder.x[0].shape[0] == 2
     strip = np.asarray(recorder.strip(columns=3).convert("L"))
     assert recorder.strip(columns=2).width < recorder.strip(columns=3).width
-    picture = strip[strip != 255]
-    assert set(np.unique(picture)) == {191}  # both rows are 0.5 once x is scaled by 1 / sqrt(1 + sigma^2)
+    tiles = strip[strip.shape[0] - 2 * 72 :, strip.shape[1] - 3 * 72 :]  # without headings
+    assert set(np.unique(tiles)) == {191, 255}  # both rows are 0.5 once x is scaled by 1 / sqrt(1 + sigma^2)
     assert len(recorder.frames(columns=2)) == 4
 
 
 def test_png_round_trip():
     image = grid_image(torch.rand(1, 3, 8, 8) * 2 - 1, columns=1)
     assert (np.asarray(Image.open(io.BytesIO(png_bytes(image)))) == np.asarray(image)).all()
+
+
+def test_a_titled_grid_leaves_the_ends_of_short_rows_blank():
+    rows = [[torch.zeros(1, 8, 8)] * 3, [torch.zeros(1, 8, 8)] * 2]
+    figure = np.asarray(titled_grid(rows, ["cat", "a name that is too long for a single line"], ["1", "2", "3"]))
+    body = figure[-140:, -208:]  # tiles of 64 pixels, 4 between them
+    grey = (body == 128).all(-1)
+    assert grey[4:68, 4:68].all() and grey.sum() == 5 * 64 * 64
+    assert (body[72:, 140:] == 255).all()
+    assert (figure[:, : figure.shape[1] - 208] < 100).any()  # the names
+    assert titled_grid(rows).size == (208, 140)

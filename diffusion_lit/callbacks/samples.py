@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import show_image
 from diffusion_lit.checks import check_count
-from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif
+from diffusion_lit.report.images import StepRecorder, png_bytes, save_gif, titled_grid
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
@@ -144,7 +144,9 @@ class SampleGrid(Pictures):
         rows = min(module.num_classes, 10) or self.rows
         labels = torch.arange(rows).repeat_interleave(self.columns) if module.num_classes else None
         samples = self.samples(module, labels, rows * self.columns)
-        self.write(trainer, "samples", "samples", grid_image(samples, self.columns))
+        names = [str(name) for name in module.class_names[:rows]] if module.num_classes else []
+        grid = titled_grid([list(row) for row in torch.split(samples, self.columns)], names)
+        self.write(trainer, "samples", "samples", grid)
 
 
 class Trajectory(Pictures):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.nn.functional import interpolate as enlarge
@@ -26,32 +26,44 @@ from diffusion_lit.report.images import Cell, grid_image, labelled_grid, save_gi
 BLURS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
-def forward(options: PictureOptions, sigmas: list[float] = [0.1, 0.3, 1.0, 3.0, 10.0], num_samples: int = 1) -> None:  # noqa: B006 (never changed)
+def forward(
+    options: PictureOptions,
+    sigmas: list[float] = [0.1, 0.3, 1.0, 3.0, 10.0],  # noqa: B006 (never changed)
+    timesteps: list[int] | None = None,
+    num_samples: int = 1,
+) -> None:
     """Noises a picture: x = x0 + sigma n at several levels, shown as x / sqrt(1 + sigma^2).
 
     Args:
         options: Model, picture and output.
         sigmas: Noise levels.
+        timesteps: Steps of the model's schedule instead, as JSON: '[250, 500, 750]'.
         num_samples: Draws of the noise, a row each.
     """
     options.unused("Noising a picture", "label", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
     model = options.load()
+    named = _levels(model, sigmas, timesteps)
+    sigmas = list(named)
     seeds, image = options.seeds(num_samples), options.read(model)
     images = image.expand(num_samples, -1, -1, -1)
     noisy = {
         sigma: editing.visible(model, editing.forward(model, images, sigma, seeds), sigma).cpu() for sigma in sigmas
     }
     rows = [[Cell(image[0])] + [Cell(noisy[sigma][row]) for sigma in sigmas] for row in range(num_samples)]
-    figure = labelled_grid(rows, ["picture", *[f"sigma {sigma:g}" for sigma in sigmas]], _seeds(seeds))
+    figure = labelled_grid(rows, ["picture", *named.values()], _seeds(seeds))
     pictures = {"input": image} | {f"sigma_{sigma:g}": noisy[sigma] for sigma in sigmas}
-    options.write("forward", model, None, figure, pictures, {"sigmas": sigmas, "seeds": list(seeds)})
+    options.write(
+        "forward", model, None, figure, pictures, {"sigmas": sigmas, "timesteps": timesteps, "seeds": list(seeds)}
+    )
 
 
 def denoise(
     options: PictureOptions,
     sigmas: list[float] = [0.1, 0.3, 1.0, 3.0],  # noqa: B006
+    timesteps: list[int] | None = None,
     blur_sigma: float | None = None,
     kernel_size: int | None = None,
+    kernel_sizes: list[int] | None = None,
 ) -> None:
     """Noises a picture to several levels and denoises it: by a Gaussian blur, in one step, and step by step.
 
@@ -60,11 +72,18 @@ def denoise(
     Args:
         options: Model, picture, condition, sampling and output.
         sigmas: Noise levels.
+        timesteps: Steps of the model's schedule instead, as JSON: '[250, 500, 750]'.
         blur_sigma: Standard deviation of the blur in pixels; by default the best of 0.5, 0.75, 1, 1.5, 2 and 3 for each
             level, which knows the answer.
         kernel_size: Side of the blur's kernel in pixels, odd; by default it reaches out to 4 standard deviations.
+        kernel_sizes: One for each level instead, as JSON: '[3, 5, 9]'.
     """
     model = options.load()
+    named = _levels(model, sigmas, timesteps)
+    sigmas = list(named)
+    if kernel_sizes is not None and len(kernel_sizes) != len(sigmas):
+        raise ValueError(f"kernel_sizes is {kernel_sizes} for {len(sigmas)} noise levels; give one for each.")
+    kernels = dict(zip(sigmas, kernel_sizes or [kernel_size] * len(sigmas), strict=True))
     sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
     image, labels, seeds = options.read(model), options.labels(model, 1), options.seeds(1)
     blurs = BLURS if blur_sigma is None else (blur_sigma,)
@@ -73,7 +92,7 @@ def denoise(
     for sigma in sigmas:
         x = editing.forward(model, image, sigma, seeds)
         noisy = model.decode(x).cpu()
-        tried = {blur: editing.gaussian_blur(noisy, blur, kernel_size) for blur in blurs}
+        tried = {blur: editing.gaussian_blur(noisy, blur, kernels[sigma]) for blur in blurs}
         best = max(tried, key=lambda blur: decibels(tried[blur], image)[0])
         chosen[f"{sigma:g}"] = best
         made["noisy"][sigma] = noisy
@@ -83,10 +102,19 @@ def denoise(
     figures = {name: {f"{s:g}": decibels(each[s], image)[0] for s in sigmas} for name, each in made.items()}
     names = {"noisy": "noisy", "blur": "Gaussian blur", "one_step": "one step", "iterative": "step by step"}
     rows = [[Cell(each[s][0], _db(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()]
-    figure = labelled_grid(rows, [f"sigma {s:g}" for s in sigmas], list(names.values()))
+    figure = labelled_grid(rows, list(named.values()), list(names.values()))
     pictures = {"input": image} | {f"{name}_{s:g}": each[s] for name, each in made.items() for s in sigmas}
-    facts = {"psnr": figures, "blur_sigma": chosen, "seeds": list(seeds), "labels": options.names(model, labels)}
-    options.write("denoise", model, sampling, figure, pictures, facts)
+    facts = {
+        "psnr": figures,
+        "blur_sigma": chosen,
+        "kernel_size": list(kernels.values()),
+        "timesteps": timesteps,
+        "seeds": list(seeds),
+        "labels": options.names(model, labels),
+    }
+    table = [["PSNR in dB", *(text.replace("\n", ", ") for text in named.values())]]
+    table += [[names[name], *(f"{value:.2f}" for value in row.values())] for name, row in figures.items()]
+    options.write("denoise", model, sampling, figure, pictures, facts, table=table)
 
 
 def img2img(
@@ -159,8 +187,14 @@ def inpaint(
     ).cpu()
     seen = torch.where(known, image, 0.0)
     values = decibels(made, image)
-    cells = [Cell(image[0]), Cell(seen[0]), *[Cell(x, _db(value)) for x, value in zip(made, values, strict=True)]]
-    figure = labelled_grid([cells], ["picture", "known", *_seeds(seeds)], [""])
+    shade = (1.0 - 2.0 * known.float()).expand_as(image)
+    cells = [
+        Cell(image[0]),
+        Cell(shade[0]),
+        Cell(seen[0]),
+        *[Cell(x, _db(value)) for x, value in zip(made, values, strict=True)],
+    ]
+    figure = labelled_grid([cells], ["picture", "mask", "known", *_seeds(seeds)], [""])
     facts = {
         "known_share": float(known.float().mean()),
         "known_pixels_are_the_pictures": bool((made == image)[known.expand_as(made)].all()),
@@ -232,7 +266,8 @@ def hybrid(
         sampling=sampling,
     ).cpu()
     far, near = options.names(model, pair)
-    figure = sizes_image(made, model.image_shape[1])
+    sizes = [sizes_image(x[None], model.image_shape[1]) for x in made]
+    figure = headed(sizes, f"{near} from near, {far} from afar", _seeds(seeds))
     facts = {"far": far, "near": near, "blur_sigma": blur_sigma, "kernel_size": kernel_size, "seeds": list(seeds)}
     options.write("hybrid", model, sampling, figure, {"result": made}, facts)
 
@@ -287,7 +322,11 @@ def invert(options: PictureOptions) -> None:
         "noise_std": float((x / sigma).std()),
         "labels": options.names(model, labels),
     }
-    options.write("invert", model, sampling, figure, {"input": image, "noise": noise, "result": back}, facts)
+    table = [["PSNR in dB", "sigma", "noise's mean", "noise's std"]]
+    table += [[f"{value:.2f}", f"{sigma:.4g}", f"{facts['noise_mean']:.4f}", f"{facts['noise_std']:.4f}"]]
+    options.write(
+        "invert", model, sampling, figure, {"input": image, "noise": noise, "result": back}, facts, table=table
+    )
 
 
 def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -> None:  # noqa: B006
@@ -417,6 +456,20 @@ def _restored(
     options.write(task, model, sampling, figure, {"input": image, **given, "result": made}, facts)
 
 
+def _levels(model: Any, sigmas: Sequence[float], timesteps: Sequence[int] | None) -> dict[float, str]:
+    """The noise levels asked for, each with its heading: as they are, or at steps of the model's schedule."""
+    if timesteps is None:
+        return {sigma: f"sigma {sigma:g}" for sigma in sigmas}
+    schedule = getattr(model.denoiser.scaling, "schedule", None)
+    if schedule is None:
+        raise ValueError(f"--timesteps {list(timesteps)} was given, but the model has no schedule; give --sigmas.")
+    last = len(schedule.sigmas) - 1
+    for step in timesteps:
+        if not 0 <= step <= last:
+            raise ValueError(f"There is no step {step} in --timesteps; the model's schedule has steps 0 to {last}.")
+    return {float(schedule.sigmas[t]): f"t {t}\nsigma {float(schedule.sigmas[t]):.3g}" for t in timesteps}
+
+
 def _known(options: PictureOptions, model: Any, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
     """Which pixels are known, bool (1, 1, H, W)."""
     _, height, width = model.image_shape
@@ -468,6 +521,29 @@ def sizes_image(images: Tensor, side: int) -> Image.Image:
             resized = sheet.resize((size, size), Image.Resampling.BICUBIC)
             canvas.paste(resized, (gap + index * (large + gap) + (large - size) // 2, top))
             top += size + gap
+    return canvas
+
+
+def headed(images: Sequence[Image.Image], title: str, headings: Sequence[str]) -> Image.Image:
+    """Puts images of one size side by side, a heading above each and a title above all.
+
+    Args:
+        images: The images.
+        title: What they show.
+        headings: One for each.
+
+    Returns:
+        The figure.
+    """
+    top, font = 44, ImageFont.load_default(13)
+    width = max(sum(image.width for image in images), round(font.getlength(title)) + 16)
+    canvas = Image.new("RGB", (width, images[0].height + top), "white")
+    pen, left = ImageDraw.Draw(canvas), 0
+    pen.text((8, 4), title, "black", font)
+    for image, heading in zip(images, headings, strict=True):
+        pen.text((left + 8, 24), heading, "black", font)
+        canvas.paste(image, (left, top))
+        left += image.width
     return canvas
 
 

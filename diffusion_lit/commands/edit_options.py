@@ -6,6 +6,7 @@ record.json: the model and its hash, the sampling, the options and the figures.
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusion_lit.modules.labels import check_guidance
 from diffusion_lit.modules.load import load_data
 from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.report.images import png_bytes
+from diffusion_lit.report.receipt_page import plain_table
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.exports import WEIGHTS, is_export
@@ -59,6 +61,7 @@ class Options:
         seed: Seed of the first result; the next ones follow.
         out: Folder for the results, runs/edits/TASK by default.
         device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        json: Prints the record, and nothing else, on standard output, for a program.
     """
 
     ckpt_path: str | None = None
@@ -80,6 +83,7 @@ class Options:
     seed: int = 0
     out: str | None = None
     device: str = "auto"
+    json: bool = False
 
     def load(self) -> Any:
         """The model, in eval mode on its device.
@@ -255,6 +259,7 @@ class Options:
         pictures: dict[str, Tensor],
         facts: dict[str, Any],
         animations: dict[str, bytes] | None = None,
+        table: Sequence[Sequence[str]] = (),
     ) -> None:
         """Writes the figure, the pictures and the record, in the place of those of an earlier run, and says so.
 
@@ -266,6 +271,7 @@ class Options:
             pictures: Pictures (B, C, H, W) in [-1, 1] by name, each written as NAME.png, or NAME_0.png, NAME_1.png...
             facts: Figures and whatever else the record shall hold.
             animations: GIF files by name.
+            table: Figures to print, row by row.
 
         Raises:
             OSError: If something cannot be written; the results of an earlier run are as they were.
@@ -289,6 +295,11 @@ class Options:
             for name, content in files.items():
                 (fresh / name).write_bytes(content if isinstance(content, bytes) else png_bytes(content))
             (fresh / RECORD).write_text(text)
+        if self.json:
+            print(text)
+            return
+        if table:
+            print(plain_table(table))
         print(f"{task}: figure.png, record.json and the pictures are in {folder}/.")
 
     def _identity(self, model: Any) -> dict[str, Any]:

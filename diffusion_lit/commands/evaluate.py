@@ -1,6 +1,8 @@
 """`lightning evaluate`: a checkpoint's figures, with a receipt."""
 
 from functools import partial
+from json import loads
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -9,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from diffusion_lit.checks import check_count
 from diffusion_lit.commands.evaluate_run import Plan, run
 from diffusion_lit.diffusion.samplers import sampler_table
+from diffusion_lit.report.receipt_page import likelihood_sentence, plain_table, tables
 from diffusion_lit.runtime.ranks import fabric as ranks_of
 from diffusion_lit.runtime.ranks import several
 
@@ -46,6 +49,7 @@ def evaluate(
     accelerator: str = "auto",
     strategy: str = "auto",
     keep_shards: bool = False,
+    json: bool = False,
 ) -> None:
     """Measures a checkpoint: Fréchet and kernel distance, precision, recall and more, with a receipt.
 
@@ -94,19 +98,39 @@ def evaluate(
         accelerator: auto, cpu, gpu, ...
         strategy: How processes are started: ddp, or ddp_fork within another Python program.
         keep_shards: Keeps the features of all samples beside the report.
+        json: Prints the report, and nothing else, on standard output, for a program.
 
     Raises:
         ValueError: If the checkpoint, data, extractor and options do not fit together, or weights are missing.
     """
     options: dict[str, Any] = dict(locals())
-    for name in ("data", "devices", "accelerator", "strategy"):
+    for name in ("data", "devices", "accelerator", "strategy", "json"):
         options.pop(name)
     plan = Plan(**options, data=data)
     check_count(devices=devices)
     ranks = ranks_of(devices, accelerator, strategy) if several(devices) else Fabric(accelerator=accelerator, devices=1)
     written = ranks.launch(partial(run, plan=plan))
     if ranks.is_global_zero and written:
-        print("\n".join(f"  {path}" for path in written))
+        text = Path(written[0]).read_text()
+        print(text if json else summary(loads(text), written))
+
+
+def summary(report: dict[str, Any], written: list[str]) -> str:
+    """What a person reads when it is done: the figures, the warnings, and where the rest is.
+
+    Args:
+        report: The report.
+        written: The files.
+
+    Returns:
+        Lines.
+    """
+    lines = []
+    for table in tables(report):
+        lines += [table.title, plain_table([table.header, *table.rows]), ""]
+    lines += [likelihood_sentence(report)] if report.get("likelihood") else []
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    return "\n".join([*lines, *(f"  {path}" for path in written)])
 
 
 def help_notes() -> str:

@@ -191,9 +191,10 @@ class StepRecorder:
         steps = self._spread(columns)
         rows = []
         for index in range(self.x[0].shape[0]):
-            rows += [self._visible(step)[index] for step in steps]
-            rows += [self.x0_hat[step][index] for step in steps]
-        return grid_image(torch.stack(rows), columns=len(steps))
+            rows.append([self._visible(step)[index] for step in steps])
+            rows.append([self.x0_hat[step][index] for step in steps])
+        headings = [f"sigma {self.sigmas[step]:.3g}" for step in steps]
+        return titled_grid(rows, ["x", "x0_hat"] * (len(rows) // 2), headings)
 
     def frames(self, columns: int, most: int = 60) -> list[Image.Image]:
         """One grid per step: the noisy pictures turn into samples.

@@ -75,6 +75,20 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal, its first column to the left and the others to the right.
+
+    Args:
+        rows: The cells, the header first.
+
+    Returns:
+        A line per row.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
 def tables(report: dict[str, Any]) -> list[Table]:
     """All figures of a report.
 
