@@ -241,10 +241,10 @@ def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
     assert "reads no text" in stopped(capsys, lightning, "edit", "inpaint", *plain, *prompts[:2])
 
 
-def test_the_readmes_lines_edit(trained):
+def test_the_lines_of_the_page_on_editing_edit(trained):
     """On the tiny model of digits and with fewer steps, or it would take minutes."""
-    readme = (CONFIGS.parent / "README.md").read_text()
-    lines = readme.split("## Edit")[1].split("```python\n")[1].split("```")[0]
+    page = (CONFIGS.parent / "docs/editing.md").read_text()
+    lines = page.split("```python\n")[1].split("```")[0]
     lines = lines.replace("runs/edm_fashion_mnist/version_0/checkpoints/last.ckpt", str(checkpoint(trained, "edm")))
     names = {}
     exec(lines.replace("num_steps=100", "num_steps=3"), names)
