@@ -32,8 +32,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
-from diffusion_lit.storage.checkpoints import find_last
 from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.runs import find_last
 
 COMMAND = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()"]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from diffusion_lit.modules.load import load_module
-from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
+from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.runs import find_last
 
 
 class Marker:

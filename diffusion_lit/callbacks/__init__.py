@@ -6,6 +6,7 @@ from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.guard import NonFiniteGuard
 from diffusion_lit.callbacks.noise_levels import LossByNoiseLevel
+from diffusion_lit.callbacks.predictions import KeepPredictions
 from diffusion_lit.callbacks.progress import ProgressBar, RunSummary, Throughput
 from diffusion_lit.callbacks.psnr import PicturePSNR
 from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
@@ -19,6 +20,7 @@ __all__ = [
     "TF32",
     "Cost",
     "Interpolations",
+    "KeepPredictions",
     "LastCheckpoint",
     "LossByNoiseLevel",
     "NonFiniteGuard",

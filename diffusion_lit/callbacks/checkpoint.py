@@ -5,9 +5,14 @@ summed, since those would be lost. SIGTERM and Ctrl-C are noted and obeyed at th
 and the run ends with the exit status that the shell expects, 143 or 130.
 """
 
+import contextlib
+import math
+import os
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.checks import check_count
 from diffusion_lit.runtime.stopping import RunStopped
 from diffusion_lit.runtime.watchdog import SAME
@@ -27,17 +33,25 @@ NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 class LastCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/last.ckpt`: the state after each validation, at the end of training and when interrupted.
 
-    To keep the best by a metric as well, add `lightning.pytorch.callbacks.ModelCheckpoint` with `monitor` to
-    `trainer.callbacks`.
+    Beside it lie `previous.ckpt`, the one before, and `best.ckpt`, that of the validation with the lowest FID where the
+    run measures one, and otherwise with the lowest `val/loss`. Other metrics are for
+    `lightning.pytorch.callbacks.ModelCheckpoint` with `monitor`, in `trainer.callbacks`.
 
     Args:
         every_n_train_steps: Also saves every so many training steps.
+        every_n_minutes: Also saves when so many minutes have passed since the last save; `null` for never.
     """
 
-    def __init__(self, every_n_train_steps: int | None = None) -> None:
+    def __init__(self, every_n_train_steps: int | None = None, every_n_minutes: float | None = 10) -> None:
         check_count(every_n_train_steps=every_n_train_steps, hint=", or leave it out for every validation")
         super().__init__(filename="last", enable_version_counter=False)
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise ValueError(f"checkpoint.every_n_minutes is {every_n_minutes}; it must be above 0, or null for never.")
         self.every = every_n_train_steps
+        self.every_n_minutes = every_n_minutes
+        self.best: dict[str, Any] = {}  # figure, value and step of best.ckpt
+        self._saved_at = time.monotonic()
+        self._flush_due = False  # figures of the step that was saved are not yet on the disk
         self._due = False  # a save that waits for the end of the optimizer step
         self._validation_due = False  # the state is that of a step after which validation comes
         self._signal: int | None = None
@@ -50,6 +64,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens for signals, and makes up for a validation that the checkpoint was saved before."""
         super().on_train_start(trainer, pl_module)
+        self._saved_at = time.monotonic()
         if trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu":
             self._hosts = torch.distributed.new_group(backend="gloo")  # no host waits for its device
         self._listen(trainer)
@@ -63,7 +78,8 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves at the interval, and when the run is asked to stop."""
         step = trainer.global_step
         self._due |= bool(self.every) and step % (self.every or 1) == 0 and self._last_global_step_saved != step
-        asked = self._asked(trainer)
+        asked, overdue = self._asked(trainer)
+        self._due |= overdue
         if trainer.fit_loop._should_accumulate():
             return
         if self._due or asked:
@@ -80,22 +96,30 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stops a run that was asked to, now that the last step's figures are logged."""
+        self._flush(trainer)
         self._stop()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops a run that was asked to."""
+        self._flush(trainer)
         self._stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops a run that was asked to: the validation is made up for when it goes on."""
+        self._flush(trainer)
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, with the metrics of the validation."""
-        if trainer.state.fn == "fit" and trainer.fit_loop._should_accumulate():
+        """Saves, with the metrics of the validation, and keeps it where it is the best so far."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.fit_loop._should_accumulate():
             self._due = True  # a validation that is not counted in steps: by time, or by epochs
-        else:
-            super().on_validation_end(trainer, pl_module)
+            return
+        improved = self._improved(trainer)
+        self._save_new(trainer)
+        if improved and trainer.is_global_zero:
+            self._keep(trainer, "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was trained since the last validation."""
@@ -114,18 +138,61 @@ class LastCheckpoint(ModelCheckpoint):
         self._handlers = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's, and whether validation comes next."""
-        return {**super().state_dict(), "validation_due": self._validation_due}
+        """ModelCheckpoint's, the best figure, and whether validation comes next."""
+        return {**super().state_dict(), "validation_due": self._validation_due, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state."""
         super().load_state_dict(state_dict)
         self._validation_due = state_dict.get("validation_due", False)
+        self.best = state_dict.get("best", {})
 
     def _save_new(self, trainer: Trainer) -> None:
         self._due = False
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Writes the figures so far to the disk, keeps the checkpoint before, and saves."""
+        self._flush_due = True
+        self._flush(trainer)
+        if trainer.is_global_zero:
+            self._keep(trainer, "previous")
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at, self._flush_due = time.monotonic(), True
+
+    def _flush(self, trainer: Trainer) -> None:
+        """Has loggers write what they hold: what a checkpoint has seen, a killed run has logged."""
+        if self._flush_due:
+            self._flush_due = False
+            for logger in trainer.loggers:
+                logger.save()
+
+    def _keep(self, trainer: Trainer, name: str) -> None:
+        """Gives last.ckpt a second name, under which it stays when it is replaced."""
+        last = Path(str(self.dirpath)) / "last.ckpt"
+        if not last.exists() or (name == "best" and getattr(trainer.strategy.checkpoint_io, "failure", None)):
+            return
+        temporary = last.with_name(f".{name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(last, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, temporary)
+            os.replace(temporary, last.with_name(f"{name}.ckpt"))
+
+    def _improved(self, trainer: Trainer) -> bool:
+        """Whether the validation that just ended gave the best figure so far; the same on all ranks."""
+        figure = _figure(trainer)
+        if figure is None:
+            return False
+        name, value = figure
+        before = self.best.get("value", math.inf) if self.best.get("figure") == name else math.inf
+        improved: bool = trainer.strategy.broadcast(value < before)
+        if improved:
+            self.best = {"figure": name, "value": value, "step": trainer.global_step}
+        return improved
 
     def _listen(self, trainer: Trainer) -> None:
         """Takes SIGTERM, Ctrl-C and, under SLURM, the signal to requeue, whose work is done at the end of a step."""
@@ -157,13 +224,15 @@ class LastCheckpoint(ModelCheckpoint):
             raise RunStopped(f"Stopped by {NAMES[number]}.", 128 + number)  # type: ignore[index]
         rank_zero_info(f"\n{NAMES[number]}: saving at the end of this step; once more to stop at once.")  # type: ignore[index]
 
-    def _asked(self, trainer: Trainer) -> int:
-        """The signal that any rank has had, the same on all ranks; 0 for none."""
+    def _asked(self, trainer: Trainer) -> tuple[int, bool]:
+        """The signal that any rank has had, 0 for none, and whether too long nothing was saved; alike on all ranks."""
+        overdue = self.every_n_minutes is not None and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         if trainer.world_size == 1:
-            return self._signal or 0
-        number = torch.tensor(self._signal or 0)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
-        return int(number)
+            return self._signal or 0, overdue
+        both = torch.tensor([self._signal or 0, int(overdue)])
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
+        number, late = both.tolist()
+        return number, bool(late)
 
     def _stop(self) -> None:
         if self._stopping is not None:
@@ -195,6 +264,14 @@ class LastCheckpoint(ModelCheckpoint):
             f"The state after step {self._last_global_step_saved} is saved in {self._last_checkpoint_saved}; "
             "go on with --ckpt_path last."
         )
+
+
+def _figure(trainer: Trainer) -> tuple[str, float] | None:
+    """The figure by which a run's checkpoints compare, the less the better: its FID, or else its `val/loss`."""
+    tags = sorted((one.tag for one in trainer.callbacks if isinstance(one, FID)), key=lambda tag: tag.startswith("r"))  # type: ignore[attr-defined]
+    metrics = trainer.callback_metrics
+    name = next((name for name in (*tags, "val/loss") if name in metrics), None)
+    return None if name is None else (name, float(metrics[name]))
 
 
 def _validate(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from diffusion_lit.diffusion.averaging import exponent, power_beta
 from diffusion_lit.runtime.ranks import images_of
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 from diffusion_lit.storage.snapshots import Snapshots
+
+AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 class EMA(WritesToRunFolder, WeightAveraging):
@@ -154,7 +156,18 @@ class EMA(WritesToRunFolder, WeightAveraging):
             rank_zero_warn(f"A snapshot of the averages could not be written to {folder}: {error}. Training goes on.")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the average model; its counter stays on the host, where reading it does not wait for the device."""
+        """Makes the average model; its counter stays on the host, where reading it does not wait for the device.
+
+        Raises:
+            ValueError: If another callback averages the weights too: each would take the other's for the raw ones.
+        """
+        others = [one for one in trainer.callbacks if isinstance(one, AVERAGES) and one is not self]  # type: ignore[attr-defined]
+        if others:
+            raise ValueError(
+                "Two averages of the weights do not go together: the run keeps one already (ema), and "
+                f"{type(others[0]).__name__} in trainer.callbacks is a second. Leave it out; --ema.half_life, "
+                "--ema.decay and --ema.sigma_rel, which takes several widths, say what is averaged."
+            )
         super().setup(trainer, pl_module, stage)
         self._weights, self._buffers = ([], []), ([], [])
         if self._average_model is not None:

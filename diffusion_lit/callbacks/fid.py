@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.callbacks.ema import EMA
+from diffusion_lit.callbacks.intervals import ends
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
@@ -153,8 +154,7 @@ class FID(Callback):
     def _due(self, trainer: Trainer) -> bool:
         if self._measured_epoch is None or trainer.state.fn != "fit":
             return True
-        last = trainer.global_step >= trainer.max_steps > 0 or trainer.current_epoch + 1 == trainer.max_epochs
-        return last or trainer.current_epoch - self._measured_epoch >= self.every_n_epochs
+        return ends(trainer) or trainer.current_epoch - self._measured_epoch >= self.every_n_epochs
 
     def _prepare(self, trainer: Any, pl_module: LightningModule) -> None:
         """Loads the extractor, on rank 0 first, which alone keeps the reference; once. Called on all ranks."""

@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.loops.utilities import _is_max_limit_reached
+
+from diffusion_lit.callbacks.intervals import ValidationLoop, ends
 
 TRACKED = ("ready", "started", "processed", "completed")
 
@@ -67,26 +68,26 @@ def brought_to(epoch: int, batch: int, state: dict[str, Any]) -> dict[str, Any]:
 class StepLoop(_TrainingEpochLoop):
     """Lightning's loop over the batches of an epoch, which counts intervals in optimizer steps."""
 
+    def __init__(self, trainer: Trainer, min_steps: int | None, max_steps: int) -> None:
+        super().__init__(trainer, min_steps, max_steps)
+        self.val_loop = ValidationLoop(trainer)
+
     def due(self) -> bool:
         """Whether the batch just trained ended an optimizer step after which the run validates, draws and measures."""
-        return not self._should_accumulate() and (
-            self.global_step % int(self.trainer.val_check_interval) == 0 or self.is_last_step()
-        )
-
-    def is_last_step(self) -> bool:
-        """Whether the run ends with the batch just trained, by its number of steps or epochs."""
-        fit = self.trainer.fit_loop
-        epochs = fit.epoch_progress.current.processed + self._num_ready_batches_reached()
-        return _is_max_limit_reached(self.global_step, self.max_steps) or _is_max_limit_reached(
-            epochs, -1 if fit.max_epochs is None else fit.max_epochs
-        )
+        interval = int(self.trainer.val_check_interval)
+        return not self._should_accumulate() and (self.global_step % interval == 0 or ends(self.trainer))
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         trainer = self.trainer
+        if not self._should_accumulate() and ends(trainer):
+            return True
         if trainer.check_val_every_n_epoch is not None or not isinstance(trainer.val_check_interval, int):
             return super()._should_check_val_fx(data_fetcher)
-        stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
-        return self._should_check_val_epoch() and (stopped or self.due())
+        return self.due()
+
+    def _should_check_val_epoch(self) -> bool:
+        every = self.trainer.check_val_every_n_epoch
+        return every is None or (self.trainer.current_epoch + 1) % every == 0
 
     def reset(self) -> None:
         """Begins an epoch or goes on in it; one is logged per step, also in a run that was resumed."""

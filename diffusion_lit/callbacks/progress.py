@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
@@ -80,12 +80,15 @@ class ProgressBar(TQDMProgressBar):
 class RunSummary(WritesToRunFolder):
     """Tells what the hardware decided when training starts, and what the run reached and left when it ends."""
 
+    _started_at: int | None = None  # the step at which training started, where it did
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what was chosen for the hardware and how to choose otherwise, and puts it on record in the log."""
+        self._started_at = trainer.global_step
         if not trainer.is_global_zero:
             return
         lines = hardware_lines(trainer, pl_module)
-        print("\n".join(lines))
+        print("\n".join([*lines, *time_budget(trainer)]))
         record = f"{hardware(pl_module.device, trainer.world_size)['processor']}. {lines[0]}"
         for logger in trainer.loggers:
             write = partial(note, logger, "hardware", record, trainer.global_step)
@@ -97,6 +100,8 @@ class RunSummary(WritesToRunFolder):
             return
         folder = run_folder(trainer)
         lines = ["", "The run is over."]
+        if self._started_at in (None, trainer.global_step):
+            lines.insert(1, nothing_trained(trainer))
         for label, value in self._figures(trainer):
             lines.append(f"  {label + ':':<22}{value}")
         for label, pattern in (
@@ -106,6 +111,7 @@ class RunSummary(WritesToRunFolder):
             ("interpolations", "interpolations/*.png"),
             ("denoising animation", "trajectory/*.gif"),
             ("checkpoint", "checkpoints/last.ckpt"),
+            ("the best one", "checkpoints/best.ckpt"),
         ):
             found = sorted(folder.glob(pattern))
             if found:
@@ -161,6 +167,53 @@ def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
         "Chosen by the hardware; --trainer.precision 32-true, --channels_last false, OMP_NUM_THREADS=N and "
         "--model.init_args.optimizer.init_args.fused false say otherwise.",
     ]
+
+
+def time_budget(trainer: Trainer) -> list[str]:
+    """What a budget of time means for the learning rate.
+
+    Args:
+        trainer: The trainer, its schedules made.
+
+    Returns:
+        A sentence where the run may end by the clock and the learning rate decays by the step, or none.
+    """
+    timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+    told = []
+    for config in trainer.lr_scheduler_configs if timers else []:
+        schedule: Any = config.scheduler
+        steps = getattr(schedule, "total_steps", None) or getattr(schedule, "T_max", None)
+        if not steps:
+            continue
+        start = round(steps * (1 - getattr(schedule, "decay_fraction", 1)))
+        told.append(
+            f"--trainer.max_time may end the run before its learning rate has decayed: it does from step {start:,} to "
+            f"step {steps:,}, by the step and not by the clock. For a decay in time, set --trainer.max_steps to what "
+            "fits into it; the time to the end is told after 20 steps."
+        )
+    return told
+
+
+def nothing_trained(trainer: Trainer) -> str:
+    """Why a run ended without a step.
+
+    Args:
+        trainer: The trainer, at the end.
+
+    Returns:
+        A sentence.
+    """
+    step, epochs = trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
+    if 0 <= trainer.max_steps <= step:
+        why, more = f"step {step:,}, and trainer.max_steps is {trainer.max_steps:,}", "trainer.max_steps"
+    elif 0 <= (trainer.max_epochs or -1) <= epochs:
+        why, more = (
+            f"epoch {epochs:,}, and trainer.max_epochs is {trainer.max_epochs:,}",
+            "trainer.max_epochs",
+        )
+    else:
+        why, more = f"step {step:,}, and its limits allow none", "the limits"
+    return f"Nothing was trained: the run stood at {why}. To go on, raise {more}."
 
 
 def _short(path: Path) -> str:

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from diffusion_lit.callbacks.samples import MOST
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
@@ -23,6 +24,8 @@ class PicturePSNR(Callback):
     def __init__(self, count: int = 4, seed: int = 0) -> None:
         check_count(count=count)
         check_count(0, seed=seed)
+        if not 1 <= count <= MOST:
+            raise ValueError(f"count is {count}; a PSNR takes 1 to {MOST:,} samples.")
         self.count = count
         self.seed = seed
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID
-from diffusion_lit.callbacks.samples import Pictures
+from diffusion_lit.callbacks.samples import MOST, Pictures
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
@@ -28,6 +28,11 @@ class Reconstructions(Pictures):
     def __init__(self, count: int = 24, columns: int = 12, every: int = 1) -> None:
         super().__init__(every)
         check_count(count=count, columns=columns)
+        if not 1 <= count <= MOST or columns < 1:
+            raise ValueError(
+                f"A grid of {count} pictures in {columns} columns cannot be drawn; count must lie between 1 and "
+                f"{MOST:,}, and columns be at least 1."
+            )
         self.count = count
         self.columns = columns
 
@@ -57,6 +62,11 @@ class Interpolations(Pictures):
         super().__init__(every)
         check_count(rows=rows)
         check_count(2, columns=columns)
+        if rows < 1 or columns < 2 or rows * columns > MOST:
+            raise ValueError(
+                f"Interpolations of {rows} rows and {columns} columns cannot be drawn; give at least 1 and 2, and at "
+                f"most {MOST:,} pictures in all."
+            )
         self.rows = rows
         self.columns = columns
 

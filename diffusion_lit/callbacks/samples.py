@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.callbacks.intervals import ends
 from diffusion_lit.callbacks.loggers import show_image
 from diffusion_lit.checks import check_count
 from diffusion_lit.report.images import StepRecorder, png_bytes, save_gif, titled_grid
@@ -20,12 +21,14 @@ from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 if TYPE_CHECKING:
     from diffusion_lit.modules.base import DiffusionModule
 
+MOST = 1024  # images that a callback draws at once: more are a slip of the keyboard
+
 
 class Pictures(WritesToRunFolder):
     """Draws samples with fixed seeds after validation; subclasses say which and how they are shown.
 
     Args:
-        every: Draws at every n-th validation; 0 for never.
+        every: Draws at every n-th validation and at the end of the run; 0 for never.
         seed: Sample i has the seed `seed + i`.
     """
 
@@ -40,7 +43,8 @@ class Pictures(WritesToRunFolder):
         if trainer.sanity_checking or not hasattr(pl_module, "generate"):
             return
         self.validations += 1
-        if self.every and self.validations % self.every == 0:
+        ended = trainer.state.fn == "fit" and ends(trainer)
+        if self.every and (self.validations % self.every == 0 or ended):
             self.show(trainer, cast("DiffusionModule", pl_module))
 
     def state_dict(self) -> dict[str, int]:
@@ -136,6 +140,11 @@ class SampleGrid(Pictures):
     def __init__(self, rows: int = 8, columns: int = 8, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
         check_count(rows=rows, columns=columns)
+        if rows < 1 or columns < 1 or rows * columns > MOST:
+            raise ValueError(
+                f"A sample grid of {rows} rows and {columns} columns cannot be drawn; both must be at least 1, and "
+                f"their product at most {MOST:,}."
+            )
         self.rows = rows
         self.columns = columns
 
@@ -162,6 +171,11 @@ class Trajectory(Pictures):
     def __init__(self, count: int = 4, columns: int = 10, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
         check_count(count=count, columns=columns)
+        if not 1 <= count <= MOST or not 1 <= columns <= MOST:
+            raise ValueError(
+                f"A trajectory of {count} samples (trajectory.count) and {columns} steps (trajectory.columns) cannot "
+                f"be drawn; both must lie between 1 and {MOST:,}."
+            )
         self.count = count
         self.columns = columns
 

@@ -1,9 +1,9 @@
 """`lightning fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults.
 
 What it adds: `configs/base.yaml` is read before every config; the run's NAME is that of the config file, and all
-that the run writes lies under `runs/NAME/version_N/`; the network's channels, size and classes come from the data;
-`--ckpt_path last` continues the newest version of this NAME; abbreviations are refused; and what a user got wrong is
-told in a sentence.
+that the run writes lies under `runs/NAME/version_N/`, whatever its logger; the network's channels, size and classes
+come from the data; `--ckpt_path last` continues the newest version of this NAME; of `max_steps` and `max_epochs` the
+one that was said last counts; abbreviations are refused; and what a user got wrong is told in a sentence.
 """
 
 import glob
@@ -34,6 +34,7 @@ from diffusion_lit.callbacks import (
     EMA,
     TF32,
     Cost,
+    KeepPredictions,
     LastCheckpoint,
     LossByNoiseLevel,
     NonFiniteGuard,
@@ -49,15 +50,18 @@ from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
+from diffusion_lit.commands.place import Place, SaveRecipe, length_said_last
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
 from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
+from diffusion_lit.runtime.run_folder import RunFolder, lock_run
 from diffusion_lit.runtime.stopping import RunStopped, explain
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
-from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
+from diffusion_lit.storage.checkpoints import check_training_state, read_checkpoint
 from diffusion_lit.storage.exports import is_export
+from diffusion_lit.storage.runs import find_checkpoint, run_of
 from diffusion_lit.storage.trust import TRUST_HELP, trust
 
 MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
@@ -183,28 +187,40 @@ class CLI(LightningCLI):
         net_input = getattr(_class_at(model.class_path), "net_input", lambda shape, **_: shape)
         return tuple(int(side) for side in net_input(image_shape, **dict(model.get("init_args", {}))))
 
-    def _parse_ckpt_path(self) -> None:
-        """Finds `last` and reads the checkpoint's record; unlike Lightning's, it leaves the configuration alone."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and lets the length of the run that was said last count."""
+        super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
+        length_said_last(config.trainer, config.get("config") or [], sys.argv[1:])
+
+    def _parse_ckpt_path(self) -> None:
+        """Finds the checkpoint and reads its record; unlike Lightning's, it leaves the configuration alone."""
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
         trust((config.get("trust") or "").split(","))
-        self._name_run(config)
-        path = config.get("ckpt_path")
-        if path is None:
-            return
-        logger = _logger(config)
-        if path == "last":
-            if logger is None:
+        self.place = Place.of(config)
+        given = config.get("ckpt_path")
+        if given is None:
+            if subcommand != "fit" and not config.trainer.get("fast_dev_run"):
                 raise UserError(
-                    "--ckpt_path last looks for runs by name and needs the TensorBoard logger of base.yaml."
+                    f"`lightning {subcommand}` is for a trained model: add --ckpt_path last (of {self.place.run}), "
+                    "best, runs/NAME or a file."
                 )
-            path = find_last(Path(logger.save_dir) / logger.name)
-            config.ckpt_path = str(path)
-            if self.config["subcommand"] == "fit":
-                logger.version = int(path.parent.parent.name.split("_")[1])
-            print(f"Continuing from {path}")
-        if self.config["subcommand"] == "fit" and is_export(path):
+            return
+        path = find_checkpoint(given, self.place.run)
+        config.ckpt_path = str(path)
+        if str(path) != str(given):
+            print(f"{'Continuing from' if subcommand == 'fit' else 'Using'} {path}")
+        if subcommand == "fit" and is_export(path):
             raise UserError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
         checkpoint = read_checkpoint(path)
+        if subcommand == "fit":
+            check_training_state(checkpoint, path)
+        folder = run_of(path)
+        if folder is not None and (subcommand != "fit" or str(path) != str(given)):
+            self.place.continues(folder)
+            if subcommand == "fit":
+                lock_run(folder).release()  # so that it is told now; the trainer takes it again for the whole run
         self.recorded = {
             **(checkpoint.get("callbacks", {}).get("Resume", {}).get("settings") or {}),
             "model": checkpoint.get("hyper_parameters", {}),
@@ -223,14 +239,11 @@ class CLI(LightningCLI):
             config.seed_everything = recorded
         say(line("seed_everything", recorded, now, "this run's" if typed else "the checkpoint's"))
 
-    def _name_run(self, config: Namespace) -> None:
-        """Names the run after its config."""
-        if config.get("name") is None:
-            given = [str(file) for file in config.get("config") or []]
-            config.name = Path(given[-1]).stem if given else "run"
-        logger = _logger(config)
-        if logger is not None and logger.get("name") in (None, "lightning_logs"):
-            logger.name = config.name
+    def before_instantiate_classes(self) -> None:
+        """Makes the run's folder, and tells loggers of it."""
+        config = self.config[self.subcommand]
+        if not config.trainer.get("fast_dev_run"):
+            self.place.settle(config, self.subcommand)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
@@ -249,7 +262,10 @@ class CLI(LightningCLI):
         refuse_precision(config)
         if self.subcommand == "fit":
             self._suit_hardware(config)
-        trainer = super()._instantiate_trainer(config, [*callbacks, *always])
+        if self.subcommand == "predict":
+            always.append(KeepPredictions())
+        folder = [] if self.place.folder is None else [RunFolder(self.place.folder)]
+        trainer = super()._instantiate_trainer(config, [*folder, *callbacks, *always])
         trainer.fit_loop = RunLoop(trainer)
         return trainer
 
@@ -354,14 +370,6 @@ def _check_numbers_of_trainer(config: dict[str, Any]) -> None:
             check_number(least=0, **{f"trainer.{name}": config[name]})
 
 
-def _logger(config: Namespace) -> Any:
-    """The arguments of the TensorBoard logger of a configuration, or None where it has another."""
-    logger = config.trainer.get("logger")
-    if isinstance(logger, Namespace) and str(logger.get("class_path", "")).endswith("TensorBoardLogger"):
-        return logger.init_args
-    return None
-
-
 def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     """Runs `fit`, `validate`, `test` or `predict`.
 
@@ -393,6 +401,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=SaveRecipe,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={name: dict(defaults) for name in ("fit", "validate", "test", "predict")}
             | {"allow_abbrev": False, "prog": "lightning"},
@@ -415,6 +424,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
         raise SystemExit(2) from error
     finally:
         watchdog.rest()
+        Place.leave_empty()
 
 
 def _quiet() -> None:
@@ -427,6 +437,10 @@ def _quiet() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)`.*",
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Precision .* is not supported by the model summary.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*loading a checkpoint outside the 'fit' stage.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     quiet_writer_threads()

@@ -48,9 +48,9 @@ COMMANDS = {
 
 TRAINING = {
     "fit": "train a model: diffusion-lit fit --config edm_digits",
-    "validate": "measure the loss on the validation split",
-    "test": "measure the loss on the test split",
-    "predict": "draw a sample for each test picture",
+    "validate": "measure a checkpoint's loss on the validation split",
+    "test": "measure a checkpoint's loss on the test split",
+    "predict": "draw and keep a sample for each test picture",
 }
 
 
@@ -71,7 +71,8 @@ def help_text() -> str:
         "  --config NAME                      the experiment: of `diffusion-lit configs`, or a YAML of yours",
         "  --trainer.max_steps 1000           any value can be overridden",
         "  --print_config                     shows the whole configuration and stops",
-        "  --ckpt_path last                   continues the newest run of this name",
+        "  --ckpt_path last                   continues the newest run of this name; best, runs/NAME and",
+        "                                     runs/NAME/version_N are understood too, by every command",
         "  --trust MODULE                     lets a file name classes of this module; for every command",
         "  fit --model.help CLASS             lists the options of a class, e.g. diffusion_lit.modules.EDM",
         "",
@@ -204,6 +205,8 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     values.pop("trust")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        if values.get("ckpt_path"):
+            values["ckpt_path"] = _find(values["ckpt_path"])
         for name, kind in spread.items():
             values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
         from diffusion_lit.runtime.precision import use_tf32
@@ -232,6 +235,16 @@ def _explained(error: Exception) -> tuple[str, int] | None:
     several = type(error).__name__ in ("ProcessRaisedException", "ProcessExitedException")
     told = error if isinstance(error, RunStopped) else explain(error) if several else None
     return None if told is None else (str(told), told.status)
+
+
+def _find(given: str) -> str:
+    """The checkpoint that `last`, `best` or a run's folder means, which is told."""
+    from diffusion_lit.storage.runs import find_checkpoint
+
+    found = str(find_checkpoint(given))
+    if found != given:
+        print(f"Using {found}")
+    return found
 
 
 def _spell_out_flags(args: list[str], flags: set[str]) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from diffusion_lit.storage.checkpoints import find_last, read_checkpoint
+from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.runs import find_last
 from diffusion_lit.storage.trust import check, find_class, naming
 
 HUB = "hub:"

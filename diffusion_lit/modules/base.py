@@ -23,7 +23,7 @@ from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
 from diffusion_lit.modules.batches import check_batch
-from diffusion_lit.modules.optim import configure_optimizers, step_plateau
+from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
 
@@ -129,6 +129,10 @@ class KeyedModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the learning-rate schedule."""
         return configure_optimizers(self, *self._makers())
+
+    def on_train_start(self) -> None:
+        """Refuses a learning rate that waits for what is never measured."""
+        check_plateau(self)
 
     def on_validation_epoch_end(self) -> None:
         """Tells a learning rate that waits for plateaus what validation gave."""

@@ -116,6 +116,24 @@ def lay_as_weights(optimizer: Optimizer) -> None:
                 state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
+def check_plateau(module: "LightningModule") -> None:
+    """Refuses a `ReduceLROnPlateau` where nothing is held out that it could watch the loss of.
+
+    Args:
+        module: The module, its training about to start.
+
+    Raises:
+        ValueError: If so.
+    """
+    waits = any(isinstance(config.scheduler, ReduceLROnPlateau) for config in module.trainer.lr_scheduler_configs)
+    batches = module.trainer.num_val_batches
+    if waits and not sum(batches if isinstance(batches, list) else [batches]):
+        raise ValueError(
+            "ReduceLROnPlateau waits for val/loss, but this run measures none, since no images are held out: hold some "
+            "out (the data's val_fraction, trainer.limit_val_batches), or take another lr_scheduler."
+        )
+
+
 def step_plateau(module: "LightningModule") -> None:
     """Tells a `ReduceLROnPlateau` the loss of the validation that just ended.
 

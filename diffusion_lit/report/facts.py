@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from diffusion_lit.storage.checkpoints import versions
 from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.runs import versions
 
 HARDWARE = "hardware/text_summary"  # TensorBoard's tag of what `RunSummary` records
 

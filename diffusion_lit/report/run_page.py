@@ -273,9 +273,9 @@ class RunPage:
             return
         page.heading("Configuration")
         path = self.folder / "config.yaml"
-        given, anew = quote(str(path)), "" if self.config.get("ckpt_path") is None else " --ckpt_path null"
+        given = quote(str(path))
         page.text("To train it anew, and to go on where it stopped:")
-        page.command(f"lightning fit --config {given}{anew}")
+        page.command(f"lightning fit --config {given}")
         page.command(f"lightning fit --config {given} --ckpt_path last")
         page.table(["what", "value"], settings(self.config, self.module))
         page.listing(path.read_text(errors="replace"), "config.yaml, whole")

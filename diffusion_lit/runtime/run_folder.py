@@ -1,4 +1,4 @@
-"""Where a run writes: one folder, decided once, by all ranks together.
+"""Where a run writes: one folder, decided once, by all ranks together, and held by one process at a time.
 
 Lightning's `Trainer.log_dir` is a collective: it broadcasts rank 0's answer. Read on one rank alone, as by a callback
 that draws on rank 0, it waits for the others for ever. So all ranks decide in `setup`, and from then on each knows.
@@ -8,6 +8,9 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from diffusion_lit.runtime.lock import ProcessLock
 
 _FOLDERS: "WeakKeyDictionary[Trainer, Path]" = WeakKeyDictionary()
 
@@ -21,17 +24,80 @@ class WritesToRunFolder(Callback):
         decide_run_folder(trainer)
 
 
+class RunFolder(WritesToRunFolder):
+    """Says where a run writes, whatever its logger, and lets no second process train there meanwhile.
+
+    Args:
+        folder: The folder, as rank 0 knows it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: ProcessLock | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Decides the folder, locks it for training, and has checkpoints written to it."""
+        super().setup(trainer, pl_module, stage)
+        folder = run_folder(trainer)
+        if stage == "fit":
+            refusal = self._take(folder) if trainer.is_global_zero else None
+            refusal = trainer.strategy.broadcast(refusal)
+            if refusal:
+                raise ValueError(refusal)
+        run = folder if stage == "fit" else folder.parent
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(run / "checkpoints")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _take(self, folder: Path) -> str | None:
+        """Locks the folder, or says why another process must not train in it."""
+        try:
+            self._lock = lock_run(folder)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def lock_run(folder: Path) -> ProcessLock:
+    """Locks a run's folder for training, until the lock is released or this process ends, however it ends.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The lock. On Windows there is none: two processes that go on with one run are not told apart there.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    try:
+        return ProcessLock(folder / ".lock")
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{folder} is being trained by another process ({error.strerror.removeprefix('held by ')}); wait until it "
+            "ends or stop it, or start a run of your own without --ckpt_path."
+        ) from error
+
+
 def decide_run_folder(trainer: Trainer) -> Path:
     """Decides where the run writes. A collective: call it on all ranks.
 
     Args:
-        trainer: The trainer, whose logger names the folder.
+        trainer: The trainer, whose `RunFolder` or else its logger names the folder.
 
     Returns:
         The run's folder.
     """
     if trainer not in _FOLDERS:
-        _FOLDERS[trainer] = Path(trainer.log_dir or trainer.default_root_dir)
+        said = [one for one in trainer.callbacks if isinstance(one, RunFolder)]  # type: ignore[attr-defined]
+        here = trainer.strategy.broadcast(said[0].folder) if said else trainer.log_dir or trainer.default_root_dir
+        _FOLDERS[trainer] = Path(here)
     return _FOLDERS[trainer]
 
 

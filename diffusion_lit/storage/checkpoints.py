@@ -5,12 +5,29 @@ A checkpoint made by `lightning fit` records the classes and arguments of its mo
 from a record through `storage.trust`.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 from diffusion_lit.storage.exports import is_export, read_export
 from diffusion_lit.storage.pickled import Damaged, HoldsCode, read_pickled
+
+TRAINING = {  # what training goes on from, and what each must be
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+FIELDS: dict[str, type] = {
+    **TRAINING,
+    "state_dict": dict,
+    "current_model_state": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "diffusion_lit": dict,
+}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -52,39 +69,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is a PyTorch file but not a checkpoint of `lightning fit`: it has no `state_dict`.")
+    for field, kind in FIELDS.items():
+        if field in checkpoint and not isinstance(checkpoint[field], kind):
+            raise ValueError(
+                f"{path} is no sound checkpoint: its {field} is a {type(checkpoint[field]).__name__} and must be a "
+                f"{kind.__name__}. Take another checkpoint of the run, such as previous.ckpt beside it."
+            )
     return checkpoint
 
 
-def versions(run: Path) -> list[Path]:
-    """The versions of a run.
+def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Checks that training can go on from a checkpoint.
 
     Args:
-        run: The run's folder, `runs/NAME`.
-
-    Returns:
-        Its folders `version_N`, the newest first.
-    """
-    found = [folder for folder in run.glob("version_*") if re.fullmatch(r"version_\d+", folder.name)]
-    return sorted(found, key=lambda folder: int(folder.name.split("_")[1]), reverse=True)
-
-
-def find_last(run: Path) -> Path:
-    """The last checkpoint of a run's newest version that has one.
-
-    Args:
-        run: The run's folder, `runs/NAME`.
-
-    Returns:
-        The path of its `last.ckpt`.
+        checkpoint: Its contents.
+        path: Its file.
 
     Raises:
-        ValueError: If no version holds a last checkpoint.
+        ValueError: If it holds weights alone, as one saved with `save_weights_only` does.
     """
-    for folder in versions(run):
-        last = folder / "checkpoints" / "last.ckpt"
-        if last.is_file():
-            return last
-    raise ValueError(
-        f"There is nothing to continue: no version under {run} holds checkpoints/last.ckpt. Start the run without "
-        "--ckpt_path."
-    )
+    missing = [field for field in TRAINING if field not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"{path} holds weights without the state of training ({', '.join(missing)} missing), as save_weights_only "
+            "leaves it; training cannot go on from it. Take last.ckpt; sampling and evaluating need weights alone."
+        )

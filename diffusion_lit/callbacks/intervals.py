@@ -1,0 +1,52 @@
+"""When a run validates, saves, draws and measures: at the interval and at its end, whether or not images are held out.
+
+Lightning leaves validation out where there is nothing to validate on, and with it everything that callbacks do then:
+the checkpoint, the sample grid, FID.
+"""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+
+
+def ends(trainer: Trainer) -> bool:
+    """Whether training ends after the step that was just done.
+
+    Args:
+        trainer: The trainer, in training or in a validation.
+
+    Returns:
+        Whether it was the last step of `max_steps`, of the last epoch, or before an early stop.
+    """
+    loop = trainer.fit_loop
+    epochs = loop.epoch_progress.current.processed + loop.epoch_loop._num_ready_batches_reached()
+    return (
+        0 < trainer.max_steps <= trainer.global_step
+        or 0 < (loop.max_epochs or -1) <= epochs
+        or (trainer.should_stop and loop._can_stop_early)
+    )
+
+
+class ValidationLoop(_EvaluationLoop):
+    """Lightning's, which calls what callbacks do at a validation also where there is no batch to validate on."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=False)
+
+    @property
+    def skip(self) -> bool:
+        """Only before training, where a validation of no batches would show nothing."""
+        return self.trainer.sanity_checking and super().skip
+
+    def setup_data(self) -> None:
+        """Asks for the held-out images; none of them stand in where there are none."""
+        super().setup_data()
+        if self._combined_loader is None:
+            self._combined_loader, self._max_batches = CombinedLoader([], "sequential"), [0]
+
+    def increment_progress_to_evaluation_end(self) -> None:
+        """Counts the batches of a validation as done, where it has any."""
+        self.setup_data()
+        if sum(self.max_batches):
+            super().increment_progress_to_evaluation_end()
