@@ -58,7 +58,7 @@ lock: install ## renew requirements.lock: the newest versions that pyproject.tom
 	$(BIN)/uv pip compile pyproject.toml --extra dev --extra wandb --universal --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock --upgrade
 
 docs: install ## renew what README and docs take from the code: lines of links, the table of recipes
-	$(BIN)/python tests/renew_docs.py
+	$(BIN)/python tools/renew_docs.py
 
 board: install ## open TensorBoard over all runs: make board PORT=6006
 	@$(BIN)/python -c 'import socket, sys; sys.exit(socket.socket().connect_ex(("127.0.0.1", int("$(PORT)"))) == 0)' 2>/dev/null || \

@@ -1,0 +1,62 @@
+"""Checkpoints of version 0.1.0, before the code was laid out in rooms: they sample the same images and train on.
+
+`tests/data/checkpoints_of_0.1.0.zip` holds one of each family after 6 steps on the digits, and what that version made
+of it: 4 samples, and the raw weights after 3 further steps.
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import read
+from safetensors.torch import load
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+KEPT = Path(__file__).resolve().parents[1] / "data" / "checkpoints_of_0.1.0.zip"
+FAMILIES = ("edm", "ddpm", "cold", "vae", "latent")
+NET = "--model.init_args.net.init_args"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of the checkpoints, and what came of them by name."""
+    folder = tmp_path_factory.mktemp("kept")
+    zipfile.ZipFile(KEPT).extractall(folder)
+    return folder, load((folder / "expected.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_samples_the_same_images(family, kept, lightning):
+    folder, expected = kept
+    steps = () if family == "vae" else ("--num_steps=4",)
+    lightning("sample", f"--ckpt_path={folder / family}.ckpt", "--num_samples=4", *steps, "--out=drawn", "--device=cpu")
+    drawn = np.load("drawn/samples.npz")["arr_0"].astype(int)
+    assert np.abs(drawn - expected[f"{family}.samples"].numpy().astype(int)).max() <= 1  # another processor rounds
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_trains_on(family, kept, lightning):
+    folder, expected = kept
+    for name in {family, "vae"}:  # a latent model finds its VAE where it was
+        last = Path(f"runs/{name}_digits/version_0/checkpoints/last.ckpt")
+        last.parent.mkdir(parents=True)
+        last.write_bytes((folder / f"{name}.ckpt").read_bytes())
+    attention = () if family == "vae" else (f"{NET}.attention_resolutions=[]",)
+    lightning(
+        *["fit", f"--config={CONFIGS / family}_digits.yaml", "--ckpt_path=last", "--trainer.precision=32-true"],
+        *["--trainer.max_steps=9", "--trainer.val_check_interval=6", "--trainer.callbacks=[]", "--seed_everything=5"],
+        *[f"{NET}.model_channels=4", f"{NET}.channel_mult=[1]", *attention],
+    )
+    weights = read(f"runs/{family}_digits/version_0/checkpoints/last.ckpt")["current_model_state"]
+    for name, value in weights.items():
+        assert torch.allclose(value.float(), expected[f"{family}.resumed.{name}"].float(), atol=2e-3), name
+
+
+def test_a_classifier_measures(kept):
+    from diffusion_lit.evaluation.classifiers import ClassifierFeatures
+
+    extractor = ClassifierFeatures(str(kept[0] / "classifier.ckpt"))
+    extractor.load()
+    assert extractor.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).logits.shape == (2, 10)
