@@ -1,7 +1,7 @@
 """What every data module shares: one shape of batches, keyed order, sharding, and what a model needs to know.
 
 A batch is `{"image": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), "label": int64 (B,)}` on the training
-device, the last only where there are classes. Pictures stay uint8 until their batch is made: x = u / 127.5 - 1.
+device, the last only where there are classes. Images stay uint8 until their batch is made: x = u / 127.5 - 1.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by d
 
 
 class ImageDataModule(LightningDataModule):
-    """Base of the data modules: a subclass says how a split is read, and the shape and classes of its pictures.
+    """Base of the data modules: a subclass says how a split is read, and the shape and classes of its images.
 
     Args:
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         num_workers: Processes that read ahead from an array on disk; sets in memory need none.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training pictures are mirrored, drawn anew at each epoch.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU when they take less
+        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
     """
 
@@ -69,7 +69,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the pictures."""
+        """Shape (C, H, W) of the images."""
         raise NotImplementedError
 
     @property
@@ -89,7 +89,7 @@ class ImageDataModule(LightningDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            Its pictures and classes.
+            Its images and classes.
         """
         raise NotImplementedError
 
@@ -110,10 +110,10 @@ class ImageDataModule(LightningDataModule):
             name: "train", "val" or "test".
 
         Returns:
-            Its pictures and classes, the latter None where labels are not used.
+            Its images and classes, the latter None where labels are not used.
 
         Raises:
-            ValueError: If there is no such split, or it holds no picture.
+            ValueError: If there is no such split, or it holds no image.
         """
         if name not in SPLITS:
             raise ValueError(f"There is no split {name!r}; choose one of {', '.join(SPLITS)}.")
@@ -123,7 +123,7 @@ class ImageDataModule(LightningDataModule):
         return self._splits[name]
 
     def reference_images(self, split: str) -> Array:
-        """The pictures of a split as evaluation compares with: un-augmented.
+        """The images of a split as evaluation compares with: un-augmented.
 
         Args:
             split: "train", "val", "test", or several joined by "+", such as "train+val".
@@ -155,7 +155,7 @@ class ImageDataModule(LightningDataModule):
             split: As for `reference_images`.
 
         Returns:
-            64 hexadecimal digits; any change of a picture, of the transform or of the order changes them.
+            64 hexadecimal digits; any change of an image, of the transform or of the order changes them.
         """
         digest = hashlib.sha256()
         for name in split.split("+"):
@@ -214,7 +214,7 @@ class ImageDataModule(LightningDataModule):
         return self.fingerprint(split)
 
     def rule(self) -> dict[str, Any]:
-        """What decides, beside the arguments, which pictures are in which split, as plain values."""
+        """What decides, beside the arguments, which images are in which split, as plain values."""
         return {}
 
     def follow(self, rule: dict[str, Any]) -> None:
@@ -258,11 +258,11 @@ class ImageDataModule(LightningDataModule):
             then, now = recorded.get(name), mine.get(name)
             if then and now and then != now:
                 rank_zero_warn(
-                    f"The data is not what the checkpoint was {what} on: {then['count']:,} pictures of "
+                    f"The data is not what the checkpoint was {what} on: {then['count']:,} images of "
                     f"{recorded.get('class')} with the fingerprint {then['sha256'][:12]} then, {now['count']:,} of "
-                    f"{mine['class']} with {now['sha256'][:12]} now. The run goes on with those of now; a picture that "
+                    f"{mine['class']} with {now['sha256'][:12]} now. The run goes on with those of now; an image that "
                     "was held out may be among those that are trained on, if it is not the same data set with more "
-                    "pictures."
+                    "images."
                 )
 
     def train_dataloader(self) -> TrainLoader:
@@ -275,7 +275,7 @@ class ImageDataModule(LightningDataModule):
         count = len(feed["split"].images)
         if count < self.batch_size:
             raise ValueError(
-                f"batch_size is {self.batch_size}, but the training split has {count} pictures, so that no whole batch "
+                f"batch_size is {self.batch_size}, but the training split has {count} images, so that no whole batch "
                 f"fits; choose at most {count}."
             )
         loader = TrainLoader(augment=self._augment, **feed)
@@ -295,17 +295,17 @@ class ImageDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def augment(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
-        """Augments a training batch: mirrors half of the pictures where `random_flip` is on.
+        """Augments a training batch: mirrors half of the images where `random_flip` is on.
 
-        Everything is drawn for the whole global batch of `batch_size` pictures, of which each rank takes its rows.
+        Everything is drawn for the whole global batch of `batch_size` images, of which each rank takes its rows.
 
         Args:
-            images: This rank's pictures, uint8 (B, C, H, W).
+            images: This rank's images, uint8 (B, C, H, W).
             generator: Keyed by (seed, epoch, batch).
             rows: This rank's rows of the global batch.
 
         Returns:
-            Augmented pictures, uint8 (B, C, H, W).
+            Augmented images, uint8 (B, C, H, W).
         """
         if not self.random_flip:
             return images
@@ -314,21 +314,21 @@ class ImageDataModule(LightningDataModule):
         return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * mirrored)
 
     def mirrored(self, epoch: int, batch: int) -> Tensor | None:
-        """Which pictures of a training batch are mirrored, for a model that keeps both copies of each encoded.
+        """Which images of a training batch are mirrored, for a model that keeps both copies of each encoded.
 
         Args:
             epoch: Number of the epoch.
             batch: Number of the batch in it.
 
         Returns:
-            Bool (B,) for this rank's pictures, or None where none ever is.
+            Bool (B,) for this rank's images, or None where none ever is.
 
         Raises:
-            ValueError: If training pictures are changed by more than mirroring.
+            ValueError: If training images are changed by more than mirroring.
         """
         if type(self).augment is not ImageDataModule.augment:
             raise ValueError(
-                f"{type(self).__name__} changes training pictures by more than mirroring, so that they cannot be "
+                f"{type(self).__name__} changes training images by more than mirroring, so that they cannot be "
                 "encoded once and for all; set cache_latents to false."
             )
         if not self.random_flip:
@@ -349,7 +349,7 @@ class ImageDataModule(LightningDataModule):
         if count == 0:
             return []
         if count < world:
-            raise ValueError(f"The {name} split has {count} pictures for {world} ranks; use at most {count} ranks.")
+            raise ValueError(f"The {name} split has {count} images for {world} ranks; use at most {count} ranks.")
         return EvalLoader(**self._feed(name))
 
     def _feed(self, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The prepared cache: every picture decoded once, by several processes, into one memory-mapped uint8 array.
+"""The prepared cache: every image decoded once, by several processes, into one memory-mapped uint8 array.
 
 A cache is a folder `CACHE_DIR/KEY` with `images.u8` (N x C x H x W bytes) and `index.json` (names, hashes, pools, what
-was skipped). KEY is a hash of the pictures' names, sizes and times and of the transform, so that a changed folder or
+was skipped). KEY is a hash of the images' names, sizes and times and of the transform, so that a changed folder or
 option gets a cache of its own. It is written beside its place and renamed when it is whole: whoever is killed leaves
 nothing that a later run takes for a cache. A lock, which the system releases with its process, keeps two runs from
 doing the same work; where a file system does not honour it, both do, and neither harms the other.
@@ -26,26 +26,26 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.decode import BadPictureError, Transform, significant_bits
+from datamodules.decode import BadImageError, Transform, significant_bits
 from datamodules.decoding import decode_all
-from datamodules.sources import Listing, Picture, Skip, printable
+from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 
 VERSION = 2  # raise it when decoding changes
-NAMED = 5  # skipped pictures that a message names
+NAMED = 5  # skipped images that a message names
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Decoded pictures.
+    """Decoded images.
 
     Args:
         images: Memory-mapped uint8 array (N, C, H, W), read-only.
         names: The N names.
         hashes: Of each file's contents, 16 hexadecimal digits; empty where they were not asked for.
-        pools: For each pool of pictures, its first row and the row after its last.
+        pools: For each pool of images, its first row and the row after its last.
         skipped: What could not be used.
         checksum: SHA-256 of all pixels.
     """
@@ -60,29 +60,29 @@ class Cache:
 
 def prepare(
     listing: Listing,
-    pools: Mapping[str, Sequence[Picture]],
+    pools: Mapping[str, Sequence[Image]],
     transform: Transform,
     cache_dir: Path | None = None,
     strict: bool = False,
     processes: int | None = None,
     by_content: bool = False,
 ) -> Cache:
-    """Opens the cache of a set of pictures, after decoding them if there is none.
+    """Opens the cache of a set of images, after decoding them if there is none.
 
     Args:
-        listing: Where the pictures lie, and what could not be listed.
-        pools: The pictures of each pool ("train", "val", ...), which stay together in the order given.
-        transform: What to make of each picture.
+        listing: Where the images lie, and what could not be listed.
+        pools: The images of each pool ("train", "val", ...), which stay together in the order given.
+        transform: What to make of each image.
         cache_dir: Folder of all caches of images; `images` in the folder of all caches by default.
-        strict: Whether a picture that cannot be used stops the run; otherwise it is left out and told.
+        strict: Whether an image that cannot be used stops the run; otherwise it is left out and told.
         processes: Number of processes that decode; by default one per core that this process may use, 16 at the most.
-        by_content: Whether the pictures of each pool are put in the order of the hashes of their files' contents.
+        by_content: Whether the images of each pool are put in the order of the hashes of their files' contents.
 
     Returns:
         The cache.
 
     Raises:
-        ValueError: If no picture can be used, or, with `strict`, if one cannot; or the cache cannot be written.
+        ValueError: If no image can be used, or, with `strict`, if one cannot; or the cache cannot be written.
         PermissionError: If the folder of caches may not be written to.
     """
     key = _key(listing, pools, transform, by_content)
@@ -94,23 +94,23 @@ def prepare(
         cache = _open(place)
         if cache is None:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            told = f"Another process is preparing the same pictures in {cache_dir}; waiting for it."
+            told = f"Another process is preparing the same images in {cache_dir}; waiting for it."
             with locked(cache_dir / f"{key}.lock", lambda: rank_zero_info(told)):
                 cache = _open(place)  # another process may have written it meanwhile
                 if cache is None:
                     if place.exists():
-                        rank_zero_warn(f"The prepared pictures in {place} are damaged; they are prepared anew.")
+                        rank_zero_warn(f"The prepared images in {place} are damaged; they are prepared anew.")
                     sweep(place)
                     _write(place, listing, pools, transform, strict, processes, by_content)
                     cache = _open(place)
     except OSError as error:
         kind = PermissionError if isinstance(error, PermissionError) else ValueError
         raise kind(
-            f"The pictures of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
+            f"The images of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
             "cache_dir to a folder that may be written to and has enough room."
         ) from error
     if cache is None:
-        raise ValueError(f"The prepared pictures in {place} are damaged as soon as they are written; check the disk.")
+        raise ValueError(f"The prepared images in {place} are damaged as soon as they are written; check the disk.")
     if cache.skipped:
         if strict:
             raise ValueError(_refusal(listing, cache.skipped))
@@ -118,14 +118,14 @@ def prepare(
     return cache
 
 
-def _key(listing: Listing, pools: Mapping[str, Sequence[Picture]], transform: Transform, by_content: bool) -> str:
+def _key(listing: Listing, pools: Mapping[str, Sequence[Image]], transform: Transform, by_content: bool) -> str:
     digest = hashlib.sha256()
     what = [VERSION, str(listing.root.resolve()), asdict(transform), listing.skipped, by_content]
     digest.update(json.dumps(what, sort_keys=True).encode())
-    for pool, pictures in pools.items():
-        digest.update(json.dumps([pool, len(pictures)]).encode())
-        for picture in pictures:
-            digest.update(f"{picture.name}\0{picture.size}\0{picture.stamp}\n".encode("utf-8", "surrogateescape"))
+    for pool, images in pools.items():
+        digest.update(json.dumps([pool, len(images)]).encode())
+        for image in images:
+            digest.update(f"{image.name}\0{image.size}\0{image.stamp}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 
@@ -153,17 +153,17 @@ def _open(place: Path) -> Cache | None:
 def _write(
     place: Path,
     listing: Listing,
-    pools: Mapping[str, Sequence[Picture]],
+    pools: Mapping[str, Sequence[Image]],
     transform: Transform,
     strict: bool,
     processes: int | None,
     by_content: bool,
 ) -> None:
-    """Decodes all pictures into a folder beside the place, and renames it."""
+    """Decodes all images into a folder beside the place, and renames it."""
     hashes = _hashes(listing, pools) if by_content else {}
     if by_content:
         pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
-    names = [picture.name for pool in pools.values() for picture in pool]
+    names = [image.name for pool in pools.values() for image in pool]
     row = int(np.prod(transform.shape))
     transform = replace(transform, bits=transform.bits or _bits(listing, names))
     scratch = scratch_of(place)
@@ -176,7 +176,7 @@ def _write(
             raise ValueError(_refusal(listing, skipped))
         kept = [number for number in range(len(names)) if number not in reasons]
         if not kept:
-            raise ValueError(f"No picture of {listing.label} can be used: {_summary(skipped, None)}")
+            raise ValueError(f"No image of {listing.label} can be used: {_summary(skipped, None)}")
         sha256, crc32 = _compact(scratch / "images.u8", kept, row)
         index = {
             "shape": [len(kept), *transform.shape],
@@ -195,29 +195,29 @@ def _write(
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     size = len(kept) * row / 2**20
-    rank_zero_info(f"Prepared {len(kept)} pictures of {listing.label} in {place} ({size:.1f} MiB).")
+    rank_zero_info(f"Prepared {len(kept)} images of {listing.label} in {place} ({size:.1f} MiB).")
 
 
-def _hashes(listing: Listing, pools: Mapping[str, Sequence[Picture]]) -> dict[str, str]:
+def _hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str, str]:
     """The hash of each file's contents by its name; of its name where it cannot be read, which decoding will tell."""
 
     def hashed(name: str) -> str:
         try:
             with listing.open(name) as file:
                 return hashlib.sha256(file.read()).hexdigest()[:16]
-        except (BadPictureError, OSError):
+        except (BadImageError, OSError):
             return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-    names = [picture.name for pool in pools.values() for picture in pool]
+    names = [image.name for pool in pools.values() for image in pool]
     with ThreadPoolExecutor(8) as threads:
         return dict(zip(names, threads.map(hashed, names), strict=True))
 
 
 def _bits(listing: Listing, names: Sequence[str]) -> int:
-    """How many of 16 bits the pictures use, by the largest value of up to 64 of them."""
+    """How many of 16 bits the images use, by the largest value of up to 64 of them."""
     found = []
     for name in names[:: max(1, len(names) // 64)]:
-        with contextlib.suppress(BadPictureError, OSError), listing.open(name) as file:
+        with contextlib.suppress(BadImageError, OSError), listing.open(name) as file:
             found.append(significant_bits(file))
     bits = max((number for number in found if number is not None), default=16)
     if bits < 16:
@@ -254,12 +254,12 @@ def _compact(path: Path, kept: list[int], row: int) -> tuple[str, int]:
     return digest.hexdigest(), crc32
 
 
-def _kept_pools(pools: Mapping[str, Sequence[Picture]], kept: list[int]) -> dict[str, tuple[int, int]]:
-    """The rows of each pool after some pictures were left out."""
+def _kept_pools(pools: Mapping[str, Sequence[Image]], kept: list[int]) -> dict[str, tuple[int, int]]:
+    """The rows of each pool after some images were left out."""
     rows, start, first = {}, 0, 0
     numbers = np.array(kept)
-    for pool, pictures in pools.items():
-        start += len(pictures)
+    for pool, images in pools.items():
+        start += len(images)
         last = int(np.searchsorted(numbers, start))
         rows[pool] = (first, last)
         first = last
@@ -278,7 +278,7 @@ def _summary(skipped: Sequence[Skip], place: Path | None) -> str:
     shown = "; ".join(f"{printable(skip.name)} {skip.reason}" for skip in skipped[:NAMED])
     more = "" if len(skipped) <= NAMED else f"; and {len(skipped) - NAMED} more"
     where = "" if place is None or not more else f", all listed in {place / 'index.json'}"
-    return f"{len(skipped)} picture{'s were' if len(skipped) != 1 else ' was'} skipped: {shown}{more}{where}."
+    return f"{len(skipped)} image{'s were' if len(skipped) != 1 else ' was'} skipped: {shown}{more}{where}."
 
 
 def _refusal(listing: Listing, skipped: Sequence[Skip]) -> str:

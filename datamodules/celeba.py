@@ -1,6 +1,6 @@
 """CelebA: 202,599 photographs of faces, from the official folder or zip and its lists.
 
-The aligned pictures have 178x218 pixels. FID papers cut the centre 140x140 (the face) or 178x178 (with hair and some
+The aligned images have 178x218 pixels. FID papers cut the centre 140x140 (the face) or 178x178 (with hair and some
 background) and resize it to 64 or 128; figures of the two do not compare. Attributes may serve as labels: one gives two
 classes, k of them 2^k joint ones, with class = sum of 2^i over the attributes i that are present.
 """
@@ -23,10 +23,10 @@ from datamodules.decode import Transform
 from datamodules.feed import Split
 from datamodules.files import may_not_read
 from datamodules.folder import describe_classes
-from datamodules.sources import Listing, Skip, list_pictures
+from datamodules.sources import Listing, Skip, list_images
 from diffusion_lit.checks import check_count
 
-PICTURES = "img_align_celeba"
+IMAGES = "img_align_celeba"
 PARTITION = "list_eval_partition"
 ATTRIBUTES = "list_attr_celeba"
 POOLS = ("train", "val", "test")  # as the partition numbers them
@@ -40,17 +40,17 @@ class CelebA(ImageDataModule):
     Args:
         root: Folder that holds `img_align_celeba` or `img_align_celeba.zip`, `list_eval_partition.txt` and, for labels,
             `list_attr_celeba.txt` (or the same lists as .csv, as Kaggle has them).
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         image_size: Pixels per side: 32, 64 or 128.
         crop: Pixels per side of the centre square that is kept: 140 or 178.
         attributes: Attributes that make the classes, such as [Smiling, Male]; none for an unconditional model.
-        strict: Whether a picture that cannot be used stops the run instead of being left out.
+        strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
         num_workers: Processes that read ahead from the cache while training, for one on a slow disk.
         use_labels: Whether batches carry the classes that `attributes` makes.
-        random_flip: Whether half of the training pictures are mirrored, drawn anew at each epoch.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU when they take less
+        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
     """
 
@@ -101,9 +101,9 @@ class CelebA(ImageDataModule):
 
     @functools.cached_property
     def cache(self) -> Cache:
-        """The decoded pictures in the order of the partition, prepared if they are not yet."""
+        """The decoded images in the order of the partition, prepared if they are not yet."""
         listing = self._listing()
-        found = {picture.name.rpartition("/")[2]: picture for picture in listing.pictures}
+        found = {image.name.rpartition("/")[2]: image for image in listing.images}
         pools: dict[str, list[Any]] = {pool: [] for pool in POOLS}
         missing = []
         for name, pool in self._partition():
@@ -112,15 +112,15 @@ class CelebA(ImageDataModule):
             else:
                 missing.append(Skip(name, f"is in the partition but not in {listing.label}"))
         if not any(pools.values()):
-            raise ValueError(f"{listing.label} has none of the {len(missing)} pictures of {self._list(PARTITION)}.")
+            raise ValueError(f"{listing.label} has none of the {len(missing)} images of {self._list(PARTITION)}.")
         listing = Listing(listing.root, [], listing.skipped + missing, listing.label, listing.archive)
         cache = prepare(listing, pools, self.transform, self.cache_dir, self.strict, self.cache_processes)
         kinds = describe_classes(self.class_names)
-        rank_zero_info(f"{len(cache.names)} pictures of {listing.label}, {kinds}.")
+        rank_zero_info(f"{len(cache.names)} images of {listing.label}, {kinds}.")
         return cache
 
     def prepare_data(self) -> None:
-        """Decodes the pictures into the cache where that was not done before."""
+        """Decodes the images into the cache where that was not done before."""
         if self.class_names:
             self._list(ATTRIBUTES)  # to miss it now rather than after the decoding
         _ = self.cache
@@ -132,7 +132,7 @@ class CelebA(ImageDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            Memory-mapped pictures, and classes where there are attributes.
+            Memory-mapped images, and classes where there are attributes.
         """
         start, end = self.cache.pools[split]
         labels = self._labels()[start:end] if self.class_names else None
@@ -148,12 +148,12 @@ class CelebA(ImageDataModule):
         return digest.hexdigest()
 
     def _listing(self) -> Listing:
-        """The folder or zip of the pictures."""
-        for name in (PICTURES, f"{PICTURES}.zip"):
+        """The folder or zip of the images."""
+        for name in (IMAGES, f"{IMAGES}.zip"):
             if (self.root / name).exists():
-                return list_pictures(str(self.root / name))
+                return list_images(str(self.root / name))
         raise FileNotFoundError(
-            f"CelebA needs the folder {PICTURES} or the file {PICTURES}.zip, and neither is in {self.root}; get them "
+            f"CelebA needs the folder {IMAGES} or the file {IMAGES}.zip, and neither is in {self.root}; get them "
             f"and the two lists from {WHERE} (Align&Cropped Images) and point root at their folder."
         )
 
@@ -162,30 +162,30 @@ class CelebA(ImageDataModule):
         for ending in (".txt", ".csv"):
             if (self.root / (name + ending)).is_file():
                 return self.root / (name + ending)
-        why = "says which picture is in which split" if name == PARTITION else "holds the attributes"
+        why = "says which image is in which split" if name == PARTITION else "holds the attributes"
         raise FileNotFoundError(
             f"CelebA needs {name}.txt (or .csv), which {why} and is not in {self.root}; get it from {WHERE}."
         )
 
     def _partition(self) -> Iterator[tuple[str, str]]:
-        """Each picture's name and pool."""
+        """Each image's name and pool."""
         path = self._list(PARTITION)
         for number, row in enumerate(_rows(path)):
             if number == 0 and row[0] == "image_id":  # the header of the .csv
                 continue
             if len(row) != 2 or row[1] not in ("0", "1", "2"):
                 raise ValueError(
-                    f"{path} says {' '.join(row)[:80]!r} in line {number + 1}; a picture's name and 0, 1 or 2 are "
+                    f"{path} says {' '.join(row)[:80]!r} in line {number + 1}; an image's name and 0, 1 or 2 are "
                     "expected."
                 )
             yield row[0], POOLS[int(row[1])]
 
     def _labels(self) -> Tensor:
-        """The class of each picture of the cache."""
+        """The class of each image of the cache."""
         path = self._list(ATTRIBUTES)
         rows = _rows(path)
         header = next(rows, [])
-        if len(header) == 1 and header[0].isdigit():  # the .txt begins with the number of pictures
+        if len(header) == 1 and header[0].isdigit():  # the .txt begins with the number of images
             header = next(rows, [])
         known = [name for name in header if name != "image_id"]
         absent = [name for name in self.attributes if name not in known]
@@ -196,14 +196,13 @@ class CelebA(ImageDataModule):
         for row in rows:
             if len(row) != len(known) + 1 or any(row[column] not in ("1", "-1", "0") for column in columns):
                 raise ValueError(
-                    f"{path} says {' '.join(row)[:80]!r}; a picture's name and {len(known)} values 1 or -1 are "
-                    "expected."
+                    f"{path} says {' '.join(row)[:80]!r}; an image's name and {len(known)} values 1 or -1 are expected."
                 )
             classes[row[0]] = sum(2**bit for bit, column in enumerate(columns) if row[column] == "1")
         names = [os.path.basename(name) for name in self.cache.names]
         unlabelled = [name for name in names if name not in classes]
         if unlabelled:
-            raise ValueError(f"{path} has no line for {unlabelled[0]} and {len(unlabelled) - 1} other pictures.")
+            raise ValueError(f"{path} has no line for {unlabelled[0]} and {len(unlabelled) - 1} other images.")
         return torch.tensor([classes[name] for name in names], dtype=torch.int64)
 
     def __getstate__(self) -> dict[str, Any]:

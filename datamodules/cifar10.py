@@ -1,4 +1,4 @@
-"""CIFAR-10: torchvision's download, the unpacked official pickles, or class folders of pictures."""
+"""CIFAR-10: torchvision's download, the unpacked official pickles, or class folders of images."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ from diffusion_lit.checks import check_count
 SOURCE = datasets.CIFAR10
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
-OFFICIAL = 50_000  # training pictures
+OFFICIAL = 50_000  # training images
 FILES: dict[str, list[list[str]]] = {"train": SOURCE.train_list, "test": SOURCE.test_list}
 
 
@@ -38,15 +38,15 @@ class CIFAR10(ImageDataModule):
     Args:
         root: Folder `cifar-10-batches-py`, or the folder that holds or shall hold it or the official
             `cifar-10-python.tar.gz`; or a folder with `train/airplane/*.png` ... and `test/airplane/*.png` ...
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         val_size: Training images held out for validation; a tenth where there are fewer than ten times as many.
         download: Whether missing files are downloaded, through torchvision and verified by checksum.
-        cache_dir: Where pictures of class folders are kept decoded; `images` in the folder of all caches by default.
-        split_by: How pictures of class folders are held out: by the hash of each file's "content", so that one that is
+        cache_dir: Where images of class folders are kept decoded; `images` in the folder of all caches by default.
+        split_by: How images of class folders are held out: by the hash of each file's "content", so that one that is
             added moves no other, `val_size` of 50,000, or by their "order", as before version 2 of the caches.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training pictures are mirrored, drawn anew at each epoch.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU.
+        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class CIFAR10(ImageDataModule):
         return list(CLASSES) if self.use_labels else []
 
     def rule(self) -> dict[str, Any]:
-        """How pictures of class folders are held out."""
+        """How images of class folders are held out."""
         return {"split_by": self.split_by}
 
     def follow(self, rule: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ class CIFAR10(ImageDataModule):
             self._forget()
 
     def prepare_data(self) -> None:
-        """Downloads or unpacks what is missing, or decodes the pictures of class folders.
+        """Downloads or unpacks what is missing, or decodes the images of class folders.
 
         Raises:
             FileNotFoundError: If files are missing and are not to be downloaded, or cannot be.
@@ -123,7 +123,7 @@ class CIFAR10(ImageDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            Pictures (N, 3, 32, 32) and classes.
+            Images (N, 3, 32, 32) and classes.
 
         Raises:
             FileNotFoundError: If files are missing.
@@ -146,7 +146,7 @@ class CIFAR10(ImageDataModule):
 
     @functools.cached_property
     def _folder(self) -> ImageFolder:
-        """The class folders as a folder of pictures."""
+        """The class folders as a folder of images."""
         folder = ImageFolder(str(self.root), self.batch_size, SIDE, split_by=self.split_by, cache_dir=self.cache_dir)
         if tuple(folder.class_names) != CLASSES:
             raise ValueError(
@@ -210,7 +210,7 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
         path: The file.
 
     Returns:
-        Pictures (N, 3, 32, 32), uint8, and classes (N,).
+        Images (N, 3, 32, 32), uint8, and classes (N,).
 
     Raises:
         ValueError: If it does not hold what a CIFAR-10 batch holds.
@@ -224,7 +224,7 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
         raise ValueError(f"{path} has no list of classes from 0 to 9 under 'labels', so it is no CIFAR-10 batch.")
     if len(labels) != len(data):
-        raise ValueError(f"{path} holds {len(data)} pictures and {len(labels)} labels; they do not belong together.")
+        raise ValueError(f"{path} holds {len(data)} images and {len(labels)} labels; they do not belong together.")
     return torch.from_numpy(data.reshape(-1, 3, SIDE, SIDE).copy()), torch.tensor(labels, dtype=torch.int64)
 
 

@@ -1,4 +1,4 @@
-"""From any picture file to one square of uint8 pixels.
+"""From any image file to one square of uint8 pixels.
 
     file -> centre square (of `crop` pixels, or of the shorter side) -> resize to `size` -> upright -> 1 or 3 channels
 
@@ -23,7 +23,7 @@ from diffusion_lit.checks import check_count, check_number
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-ORIENTATION = 0x0112  # the EXIF tag, and below what turns a picture upright for each of its values
+ORIENTATION = 0x0112  # the EXIF tag, and below what turns an image upright for each of its values
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,22 +38,22 @@ HUGE = 2**23  # pixels to decode, from which on the gate is asked
 DRAFT = 4  # a reduced JPEG keeps at least so many times the target's pixels per side
 
 
-class BadPictureError(Exception):
-    """Why a picture cannot be used, as the end of a sentence that begins with its name."""
+class BadImageError(Exception):
+    """Why an image cannot be used, as the end of a sentence that begins with its name."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How a picture becomes a square of pixels.
+    """How an image becomes a square of pixels.
 
     Args:
         size: Pixels per side of the result.
         channels: 3 for colour, 1 for grey.
         resize: "lanczos", the sharper, or "area", the mean over the pixels that fall into each.
         crop: Pixels per side of the centre square that is kept; by default as many as fit.
-        upscale: Whether pictures smaller than the target are enlarged rather than refused.
+        upscale: Whether images smaller than the target are enlarged rather than refused.
         background: Grey level 0..255 that shows behind transparent pixels.
-        bits: How many bits of a picture with 16 bits per channel are used, from 8 to 16: 12 for values 0..4095; by
+        bits: How many bits of an image with 16 bits per channel are used, from 8 to 16: 12 for values 0..4095; by
             default the fewest of 8, 10, 12, 14 and 16 that hold its values.
 
     Raises:
@@ -89,43 +89,43 @@ class Transform:
 def decode(
     file: IO[bytes], transform: Transform, gate: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> np.ndarray:
-    """Decodes a picture.
+    """Decodes an image.
 
     Args:
         file: The opened file.
         transform: What to make of it.
-        gate: Entered while a huge picture is in memory, so that a caller can let one pass at a time.
+        gate: Entered while a huge image is in memory, so that a caller can let one pass at a time.
 
     Returns:
         Pixels (C, size, size), uint8.
 
     Raises:
-        BadPictureError: If it is broken, cut off, no picture, too large or too small.
+        BadImageError: If it is broken, cut off, no image, too large or too small.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes and tags: what matters is caught below
         try:
             with Image.open(file, formats=FORMATS) as image:
                 return _square(image, transform, gate)
-        except BadPictureError:
+        except BadImageError:
             raise
         except UnidentifiedImageError as error:
-            raise BadPictureError(f"is not a picture in one of the formats {', '.join(FORMATS)}") from error
+            raise BadImageError(f"is not an image in one of the formats {', '.join(FORMATS)}") from error
         except Image.DecompressionBombError as error:
-            raise BadPictureError("claims to have more pixels than a picture has (a decompression bomb?)") from error
+            raise BadImageError("claims to have more pixels than an image has (a decompression bomb?)") from error
         except MemoryError as error:
-            raise BadPictureError("does not fit in memory") from error
+            raise BadImageError("does not fit in memory") from error
         except Exception as error:  # decoders raise many kinds of exception at damaged files
-            raise BadPictureError(f"is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
+            raise BadImageError(f"is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
 def _square(image: Image.Image, transform: Transform, gate: Callable[[], AbstractContextManager[None]]) -> np.ndarray:
     width, height = image.size
     side = transform.crop or min(width, height)
     if min(width, height) < side:
-        raise BadPictureError(f"is {width}x{height} pixels, smaller than the crop of {side}")
+        raise BadImageError(f"is {width}x{height} pixels, smaller than the crop of {side}")
     if side < transform.size and not transform.upscale:
-        raise BadPictureError(f"is {width}x{height} pixels, smaller than {transform.size}x{transform.size}")
+        raise BadImageError(f"is {width}x{height} pixels, smaller than {transform.size}x{transform.size}")
     shrink = DRAFT * transform.size / side
     if shrink < 1:
         image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))  # does nothing but to a JPEG
@@ -160,13 +160,13 @@ def _centre(size: tuple[int, int], side: float) -> tuple[float, float, float, fl
 
 
 def significant_bits(file: IO[bytes]) -> int | None:
-    """How many bits of a picture with 16 bits per channel are used.
+    """How many bits of an image with 16 bits per channel are used.
 
     Args:
         file: The opened file.
 
     Returns:
-        The fewest of 8, 10, 12, 14 and 16 that hold its values; None for a picture with fewer bits, or a broken one.
+        The fewest of 8, 10, 12, 14 and 16 that hold its values; None for an image with fewer bits, or a broken one.
     """
     try:
         with warnings.catch_warnings():
@@ -183,13 +183,13 @@ def _bits_of(values: np.ndarray) -> int:
 
 
 def _deep(image: Image.Image) -> np.ndarray | None:
-    """The values (H, W) or (H, W, C) of a picture with 16 bits per channel; None for one with fewer."""
+    """The values (H, W) or (H, W, C) of an image with 16 bits per channel; None for one with fewer."""
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.int64)
     if image.mode == "I":  # 32 bits, as some writers store 16
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise BadPictureError("has 32 bits per channel beyond the 16 that have a meaning")
+            raise BadImageError("has 32 bits per channel beyond the 16 that have a meaning")
         return values
     if isinstance(image, PngImageFile) and image.tile and str(image.tile[0][3]).endswith(";16B"):
         import torch  # Pillow reads the upper 8 bits of colours, which for 12 of 16 are nearly black
@@ -205,17 +205,17 @@ def _deep(image: Image.Image) -> np.ndarray | None:
 
 
 def _reduced(values: np.ndarray, bits: int | None) -> Image.Image:
-    """A picture of 16 bits per channel in 8: its upper 8 of those that are used."""
+    """An image of 16 bits per channel in 8: its upper 8 of those that are used."""
     bits, needed = bits or _bits_of(values), _bits_of(values)
     if needed > bits:
-        raise BadPictureError(f"holds the value {values.max()}, which {bits} bits do not; set bits to {needed}")
+        raise BadImageError(f"holds the value {values.max()}, which {bits} bits do not; set bits to {needed}")
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture in a mode of 8 bits per channel that may be resampled: L, LA, RGB or RGBA."""
+    """The image in a mode of 8 bits per channel that may be resampled: L, LA, RGB or RGBA."""
     if image.mode == "F":
-        raise BadPictureError("holds floating-point values, whose range is not known")
+        raise BadImageError("holds floating-point values, whose range is not known")
     if image.mode in ("L", "LA", "RGB", "RGBA") and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
@@ -224,7 +224,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image, background: int) -> Image.Image:
-    """The picture laid over a background of one grey level."""
+    """The image laid over a background of one grey level."""
     if image.mode not in ("LA", "RGBA"):
         return image
     image = image.convert("RGBA")
@@ -234,5 +234,5 @@ def _opaque(image: Image.Image, background: int) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block leaves the picture as it is
+    except Exception:  # a damaged EXIF block leaves the image as it is
         return 1

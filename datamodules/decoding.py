@@ -1,8 +1,8 @@
-"""Decoding many pictures at once: processes that write into one file, a progress bar, and nothing that can hang.
+"""Decoding many images at once: processes that write into one file, a progress bar, and nothing that can hang.
 
-Process w of W takes the pictures w, w + W, w + 2W, ... and writes each to its row. No lock is held and no queue shared,
-so that a process that dies (a decoder that crashes, the system short of memory) costs the picture that it was at and is
-replaced. A process whose parent is gone ends by itself. Huge pictures pass one at a time, which bounds the memory.
+Process w of W takes the images w, w + W, w + 2W, ... and writes each to its row. No lock is held and no queue shared,
+so that a process that dies (a decoder that crashes, the system short of memory) costs the image that it was at and is
+replaced. A process whose parent is gone ends by itself. Huge images pass one at a time, which bounds the memory.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from datamodules.decode import BadPictureError, Transform, decode
+from datamodules.decode import BadImageError, Transform, decode
 from datamodules.sources import Listing
 from diffusion_lit.storage.folders import locked
 
-FEW = 64  # up to so many pictures, processes do not pay
+FEW = 64  # up to so many images, processes do not pay
 MOST_PROCESSES = 16
 PATIENCE = 0.2  # seconds between two looks at the progress
 
@@ -36,18 +36,18 @@ def decode_all(
     processes: int | None = None,
     strict: bool = False,
 ) -> dict[int, str]:
-    """Decodes pictures into the rows of a file.
+    """Decodes images into the rows of a file.
 
     Args:
-        listing: Where the pictures lie.
+        listing: Where the images lie.
         names: Their names, in the order of the rows.
         transform: What to make of each.
         path: The file, which is as large as all rows.
         processes: Number of processes; by default one per core that this process may use, 16 at the most.
-        strict: Whether to stop at the first picture that cannot be used.
+        strict: Whether to stop at the first image that cannot be used.
 
     Returns:
-        For the number of each picture that cannot be used, why.
+        For the number of each image that cannot be used, why.
 
     Raises:
         OSError: If the file cannot be written.
@@ -56,7 +56,7 @@ def decode_all(
         processes = min(MOST_PROCESSES, _cores())
     reasons: dict[int, str] = {}
     pause = 0.5 if sys.stderr.isatty() else 15  # seconds between two states of the bar
-    with tqdm(total=len(names), desc="Preparing pictures", unit="", delay=1, mininterval=pause) as bar:
+    with tqdm(total=len(names), desc="Preparing images", unit="", delay=1, mininterval=pause) as bar:
         if processes <= 1 or len(names) <= FEW or "fork" not in multiprocessing.get_all_start_methods():
             for number, reason in _decode_some(listing, names, transform, path, 0, 1):
                 bar.update()
@@ -85,7 +85,7 @@ class Crew:
     """The processes and what they share: for each, a counter of what it has done.
 
     Args:
-        listing: Where the pictures lie.
+        listing: Where the images lie.
         names: Their names.
         transform: What to make of each.
         path: The file that is written to.
@@ -114,7 +114,7 @@ class Crew:
         self.processes[worker], self.pipes[worker] = process, ours
 
     def progress(self, worker: int) -> int:
-        """Number of pictures that a process and its predecessors have dealt with.
+        """Number of images that a process and its predecessors have dealt with.
 
         Args:
             worker: Its number.
@@ -125,7 +125,7 @@ class Crew:
         return int(struct.unpack_from("q", self.done, 8 * worker)[0])
 
     def advance(self, worker: int) -> None:
-        """Counts one more picture.
+        """Counts one more image.
 
         Args:
             worker: Number of the process that dealt with it.
@@ -136,7 +136,7 @@ class Crew:
         """Starts all and watches them.
 
         Yields:
-            The number of pictures dealt with so far, and what was found wrong since.
+            The number of images dealt with so far, and what was found wrong since.
         """
         for worker in range(self.size):
             self.start(worker)
@@ -149,7 +149,7 @@ class Crew:
             yield sum(self.progress(worker) for worker in range(self.size)), found
 
     def _listen(self, worker: int, pipe: Connection) -> dict[int, str]:
-        """What a process reports; where it has ended before its work, the picture that it was at is to blame."""
+        """What a process reports; where it has ended before its work, the image that it was at is to blame."""
         try:
             number, reason = pipe.recv()
             if number < 0:
@@ -192,7 +192,7 @@ def _run(crew: Crew, worker: int, pipe: Connection, parent: int) -> None:
             if reason:
                 pipe.send((number, reason))
             crew.advance(worker)
-    except OSError as error:  # the disk or the zip itself, since what is wrong with a picture is told above
+    except OSError as error:  # the disk or the zip itself, since what is wrong with an image is told above
         with contextlib.suppress(OSError):
             pipe.send((-1, error.strerror or str(error)))
 
@@ -200,10 +200,10 @@ def _run(crew: Crew, worker: int, pipe: Connection, parent: int) -> None:
 def _decode_some(
     listing: Listing, names: list[str], transform: Transform, path: Path, first: int, step: int
 ) -> Iterator[tuple[int, str | None]]:
-    """Decodes every `step`-th picture and writes it to its row.
+    """Decodes every `step`-th image and writes it to its row.
 
     Yields:
-        The picture's number, and why it cannot be used or None.
+        The image's number, and why it cannot be used or None.
     """
     row = transform.channels * transform.size**2
     with path.open("r+b", buffering=0) as output:
@@ -214,7 +214,7 @@ def _decode_some(
                 output.seek(number * row)
                 output.write(array.tobytes())
                 yield number, None
-            except BadPictureError as error:
+            except BadImageError as error:
                 yield number, str(error)
 
 

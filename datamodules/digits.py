@@ -17,10 +17,10 @@ class Digits(ImageDataModule):
     are the same 360. The 17 grey levels 0..16 are spread over 0..255.
 
     Args:
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         use_labels: Whether batches carry the digit, and the model is made conditional.
-        random_flip: Whether half of the training pictures are mirrored; a mirrored digit is none.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU.
+        random_flip: Whether half of the training images are mirrored; a mirrored digit is none.
+        on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Digits(ImageDataModule):
             split: "train", or "val" and "test", which are the same.
 
         Returns:
-            Pictures (N, 1, 8, 8) and digits.
+            Images (N, 1, 8, 8) and digits.
         """
         values, digits = load_digits(return_X_y=True)
         rows = train_test_split(range(len(digits)), test_size=HELD_OUT, stratify=digits, random_state=0)

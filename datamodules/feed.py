@@ -1,4 +1,4 @@
-"""From a set of pictures in memory or on disk to batches on the training device, without per-sample Python.
+"""From a set of images in memory or on disk to batches on the training device, without per-sample Python.
 
 A split is one uint8 array (N, C, H, W) and its labels. A batch is cut out of the array in one indexing operation,
 augmented and normalised as a whole. What a batch holds is a function of keys alone:
@@ -7,9 +7,9 @@ augmented and normalised as a whole. What a batch holds is a function of keys al
     global batch g of B:     perm[g * B : (g + 1) * B], a last incomplete one is dropped
     rank r of W ranks:       rows [r::W] of the global batch
 
-so that the union over the ranks is the global batch, no picture comes twice in an epoch, and a run that resumes in the
+so that the union over the ranks is the global batch, no image comes twice in an epoch, and a run that resumes in the
 middle of an epoch goes on at batch g by skipping the g before. Evaluation goes through a split in its own order, rank r
-through rows [r::W], each picture exactly once.
+through rows [r::W], each image exactly once.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 Array = Tensor | np.ndarray
-"""Pictures: a uint8 tensor, or a memory-mapped uint8 array, of shape (N, C, H, W)."""
+"""Images: a uint8 tensor, or a memory-mapped uint8 array, of shape (N, C, H, W)."""
 
 
 class Split(NamedTuple):
-    """The pictures of one split, uint8 (N, C, H, W), and their classes, int64 (N,), or None."""
+    """The images of one split, uint8 (N, C, H, W), and their classes, int64 (N,), or None."""
 
     images: Array
     labels: Tensor | None
@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 Augment = Callable[[Tensor, Key], Tensor]
-"""Changes the uint8 pictures (B, C, H, W) of a batch, given its key."""
+"""Changes the uint8 images (B, C, H, W) of a batch, given its key."""
 
 
 def run_seed() -> int:
@@ -67,7 +67,7 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Maps uint8 pictures 0..255 to float32 in [-1, 1], both ends exact."""
+    """Maps uint8 images 0..255 to float32 in [-1, 1], both ends exact."""
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
@@ -97,13 +97,13 @@ class BatchLoader:
     says; with `num_workers` it reads through one, for an array on a slow disk.
 
     Args:
-        split: The pictures and labels.
-        batch_size: Pictures per global batch, a multiple of the number of ranks.
+        split: The images and labels.
+        batch_size: Images per global batch, a multiple of the number of ranks.
         world: Number of ranks.
         rank: This rank.
         num_workers: Processes that read ahead; 0 reads in this process.
         device: Where batches are wanted.
-        augment: Changes the pictures of a batch.
+        augment: Changes the images of a batch.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class BatchLoader:
     ) -> None:
         if batch_size % world:
             raise ValueError(
-                f"batch_size is {batch_size}, which does not divide over {world} ranks; batch_size counts the pictures "
+                f"batch_size is {batch_size}, which does not divide over {world} ranks; batch_size counts the images "
                 f"of all ranks together, so choose a multiple of {world}."
             )
         self.images = split.images
@@ -160,7 +160,7 @@ class BatchLoader:
         """Makes a batch.
 
         Args:
-            images: Its pictures, uint8 (B, C, H, W).
+            images: Its images, uint8 (B, C, H, W).
             key: Its key.
 
         Returns:
@@ -228,9 +228,9 @@ class TrainLoader(BatchLoader):
 
 
 class EvalLoader(BatchLoader):
-    """A split in its own order, each picture exactly once over all ranks, without padding.
+    """A split in its own order, each image exactly once over all ranks, without padding.
 
-    Every rank has the same number of batches, so that none waits for another: a rest with fewer pictures than ranks
+    Every rank has the same number of batches, so that none waits for another: a rest with fewer images than ranks
     joins the batch before it.
     """
 

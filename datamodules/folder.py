@@ -1,13 +1,13 @@
-"""Any pictures: a folder of any depth, with or without classes and splits, a zip of it, or a list of globs.
+"""Any images: a folder of any depth, with or without classes and splits, a zip of it, or a list of globs.
 
 What the folders mean is read off their names. A single folder that holds all the rest means nothing and is passed
 through. `train`, `val` and `test` beside each other are the splits. Folders below that are classes where there are two
-at least; a few training pictures beside them, at most as many as a class has on average, are left out and told. Classes
+at least; a few training images beside them, at most as many as a class has on average, are left out and told. Classes
 are numbered in the order of their names, numbers in them as numbers: 0, 1, 2, 10.
 
-Without splits on disk, each picture is dealt by the hash h of its file's contents, taken as a number in [0, 1): to
-"val" where h < val_fraction, to "test" where h >= 1 - test_fraction. A picture that is added, removed or renamed moves
-no other, and two copies of one picture are never in different splits. Where no picture falls to a split that is asked
+Without splits on disk, each image is dealt by the hash h of its file's contents, taken as a number in [0, 1): to
+"val" where h < val_fraction, to "test" where h >= 1 - test_fraction. An image that is added, removed or renamed moves
+no other, and two copies of one image are never in different splits. Where no image falls to a split that is asked
 for, the one with the lowest hash ("val") or the highest ("test") is taken.
 """
 
@@ -29,7 +29,7 @@ from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
 from datamodules.decode import ENDINGS, Transform
 from datamodules.feed import Split
-from datamodules.sources import Listing, Picture, Skip, list_pictures, printable
+from datamodules.sources import Image, Listing, Skip, list_images, printable
 from diffusion_lit.checks import check_count, check_number
 
 SHOWN = 12  # classes that are told one by one
@@ -46,8 +46,8 @@ class Layout:
     """What a listing means.
 
     Args:
-        listing: Where the pictures lie.
-        pools: The pictures of "train", "val" and "test" as they are on disk; all are "train" where there are no splits.
+        listing: Where the images lie.
+        pools: The images of "train", "val" and "test" as they are on disk; all are "train" where there are no splits.
         classes: Names of the classes, sorted; empty where there are none.
         prefix: The part of the names that all share.
         split: Whether there are splits on disk.
@@ -55,14 +55,14 @@ class Layout:
     """
 
     listing: Listing
-    pools: dict[str, list[Picture]]
+    pools: dict[str, list[Image]]
     classes: list[str]
     prefix: str
     split: bool
     note: str = ""
 
     def class_of(self, name: str) -> str | None:
-        """The class of a picture.
+        """The class of an image.
 
         Args:
             name: Its name in the listing.
@@ -78,42 +78,42 @@ def lay_out(listing: Listing, use_labels: bool = True) -> Layout:
     """Finds splits and classes in the names of a listing.
 
     Args:
-        listing: The pictures.
+        listing: The images.
         use_labels: Whether folders may be classes.
 
     Returns:
-        The layout. Pictures beside the splits or classes, which have none, are added to what the listing skipped.
+        The layout. Images beside the splits or classes, which have none, are added to what the listing skipped.
     """
-    prefix = _common(listing.pictures)
+    prefix = _common(listing.images)
     skipped = list(listing.skipped)
-    pools: dict[str, list[Picture]] = {"train": [], "val": [], "test": []}
-    heads = {picture.name[len(prefix) :].partition("/")[0] for picture in listing.pictures}
+    pools: dict[str, list[Image]] = {"train": [], "val": [], "test": []}
+    heads = {image.name[len(prefix) :].partition("/")[0] for image in listing.images}
     found = {POOLS[head] for head in heads if head in POOLS}
     split = "train" in found and len(found) > 1
-    for picture in sorted(listing.pictures, key=lambda picture: _rank(picture.name[len(prefix) :])):
-        head, _, rest = picture.name[len(prefix) :].partition("/")
+    for image in sorted(listing.images, key=lambda image: _rank(image.name[len(prefix) :])):
+        head, _, rest = image.name[len(prefix) :].partition("/")
         if split and not (rest and head in POOLS):
-            skipped.append(Skip(picture.name, "lies beside the folders of the splits"))
+            skipped.append(Skip(image.name, "lies beside the folders of the splits"))
         else:
-            pools[POOLS[head] if split else "train"].append(picture)
+            pools[POOLS[head] if split else "train"].append(image)
     layout = Layout(listing, pools, [], prefix, split)
-    counts = Counter(layout.class_of(picture.name) for picture in pools["train"])
+    counts = Counter(layout.class_of(image.name) for image in pools["train"])
     beside = counts.pop(None, 0)
     names = sorted((name for name in counts if name is not None), key=natural)
     note = ""
     if len(names) < 2 or not use_labels:
         names = []
     elif beside > sum(counts.values()) / len(names):
-        note = f"{beside} pictures lie beside the {len(names)} folders, which are therefore no classes"
+        note = f"{beside} images lie beside the {len(names)} folders, which are therefore no classes"
         names = []
-    for pool, pictures in pools.items() if names else ():
-        strays = [picture for picture in pictures if layout.class_of(picture.name) not in names]
-        for picture in strays:
-            none = layout.class_of(picture.name) is None
+    for pool, images in pools.items() if names else ():
+        strays = [image for image in images if layout.class_of(image.name) not in names]
+        for image in strays:
+            none = layout.class_of(image.name) is None
             where = "beside the folders of the classes" if none else "in the folder of no training class"
-            skipped.append(Skip(picture.name, f"lies {where}"))
-        pools[pool] = [picture for picture in pictures if layout.class_of(picture.name) in names]
-    listing = Listing(listing.root, listing.pictures, skipped, listing.label, listing.archive)
+            skipped.append(Skip(image.name, f"lies {where}"))
+        pools[pool] = [image for image in images if layout.class_of(image.name) in names]
+    listing = Listing(listing.root, listing.images, skipped, listing.label, listing.archive)
     return Layout(listing, pools, names, prefix, split, note)
 
 
@@ -131,33 +131,33 @@ def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
 
 
 class ImageFolder(ImageDataModule):
-    """Pictures of any size and kind from a folder, a zip or a list of globs, cut to squares and resized.
+    """Images of any size and kind from a folder, a zip or a list of globs, cut to squares and resized.
 
     JPEG, PNG, WebP, BMP, TIFF and GIF (its first frame), in grey, palette, alpha, CMYK or 16 bits, turned upright by
-    their EXIF tag. Each picture is decoded once, into a cache; broken ones are named and left out.
+    their EXIF tag. Each image is decoded once, into a cache; broken ones are named and left out.
 
     Args:
         root: A folder, a zip, a glob such as "dogs/*terrier*", or a list of globs.
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         image_size: Pixels per side.
         channels: 3 for colour, 1 for grey.
         resize: "lanczos", the sharper, or "area", the mean over the pixels that fall into each.
         crop: Pixels per side of the centre square that is kept before resizing; by default as many as fit.
-        upscale: Whether pictures smaller than image_size are enlarged rather than left out.
+        upscale: Whether images smaller than image_size are enlarged rather than left out.
         background: Grey level 0..255 behind transparent pixels.
-        bits: How many bits of pictures with 16 bits per channel are used, such as 12 for values 0..4095; by default the
-            fewest of 8, 10, 12, 14 and 16 that hold the values of 64 pictures.
-        val_fraction: Share of the training pictures held out for validation, where the disk has no val folder.
+        bits: How many bits of images with 16 bits per channel are used, such as 12 for values 0..4095; by default the
+            fewest of 8, 10, 12, 14 and 16 that hold the values of 64 images.
+        val_fraction: Share of the training images held out for validation, where the disk has no val folder.
         test_fraction: Share held out as test split, where the disk has no test folder; with 0, it is the val split.
-        split_by: How pictures are dealt to the splits: by the hash of each file's "content", or by their "order", the
+        split_by: How images are dealt to the splits: by the hash of each file's "content", or by their "order", the
             first of an order that changes with every file, as before version 2 of the caches.
-        strict: Whether a picture that cannot be used stops the run instead of being left out.
+        strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
         num_workers: Processes that read ahead from the cache while training, for one on a slow disk.
         use_labels: Whether folders are classes, which batches carry and the model is conditioned on.
-        random_flip: Whether half of the training pictures are mirrored, drawn anew at each epoch.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU when they take less
+        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
     """
 
@@ -208,14 +208,14 @@ class ImageFolder(ImageDataModule):
         """What lies under the root; looked up once.
 
         Raises:
-            ValueError: If there is no picture.
+            ValueError: If there is no image.
         """
-        layout = lay_out(list_pictures(self.root), self.use_labels)
+        layout = lay_out(list_images(self.root), self.use_labels)
         if not any(layout.pools.values()):
             skipped = layout.listing.skipped
             more = f" ({skipped[0].name} {skipped[0].reason})" if skipped else ""
             raise ValueError(
-                f"There is no picture in {layout.listing.label}{more}; files must end in one of {', '.join(ENDINGS)}."
+                f"There is no image in {layout.listing.label}{more}; files must end in one of {', '.join(ENDINGS)}."
             )
         return layout
 
@@ -232,19 +232,19 @@ class ImageFolder(ImageDataModule):
 
     @functools.cached_property
     def cache(self) -> Cache:
-        """The decoded pictures, prepared if they are not yet."""
+        """The decoded images, prepared if they are not yet."""
         layout = self.layout
-        pools = {pool: pictures for pool, pictures in layout.pools.items() if pictures}
+        pools = {pool: images for pool, images in layout.pools.items() if images}
         options = (self.transform, self.cache_dir, self.strict, self.cache_processes, self.split_by == "content")
         cache = prepare(layout.listing, pools, *options)
         counts = Counter(layout.class_of(name) for name in cache.names)
         kinds = describe_classes(self.class_names, counts)
         note = f" ({layout.note})" if layout.note else ""
-        rank_zero_info(f"{len(cache.names)} pictures of {layout.listing.label}, {kinds}{note}.")
+        rank_zero_info(f"{len(cache.names)} images of {layout.listing.label}, {kinds}{note}.")
         return cache
 
     def rule(self) -> dict[str, Any]:
-        """How pictures are dealt to the splits, and the bits that are used of 16."""
+        """How images are dealt to the splits, and the bits that are used of 16."""
         return {"split_by": self.split_by, "bits": self.transform.bits}
 
     def follow(self, rule: dict[str, Any]) -> None:
@@ -259,7 +259,7 @@ class ImageFolder(ImageDataModule):
         self._forget()
 
     def prepare_data(self) -> None:
-        """Decodes the pictures into the cache where that was not done before."""
+        """Decodes the images into the cache where that was not done before."""
         _ = self.cache
 
     def rows(self, split: str) -> tuple[int, int]:
@@ -272,18 +272,18 @@ class ImageFolder(ImageDataModule):
             Its first row and the row after its last.
 
         Raises:
-            ValueError: If there are too few pictures to hold some out.
+            ValueError: If there are too few images to hold some out.
         """
         pools = self.cache.pools
         if "train" not in pools or pools["train"][0] == pools["train"][1]:
-            raise ValueError(f"{self.layout.listing.label} has no usable picture to train on.")
+            raise ValueError(f"{self.layout.listing.label} has no usable image to train on.")
         start, end = pools["train"]
         val = 0 if "val" in pools else self._held_out(self.val_fraction, start, end, lowest=True)
         test = 0 if "test" in pools else self._held_out(self.test_fraction, start, end, lowest=False)
         if end - start - val - test < 1:
             raise ValueError(
-                f"{self.layout.listing.label} has {end - start} pictures to train on, too few to hold {val + test} "
-                "out; set val_fraction and test_fraction to 0, or use SingleImage to learn from one picture."
+                f"{self.layout.listing.label} has {end - start} images to train on, too few to hold {val + test} "
+                "out; set val_fraction and test_fraction to 0, or use SingleImage to learn from one image."
             )
         if self.split_by == "content":  # val | train | test, by rising hash
             places = {"val": (start, start + val), "train": (start + val, end - test), "test": (end - test, end)}
@@ -299,7 +299,7 @@ class ImageFolder(ImageDataModule):
         return places[split]
 
     def _held_out(self, fraction: float, start: int, end: int, lowest: bool) -> int:
-        """Number of pictures of the training pool that are held out at its one end."""
+        """Number of images of the training pool that are held out at its one end."""
         if not fraction:
             return 0
         if self.split_by != "content":
@@ -315,13 +315,13 @@ class ImageFolder(ImageDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            Memory-mapped pictures, and classes where folders are such.
+            Memory-mapped images, and classes where folders are such.
         """
         start, end = self.rows(split)
         return Split(self.cache.images[start:end], self.labels(self.cache.names[start:end]))
 
     def labels(self, names: Sequence[str]) -> Tensor | None:
-        """The classes of pictures.
+        """The classes of images.
 
         Args:
             names: Their names in the cache.
@@ -341,7 +341,7 @@ class ImageFolder(ImageDataModule):
             split: As for `reference_images`.
 
         Returns:
-            64 hexadecimal digits; any change of a picture, of the transform or of the order changes them.
+            64 hexadecimal digits; any change of an image, of the transform or of the order changes them.
         """
         digest = hashlib.sha256(self.cache.checksum.encode())
         for name in split.split("+"):
@@ -351,7 +351,7 @@ class ImageFolder(ImageDataModule):
         return digest.hexdigest()
 
     def _identity_of(self, split: str) -> str:
-        """The files of this split alone, so that more pictures in another change nothing."""
+        """The files of this split alone, so that more images in another change nothing."""
         start, end = self.rows(split)
         if not self.cache.hashes:
             return self.fingerprint(split)
@@ -364,22 +364,22 @@ class ImageFolder(ImageDataModule):
 
 
 class Landscapes(ImageFolder):
-    """Landscape photographs, such as Kaggle's landscape-pictures: `ImageFolder` without classes at 64x64 pixels.
+    """Landscape photographs, such as Kaggle's landscape-images: `ImageFolder` without classes at 64x64 pixels.
 
     Args:
         root: A folder, a zip, a glob, or a list of globs; see `ImageFolder`.
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         image_size: Pixels per side.
-        val_fraction: Share of the training pictures held out for validation, where the disk has no val folder.
+        val_fraction: Share of the training images held out for validation, where the disk has no val folder.
         test_fraction: Share held out as test split, where the disk has no test folder; with 0, it is the val split.
-        split_by: How pictures are dealt to the splits: by the hash of each file's "content", or by their "order", the
+        split_by: How images are dealt to the splits: by the hash of each file's "content", or by their "order", the
             first of an order that changes with every file, as before version 2 of the caches.
-        strict: Whether a picture that cannot be used stops the run instead of being left out.
+        strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
         num_workers: Processes that read ahead from the cache while training.
-        random_flip: Whether half of the training pictures are mirrored.
-        on_device: Whether the pictures live on the training device.
+        random_flip: Whether half of the training images are mirrored.
+        on_device: Whether the images live on the training device.
     """
 
     def __init__(
@@ -427,11 +427,11 @@ def hash_at(fraction: float) -> str:
 
 
 def describe_classes(names: Sequence[str], counts: Mapping[str | None, int] | None = None) -> str:
-    """Classes with their numbers and how many pictures each has, in a few words.
+    """Classes with their numbers and how many images each has, in a few words.
 
     Args:
         names: The classes in the order of their numbers.
-        counts: Pictures of each by its name.
+        counts: Images of each by its name.
 
     Returns:
         Such as "2 classes: 0 = cat (160), 1 = dog (158)"; of many, the first and the last.
@@ -451,11 +451,11 @@ def _rank(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _common(pictures: Sequence[Picture]) -> str:
+def _common(images: Sequence[Image]) -> str:
     """The folders that all names begin with."""
-    if not pictures:
+    if not images:
         return ""
-    first, last = pictures[0].name.split("/")[:-1], pictures[-1].name.split("/")[:-1]  # sorted: all others lie between
+    first, last = images[0].name.split("/")[:-1], images[-1].name.split("/")[:-1]  # sorted: all others lie between
     shared = 0
     while shared < min(len(first), len(last)) and first[shared] == last[shared]:
         shared += 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datamodules.files import may_not_read
 
-MAX_BYTES = 2**31  # an idx file of pictures is far smaller; a gzipped one could claim anything
+MAX_BYTES = 2**31  # an idx file of images is far smaller; a gzipped one could claim anything
 
 
 def find_idx(folder: Path, name: str) -> Path | None:
@@ -45,7 +45,7 @@ def read_idx(path: Path, rank: int) -> Tensor:
 
     Args:
         path: The file; gzipped where its name ends in ".gz".
-        rank: Number of dimensions that are expected, 3 for pictures and 1 for labels.
+        rank: Number of dimensions that are expected, 3 for images and 1 for labels.
 
     Returns:
         A uint8 tensor.

@@ -27,13 +27,13 @@ class MNIST(ImageDataModule):
 
     Args:
         root: Folder of the four idx files, gzipped or not; or where they are downloaded: `root/MNIST/raw`.
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         image_size: 28 as published, or 32 with a black border of 2 pixels, which halves evenly more often.
         val_size: Training images held out for validation; a tenth where there are fewer than ten times as many.
         download: Whether missing files are downloaded, through torchvision and verified by checksum.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training pictures are mirrored.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU.
+        random_flip: Whether half of the training images are mirrored.
+        on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 
     source: type[datasets.MNIST] = datasets.MNIST
@@ -100,7 +100,7 @@ class MNIST(ImageDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            Pictures (N, 1, image_size, image_size) and classes.
+            Images (N, 1, image_size, image_size) and classes.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -122,10 +122,10 @@ class MNIST(ImageDataModule):
         assert images_path is not None and labels_path is not None
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1).to(torch.int64)
         if images.shape[1:] != (SIDE, SIDE):
-            raise ValueError(f"{images_path} holds pictures of {tuple(images.shape[1:])} pixels instead of 28x28.")
+            raise ValueError(f"{images_path} holds images of {tuple(images.shape[1:])} pixels instead of 28x28.")
         if len(images) != len(labels):
             raise ValueError(
-                f"{images_path} holds {len(images)} pictures and {labels_path} holds {len(labels)} labels; "
+                f"{images_path} holds {len(images)} images and {labels_path} holds {len(labels)} labels; "
                 "they do not belong together."
             )
         if len(labels) and int(labels.max()) >= len(self.names):
@@ -157,19 +157,19 @@ class MNIST(ImageDataModule):
 
 
 class FashionMNIST(MNIST):
-    """70,000 grey pictures of clothes in ten classes (Xiao, Rasul & Vollgraf, arXiv 1708.07747), 60,000 for training.
+    """70,000 grey images of clothes in ten classes (Xiao, Rasul & Vollgraf, arXiv 1708.07747), 60,000 for training.
 
     The files have MNIST's names and layout; see `MNIST` for what each argument does.
 
     Args:
         root: Folder of the four idx files, gzipped or not; or where they are downloaded: `root/FashionMNIST/raw`.
-        batch_size: Pictures per training step over all ranks.
+        batch_size: Images per training step over all ranks.
         image_size: 28 as published, or 32 with a black border of 2 pixels, which halves evenly more often.
         val_size: Training images held out for validation; a tenth where there are fewer than ten times as many.
         download: Whether missing files are downloaded, through torchvision and verified by checksum.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training pictures are mirrored.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU.
+        random_flip: Whether half of the training images are mirrored.
+        on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 
     source = datasets.FashionMNIST

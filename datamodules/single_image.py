@@ -1,8 +1,8 @@
-"""One picture as a data set: the quickest way to see a diffusion model learn, and the setting of single-image models.
+"""One image as a data set: the quickest way to see a diffusion model learn, and the setting of single-image models.
 
-With the whole picture, the data distribution is one point, the best denoiser is known exactly, D(x; sigma) = x0, and a
-model that has learned gives the picture back. With patches, each training image is a square cut at random from the
-picture, and the model learns what its parts look like.
+With the whole image, the data distribution is one point, the best denoiser is known exactly, D(x; sigma) = x0, and a
+model that has learned gives the image back. With patches, each training image is a square cut at random from the
+image, and the model learns what its parts look like.
 """
 
 from importlib.resources import files
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
-from datamodules.decode import BadPictureError, Transform, decode
+from datamodules.decode import BadImageError, Transform, decode
 from datamodules.feed import Split, keyed_generator
 from datamodules.files import may_not_read
 from diffusion_lit.checks import check_count
@@ -23,25 +23,25 @@ HELD_OUT = 64  # rows of "val" and "test"
 
 
 class SingleImage(ImageDataModule):
-    """One picture, over and over: whole, or as random patches.
+    """One image, over and over: whole, or as random patches.
 
     Args:
-        picture: "flower" or "china", the photographs that come with scikit-learn, or the path of a picture.
-        batch_size: Pictures per training step over all ranks.
+        image: "flower" or "china", the photographs that come with scikit-learn, or the path of an image.
+        batch_size: Images per training step over all ranks.
         image_size: Pixels per side of a training image.
         copies: Training images per epoch.
-        patches: Pixels per side to which the picture is resized before random patches of image_size are cut from it;
-            by default every training image is the whole picture.
+        patches: Pixels per side to which the image is resized before random patches of image_size are cut from it;
+            by default every training image is the whole image.
         resize: "lanczos", the sharper, or "area", the mean over the pixels that fall into each.
         channels: 3 for colour, 1 for grey.
-        upscale: Whether a picture smaller than needed is enlarged rather than refused.
+        upscale: Whether an image smaller than needed is enlarged rather than refused.
         random_flip: Whether half of the training images are mirrored.
-        on_device: Whether the pictures live on the training device; by default they do on a GPU.
+        on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 
     def __init__(
         self,
-        picture: str = "flower",
+        image: str = "flower",
         batch_size: int = 32,
         image_size: int = 32,
         copies: int = 1024,
@@ -55,15 +55,13 @@ class SingleImage(ImageDataModule):
         super().__init__(batch_size, 0, False, random_flip, on_device)
         check_count(copies=copies, patches=patches)
         if copies < batch_size:
-            raise ValueError(
-                f"copies is {copies}; an epoch must hold a batch at least, which is {batch_size} pictures."
-            )
+            raise ValueError(f"copies is {copies}; an epoch must hold a batch at least, which is {batch_size} images.")
         if patches is not None and patches <= image_size:
             raise ValueError(
-                f"patches is {patches}; the picture must be larger than the patches of {image_size} cut from it, or "
-                "leave patches out to train on the whole picture."
+                f"patches is {patches}; the image must be larger than the patches of {image_size} cut from it, or "
+                "leave patches out to train on the whole image."
             )
-        self.picture = picture
+        self.image = image
         self.image_size = image_size
         self.copies = copies
         self.patches = patches
@@ -77,23 +75,23 @@ class SingleImage(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """None: there is one picture."""
+        """None: there is one image."""
         return []
 
     def prepare_data(self) -> None:
-        """Looks whether the picture can be read.
+        """Looks whether the image can be read.
 
         Raises:
-            FileNotFoundError: If there is no such picture.
+            FileNotFoundError: If there is no such image.
             ValueError: If it cannot be used.
         """
         self.pixels()
 
     def pixels(self) -> Tensor:
-        """The picture as it is trained on, uint8 (C, S, S); S is `patches`, or `image_size` for the whole picture.
+        """The image as it is trained on, uint8 (C, S, S); S is `patches`, or `image_size` for the whole image.
 
         Raises:
-            FileNotFoundError: If there is no such picture.
+            FileNotFoundError: If there is no such image.
             PermissionError: If it may not be read.
             ValueError: If it cannot be used.
         """
@@ -101,19 +99,19 @@ class SingleImage(ImageDataModule):
             try:
                 with self._open() as file:
                     self._pixels = torch.from_numpy(decode(file, self.transform).copy())
-            except BadPictureError as error:
+            except BadImageError as error:
                 hint = "; set upscale to true to enlarge it" if "smaller" in str(error) else ""
-                raise ValueError(f"The picture {self.picture} {error}{hint}.") from error
+                raise ValueError(f"The image {self.image} {error}{hint}.") from error
         return self._pixels
 
     def read(self, split: str) -> Split:
-        """The pictures of a split.
+        """The images of a split.
 
         Args:
             split: "train", or "val" and "test", which are the same: 64 copies, or 64 patches at fixed random places.
 
         Returns:
-            Pictures (N, C, image_size, image_size).
+            Images (N, C, image_size, image_size).
         """
         count = self.copies if split == "train" else min(HELD_OUT, self.copies)
         if self.patches is None:
@@ -124,12 +122,12 @@ class SingleImage(ImageDataModule):
         """Cuts new patches where patches are trained on, and mirrors half where `random_flip` is on.
 
         Args:
-            images: This rank's pictures, uint8 (B, C, H, W).
+            images: This rank's images, uint8 (B, C, H, W).
             generator: Keyed by (seed, epoch, batch).
             rows: This rank's rows of the global batch.
 
         Returns:
-            Pictures, uint8 (B, C, H, W).
+            Images, uint8 (B, C, H, W).
         """
         if self.patches is not None:
             images = self._cut(self.batch_size, generator, rows).to(images.device)
@@ -142,13 +140,13 @@ class SingleImage(ImageDataModule):
         return windows[:, places[:, 0], places[:, 1]].transpose(0, 1).contiguous()
 
     def _open(self) -> IO[bytes]:
-        """The picture's file."""
-        path = Path(self.picture).expanduser()
-        if self.picture in SAMPLES and not path.exists():
-            return files("sklearn.datasets.images").joinpath(f"{self.picture}.jpg").open("rb")
+        """The image's file."""
+        path = Path(self.image).expanduser()
+        if self.image in SAMPLES and not path.exists():
+            return files("sklearn.datasets.images").joinpath(f"{self.image}.jpg").open("rb")
         if not path.is_file():
             raise FileNotFoundError(
-                f"There is no picture {self.picture}; give the path of one, or {' or '.join(SAMPLES)} for a photograph "
+                f"There is no image {self.image}; give the path of one, or {' or '.join(SAMPLES)} for a photograph "
                 "that comes with scikit-learn."
             )
         try:

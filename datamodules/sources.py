@@ -1,4 +1,4 @@
-"""Where pictures lie: a folder of any depth, a zip, or a list of globs. What is there is listed; nothing is decoded.
+"""Where images lie: a folder of any depth, a zip, or a list of globs. What is there is listed; nothing is decoded.
 
 Names are relative to the root, with "/" between their parts, and sorted, so that a folder and its zip list alike.
 What cannot be listed (an unreadable folder, a link that points nowhere) is told by name. Links to folders are followed,
@@ -17,19 +17,19 @@ from fnmatch import translate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from datamodules.decode import ENDINGS, BadPictureError
+from datamodules.decode import ENDINGS, BadImageError
 from datamodules.files import may_not_read
 
 OTHERS = (
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".exr",
     ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".dcm", ".nii", ".npy", ".npz", ".mp4", ".mov", ".avi",
-)  # fmt: skip  # pictures of kinds that are not read
-GIVE = "give a folder of pictures, a zip of them, or a list of globs"
-MAX_MEMBER = 2**29  # bytes that a picture in a zip may unpack to
+)  # fmt: skip  # images of kinds that are not read
+GIVE = "give a folder of images, a zip of them, or a list of globs"
+MAX_MEMBER = 2**29  # bytes that an image in a zip may unpack to
 
 
-class Picture(NamedTuple):
-    """A listed picture: its name, its bytes, and its time of change (of a zip's member: its checksum)."""
+class Image(NamedTuple):
+    """A listed image: its name, its bytes, and its time of change (of a zip's member: its checksum)."""
 
     name: str
     size: int
@@ -45,24 +45,24 @@ class Skip(NamedTuple):
 
 @dataclass
 class Listing:
-    """The pictures under a root.
+    """The images under a root.
 
     Args:
         root: What the names are relative to; the zip itself for a zip.
-        pictures: The pictures, sorted by name.
+        images: The images, sorted by name.
         skipped: What could not be listed.
         label: What messages call the source.
         archive: The opened zip, where the root is one.
     """
 
     root: Path
-    pictures: list[Picture]
+    images: list[Image]
     skipped: list[Skip] = field(default_factory=list)
     label: str = ""
     archive: zipfile.ZipFile | None = None
 
     def open(self, name: str) -> IO[bytes]:
-        """Opens a picture.
+        """Opens an image.
 
         Args:
             name: Its name in the listing.
@@ -71,23 +71,23 @@ class Listing:
             The opened file, which can seek.
 
         Raises:
-            BadPictureError: If it cannot be opened.
+            BadImageError: If it cannot be opened.
         """
         try:
             if self.archive is None:
                 return (self.root / name).open("rb")
             info = self.archive.getinfo(name)
             if info.file_size > MAX_MEMBER:
-                raise BadPictureError(f"unpacks to {info.file_size} bytes, which no picture has")
+                raise BadImageError(f"unpacks to {info.file_size} bytes, which no image has")
             return io.BytesIO(self.archive.read(info))
         except PermissionError as error:
-            raise BadPictureError("may not be read (no permission)") from error
-        except BadPictureError:
+            raise BadImageError("may not be read (no permission)") from error
+        except BadImageError:
             raise
         except OSError as error:
-            raise BadPictureError(f"cannot be read ({error.strerror or error})") from error
+            raise BadImageError(f"cannot be read ({error.strerror or error})") from error
         except Exception as error:  # zipfile raises many kinds at damaged, encrypted or exotic members
-            raise BadPictureError(f"cannot be unpacked ({' '.join(str(error).split())})") from error
+            raise BadImageError(f"cannot be unpacked ({' '.join(str(error).split())})") from error
 
     def reopen(self) -> None:
         """Gives a forked process a file position of its own in the zip."""
@@ -113,8 +113,8 @@ def printable(name: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 
 
-def list_pictures(root: str | Sequence[str]) -> Listing:
-    """Lists the pictures of a source.
+def list_images(root: str | Sequence[str]) -> Listing:
+    """Lists the images of a source.
 
     Args:
         root: A folder, a zip, a glob such as "dogs/*terrier*/**", or several of these.
@@ -139,21 +139,21 @@ def list_pictures(root: str | Sequence[str]) -> Listing:
     return _list_globs(root)
 
 
-def is_picture(name: str) -> bool:
-    """Whether a name has a picture's ending and is not hidden.
+def is_image(name: str) -> bool:
+    """Whether a name has an image's ending and is not hidden.
 
     Args:
         name: A file name, with or without folders.
 
     Returns:
-        True where it looks like a picture.
+        True where it looks like an image.
     """
     last = name.rpartition("/")[2]
     return last.lower().endswith(ENDINGS) and not last.startswith(".")
 
 
 def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_result]]:
-    """Goes through all files with a picture's ending, each folder once even where links make a circle.
+    """Goes through all files with an image's ending, each folder once even where links make a circle.
 
     Args:
         folder: Where to start.
@@ -184,12 +184,12 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
             try:
                 status = entry.stat()
             except OSError as error:
-                if is_picture(name):
+                if is_image(name):
                     skipped.append(Skip(name, f"cannot be found ({_why(error)})"))
                 continue
             if stat.S_ISDIR(status.st_mode):
                 below.append(name + "/")
-            elif is_picture(name):
+            elif is_image(name):
                 if stat.S_ISREG(status.st_mode):
                     yield name, status
                 else:
@@ -198,7 +198,7 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
 
 
 def _unreadable(folder: str, names: Sequence[str]) -> list[Skip]:
-    """What is said of the files of a folder that are pictures of kinds that are not read: one line for each kind."""
+    """What is said of the files of a folder that are images of kinds that are not read: one line for each kind."""
     endings = [os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")]
     return [
         Skip(folder or "the folder itself", f"holds {endings.count(ending)} {ending} files, which are not read")
@@ -213,8 +213,8 @@ def _list_folder(folder: Path) -> Listing:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise PermissionError(f"{folder} may not be read; ask its owner for permission to read and enter it.")
     skipped: list[Skip] = []
-    pictures = [Picture(name, status.st_size, status.st_mtime_ns) for name, status in walk(folder, skipped)]
-    return Listing(folder, sorted(pictures), skipped, printable(str(folder)))
+    images = [Image(name, status.st_size, status.st_mtime_ns) for name, status in walk(folder, skipped)]
+    return Listing(folder, sorted(images), skipped, printable(str(folder)))
 
 
 def _list_zip(path: Path) -> Listing:
@@ -224,10 +224,10 @@ def _list_zip(path: Path) -> Listing:
         raise may_not_read(path) from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path} is neither a folder nor a whole zip ({error}); {GIVE}.") from error
-    pictures = {
-        info.filename: Picture(info.filename, info.file_size, info.CRC)
+    images = {
+        info.filename: Image(info.filename, info.file_size, info.CRC)
         for info in archive.infolist()
-        if is_picture(info.filename) and not info.is_dir() and not _is_hidden(info.filename)
+        if is_image(info.filename) and not info.is_dir() and not _is_hidden(info.filename)
     }
     folders: dict[str, list[str]] = {}
     for info in archive.infolist():
@@ -235,24 +235,24 @@ def _list_zip(path: Path) -> Listing:
             folder, _, name = info.filename.rpartition("/")
             folders.setdefault(folder and folder + "/", []).append(name)
     skipped = [skip for folder, names in sorted(folders.items()) for skip in _unreadable(folder, names)]
-    return Listing(path, sorted(pictures.values()), skipped, printable(str(path)), archive)
+    return Listing(path, sorted(images.values()), skipped, printable(str(path)), archive)
 
 
 def _list_globs(patterns: Sequence[str]) -> Listing:
     skipped: list[Skip] = []
-    pictures: dict[str, Picture] = {}
+    images: dict[str, Image] = {}
     for pattern in patterns:
         full = os.path.abspath(os.path.expanduser(pattern))
-        before = len(pictures) + len(skipped)
+        before = len(images) + len(skipped)
         for name, status in _matches(full, skipped):
-            pictures[name] = Picture(name, status.st_size, status.st_mtime_ns)
-        if len(pictures) + len(skipped) == before:
-            raise FileNotFoundError(f"No picture matches {pattern!r}; its files must end in {', '.join(ENDINGS)}.")
-    return Listing(Path("/"), sorted(pictures.values()), skipped, ", ".join(patterns))
+            images[name] = Image(name, status.st_size, status.st_mtime_ns)
+        if len(images) + len(skipped) == before:
+            raise FileNotFoundError(f"No image matches {pattern!r}; its files must end in {', '.join(ENDINGS)}.")
+    return Listing(Path("/"), sorted(images.values()), skipped, ", ".join(patterns))
 
 
 def _matches(pattern: str, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_result]]:
-    """The pictures that a glob names, or that lie below a folder that it names; "**" is folders of any depth."""
+    """The images that a glob names, or that lie below a folder that it names; "**" is folders of any depth."""
     head, deep, _ = pattern.partition("**")  # glob's own "**" would follow links in a circle
     if deep:
         head = head.rpartition("/")[0]
@@ -264,7 +264,7 @@ def _matches(pattern: str, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_r
                 full = str(path / name)
                 if not deep or expression.match(full):
                     yield full, status
-        elif not deep and is_picture(found):
+        elif not deep and is_image(found):
             try:
                 yield found, path.stat()
             except OSError as error:

@@ -1,4 +1,4 @@
-"""A part of another data set's training pictures, to see what becomes of a model as they get fewer."""
+"""A part of another data set's training images, to see what becomes of a model as they get fewer."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from datamodules.base import ImageDataModule
 from datamodules.feed import Split
 from diffusion_lit.checks import check_count
 
-EPOCH = 4096  # pictures that an epoch has at least, fewer being repeated
+EPOCH = 4096  # images that an epoch has at least, fewer being repeated
 
 
 class Subset(ImageDataModule):
-    """Some training pictures of another data set, whose validation and test pictures stay as they are.
+    """Some training images of another data set, whose validation and test images stay as they are.
 
-    The pictures are spread evenly over the training split. Fewer than a few thousand are repeated until an epoch is
-    long enough; reference pictures are each there once.
+    The images are spread evenly over the training split. Fewer than a few thousand are repeated until an epoch is
+    long enough; reference images are each there once.
 
     Args:
         data: The data set.
-        count: Number of training pictures, at least 1.
+        count: Number of training images, at least 1.
 
     Raises:
-        ValueError: If there is no picture, or the data set changes its training pictures by more than mirroring.
+        ValueError: If there is no image, or the data set changes its training images by more than mirroring.
     """
 
     def __init__(self, data: ImageDataModule, count: int) -> None:
@@ -32,13 +32,13 @@ class Subset(ImageDataModule):
             self.hparams.pop("data")
         check_count(count=count)
         if type(data).augment is not ImageDataModule.augment:
-            raise ValueError(f"{type(data).__name__} makes its training pictures itself, so that there are no fewer.")
+            raise ValueError(f"{type(data).__name__} makes its training images itself, so that there are no fewer.")
         self.data = data
         self.count = count
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape of the data set's pictures."""
+        """Shape of the data set's images."""
         return self.data.image_shape
 
     @property
@@ -76,22 +76,22 @@ class Subset(ImageDataModule):
             split: "train", of which a part is taken, "val" or "test".
 
         Returns:
-            Its pictures and classes.
+            Its images and classes.
 
         Raises:
-            ValueError: If there are fewer pictures than are asked for.
+            ValueError: If there are fewer images than are asked for.
         """
         images, labels = self.data.split(split)
         if split != "train":
             return Split(images, labels)
         if self.count > len(images):
-            raise ValueError(f"count is {self.count}, but the training split has {len(images)} pictures.")
+            raise ValueError(f"count is {self.count}, but the training split has {len(images)} images.")
         rows = torch.arange(self.count) * len(images) // self.count
         kept = images[rows] if isinstance(images, Tensor) else torch.from_numpy(images[rows.numpy()])
         return Split(kept, None if labels is None else labels[rows])
 
     def _feed(self, name: str) -> dict[str, object]:
-        """The arguments of a loader, of training pictures repeated."""
+        """The arguments of a loader, of training images repeated."""
         fed = super()._feed(name)
         if name == "train":
             images, labels = fed["split"]

@@ -2,7 +2,7 @@
 
 The same U-Net is trained for the same number of steps with attention in different places, and its samples measured
 beside what it costs: parameters, the time of a training step, and the activations that the step keeps. Sizes of feature
-maps are those behind the stem: `auto` takes the two largest, 16 and 8 of a network of 32-pixel pictures behind a stem
+maps are those behind the stem: `auto` takes the two largest, 16 and 8 of a network of 32-pixel images behind a stem
 of 2x2 patches, and 8 and 4 of the digits. More heads at lower resolution means heads of few channels: the deeper level
 is wider and so has more of them.
 
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from diffusion_lit.modules.load import load_module
 from experiments.gauge import Gauge
 from experiments.networks import build, parameters, step_cost
-from experiments.show import picture_rows
+from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
 
 NET = "model.init_args.net.init_args"
@@ -69,7 +69,7 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
     count, steps = study.setup.num_samples, int(study.value("trainer.max_steps"))
     study.table("quality", rows, f"{count:,} samples after {steps:,} steps of batches of {batch_size}.")
     study.figure("quality", draw(rows, gauge), "Quality against what a training step costs.")
-    study.figure("samples", picture_rows(shown), "Samples of the same seeds.")
+    study.figure("samples", image_rows(shown), "Samples of the same seeds.")
     none, *others = rows
     best, worst = (choose(others, key=lambda row: row[gauge.metric]) for choose in (min, max))
     dearest = max(others, key=lambda row: row["activations MB"])

@@ -3,7 +3,7 @@
 Each network is trained for as many steps as the same number of floating-point operations allows: what the smallest one
 takes in `trainer.max_steps` steps. A step is counted as three forward passes, since the backward pass takes about two.
 The digits are too few for large networks, so that the small form stays below 2 million parameters; the widths of the
-second line, in the U-Net of 32-pixel pictures, go from 2 to 33 million.
+second line, in the U-Net of 32-pixel images, go from 2 to 33 million.
 
     python -m experiments.capacity
     python -m experiments.capacity --config configs/edm_cifar10.yaml --widths [34,68,136] --data.init_args.root DIR
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from diffusion_lit.modules.load import load_module
 from experiments.gauge import Gauge
 from experiments.networks import build, flops, parameters, step_cost
-from experiments.show import picture_rows
+from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
 
 WIDTH = "model_channels"
@@ -47,7 +47,7 @@ def capacity(
         {
             "channels": width,
             "parameters M": parameters(nets[width]),
-            "GFLOP per picture": cost[width] / 1e9,
+            "GFLOP per image": cost[width] / 1e9,
             "steps": steps[width],
             "TFLOP in all": 3 * cost[width] * batch_size * steps[width] / 1e12,
         }
@@ -83,9 +83,9 @@ def capacity(
             }
         )
         shown[f"{planned['parameters M']:.3g}M"] = drawn.images[:12]
-    study.table("quality", rows, f"{study.setup.num_samples:,} samples of each network, against the training pictures.")
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples of each network, against the training images.")
     study.figure("quality", draw(rows, gauge), "Quality and speed against size, at equal compute.")
-    study.figure("samples", picture_rows(shown), "Samples of the same seeds, by the number of parameters.")
+    study.figure("samples", image_rows(shown), "Samples of the same seeds, by the number of parameters.")
     best = min(rows, key=lambda row: row[gauge.metric])
     others = ", ".join(
         f"{row['parameters M']:.3g}M ({row['steps']:,} steps) {row[gauge.metric]:.3g}"

@@ -1,10 +1,10 @@
-"""Why mountains come before sky: in which order a model settles the frequencies and the parts of a picture.
+"""Why mountains come before sky: in which order a model settles the frequencies and the parts of an image.
 
-A deterministic sampler (Euler on the model's own grid) draws many pictures, and at each step the estimate x0_hat is
-compared with the picture x0 that it ends in. A band of frequencies is a ring of its cosine transform (orthonormal
-DCT-II), in cycles per picture; a region is a tile. Band or tile has settled at the first step from which on
+A deterministic sampler (Euler on the model's own grid) draws many images, and at each step the estimate x0_hat is
+compared with the image x0 that it ends in. A band of frequencies is a ring of its cosine transform (orthonormal
+DCT-II), in cycles per image; a region is a tile. Band or tile has settled at the first step from which on
 
-    |x0_hat - x0| <= 0.1 |x0|            norms over the band; of tiles over the tile, |x0| being the picture's contrast:
+    |x0_hat - x0| <= 0.1 |x0|            norms over the band; of tiles over the tile, |x0| being the image's contrast:
                                          the root mean square over its pixels around its mean
 
 Detail of a tile is its own contrast, the root mean square around the tile's mean: mountains have much, sky has little.
@@ -32,7 +32,7 @@ from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.images import StepRecorder
 from diffusion_lit.storage.hashing import file_hash
 from experiments.frequencies import band_edges, band_masks, band_power, settled, tile_mean
-from experiments.show import picture_rows
+from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
 
 TOLERANCE = 0.1
@@ -45,26 +45,24 @@ def coarse_first(
     """What does a model settle first: large shapes or small ones, mountains or sky?
 
     Follows the estimate x0_hat along a deterministic sampler and notes when each band of frequencies and each part of
-    the picture is within 10% of its final value.
+    the image is within 10% of its final value.
 
     Args:
         study: Where it works.
         num_steps: Steps of the sampler.
-        tiles: Tiles along a side of the picture, which they must divide.
-        most_bands: Bands of frequencies, at most half the side of the picture.
-        ckpt_path: A trained diffusion model of pictures; by default one is trained.
+        tiles: Tiles along a side of the image, which they must divide.
+        most_bands: Bands of frequencies, at most half the side of the image.
+        ckpt_path: A trained diffusion model of images; by default one is trained.
     """
     path = Path(ckpt_path) if ckpt_path else study.fit({"model": {}})["model"].ckpt_path
     module: Any = load_module(path).to(study.device)
     if not hasattr(module, "denoiser"):
         raise ValueError(f"{path} holds a {type(module).__name__}, which has no x0_hat to follow.")
     if module.x_shape != module.image_shape:
-        raise ValueError(
-            f"{path} denoises codes, not pictures, whose frequencies are others; take a model of pictures."
-        )
+        raise ValueError(f"{path} denoises codes, not images, whose frequencies are others; take a model of images.")
     size = module.image_shape[-1]
     if size % tiles:
-        raise ValueError(f"{tiles} tiles do not divide pictures of {size} pixels; choose a divisor.")
+        raise ValueError(f"{tiles} tiles do not divide images of {size} pixels; choose a divisor.")
     bands = min(most_bands, size // 2)
     sampling = module.sampling.but(sampler="euler", num_steps=num_steps)
     kept = study.keep(
@@ -83,7 +81,7 @@ def coarse_first(
     when = {name: settled(kept[name], TOLERANCE) for name in ("band_errors", "tile_errors")}
     band_rows = [
         {
-            "cycles per picture": f"{edges[band]:.3g} to {edges[band + 1]:.3g}",
+            "cycles per image": f"{edges[band]:.3g} to {edges[band + 1]:.3g}",
             **summary(when["band_errors"][:, band], sigmas),
             "share of power": float(kept["power"][-1, band] / kept["power"][-1].sum()),
         }
@@ -96,24 +94,24 @@ def coarse_first(
         {"tiles": name, **summary(tile_when.flatten()[rows], sigmas)}
         for name, rows in zip(("the flattest quarter", "the most detailed quarter"), share, strict=True)
     ]
-    study.table("tiles", tile_rows, "When tiles of little and of much detail are within 10% of the picture's contrast.")
+    study.table("tiles", tile_rows, "When tiles of little and of much detail are within 10% of the image's contrast.")
     places = [
         {"row": row, "column": column, **summary(tile_when[:, row * tiles + column], sigmas)}
         for row in range(tiles)
         for column in range(tiles)
     ]
-    study.table("places", places, f"The same by place in the picture, rows from the top, {tiles} x {tiles} tiles.")
+    study.table("places", places, f"The same by place in the image, rows from the top, {tiles} x {tiles} tiles.")
     levels = level_of(tile_when, sigmas)
     ordered = bool(levels.min() < levels.max())  # else no correlation is defined, as of a model that knows nothing yet
     correlation = float(spearmanr(detail.flatten(), levels.flatten()).statistic) if ordered else 0.0
 
     study.figure("spectrum", draw_spectrum(kept, edges), "The power of x0_hat in each band along the sampling.")
     study.figure("settling", draw_settling(kept, when, edges), "How far bands and tiles are from where they end.")
-    study.figure("places", draw_places(kept, tile_when, tiles), "Where in the picture x0_hat settles first.")
+    study.figure("places", draw_places(kept, tile_when, tiles), "Where in the image x0_hat settles first.")
     columns = kept["shown_steps"].tolist()
     names = [f"{sigmas[step]:.2g}" for step in columns]
     rows = {f"sample {index}": kept["shown"][:, index] for index in range(kept["shown"].shape[1])}
-    study.figure("estimates", picture_rows(rows, [f"sigma\n{name}" for name in names]), "x0_hat along the sampling.")
+    study.figure("estimates", image_rows(rows, [f"sigma\n{name}" for name in names]), "x0_hat along the sampling.")
 
     first, last = band_rows[0], band_rows[-1]
     flat, rich = tile_rows
@@ -122,9 +120,9 @@ def coarse_first(
     coarse = first["median sigma"] > last["median sigma"]
     study.finding(
         f"{'Coarse comes before fine' if coarse else 'No order from coarse to fine'}: the band of "
-        f"{first['cycles per picture']} cycles per picture is within 10% of its end at sigma "
+        f"{first['cycles per image']} cycles per image is within 10% of its end at sigma "
         f"{first['median sigma']:.3g} (step {first['median step']:.0f} of {num_steps}), that of "
-        f"{last['cycles per picture']} at sigma {last['median sigma']:.3g} (step {last['median step']:.0f}); "
+        f"{last['cycles per image']} at sigma {last['median sigma']:.3g} (step {last['median step']:.0f}); "
         f"{tiles_order}, the most detailed quarter at sigma {rich['median sigma']:.3g}, the flattest "
         f"at {flat['median sigma']:.3g} (rank correlation of detail with sigma {correlation:+.2f})."
     )
@@ -242,7 +240,7 @@ def draw_spectrum(kept: dict[str, Tensor], edges: list[float]) -> plt.Figure:
             centres, power[step], marker="o", label=f"sigma {sigmas[step]:.3g}", color=_colour(index, len(steps))
         )
     absolute.plot(centres, power[-1], color="black", linestyle="--", label="the samples")
-    absolute.set(yscale="log", xlabel="cycles per picture", ylabel="mean power of x0_hat in the band")
+    absolute.set(yscale="log", xlabel="cycles per image", ylabel="mean power of x0_hat in the band")
     absolute.legend(fontsize=8)
     absolute.grid(True, alpha=0.3)
     for band in range(power.shape[1]):
@@ -250,7 +248,7 @@ def draw_spectrum(kept: dict[str, Tensor], edges: list[float]) -> plt.Figure:
         relative.plot(sigmas, power[:-1, band] / power[-1, band], label=label, color=_colour(band, power.shape[1]))
     relative.axhline(1, color="grey", linestyle="--")
     relative.set(ylabel="mean power of x0_hat, that of the samples = 1")
-    relative.legend(title="cycles per picture", fontsize=8)
+    relative.legend(title="cycles per image", fontsize=8)
     _along(relative, sigmas)
     return figure
 
@@ -284,7 +282,7 @@ def draw_settling(kept: dict[str, Tensor], when: dict[str, Tensor], edges: list[
         shares.plot(sigmas, done, label=name, color="black", linestyle=style)
     errors.axhline(TOLERANCE, color="grey", linestyle="--", label="settled below")
     errors.set(yscale="log", ylabel="median of |x0_hat - x0| / |x0| in the band")
-    errors.legend(title="cycles per picture", fontsize=8)
+    errors.legend(title="cycles per image", fontsize=8)
     shares.set(ylabel="share of samples in which it has settled", ylim=(-0.02, 1.02))
     shares.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (errors, shares):
@@ -293,7 +291,7 @@ def draw_settling(kept: dict[str, Tensor], when: dict[str, Tensor], edges: list[
 
 
 def draw_places(kept: dict[str, Tensor], when: Tensor, tiles: int) -> plt.Figure:
-    """Where in the picture it settles, beside the samples' mean and how detailed each place is.
+    """Where in the image it settles, beside the samples' mean and how detailed each place is.
 
     Args:
         kept: From `follow`.
@@ -316,7 +314,7 @@ def draw_places(kept: dict[str, Tensor], when: Tensor, tiles: int) -> plt.Figure
         axes.set_title(name)
         figure.colorbar(shown, ax=axes, shrink=0.8)
     for axes in panels[:3]:
-        axes.set(xticks=[], yticks=[], xlabel="place in the picture")
+        axes.set(xticks=[], yticks=[], xlabel="place in the image")
     detail, values = kept["detail"].flatten(), levels.flatten()
     order = detail.argsort()
     groups = torch.tensor_split(order, 10)

@@ -1,10 +1,10 @@
 r"""Cold diffusion (Bansal 2022, arXiv 2208.09392): blur, mask, pixelation and snow taken back without any noise.
 
-One network per degradation learns to restore pictures. Test pictures are degraded altogether and restored in one go
+One network per degradation learns to restore images. Test images are degraded altogether and restored in one go
 (direct), by restoring and degrading again (naive, algorithm 1) and by the difference of two degradations (improved,
-algorithm 2). The Fréchet distance is that of the restored pictures to the very pictures that they came from; peak
+algorithm 2). The Fréchet distance is that of the restored images to the very images that they came from; peak
 signal-to-noise ratio and structural similarity tell how near each is to its own. From the Gaussian of degraded training
-pictures new ones are drawn.
+images new ones are drawn.
 
     python -m experiments.cold_diffusion
     python -m experiments.cold_diffusion --config configs/cold_fashion_mnist.yaml --data.init_args.root FOLDER \
@@ -27,7 +27,7 @@ from diffusion_lit.modules.vae import psnr, ssim
 from diffusion_lit.storage.hashing import file_hash
 from experiments.gauge import Gauge
 from experiments.runs import Trained
-from experiments.show import picture_rows
+from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
 
 SHOWN = 12
@@ -36,9 +36,9 @@ SHOWN = 12
 def cold_diffusion(
     study: Study, degradations: str = "Blur,Mask,Pixelate:2,Snow", blurred_steps: str = "2,5,10"
 ) -> None:
-    """Can a picture be restored, and drawn, without noise?
+    """Can an image be restored, and drawn, without noise?
 
-    Trains a network per deterministic degradation, restores test pictures with it in three ways, and draws new ones.
+    Trains a network per deterministic degradation, restores test images with it in three ways, and draws new ones.
 
     Args:
         study: Where it works.
@@ -50,20 +50,20 @@ def cold_diffusion(
     gauge = study.gauge(trained)
     images = gauge.data.reference_images("test")
     count = min(study.setup.num_samples, len(images))
-    pictures = take(images, torch.arange(count) * len(images) // count)
-    goal = Statistics.of(gauge.extractor.extract(pictures, 250).features)
+    originals = take(images, torch.arange(count) * len(images) // count)
+    goal = Statistics.of(gauge.extractor.extract(originals, 250).features)
 
     def measure(made: Tensor) -> dict[str, float]:
-        restored, real = made / 127.5 - 1, pictures / 127.5 - 1
+        restored, real = made / 127.5 - 1, originals / 127.5 - 1
         distance = frechet_distance(Statistics.of(gauge.extractor.extract(made, 250).features), goal)
         figures = {"psnr": float(psnr(restored, real).mean()), "ssim": float(ssim(restored, real))}
         return {gauge.metric: distance, **figures}
 
     rows, drawn = [], []
     for name, run in trained.items():
-        made = {"degraded": degraded(study, run, pictures)}
-        made |= {sampler: restored(study, run, pictures, ColdSampling(sampler)) for sampler in reversed(RESTORERS)}
-        shown = {"test picture": pictures[:SHOWN], **{way: some[:SHOWN] for way, some in made.items()}}
+        made = {"degraded": degraded(study, run, originals)}
+        made |= {sampler: restored(study, run, originals, ColdSampling(sampler)) for sampler in reversed(RESTORERS)}
+        shown = {"test image": originals[:SHOWN], **{way: some[:SHOWN] for way, some in made.items()}}
         for way, some in made.items():
             rows.append({"degradation": name, "restored": way, **measure(some)})
         samples = study.draw(run, gauge)
@@ -72,19 +72,19 @@ def cold_diffusion(
         shown["drawn anew"] = samples.images[:SHOWN]
         study.figure(
             name.lower(),
-            picture_rows(shown),
-            f"{name}: test pictures, degraded altogether, restored in three ways; at the bottom pictures drawn anew.",
+            image_rows(shown),
+            f"{name}: test images, degraded altogether, restored in three ways; at the bottom images drawn anew.",
         )
-    study.table("restored", rows, f"{count:,} test pictures against themselves, restored.")
-    study.table("drawn", drawn, "Pictures drawn anew by the improved sampler, against the training pictures.")
-    study.figure("restored", draw_bars(rows, gauge), "Distance of restored test pictures from the pictures themselves.")
+    study.table("restored", rows, f"{count:,} test images against themselves, restored.")
+    study.table("drawn", drawn, "Images drawn anew by the improved sampler, against the training images.")
+    study.figure("restored", draw_bars(rows, gauge), "Distance of restored test images from the images themselves.")
 
     first, run = next(iter(trained.items()))
     total = load_module(run.ckpt_path).degradation.num_steps
     counts = sorted({1, total, *(int(word) for word in blurred_steps.split(",") if int(word) < total)})
     ways = [ColdSampling(sampler, steps) for sampler in ("naive", "improved") for steps in counts]
     over = [
-        {"restored": way.sampler, "steps": way.num_steps, **measure(restored(study, run, pictures, way))}
+        {"restored": way.sampler, "steps": way.num_steps, **measure(restored(study, run, originals, way))}
         for way in ways
     ]
     study.table("steps", over, f"{first} over the number of steps; one naive step is direct restoration.")
@@ -96,7 +96,7 @@ def cold_diffusion(
     better = [name.lower() for name in trained if of(name, "improved") < of(name, "direct")]
     named = f" ({', '.join(better)})" if better else ""
     study.finding(
-        f"Of {count:,} test pictures under {first.lower()}, the improved sampler's restorations have {gauge.metric} "
+        f"Of {count:,} test images under {first.lower()}, the improved sampler's restorations have {gauge.metric} "
         f"{of(first, 'improved'):.3g}, those in one go {of(first, 'direct'):.3g} and the naive sampler's "
         f"{of(first, 'naive'):.3g}; improved beats direct on {len(better)} of {len(trained)} degradations{named}."
     )
@@ -118,28 +118,28 @@ def variant(words: str) -> tuple[str, dict[str, Any]]:
     return name, {"model.init_args.degradation": described}
 
 
-def degraded(study: Study, run: Trained, pictures: Tensor) -> Tensor:
-    """Pictures degraded altogether.
+def degraded(study: Study, run: Trained, images: Tensor) -> Tensor:
+    """Images degraded altogether.
 
     Args:
         study: Where it works.
         run: The training, whose model knows the degradation.
-        pictures: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W).
 
     Returns:
         uint8 (N, C, H, W).
     """
     module = load_module(run.ckpt_path)
-    return to_uint8(module.degrade(pictures / 127.5 - 1, range(len(pictures)))[0])
+    return to_uint8(module.degrade(images / 127.5 - 1, range(len(images)))[0])
 
 
-def restored(study: Study, run: Trained, pictures: Tensor, sampling: ColdSampling) -> Tensor:
-    """Pictures degraded altogether and restored; what is there already is not made again.
+def restored(study: Study, run: Trained, originals: Tensor, sampling: ColdSampling) -> Tensor:
+    """Images degraded altogether and restored; what is there already is not made again.
 
     Args:
         study: Where it works.
         run: The training.
-        pictures: uint8 (N, C, H, W).
+        originals: uint8 (N, C, H, W).
         sampling: How they are restored; over all steps where it does not say.
 
     Returns:
@@ -151,12 +151,12 @@ def restored(study: Study, run: Trained, pictures: Tensor, sampling: ColdSamplin
 
     def make() -> dict[str, Tensor]:
         made = []
-        for rows in torch.split(torch.arange(len(pictures)), study.setup.batch_size):
-            images = (pictures[rows] / 127.5 - 1).to(study.device)
+        for rows in torch.split(torch.arange(len(originals)), study.setup.batch_size):
+            images = (originals[rows] / 127.5 - 1).to(study.device)
             made.append(to_uint8(module.reconstruct(images, sampling, rows.tolist())))
         return {"images": torch.cat(made)}
 
-    record = {"checkpoint": file_hash(run.ckpt_path), "sampling": sampling.record(), "count": len(pictures)}
+    record = {"checkpoint": file_hash(run.ckpt_path), "sampling": sampling.record(), "count": len(originals)}
     return study.keep(record, make)["images"]
 
 
@@ -173,7 +173,7 @@ def draw_bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
     names = list(dict.fromkeys(row["degradation"] for row in rows))
     ways = list(dict.fromkeys(row["restored"] for row in rows))
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    labels = {gauge.metric: f"{gauge.metric} to the pictures themselves", "psnr": "PSNR in dB"}
+    labels = {gauge.metric: f"{gauge.metric} to the images themselves", "psnr": "PSNR in dB"}
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for index, way in enumerate(ways):
             places = [place + (index - (len(ways) - 1) / 2) * 0.2 for place in range(len(names))]
@@ -205,7 +205,7 @@ def draw_steps(rows: list[dict[str, Any]], gauge: Gauge, name: str) -> plt.Figur
     axes.set(
         xscale="log",
         xlabel="steps of restoration; one naive step is direct restoration",
-        ylabel=f"{gauge.metric} to the pictures",
+        ylabel=f"{gauge.metric} to the images",
     )
     steps = sorted({row["steps"] for row in rows})
     axes.set_xticks(steps, [str(step) for step in steps])

@@ -44,7 +44,7 @@ MODULES = {
     "smalldiffusion": "smalldiffusion",
 }
 MULTIPLES = {OURS: 4, "diffusers": 32, "denoising-diffusion-pytorch": 8, "smalldiffusion": 32}
-PICTURES = 4096
+IMAGES = 4096
 
 
 def installed() -> list[str]:
@@ -60,7 +60,7 @@ def build(name: str, width: int, channels: int, size: int) -> nn.Module:
     Args:
         name: The contender.
         width: Channels of the first level.
-        channels: Channels of a picture.
+        channels: Channels of an image.
         size: Its side.
     """
     if name == OURS:
@@ -104,7 +104,7 @@ def our_net(width: int, size: int) -> dict[str, Any]:
 
 
 def call(name: str, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    """One forward of a contender's network on noisy pictures (B, C, H, W) at t (B,), in (0, 1]."""
+    """One forward of a contender's network on noisy images (B, C, H, W) at t (B,), in (0, 1]."""
     if name == OURS:
         made: Tensor = net(x, t)
     elif name == "diffusers":
@@ -118,7 +118,7 @@ def call(name: str, net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
 
 @dataclass
 class Cost:
-    """What a network costs: its width, parameters, and floating-point operations per picture."""
+    """What a network costs: its width, parameters, and floating-point operations per image."""
 
     width: int
     parameters: int
@@ -145,8 +145,8 @@ def nearest(name: str, gflops: float, channels: int, size: int) -> Cost:
 
     Args:
         name: The contender.
-        gflops: Wanted, in 10^9 per picture, forward and backward.
-        channels: Channels of a picture.
+        gflops: Wanted, in 10^9 per image, forward and backward.
+        channels: Channels of an image.
         size: Its side.
     """
     step = MULTIPLES[name]
@@ -165,9 +165,9 @@ class Job:
         name: The contender.
         precision: `32-true` or `bf16-mixed`.
         width: Channels of the first level.
-        channels: Channels of a picture.
+        channels: Channels of an image.
         size: Its side.
-        batch_size: Pictures per step.
+        batch_size: Images per step.
         nfe: Steps of the sampler.
         device: `cpu` or `cuda`.
         threads: Threads of torch on a CPU.
@@ -193,12 +193,12 @@ class Job:
 
 @dataclass
 class Slice:
-    """What a stretch of work took: seconds, CPU seconds, page faults, and the number of pictures."""
+    """What a stretch of work took: seconds, CPU seconds, page faults, and the number of images."""
 
     seconds: float
     cpu: float
     faults: int
-    pictures: int
+    images: int
 
 
 class Stopwatch:
@@ -210,11 +210,11 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         self._faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-    def read(self, pictures: int) -> Slice:
+    def read(self, images: int) -> Slice:
         """What has passed."""
         self._wait()
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self._faults
-        return Slice(time.perf_counter() - self._wall, time.process_time() - self._cpu, faults, pictures)
+        return Slice(time.perf_counter() - self._wall, time.process_time() - self._cpu, faults, images)
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -373,11 +373,11 @@ def _smalldiffusion(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
 
 
 class RandomImages(ImageDataModule):
-    """Random pictures in memory, for measurements of speed.
+    """Random images in memory, for measurements of speed.
 
     Args:
-        batch_size: Pictures per step.
-        channels: Channels of a picture.
+        batch_size: Images per step.
+        channels: Channels of an image.
         size: Its side.
     """
 
@@ -387,7 +387,7 @@ class RandomImages(ImageDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape of the pictures."""
+        """Shape of the images."""
         return self.shape
 
     @property
@@ -396,9 +396,9 @@ class RandomImages(ImageDataModule):
         return []
 
     def read(self, split: str) -> Split:
-        """The same pictures for every split."""
+        """The same images for every split."""
         generator = torch.Generator().manual_seed(0)
-        count = PICTURES if split == "train" else self.batch_size
+        count = IMAGES if split == "train" else self.batch_size
         return Split(torch.randint(0, 256, (count, *self.shape), dtype=torch.uint8, generator=generator), None)
 
 
@@ -525,7 +525,7 @@ class Contender:
         other.close()
 
     def ask(self, what: str, count: int = 0) -> Any:
-        """Asks for `train` (steps), `sample` (pictures) or `memory`, and waits for the answer.
+        """Asks for `train` (steps), `sample` (images) or `memory`, and waits for the answer.
 
         Raises:
             RuntimeError: If the process died.

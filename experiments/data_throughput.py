@@ -2,9 +2,9 @@
 
     python -m experiments.data_throughput
 
-The usual way decodes, transforms and collates each picture in Python: `Dataset.__getitem__` with RandomHorizontalFlip,
+The usual way decodes, transforms and collates each image in Python: `Dataset.__getitem__` with RandomHorizontalFlip,
 ToTensor and Normalize, and a DataLoader around it. Here whole batches are cut from one uint8 array, mirrored and
-normalised. It matters where a GPU waits for its pictures. It does not where a CPU trains: the last column says how much
+normalised. It matters where a GPU waits for its images. It does not where a CPU trains: the last column says how much
 of the time of a training step each loader would take.
 """
 
@@ -42,11 +42,11 @@ class Row(NamedTuple):
 
 
 class InMemory(ImageDataModule):
-    """A data module over pictures that are given.
+    """A data module over images that are given.
 
     Args:
         images: uint8 (N, C, H, W).
-        batch_size: Pictures per step.
+        batch_size: Images per step.
         random_flip: Whether half of them are mirrored.
     """
 
@@ -56,7 +56,7 @@ class InMemory(ImageDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape of the pictures."""
+        """Shape of the images."""
         return (self.images.shape[1], self.images.shape[2], self.images.shape[3])
 
     @property
@@ -65,12 +65,12 @@ class InMemory(ImageDataModule):
         return [str(number) for number in range(10)]
 
     def read(self, split: str) -> Split:
-        """All pictures, for any split."""
+        """All images, for any split."""
         return Split(self.images, torch.arange(len(self.images)) % 10)
 
 
 class PerSample(Dataset[tuple[Tensor, int]]):
-    """What torchvision's CIFAR10 and MNIST do for each picture: array to PIL, then the transform.
+    """What torchvision's CIFAR10 and MNIST do for each image: array to PIL, then the transform.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -89,7 +89,7 @@ class PerSample(Dataset[tuple[Tensor, int]]):
 
 
 def usual_transform(channels: int, random_flip: bool, size: int | None = None) -> Callable[[Image.Image], Tensor]:
-    """The usual steps of torchvision for training pictures in [-1, 1]."""
+    """The usual steps of torchvision for training images in [-1, 1]."""
     steps: list[Any] = [transforms.Resize(size), transforms.CenterCrop(size)] if size else []
     steps += [transforms.RandomHorizontalFlip()] if random_flip else []
     steps += [transforms.ToTensor(), transforms.Normalize((0.5,) * channels, (0.5,) * channels)]
@@ -129,7 +129,7 @@ def compare(name: str, ours: ImageDataModule, theirs: Dataset[Any], seconds: flo
     Args:
         name: What the table calls it.
         ours: The data module.
-        theirs: torchvision's dataset over the same pictures.
+        theirs: torchvision's dataset over the same images.
         seconds: Time for each loader.
 
     Returns:
@@ -146,7 +146,7 @@ def compare(name: str, ours: ImageDataModule, theirs: Dataset[Any], seconds: flo
     return [Row(name, loader, value, value / slowest) for loader, value in found.items()]
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """Writes JPEG photographs of 256x192 pixels, cut at random from one that comes with scikit-learn."""
     from sklearn.datasets import load_sample_image
 
@@ -160,7 +160,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def train_rate(seconds: float) -> float:
-    """Images per second at which this machine's CPU trains a small U-Net on 3x32x32 pictures."""
+    """Images per second at which this machine's CPU trains a small U-Net on 3x32x32 images."""
     from diffusion_lit.nets import UNet
 
     net = UNet(model_channels=32)
@@ -190,12 +190,12 @@ def table(rows: Sequence[Row], trained: float) -> str:
     return "\n".join(lines)
 
 
-def data_throughput(seconds: float = 6.0, pictures: int = 20_000, files: int = 2000) -> dict[str, float]:
+def data_throughput(seconds: float = 6.0, images: int = 20_000, files: int = 2000) -> dict[str, float]:
     """Measures the data modules beside torchvision's per-sample DataLoader.
 
     Args:
         seconds: Time to measure each loader for.
-        pictures: Pictures in memory.
+        images: Images in memory.
         files: JPEG files in the folder.
 
     Returns:
@@ -203,8 +203,8 @@ def data_throughput(seconds: float = 6.0, pictures: int = 20_000, files: int = 2
     """
     torch.set_num_threads(1)  # as a DataLoader's workers have
     generator = torch.Generator().manual_seed(0)
-    colour = torch.randint(0, 256, (pictures, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    grey = torch.randint(0, 256, (pictures, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    colour = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    grey = torch.randint(0, 256, (images, 1, 32, 32), dtype=torch.uint8, generator=generator)
     rows = compare(
         "in memory, colour, 3x32x32, mirrored",
         InMemory(colour, BATCH, random_flip=True),
@@ -218,8 +218,8 @@ def data_throughput(seconds: float = 6.0, pictures: int = 20_000, files: int = 2
         seconds,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "pictures"
-        write_pictures(folder, files)
+        folder = Path(scratch) / "images"
+        write_images(folder, files)
         rows += compare(
             "folder of JPEGs, 3x64x64, mirrored, cached",
             ImageFolder(str(folder), BATCH, 64, cache_dir=str(Path(scratch) / "cache")),
@@ -231,9 +231,7 @@ def data_throughput(seconds: float = 6.0, pictures: int = 20_000, files: int = 2
         f"\nPython {sys.version.split()[0]}, torch {torch.__version__}, one thread per process on {os.cpu_count()} CPU "
         f"cores, batches of {BATCH}."
     )
-    print(
-        "It matters where a GPU would wait for pictures; where a CPU trains, the last column is all there is to gain."
-    )
+    print("It matters where a GPU would wait for images; where a CPU trains, the last column is all there is to gain.")
     ours = [row.times for row in rows if row.loader == "whole batches"]
     return dict(zip(TARGETS, ours, strict=True))
 

@@ -73,7 +73,7 @@ def fid_benchmark(
         reference: Split to compare with.
         fit_options: Further options of lightning fit for configs without a run, such as "--trainer.max_steps 500".
         parity: Compares with torch-fidelity's command: a file of Inception's weights, or `random`.
-        parity_samples: Samples, and pictures of the reference, that this comparison takes.
+        parity_samples: Samples, and images of the reference, that this comparison takes.
         batch_size: Samples drawn at a time.
         devices: Number of processes.
         accelerator: auto, cpu, gpu, ...
@@ -270,12 +270,12 @@ def random_inception(path: Path) -> Path:
 def compare_with_command(
     checkpoint: Path, parity: str, count: int, folder: Path, batch_size: int, accelerator: str
 ) -> str:
-    """The same pictures through `lightning evaluate` and through torch-fidelity's command.
+    """The same images through `lightning evaluate` and through torch-fidelity's command.
 
     Args:
         checkpoint: The model whose samples are compared.
         parity: A file of Inception's weights, or `random`.
-        count: Number of samples and of pictures of the reference.
+        count: Number of samples and of images of the reference.
         folder: Where the report goes.
         batch_size: Samples drawn at a time.
         accelerator: Where to draw them.
@@ -314,12 +314,12 @@ def compare_with_command(
 def evaluated(
     checkpoint: Path, scratch: Path, real: torch.Tensor, weights: str, count: int, batch_size: int, accelerator: str
 ) -> dict[str, float]:
-    """Our figures of one block against the very pictures that the other command gets.
+    """Our figures of one block against the very images that the other command gets.
 
     Args:
         checkpoint: The model.
         scratch: A folder, in which `samples` is made.
-        real: The pictures of the reference, uint8 (N, C, H, W).
+        real: The images of the reference, uint8 (N, C, H, W).
         weights: File of Inception's weights.
         count: Number of samples.
         batch_size: Samples drawn at a time.

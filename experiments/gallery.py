@@ -1,4 +1,4 @@
-"""Every editing task on models that a laptop can train, on one page: pictures, the commands that made them, figures.
+"""Every editing task on models that a laptop can train, on one page: images, the commands that made them, figures.
 
 Models that are not given are trained by `lightning fit`: handwritten digits (EDM, DDPM and latent diffusion),
 FashionMNIST and a single photograph. Interrupted, it goes on where it was. The figures ask a classifier trained on the
@@ -30,7 +30,7 @@ ABOUT = {
     "digits": "Handwritten digits: class-conditional EDM, 8x8",
     "ddpm_digits": "Handwritten digits: class-conditional DDPM",
     "latent_digits": "Handwritten digits: diffusion on the 4x4 latents of a VAE",
-    "single_image": "One photograph: unconditional DDPM that knows one picture by heart, 32x32 in colour",
+    "single_image": "One photograph: unconditional DDPM that knows one image by heart, 32x32 in colour",
 }
 
 COMPOSING = " ".join(f"--{name} {value}" for name, value in COMPOSED.items())
@@ -38,14 +38,14 @@ COMPOSING = " ".join(f"--{name} {value}" for name, value in COMPOSED.items())
 
 @dataclass(frozen=True)
 class Piece:
-    """One picture of the gallery.
+    """One image of the gallery.
 
     Args:
         model: Key of `ABOUT`.
         task: Task of `lightning edit`.
         options: Its options.
         text: What to see.
-        files: The pictures to show.
+        files: The images to show.
         data: Whether the model's data is read, whose folder may have to be told.
     """
 
@@ -58,7 +58,7 @@ class Piece:
 
 
 PIECES = [
-    Piece("fashion_mnist", "forward", "--data_index 0", "Noise drowns the picture, x = x0 + sigma n.", data=True),
+    Piece("fashion_mnist", "forward", "--data_index 0", "Noise drowns the image, x = x0 + sigma n.", data=True),
     Piece(
         "fashion_mnist",
         "denoise",
@@ -70,13 +70,13 @@ PIECES = [
         "fashion_mnist",
         "img2img",
         "--data_index 1 --num_samples 2",
-        "From an invention to the picture itself, as the start level falls.",
+        "From an invention to the image itself, as the start level falls.",
         data=True,
     ),
     Piece(
         "fashion_mnist",
         "img2img",
-        "--picture {drawing} --negative_picture --label 'Ankle boot' --starts '[5, 7, 10, 12, 15, 20]' --cfg_scale 2",
+        "--image {drawing} --negative_image --label 'Ankle boot' --starts '[5, 7, 10, 12, 15, 20]' --cfg_scale 2",
         "A drawing in black on white becomes an ankle boot.",
     ),
     Piece(
@@ -90,7 +90,7 @@ PIECES = [
         "fashion_mnist",
         "inpaint",
         "--data_index 1 --box '[0, 16, 32, 32]' --resamplings 5",
-        "The lower half is filled in, the upper half is the picture's, bit for bit.",
+        "The lower half is filled in, the upper half is the image's, bit for bit.",
         data=True,
     ),
     Piece("fashion_mnist", "inpaint", "--data_index 0 --resamplings 5", "The middle is filled in.", data=True),
@@ -167,15 +167,15 @@ PIECES = [
     Piece(
         "latent_digits", "invert", "--data_index 1", "Inversion of a latent; the autoencoder costs the rest.", data=True
     ),
-    Piece("single_image", "colorize", "--picture flower --num_samples 3", "It remembers the colours of its picture."),
+    Piece("single_image", "colorize", "--image flower --num_samples 3", "It remembers the colours of its image."),
     Piece(
         "single_image",
         "super_resolve",
-        "--picture flower --factor 8 --num_samples 3",
+        "--image flower --factor 8 --num_samples 3",
         "And its details, from 4x4 pixels.",
     ),
-    Piece("single_image", "inpaint", "--picture flower --num_samples 3", "And what was in the middle."),
-    Piece("single_image", "img2img", "--picture china --num_samples 1", "Any other picture turns into its own."),
+    Piece("single_image", "inpaint", "--image flower --num_samples 3", "And what was in the middle."),
+    Piece("single_image", "img2img", "--image china --num_samples 1", "Any other image turns into its own."),
 ]
 
 
@@ -190,7 +190,7 @@ def gallery(
     device: str = "auto",
     out: str = "runs/gallery",
 ) -> None:
-    """Makes the gallery: OUT/index.html, which holds all its pictures, and OUT/figures.json.
+    """Makes the gallery: OUT/index.html, which holds all its images, and OUT/figures.json.
 
     Args:
         fashion_mnist: Checkpoint of configs/edm_fashion_mnist.yaml; trained if it is not given.
@@ -199,9 +199,9 @@ def gallery(
         latent_digits: Checkpoint of configs/latent_digits.yaml.
         single_image: Checkpoint of configs/ddpm_single_image_32.yaml.
         data_root: Folder of FashionMNIST's four idx files.
-        num_samples: Pictures for each figure that a classifier gives.
+        num_samples: Images for each figure that a classifier gives.
         device: auto, cpu, cuda, ...
-        out: Folder for the page, the pictures and what is trained.
+        out: Folder for the page, the images and what is trained.
     """
     folder = Path(out)
     given = {
@@ -222,7 +222,7 @@ def gallery(
                 models[name] = made
     page = Page(
         "Gallery of edits",
-        "What trained denoisers can do beyond sampling. Every picture was made by the command below it.",
+        "What trained denoisers can do beyond sampling. Every image was made by the command below it.",
     )
     drawing = folder / "drawing.png"
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,8 +285,8 @@ def show(
     drawing: Path,
     device: str,
 ) -> None:
-    """Runs a task, unless it was run before, and puts its pictures and its command on the page."""
-    place = folder / "pictures" / f"{piece.model}-{number}-{piece.task}"
+    """Runs a task, unless it was run before, and puts its images and its command on the page."""
+    place = folder / "images" / f"{piece.model}-{number}-{piece.task}"
     words = [piece.task, *shlex.split(piece.options.format(drawing=drawing))]
     words += ["--data_root", root] if piece.data and root is not None else []
     run = ["edit", *words, "--ckpt_path", str(ckpt_path), "--device", device, "--out", str(place)]
@@ -303,7 +303,7 @@ def show(
                 print(f"{place.name} failed: {error.getvalue().strip()}")
                 return
         said.write_text(json.dumps(command))
-    page.pictures([(place / file, "") for file in piece.files], columns=len(piece.files))
+    page.images([(place / file, "") for file in piece.files], columns=len(piece.files))
     page.command(shlex.join(["lightning", "edit", *words, "--ckpt_path", str(ckpt_path)]))
 
 
@@ -312,9 +312,9 @@ def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:
     page.heading("Figures of the FashionMNIST model")
     how = ", ".join(f"{name} {value}" for name, value in COMPOSED.items())
     page.text(
-        f"What a classifier sees in {count} pictures of each kind ({how}), whose classes are "
+        f"What a classifier sees in {count} images of each kind ({how}), whose classes are "
         "not chosen to go well together: the share in which it names the class asked for. It was trained on the "
-        f"training pictures, under the same blur for hybrids. Chance is {figures['chance']:.0%}; of real test pictures "
+        f"training images, under the same blur for hybrids. Chance is {figures['chance']:.0%}; of real test images "
         "it names " + ", ".join(f"{value:.1%} ({name})" for name, value in figures["accuracy"].items()) + ". The view "
         "'negative' shows a limit: these data are bright things on black, whose negatives are none of them."
     )
@@ -331,21 +331,21 @@ def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:
                         f"{figures['chance'] ** (len(result['views']) if view == 'all at once' else 1):.2g}",
                     ]
                 )
-    page.table(["pictures", "view", "trained", "untrained", "chance"], rows)
+    page.table(["images", "view", "trained", "untrained", "chance"], rows)
     page.table(
         ["start level", *figures["img2img"]],
         [["PSNR to the input, dB", *(f"{value:.1f}" for value in figures["img2img"].values())]],
-        "Image-to-image, mean over 8 test pictures",
+        "Image-to-image, mean over 8 test images",
     )
     page.table(
         ["sampler", "mean PSNR, dB", "least, dB"],
         [[name, f"{mean:.1f}", f"{least:.1f}"] for name, (mean, least) in figures["inversion"].items()],
-        "Inversion and back, 100 steps each way, 4 test pictures (at most 99 dB: equal)",
+        "Inversion and back, 100 steps each way, 4 test images (at most 99 dB: equal)",
     )
     page.table(
-        ["sampler", "known pixels are the picture's, bit for bit"],
+        ["sampler", "known pixels are the image's, bit for bit"],
         [[name, "yes" if same else "NO"] for name, same in figures["inpainting"].items()],
-        "Inpainting the lower half of 4 test pictures",
+        "Inpainting the lower half of 4 test images",
     )
 
 

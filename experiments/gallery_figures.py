@@ -19,7 +19,7 @@ from diffusion_lit.storage.hashing import file_hash, key_of
 
 HYBRID_BLUR = 2.0
 COMPOSED = {"sampler": "euler_ancestral", "num_steps": 30, "cfg_scale": 7.0}  # how composites are drawn
-LEARNT = 5000  # pictures that a classifier learns from
+LEARNT = 5000  # images that a classifier learns from
 VIEWS = [
     ["identity", "rotate_180"],
     ["identity", "flip_vertical"],
@@ -36,7 +36,7 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
     Args:
         ckpt_path: Its checkpoint.
         root: Where its data lies now, or None.
-        count: Pictures for each figure that a classifier gives.
+        count: Images for each figure that a classifier gives.
         device: Where to compute.
         folder: The gallery's folder.
 
@@ -75,11 +75,11 @@ def untrained(ckpt_path: Path) -> Any:
 
 
 class Reader:
-    """A support vector machine that names pictures as they are seen under a change.
+    """A support vector machine that names images as they are seen under a change.
 
     Args:
-        change: What is done to pictures (B, C, H, W) in [-1, 1] before it sees them, in training too.
-        data: Pictures and classes to learn from; 5,000 of the training split are.
+        change: What is done to images (B, C, H, W) in [-1, 1] before it sees them, in training too.
+        data: Images and classes to learn from; 5,000 of the training split are.
     """
 
     def __init__(self, change: Callable[[Tensor], Tensor], data: Any) -> None:
@@ -87,7 +87,7 @@ class Reader:
         self.machine = SVC(C=10.0).fit(self._seen("train"), data.reference_labels("train")[:LEARNT].numpy())
 
     def _seen(self, split: str) -> np.ndarray:
-        """The first pictures of a split as it sees them, a row each."""
+        """The first images of a split as it sees them, a row each."""
         return self._rows(torch.as_tensor(self.data.reference_images(split)[:LEARNT]).float() / 127.5 - 1)
 
     def _rows(self, images: Tensor) -> np.ndarray:
@@ -95,11 +95,11 @@ class Reader:
         return self.change(eight_bit).flatten(1).numpy()
 
     def names(self, images: Tensor) -> Tensor:
-        """The class that it sees in each picture (B, C, H, W) in [-1, 1]."""
+        """The class that it sees in each image (B, C, H, W) in [-1, 1]."""
         return torch.from_numpy(self.machine.predict(self._rows(images)))
 
     def accuracy(self) -> float:
-        """Share of the test pictures that it names rightly, of the first 5,000."""
+        """Share of the test images that it names rightly, of the first 5,000."""
         return float(self.machine.score(self._seen("test"), self.data.reference_labels("test")[:LEARNT].numpy()))
 
 
@@ -116,21 +116,21 @@ def near(images: Tensor) -> Tensor:
 def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
     """How often a classifier names the class that was asked for, in anagrams and hybrids.
 
-    Classes are not chosen to go well together: condition k of picture i is class i + 3 k modulo 10.
+    Classes are not chosen to go well together: condition k of image i is class i + 3 k modulo 10.
 
     Args:
         model: The model.
         random: The same network untrained.
         data: Its data.
-        count: Pictures of each kind.
+        count: Images of each kind.
 
     Returns:
-        Shares for the trained and the untrained model, chance, and the classifiers' accuracy on test pictures.
+        Shares for the trained and the untrained model, chance, and the classifiers' accuracy on test images.
     """
     plain, afar, close = (Reader(change, data) for change in (lambda x: x, far, near))
     classes, rows = data.num_classes, torch.arange(count)[:, None]
     rates: dict[str, Any] = {"chance": 1 / classes, "anagrams": [], "hybrids": []}
-    rates["accuracy"] = {"picture": plain.accuracy(), "from afar": afar.accuracy(), "from near": close.accuracy()}
+    rates["accuracy"] = {"image": plain.accuracy(), "from afar": afar.accuracy(), "from near": close.accuracy()}
     for names in VIEWS:
         views = [editing.make_view(name, model.image_shape) for name in names]
         labels = (rows + 3 * torch.arange(len(views))) % classes
@@ -153,30 +153,30 @@ def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
 
 
 def each(model: Any, random: Any, draw: Callable[[Any, Sampling], Tensor]) -> list[tuple[str, Tensor]]:
-    """Pictures of the trained and the untrained model under the same settings."""
+    """Images of the trained and the untrained model under the same settings."""
     sampling = model.sampling.but(**COMPOSED)
     return [("trained", draw(model, sampling)), ("untrained", draw(random, sampling).nan_to_num())]
 
 
 def shares(right: Tensor) -> list[float]:
-    """Share of the pictures that are right in each view, then in all at once."""
+    """Share of the images that are right in each view, then in all at once."""
     return [*right.float().mean(0).tolist(), float(right.all(1).float().mean())]
 
 
-def pictures_of(data: Any, count: int) -> Tensor:
-    """The first test pictures, (count, C, H, W) in [-1, 1]."""
+def images_of(data: Any, count: int) -> Tensor:
+    """The first test images, (count, C, H, W) in [-1, 1]."""
     return torch.as_tensor(data.reference_images("test")[:count]).float() / 127.5 - 1
 
 
 def fallen(model: Any, data: Any, starts: Sequence[int] = (1, 3, 5, 7, 10, 20), count: int = 8) -> dict[str, float]:
     """Mean PSNR of image-to-image against the input, by start level."""
-    images = pictures_of(data, count)
+    images = images_of(data, count)
     return {str(start): mean_db(editing.img2img(model, images, start).cpu(), images)[0] for start in starts}
 
 
 def inverted(model: Any, data: Any, count: int = 4) -> dict[str, tuple[float, float]]:
     """Mean and least PSNR after 100 steps up and 100 back, by sampler."""
-    images = pictures_of(data, count)
+    images = images_of(data, count)
     found = {}
     for name in ("heun", "ddim"):
         sampling = model.sampling.but(sampler=name, num_steps=100)
@@ -187,8 +187,8 @@ def inverted(model: Any, data: Any, count: int = 4) -> dict[str, tuple[float, fl
 
 
 def filled(model: Any, data: Any, count: int = 4) -> dict[str, bool]:
-    """Whether the known pixels of inpainted pictures are the picture's bit for bit, by sampler."""
-    images = pictures_of(data, count)
+    """Whether the known pixels of inpainted images are the image's bit for bit, by sampler."""
+    images = images_of(data, count)
     known = torch.ones(1, 1, *images.shape[2:])
     known[..., images.shape[2] // 2 :, :] = 0
     found = {}
@@ -199,6 +199,6 @@ def filled(model: Any, data: Any, count: int = 4) -> dict[str, bool]:
 
 
 def mean_db(made: Tensor, images: Tensor) -> tuple[float, float]:
-    """Mean and least PSNR of pictures against their originals."""
+    """Mean and least PSNR of images against their originals."""
     values = [decibels(x[None], image[None])[0] for x, image in zip(made, images, strict=True)]
     return sum(values) / len(values), min(values)

@@ -15,11 +15,11 @@ from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 
-MOST_NEIGHBOURS = 5000  # the distances between all pictures of a large set would take minutes, for each figure
+MOST_NEIGHBOURS = 5000  # the distances between all images of a large set would take minutes, for each figure
 
 
 class Thumbnails(FeatureExtractor):
-    """Colours and layout alone: pictures shrunk to at most 8x8, for data without classes where Inception is missing."""
+    """Colours and layout alone: images shrunk to at most 8x8, for data without classes where Inception is missing."""
 
     name = "thumbnails"
     transform = "uint8 / 255, mean over the parts of an 8x8 grid, flattened"
@@ -39,13 +39,13 @@ class Thumbnails(FeatureExtractor):
 
 @dataclass(frozen=True)
 class Gauge:
-    """What samples are measured by: an extractor, and the pictures that it compares them with.
+    """What samples are measured by: an extractor, and the images that it compares them with.
 
     Args:
         data: The data set, set up.
         extractor: The loaded extractor.
-        reference: Features of the training pictures.
-        floor: The Fréchet distance of real pictures to real ones, and at what number; None where there are too few.
+        reference: Features of the training images.
+        floor: The Fréchet distance of real images to real ones, and at what number; None where there are too few.
     """
 
     data: Any
@@ -79,10 +79,10 @@ class Gauge:
         """How good and how varied samples are.
 
         Args:
-            samples: From `Study.draw`, their features, or uint8 pictures (N, C, H, W).
+            samples: From `Study.draw`, their features, or uint8 images (N, C, H, W).
 
         Returns:
-            The Fréchet distance to the training pictures under the name of `metric`, and `precision` and `recall` among
+            The Fréchet distance to the training images under the name of `metric`, and `precision` and `recall` among
             at most `MOST_NEIGHBOURS` of them, evenly spread.
         """
         if isinstance(samples, Tensor):
@@ -96,7 +96,7 @@ class Gauge:
         return {self.metric: distance, "precision": precision, "recall": recall}
 
     def draw_floor(self, axes: Any) -> None:
-        """Marks what real pictures get, in a plot of the Fréchet distance."""
+        """Marks what real images get, in a plot of the Fréchet distance."""
         if self.floor is not None:
             axes.axhline(self.floor[0], color="grey", linestyle="--", label=f"real against real, n = {self.floor[1]:,}")
 

@@ -6,8 +6,8 @@ guided by a worse model (autoguidance, Karras 2024, arXiv 2406.02507: a smaller 
 scale of a class is, of those that were tried, the one with the lowest kernel distance of that class; it was chosen on
 the seeds that the plain scales are measured on, so that the scale per class is measured on others.
 
-Accuracy is the share of samples that a classifier of the training pictures reads as their class. Saturation is the mean
-of |x| over that of the training pictures, and the share of values that were clipped from beyond 1.1.
+Accuracy is the share of samples that a classifier of the training images reads as their class. Saturation is the mean
+of |x| over that of the training images, and the share of values that were clipped from beyond 1.1.
 
     python -m experiments.guidance_scale
     python -m experiments.guidance_scale --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER
@@ -31,10 +31,10 @@ from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.hashing import file_hash
 from experiments.gauge import Gauge
-from experiments.noise_cutoff import real_pictures
+from experiments.noise_cutoff import real_images
 from experiments.study import QUIET, Study, main
 
-COLUMNS = 4  # pictures of a class in a grid
+COLUMNS = 4  # images of a class in a grid
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Guided:
         return self.module.net  # type: ignore[no-any-return]
 
     def generate(self, seeds: Sequence[int], labels: Tensor | None, sampling: Sampling) -> Tensor:
-        """Draws one picture per seed, (B, C, H, W)."""
+        """Draws one image per seed, (B, C, H, W)."""
         x = sampling.generate(self.denoiser, self.module.x_shape, seeds, labels)  # type: ignore[arg-type]
         return self.module.decode(x)  # type: ignore[no-any-return]
 
@@ -115,7 +115,7 @@ def guidance_scale(
         reader.load(gauge.data)
     labels = torch.arange(study.setup.num_samples) % module.num_classes
     plain = module.sampling.but(cfg_scale=1.0, num_steps=num_steps)
-    real = float((real_pictures(gauge) / 127.5 - 1).abs().mean())
+    real = float((real_images(gauge) / 127.5 - 1).abs().mean())
 
     ways = [Way(f"scale {scale:g}", plain.but(cfg_scale=scale), scale=scale) for scale in scales]
     ways.append(
@@ -165,7 +165,7 @@ def guidance_scale(
             }
         )
     count = study.setup.num_samples
-    study.table("quality", rows, f"{count:,} samples, every class equally often, against the training pictures.")
+    study.table("quality", rows, f"{count:,} samples, every class equally often, against the training images.")
     chosen = dict(zip(module.class_names, best, strict=True))
     study.table(
         "per_class", [{"class": name, "scale": scale} for name, scale in chosen.items()], "Scale of each class."
@@ -174,10 +174,8 @@ def guidance_scale(
     points = [row for row, way in zip(rows, ways, strict=True) if way.scale is None]
     figure = draw_figures(scales, lines, points, gauge)
     study.figure("quality", figure, "Quality, variety, accuracy and saturation against the scale of guidance.")
-    pictures = {name: some.images for name, some in drawn.items() if some.images is not None}
-    study.figure(
-        "classes", draw_grids(pictures, module.class_names), "Every class under each guidance; the same seeds."
-    )
+    images = {name: some.images for name, some in drawn.items() if some.images is not None}
+    study.figure("classes", draw_grids(images, module.class_names), "Every class under each guidance; the same seeds.")
 
     winner = min(rows, key=lambda row: row[gauge.metric])
     weak, strong = lines[0], lines[-1]
@@ -223,7 +221,7 @@ def draw(study: Study, gauge: Gauge, path: Path, module: Any, way: Way, labels: 
         labels: Class of each sample.
 
     Returns:
-        The samples with their pictures.
+        The samples with their images.
     """
     setup = study.setup
     record = {
@@ -242,10 +240,10 @@ def draw(study: Study, gauge: Gauge, path: Path, module: Any, way: Way, labels: 
 
 
 def best_scales(gauge: Gauge, drawn: dict[float, Samples], labels: Tensor) -> list[float]:
-    """The scale of each class whose samples are nearest to the class's training pictures, by kernel distance.
+    """The scale of each class whose samples are nearest to the class's training images, by kernel distance.
 
     Args:
-        gauge: Has the features of the training pictures.
+        gauge: Has the features of the training images.
         drawn: Samples by scale.
         labels: Their classes, each there as often as another.
 
@@ -253,11 +251,11 @@ def best_scales(gauge: Gauge, drawn: dict[float, Samples], labels: Tensor) -> li
         One scale per class.
 
     Raises:
-        ValueError: If the training pictures have no classes.
+        ValueError: If the training images have no classes.
     """
     features, classes = gauge.reference.features, gauge.reference.labels
     if features is None or classes is None:
-        raise ValueError("The training pictures have no classes to guide by; leave use_labels true.")
+        raise ValueError("The training images have no classes to guide by; leave use_labels true.")
     best = []
     for label in range(int(labels.max()) + 1):
         real = features.features[classes == label]
@@ -298,23 +296,23 @@ def draw_figures(
     return figure
 
 
-def draw_grids(pictures: dict[str, Tensor], names: list[str]) -> plt.Figure:
+def draw_grids(images: dict[str, Tensor], names: list[str]) -> plt.Figure:
     """A grid per guidance, a row per class.
 
     Args:
-        pictures: uint8 (N, C, H, W) by guidance, of classes 0, 1, 2, ... in turn.
+        images: uint8 (N, C, H, W) by guidance, of classes 0, 1, 2, ... in turn.
         names: Names of the classes, of which the first ten are shown.
 
     Returns:
         The figure.
     """
     rows = min(10, len(names))
-    columns = min(COLUMNS, min(len(some) for some in pictures.values()) // len(names))
+    columns = min(COLUMNS, min(len(some) for some in images.values()) // len(names))
     figure, panels = plt.subplots(
-        1, len(pictures), figsize=(2.0 * len(pictures), 0.4 + 2.0 * rows / COLUMNS), layout="constrained", squeeze=False
+        1, len(images), figsize=(2.0 * len(images), 0.4 + 2.0 * rows / COLUMNS), layout="constrained", squeeze=False
     )
     shown = torch.arange(rows)[:, None] + len(names) * torch.arange(columns)
-    for axes, (name, some) in zip(panels[0], pictures.items(), strict=True):
+    for axes, (name, some) in zip(panels[0], images.items(), strict=True):
         grid = grid_image(some[shown.flatten()] / 127.5 - 1, columns)
         axes.imshow(grid, cmap="gray", interpolation="nearest")
         axes.set_title(name.replace(" for ", "\nfor "), fontsize=8)

@@ -1,7 +1,7 @@
 """Learning rates: 1e-3, 1e-4 and 1e-5 at the same number of steps, with or without a decay.
 
-Each training logs its loss on held-out pictures on the way; at its end it draws samples, and for a few of them every
-step from noise to picture. Decays, by `--decays`: `none`, `plateau` (ReduceLROnPlateau: halved when the held-out loss
+Each training logs its loss on held-out images on the way; at its end it draws samples, and for a few of them every
+step from noise to image. Decays, by `--decays`: `none`, `plateau` (ReduceLROnPlateau: halved when the held-out loss
 has not fallen for two validations), `exponential` and `cosine` (both over the whole run, to a tenth and to nothing).
 
     python -m experiments.learning_rates
@@ -18,7 +18,7 @@ from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
 from experiments.runs import Trained
-from experiments.study import QUIET, Gauge, Study, main, picture_rows
+from experiments.study import QUIET, Gauge, Study, image_rows, main
 
 DECAYS = ("none", "plateau", "exponential", "cosine")
 
@@ -31,7 +31,7 @@ def learning_rates(
     """Which learning rate learns most from the same number of steps?
 
     Trains the same model with each learning rate, and each decay where several are given, and compares the loss on
-    held-out pictures, the samples, and how they come out of noise.
+    held-out images, the samples, and how they come out of noise.
 
     Args:
         study: Where it works.
@@ -49,16 +49,16 @@ def learning_rates(
     }
     trained = study.fit(variants)
     gauge = study.gauge(trained)
-    study.figure("loss", losses(trained), "Loss on held-out pictures and learning rate along the training.")
+    study.figure("loss", losses(trained), "Loss on held-out images and learning rate along the training.")
     rows = []
     for name, run in trained.items():
         drawn = study.draw(run, gauge)
         loss = run.metrics["val/loss"]
         rows.append({"learning rate": name, "val/loss": loss, **gauge.measure(drawn), "seconds": run.seconds})
-        study.pictures(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")
+        study.images(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")
         figure = detailed(study, run)
-        study.figure(f"detailed_{name}", figure, f"From noise to picture at learning rate {name}: x above x0_hat.")
-    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training pictures, {steps:,} steps.")
+        study.figure(f"detailed_{name}", figure, f"From noise to image at learning rate {name}: x above x0_hat.")
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images, {steps:,} steps.")
     study.figure("quality", bars(rows, gauge), "The same as a figure.")
     best, worst = (pick(rows, key=lambda row: row[gauge.metric]) for pick in (min, max))
     study.finding(
@@ -111,7 +111,7 @@ def losses(trained: dict[str, Trained]) -> plt.Figure:
         for key, curve in run.curves.items():
             if key.startswith("lr-"):
                 rate.plot(*curve, label=name)
-    loss.set(xlabel="training step", ylabel="loss on held-out pictures", yscale="log")
+    loss.set(xlabel="training step", ylabel="loss on held-out images", yscale="log")
     rate.set(xlabel="training step", ylabel="learning rate", yscale="log")
     for axes in (loss, rate):
         axes.grid(True, which="both", alpha=0.3)
@@ -141,7 +141,7 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
         scaled = [recorder.x[step][index] / (1 + recorder.sigmas[step] ** 2) ** 0.5 for step in chosen]
         rows[f"{index + 1}: x"] = torch.stack(scaled)
         rows[f"{index + 1}: x0_hat"] = torch.stack([recorder.x0_hat[step][index] for step in chosen])
-    figure = picture_rows(rows, [f"{recorder.sigmas[step]:.3g}" for step in chosen])
+    figure = image_rows(rows, [f"{recorder.sigmas[step]:.3g}" for step in chosen])
     figure.suptitle("noise level sigma")
     return figure
 

@@ -1,7 +1,7 @@
-"""What the network is fed: a grid of training pictures as augmented, and the EDM settings that the data suggests.
+"""What the network is fed: a grid of training images as augmented, and the EDM settings that the data suggests.
 
     python -m experiments.look_at_data --config configs/edm_cifar10.yaml
-    python -m experiments.look_at_data --config configs/edm_folder.yaml --data.init_args.root=my_pictures
+    python -m experiments.look_at_data --config configs/edm_folder.yaml --data.init_args.root=my_images
 
 EDM (Karras 2022, arXiv 2206.00364) scales the network's input and target with sigma_data, the standard deviation of the
 data, and draws training noise from ln(sigma) ~ N(P_mean, P_std²). Its values (0.5, -1.2, 1.2) are for photographs of 32
@@ -32,7 +32,7 @@ from datamodules.feed import Array, normalise
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.images import grid_image
 
-ROWS = 4096  # pictures that are in memory at once
+ROWS = 4096  # images that are in memory at once
 
 
 class Statistics(NamedTuple):
@@ -53,7 +53,7 @@ class Suggestion(NamedTuple):
 
 
 def statistics(images: Array) -> Statistics:
-    """Measures a set of pictures.
+    """Measures a set of images.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -86,22 +86,22 @@ def suggest(sigma_data: float, size: int) -> Suggestion:
         The settings.
 
     Raises:
-        ValueError: If all pictures are alike.
+        ValueError: If all images are alike.
     """
     if sigma_data <= 0:
-        raise ValueError("All values of the data are alike, so there is nothing to learn; look at the pictures.")
+        raise ValueError("All values of the data are alike, so there is nothing to learn; look at the images.")
     return Suggestion(sigma_data, -1.2 + math.log(sigma_data / 0.5) + math.log(max(1.0, size / 64)), 1.2)
 
 
 def fed(data: ImageDataModule, count: int) -> tuple[Tensor, list[str]]:
-    """The first pictures of an epoch as training sees them.
+    """The first images of an epoch as training sees them.
 
     Args:
         data: The data module, prepared.
         count: How many are wanted; fewer where an epoch has fewer.
 
     Returns:
-        Pictures (count, C, H, W) in [-1, 1], and the name of each one's class where there are classes.
+        Images (count, C, H, W) in [-1, 1], and the name of each one's class where there are classes.
     """
     images: list[Tensor] = []
     names: list[str] = []
@@ -151,7 +151,7 @@ def describe(data: ImageDataModule) -> str:
     counts = {split: len(data.split(split).images) for split in ("train", "val")}
     rms = math.sqrt(found.sigma_data**2 + sum(mean**2 for mean in found.mean) / len(found.mean))
     lines = [
-        f"data:       {type(data).__name__}, {counts['train']} training and {counts['val']} validation pictures of "
+        f"data:       {type(data).__name__}, {counts['train']} training and {counts['val']} validation images of "
         + "x".join(map(str, data.image_shape)),
         f"classes:    {data.num_classes or 'none'}"
         + (f" ({', '.join(data.class_names[:12])})" * bool(data.num_classes)),

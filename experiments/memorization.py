@@ -1,9 +1,9 @@
-"""How many training pictures can be drawn out of a model, as the training set shrinks?
+"""How many training images can be drawn out of a model, as the training set shrinks?
 
-The same network is trained for the same number of steps on 1, 16, 256 and all training pictures, and draws samples of
-the same seeds. A sample is a copy of a training picture by the evaluation's nearest-neighbour test
-(`diffusion_lit.evaluation.memorization`): it is nearer to it than chance allows, given how near held-out pictures come.
-The training pictures that have a copy are those that were extracted, as in Carlini et al. 2023 (arXiv 2301.13188).
+The same network is trained for the same number of steps on 1, 16, 256 and all training images, and draws samples of
+the same seeds. A sample is a copy of a training image by the evaluation's nearest-neighbour test
+(`diffusion_lit.evaluation.memorization`): it is nearer to it than chance allows, given how near held-out images come.
+The training images that have a copy are those that were extracted, as in Carlini et al. 2023 (arXiv 2301.13188).
 
     python -m experiments.memorization
     python -m experiments.memorization --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER
@@ -26,13 +26,13 @@ from experiments.study import QUIET, Study, main
 
 
 def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) -> None:  # noqa: B006 (never changed)
-    """How many training pictures can be drawn out of a model, as the training set shrinks?
+    """How many training images can be drawn out of a model, as the training set shrinks?
 
-    Trains one network on fewer and fewer pictures for the same number of steps and looks for copies among its samples.
+    Trains one network on fewer and fewer images for the same number of steps and looks for copies among its samples.
 
     Args:
         study: Where it works.
-        counts: Numbers of training pictures; null for all.
+        counts: Numbers of training images; null for all.
     """
     data = whole_data(study)
     trained = study.fit(
@@ -59,7 +59,7 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
         extracted = len(found.training[found.copies].unique())
         rows.append(
             {
-                "training pictures": len(training),
+                "training images": len(training),
                 "samples": len(samples.images),
                 "copies": len(found.copies),
                 "share of copies": len(found.copies) / len(samples.images),
@@ -72,14 +72,14 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
             }
         )
         pairs = pairs_image(worst_triples(found, samples.images, training, held_out))
-        caption = f"Trained on {name}: sample, nearest training and nearest held-out picture, two triples a row."
-        study.pictures(f"pairs_{name.replace(',', '')}", pairs, caption)
+        caption = f"Trained on {name}: sample, nearest training and nearest held-out image, two triples a row."
+        study.images(f"pairs_{name.replace(',', '')}", pairs, caption)
         study.tell(f"{name}: {told(found)}")
     study.table("copies", rows, "Copies among the samples, by the distance of pixels, and their quality.")
-    study.figure("copies", draw_figure(rows), "Copies and extracted pictures against the size of the training set.")
+    study.figure("copies", draw_figure(rows), "Copies and extracted images against the size of the training set.")
     told_of = "; ".join(
-        f"trained on {row['training pictures']:,}, {row['share of copies']:.1%} of the samples are copies and "
-        f"{row['extracted']:,} training pictures ({row['share extracted']:.1%}) were extracted"
+        f"trained on {row['training images']:,}, {row['share of copies']:.1%} of the samples are copies and "
+        f"{row['extracted']:,} training images ({row['share extracted']:.1%}) were extracted"
         for row in rows
     )
     study.finding(f"Of {study.setup.num_samples:,} samples each: {told_of}.")
@@ -113,7 +113,7 @@ def draw(study: Study, gauge: Gauge, run: Trained, data: Any) -> Samples:
         data: Its data.
 
     Returns:
-        The samples with their pictures.
+        The samples with their images.
     """
     seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
     module: Any = load_module(run.ckpt_path)
@@ -142,7 +142,7 @@ def told(found: Neighbours) -> str:
 
 
 def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:
-    """Copies and extracted pictures against the number of training pictures.
+    """Copies and extracted images against the number of training images.
 
     Args:
         rows: The measurements.
@@ -151,18 +151,18 @@ def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:
         A figure of three panels.
     """
     figure, (shares, ratio, loss) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    counts = [row["training pictures"] for row in rows]
+    counts = [row["training images"] for row in rows]
     shares.plot(counts, [row["share of copies"] for row in rows], marker="o", label="samples that are copies")
-    shares.plot(counts, [row["share extracted"] for row in rows], marker="s", label="training pictures extracted")
+    shares.plot(counts, [row["share extracted"] for row in rows], marker="s", label="training images extracted")
     shares.set(ylabel="share", ylim=(-0.03, 1.03))
     ratio.plot(counts, [max(row["median distance ratio"], 1e-3) for row in rows], marker="o", label="samples")
-    ratio.axhline(1, color="grey", linestyle="--", label="as near to held-out pictures")
+    ratio.axhline(1, color="grey", linestyle="--", label="as near to held-out images")
     ratio.set(ylabel="median of d(training) / d(held out)", yscale="log")
     for name in ("train/loss", "val/loss"):
         loss.plot(counts, [row[name] for row in rows], marker="o", label=name)
     loss.set(ylabel="loss at the end of training", yscale="log")
     for axes in (shares, ratio, loss):
-        axes.set(xscale="log", xlabel="training pictures")
+        axes.set(xscale="log", xlabel="training images")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.set_xticks([], minor=True)
         axes.legend(fontsize=8)

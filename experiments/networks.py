@@ -49,7 +49,7 @@ def _batch(net: Any, count: int, device: torch.device | str) -> tuple[Tensor, Te
 
 
 def flops(net: nn.Module) -> float:
-    """Floating-point operations of one picture's forward pass, a multiplication and an addition being two.
+    """Floating-point operations of one image's forward pass, a multiplication and an addition being two.
 
     Args:
         net: A network of `diffusion_lit.nets`.
@@ -67,7 +67,7 @@ def step_cost(net: nn.Module, batch_size: int, seconds: float = 2.0) -> dict[str
 
     Args:
         net: A network of `diffusion_lit.nets`, on the device that counts.
-        batch_size: Pictures of a batch.
+        batch_size: Images of a batch.
         seconds: How long to measure; the fastest step counts.
 
     Returns:

@@ -2,7 +2,7 @@
 
 Each step of DDPM's sampler moves to the mean of q(x_next | x, x0_hat) and adds noise. The option `noise_until` of the
 sampler leaves the noise out after the first k steps. Sharpness is the mean squared Laplacian of the samples over that
-of the training pictures: 1 is as sharp (or as noisy) as real, below is smoother.
+of the training images: 1 is as sharp (or as noisy) as real, below is smoother.
 
     python -m experiments.noise_cutoff
     python -m experiments.noise_cutoff --num_steps 1000 --until '[0, 300, 600, 900, 1000]'
@@ -18,9 +18,9 @@ from torch.nn.functional import conv2d
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
-from experiments.study import QUIET, Gauge, Study, main, picture_rows
+from experiments.study import QUIET, Gauge, Study, image_rows, main
 
-MOST = 2000  # real pictures that sharpness is taken over
+MOST = 2000  # real images that sharpness is taken over
 
 
 def noise_cutoff(
@@ -43,7 +43,7 @@ def noise_cutoff(
     cuts = until or sorted({round(num_steps * share) for share in (0, 0.1, 0.3, 0.6, 0.9, 0.95, 1)})
     module, gauge = load_module(path), study.gauge(path)
     default = module.sampling.but(sampler="ddpm", num_steps=num_steps, grid="trailing")
-    real = real_pictures(gauge)
+    real = real_images(gauge)
     scale = sharpness(real)
     rows, shown = [], {}
     for cut in cuts:
@@ -52,12 +52,12 @@ def noise_cutoff(
         rows.append({"noise until": cut, **gauge.measure(drawn), "sharpness": sharpness(drawn.images) / scale})
         shown[f"k = {cut}"] = drawn.images[:12]
     shown["real"] = real[:12]
-    caption = f"{study.setup.num_samples:,} samples against the training pictures, {num_steps:,} steps."
+    caption = f"{study.setup.num_samples:,} samples against the training images, {num_steps:,} steps."
     study.table("quality", rows, caption)
     study.figure("quality", draw(rows, gauge, num_steps), "Quality and sharpness against where the noise stops.")
     study.figure(
         "samples",
-        picture_rows(shown),
+        image_rows(shown),
         f"Samples of the same seeds: the first k of {num_steps:,} steps add noise, the others take the mean.",
     )
     best, none, full = min(rows, key=lambda row: row[gauge.metric]), rows[0], rows[-1]
@@ -72,21 +72,21 @@ def noise_cutoff(
 
 
 def sharpness(images: Tensor) -> float:
-    """The mean squared Laplacian of pictures, which edges and noise make large.
+    """The mean squared Laplacian of images, which edges and noise make large.
 
     Args:
-        images: Pictures (N, C, H, W), uint8.
+        images: Images (N, C, H, W), uint8.
 
     Returns:
-        Of pictures scaled to [-1, 1], away from their border.
+        Of images scaled to [-1, 1], away from their border.
     """
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     pixels = (images.float() / 127.5 - 1).flatten(0, 1)[:, None]
     return float(conv2d(pixels, kernel).square().mean())
 
 
-def real_pictures(gauge: Gauge) -> Tensor:
-    """Training pictures to compare with.
+def real_images(gauge: Gauge) -> Tensor:
+    """Training images to compare with.
 
     Args:
         gauge: Knows the data.
@@ -117,13 +117,13 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge, num_steps: int) -> plt.Figure
     distance.set(ylabel=gauge.metric, yscale="log")
     distance.legend()
     sharp.plot(cuts, [row["sharpness"] for row in rows], marker="o", label="samples")
-    sharp.axhline(1, color="grey", linestyle="--", label="training pictures")
+    sharp.axhline(1, color="grey", linestyle="--", label="training images")
     sharp.set(ylabel="mean squared Laplacian, real = 1")
     sharp.set_ylim(bottom=0)
     sharp.legend()
     for name in ("precision", "recall"):
         shares.plot(cuts, [row[name] for row in rows], marker="o", label=name)
-    shares.set(ylabel="share of pictures", ylim=(0, 1.02))
+    shares.set(ylabel="share of images", ylim=(0, 1.02))
     shares.legend()
     for axes in (distance, sharp, shares):
         axes.set_xlabel(f"steps of {num_steps:,} that add noise")

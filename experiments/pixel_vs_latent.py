@@ -2,8 +2,8 @@
 
 A pixel EDM trains for so many seconds. A VAE trains for a share of the same time, its latents are encoded, and a latent
 EDM of the same network trains for what is left. Both draw samples of the same seeds at several numbers of denoiser
-calls (NFE); the Fréchet distance to the training pictures stands against NFE and against the time of a sample. The
-distance of reconstructed held-out pictures is what a perfect latent model would get, that of real ones what any would.
+calls (NFE); the Fréchet distance to the training images stands against NFE and against the time of a sample. The
+distance of reconstructed held-out images is what a perfect latent model would get, that of real ones what any would.
 
     python -m experiments.pixel_vs_latent --seconds 120
     python -m experiments.pixel_vs_latent --seconds 600 --data datamodules.FashionMNIST --data.root FOLDER
@@ -112,7 +112,7 @@ def pixel_vs_latent(
         model_channels: Width of the network, which is the same on both sides.
         latent_channels: Channels of a latent.
         learning_rate: Learning rate of all three trainings.
-        extractor: What pictures are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
+        extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
         extractor_weights: Local file of the extractor's weights.
         accelerator: auto, cpu, gpu, ...
         seed: Seed of the trainings and of the first sample.
@@ -223,8 +223,8 @@ def sample(
     Args:
         trained: The model.
         data: The data module.
-        measure: What pictures are compared by.
-        reference: The training pictures' statistics.
+        measure: What images are compared by.
+        reference: The training images' statistics.
         num_steps: Numbers of steps.
         count: Samples of each point.
         seed: Seed of the first sample.
@@ -247,25 +247,25 @@ def sample(
         print(f"{trained.name}: NFE {drawn.forwards:.0f}, {measure.metric} {distance:.3g}")
     classes = min(module.num_classes, 10)
     shown = torch.arange(classes).repeat_interleave(8) if classes else None
-    pictures = module.generate(range(seed, seed + 8 * (classes or 8)), shown)
-    grid_image(pictures.cpu(), 8).save(folder / f"samples_{trained.name.split()[0]}.png")
+    images = module.generate(range(seed, seed + 8 * (classes or 8)), shown)
+    grid_image(images.cpu(), 8).save(folder / f"samples_{trained.name.split()[0]}.png")
     return points
 
 
 def bounds(
     module: Any, data: Any, measure: FeatureExtractor, reference: Reference, count: int
 ) -> list[tuple[str, float, int]]:
-    """What the best of models could get: reconstructed and real held-out pictures against the training pictures.
+    """What the best of models could get: reconstructed and real held-out images against the training images.
 
     Args:
         module: The latent model.
         data: The data module.
-        measure: What pictures are compared by.
-        reference: The training pictures' statistics.
-        count: Number of pictures.
+        measure: What images are compared by.
+        reference: The training images' statistics.
+        count: Number of images.
 
     Returns:
-        Name, distance and number of pictures of each.
+        Name, distance and number of images of each.
     """
     real = real_images(module.trainer, count)
     made = torch.cat([to_uint8(module.reconstruct(part.to(module.device))) for part in torch.split(real, 100)])
@@ -288,7 +288,7 @@ def write(
         points: The measurements.
         trained: The models.
         limits: From `bounds`.
-        measure: What pictures are compared by.
+        measure: What images are compared by.
         folder: Where the files go.
     """
     rows = ["| trained | parameters | steps | ms per step |", "| --- | ---: | ---: | ---: |"]
@@ -297,7 +297,7 @@ def write(
         rows.append(f"| {one.name} | {size:.2f} M | {one.steps:,} | {one.milliseconds_per_step:.1f} |")
     rows += ["", f"| model | NFE | {measure.metric} | ms per sample |", "| --- | ---: | ---: | ---: |"]
     rows += [f"| {p.model} | {p.nfe:.0f} | {p.distance:.3g} | {p.milliseconds:.2f} |" for p in points]
-    rows += [f"| {name}, {count:,} pictures | | {distance:.3g} | |" for name, distance, count in limits]
+    rows += [f"| {name}, {count:,} images | | {distance:.3g} | |" for name, distance, count in limits]
     (folder / "table.md").write_text("\n".join(rows) + "\n")
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Point._fields, *points])

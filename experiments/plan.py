@@ -51,11 +51,11 @@ class Recipe:
     Args:
         network: Name of the network.
         parameters: Its parameters.
-        training: Operations of a training step per picture.
-        batch_size: Pictures per step of all devices.
-        images: Pictures in all, None where the run has no end.
+        training: Operations of a training step per image.
+        batch_size: Images per step of all devices.
+        images: Images in all, None where the run has no end.
         state: Bytes of weights, gradients, optimizer and average.
-        activations: Bytes that a picture of the batch keeps.
+        activations: Bytes that an image of the batch keeps.
     """
 
     network: str
@@ -73,7 +73,7 @@ class Estimate:
 
     Args:
         hardware: Which.
-        rate: Pictures per second.
+        rate: Images per second.
         basis: How the rate was come by.
     """
 
@@ -104,7 +104,7 @@ def plan(
             to 26% of an A100's or H100's peak; `make check-gpu` measures it.
         scaling: Share in (0, 1] of their sum that several GPUs are assumed to reach together.
         steps: Training steps that are timed on this machine; 0 for none.
-        batch: Pictures in such a step.
+        batch: Images in such a step.
         accelerator: auto, cpu or cuda: where they are timed.
         options: Further words of `lightning fit`'s command line.
 
@@ -180,7 +180,7 @@ def timed(module: Any, recipe: Recipe, device: str, steps: int, batch: int) -> E
         recipe: What it is part of.
         device: Where.
         steps: How many, after one that is not counted.
-        batch: Pictures in each.
+        batch: Images in each.
 
     Returns:
         The rate of the median step.
@@ -222,11 +222,11 @@ def text(recipe: Recipe, estimates: Sequence[Estimate], gpus: int) -> str:
     """
     per_gpu = -(-recipe.batch_size // gpus)
     memory = (recipe.state + per_gpu * recipe.activations) / 2**30
-    count = "no end of its own" if recipe.images is None else f"{magnitude(recipe.images)} pictures"
+    count = "no end of its own" if recipe.images is None else f"{magnitude(recipe.images)} images"
     lines = [
-        f"{recipe.network} of {magnitude(recipe.parameters)} parameters, {recipe.training / 1e9:.3g} GFLOP per picture "
+        f"{recipe.network} of {magnitude(recipe.parameters)} parameters, {recipe.training / 1e9:.3g} GFLOP per image "
         f"of a training step; batches of {recipe.batch_size}, {count}.",
-        f"Memory of each of {gpus} GPUs with {per_gpu} pictures, in float32: about {memory:.1f} GiB.",
+        f"Memory of each of {gpus} GPUs with {per_gpu} images, in float32: about {memory:.1f} GiB.",
         "",
         "| hardware | images/s | whole run | basis |",
         "| --- | --: | --: | --- |",

@@ -1,12 +1,12 @@
 """Which average of the weights samples best? Widths and training times swept after the run, from its snapshots.
 
 Train with several power-function averages and snapshots of them, then reconstruct any width (Karras 2024, arXiv
-2312.02696, section 3.2) and measure the Fréchet distance of its samples to the training pictures:
+2312.02696, section 3.2) and measure the Fréchet distance of its samples to the training images:
 
     lightning fit --config configs/edm_digits.yaml --ema.sigma_rel '[0.05, 0.1]' --ema.snapshot_every 50
     python -m experiments.posthoc_ema --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
 
-The same seeds are used for each average, so that they differ by their weights alone; the floor is that of real pictures
+The same seeds are used for each average, so that they differ by their weights alone; the floor is that of real images
 against real ones at the same number.
 """
 
@@ -54,7 +54,7 @@ def posthoc_ema(
         batch_size: Samples drawn at a time.
         seed: Seed of the first sample.
         num_steps: Sampling steps; those of the model by default.
-        extractor: What pictures are compared by; a classifier of the data set by default.
+        extractor: What images are compared by; a classifier of the data set by default.
         device: Where samples are drawn.
         out: Folder for figures.json and posthoc_ema.png.
 
@@ -94,7 +94,7 @@ def posthoc_ema(
     print(f"best: sigma_rel {best['sigma_rel']:g} at step {best['step']}: {best['distance']:.4g}")
     print(f"raw weights: {raw:.4g}")
     if floor is not None:
-        print(f"real against real at {floor[1]:,} pictures: {floor[0]:.4g}")
+        print(f"real against real at {floor[1]:,} images: {floor[0]:.4g}")
     figures = {
         "rows": rows,
         "best": best,

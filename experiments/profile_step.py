@@ -189,7 +189,7 @@ def profile_step(
         rounds: Turns of `fit` and of the bare loop.
         steps: Steps in a turn.
         repeats: How often samplers and guidance are timed.
-        samples: Pictures that they draw at a time.
+        samples: Images that they draw at a time.
         sampling_steps: Steps of the samplers.
         channels: Width of the network of samplers and guidance; 56 makes 5M parameters.
         out: Folder for profile_step.json.
@@ -312,7 +312,7 @@ def beside_network(device: str, repeats: int, samples: int, steps: int, channels
     Args:
         device: `cpu` or `cuda`.
         repeats: How often each is timed.
-        samples: Pictures at a time.
+        samples: Images at a time.
         steps: Steps of the samplers.
         channels: Width of the network.
 

@@ -68,7 +68,7 @@ def read_digits(
 
 
 def flat(images: torch.Tensor) -> np.ndarray:
-    """Pictures (N, C, H, W) as float rows (N, C*H*W) in 0 to 255."""
+    """Images (N, C, H, W) as float rows (N, C*H*W) in 0 to 255."""
     return np.asarray(images).reshape(len(images), -1).astype(np.float64)
 
 

@@ -1,7 +1,7 @@
 """Which sampler is best for how many denoiser calls?
 
 Every sampler that is no alias of another draws samples of the same seeds from one checkpoint at several numbers of
-function evaluations (NFE), and the Fréchet distance to the training pictures and the time are drawn against the NFE. A
+function evaluations (NFE), and the Fréchet distance to the training images and the time are drawn against the NFE. A
 sampler of two calls a step gets half the steps. Interrupted, it goes on where it was.
 
     python -m experiments.sampler_comparison --ckpt_path runs/edm_fashion_mnist/version_0/checkpoints/last.ckpt
@@ -64,7 +64,7 @@ def sampler_comparison(
         samplers: Their names; all but the aliases when omitted.
         rtol: Tolerances of the adaptive rk45, which has no number of steps.
         num_samples: Samples of each point.
-        extractor: What pictures are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
+        extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
         extractor_weights: Local file of the extractor's weights.
         data_root: Where the checkpoint's own data lies now.
         batch_size: Samples drawn at a time.
@@ -140,7 +140,7 @@ def write(points: list[Point], floor: tuple[float, int] | None, metric: str, cou
 
     Args:
         points: The measurements.
-        floor: The distance of real pictures to real ones, and at what number.
+        floor: The distance of real images to real ones, and at what number.
         metric: Name of the distance.
         count: Samples of each point.
         folder: Where the files go.
@@ -148,7 +148,7 @@ def write(points: list[Point], floor: tuple[float, int] | None, metric: str, cou
     rows = ["| sampler | steps | NFE | " + metric + " | ms per sample |", "| --- | ---: | ---: | ---: | ---: |"]
     rows += [f"| {p.sampler} | {p.steps} | {p.nfe:.0f} | {p.distance:.2f} | {p.milliseconds:.1f} |" for p in points]
     if floor is not None:
-        rows.append(f"| real pictures | | | {floor[0]:.2f} (at {floor[1]:,}) | |")
+        rows.append(f"| real images | | | {floor[0]:.2f} (at {floor[1]:,}) | |")
     (folder / "table.md").write_text("\n".join(rows) + "\n")
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Point._fields, *points])

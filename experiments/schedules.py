@@ -25,7 +25,7 @@ from diffusion_lit.diffusion.noise import (
 )
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets.layers import Conditioning
-from experiments.study import QUIET, Gauge, Study, main, picture_rows
+from experiments.study import QUIET, Gauge, Study, image_rows, main
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "linear": LinearSchedule,
@@ -94,9 +94,9 @@ def schedules(
             row |= {f"{key}, {way}": value for key, value in gauge.measure(drawn).items() if key != "precision"}
             shown[name] = drawn.images[:12]
         rows.append(row)
-    study.table("quality", rows, f"{study.setup.num_samples:,} samples of each against the training pictures.")
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples of each against the training images.")
     study.figure("quality", quality(rows, gauge, few), "Quality against the number of steps that a schedule has.")
-    study.figure("samples", picture_rows(shown), "Samples of the same seeds, over all steps of each schedule.")
+    study.figure("samples", image_rows(shown), "Samples of the same seeds, over all steps of each schedule.")
     metric = f"{gauge.metric}, all steps"
     best, worst = (pick(rows, key=lambda row: row[metric]) for pick in (min, max))
     means = {
@@ -152,10 +152,10 @@ def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
     conditioning = Conditioning(features, features, "positional", 0, 0)
     with torch.no_grad():
         table = conditioning.noise_features(torch.arange(total, dtype=torch.float32))
-    figure, (picture, likeness) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(3, 2))
-    image = picture.imshow(table.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-    picture.set(xlabel="time t", ylabel=f"feature: {features // 2} cosines, {features // 2} sines")
-    figure.colorbar(image, ax=picture)
+    figure, (panel, likeness) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(3, 2))
+    image = panel.imshow(table.T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+    panel.set(xlabel="time t", ylabel=f"feature: {features // 2} cosines, {features // 2} sines")
+    figure.colorbar(image, ax=panel)
     for time in (0, total // 2, total - 1):
         likeness.plot(torch.cosine_similarity(table, table[time : time + 1]), label=f"with t = {time}")
     likeness.set(xlabel="time t", ylabel="cosine similarity of embeddings", ylim=(-0.2, 1.05))

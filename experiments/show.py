@@ -1,4 +1,4 @@
-"""What studies show: rows of pictures with names, and tables."""
+"""What studies show: rows of images with names, and tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor
 from diffusion_lit.report.images import grid_image
 
 
-def picture_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
-    """Rows of pictures with a name before each.
+def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
+    """Rows of images with a name before each.
 
     Args:
-        rows: Pictures (N, C, H, W) by the row's name, uint8 or float in [-1, 1]; as many in each row.
+        rows: Images (N, C, H, W) by the row's name, uint8 or float in [-1, 1]; as many in each row.
         columns: Titles of the N columns.
         width: Width of the figure in inches.
 

@@ -2,10 +2,10 @@
 
 1. A U-Net without any notion of time learns to take away noise of one strength in one step, and is then tried on noise
    of every other strength. Strengths are told for pixels in [0, 1], where 0.5 is sigma = 1 of this project's [-1, 1].
-2. A DDPM, which is told the time, does that at every strength, and draws pictures.
+2. A DDPM, which is told the time, does that at every strength, and draws images.
 3. A DDPM that is told the class as well draws them by class, with guidance.
 
-The small form, on 8x8 digits, has fewer channels, smaller batches and more epochs of its few pictures. The recipe in
+The small form, on 8x8 digits, has fewer channels, smaller batches and more epochs of its few images. The recipe in
 full (hidden 128, batch 256, Adam 1e-4, 5 epochs; then hidden 64, batch 128, Adam 1e-3 falling to a tenth, 20 epochs) is
 what --config takes:
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_data, load_module
 from experiments.runs import Trained
-from experiments.study import Study, main, picture_rows
+from experiments.study import Study, image_rows, main
 
 NOISE = 0.5  # trained, for pixels in [0, 1]
 UNIT = 2.0  # sigma, for pixels in [-1, 1], of noise of strength 1 for pixels in [0, 1]
@@ -49,7 +49,7 @@ def single_step_denoiser(
         epochs: After how many epochs the denoiser is looked at, the last being its length; a multiple of the first.
         ddpm_epochs: The same for the DDPMs.
         cfg_scale: Guidance of the class-conditional one.
-        held_out: Pictures that the denoisers are measured on.
+        held_out: Images that the denoisers are measured on.
     """
     small = study.setup.config is None
     first, last = epochs or ([4, 20] if small else [1, 5])
@@ -90,8 +90,8 @@ def single_step_denoiser(
     plain, guided = rows[-2][metric], rows[-1][metric]
     study.finding(
         f"Trained at noise {NOISE} alone, a denoiser leaves a squared error of {here[names[1]]:.3g} there (the noisy "
-        f"picture has {NOISE**2:.2g}; one that is told the noise leaves {here[names[2]]:.3g}), but "
-        f"{none[names[1]]:.2g} on clean pictures and {whole[names[1]]:.2g} at noise 1, against {none[names[2]]:.2g} "
+        f"image has {NOISE**2:.2g}; one that is told the noise leaves {here[names[2]]:.3g}), but "
+        f"{none[names[1]]:.2g} on clean images and {whole[names[1]]:.2g} at noise 1, against {none[names[2]]:.2g} "
         f"and {whole[names[2]]:.2g}; guidance {cfg_scale:g} takes {metric} from {plain:.3g} to {guided:.3g}, "
         f"precision from {rows[-2]['precision']:.2f} to {rows[-1]['precision']:.2f} and recall from "
         f"{rows[-2]['recall']:.2f} to {rows[-1]['recall']:.2f}."
@@ -115,11 +115,11 @@ class Denoise:
         """Takes the noise away.
 
         Args:
-            x: Noisy pictures (N, C, H, W).
+            x: Noisy images (N, C, H, W).
             strength: Standard deviation of the noise for pixels in [0, 1].
 
         Returns:
-            Pictures (N, C, H, W), in [-1, 1].
+            Images (N, C, H, W), in [-1, 1].
         """
         sigma = UNIT * (NOISE if self.constant else strength)
         scaling = self.denoiser.scaling
@@ -168,7 +168,7 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     Args:
         study: Where it goes.
         denoisers: By name.
-        clean: Pictures (N, C, H, W) in [-1, 1].
+        clean: Images (N, C, H, W) in [-1, 1].
         noise: Standard normal, of the same shape.
 
     Returns:
@@ -178,7 +178,7 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     noisy = clean + UNIT * NOISE * noise
     rows = {"clean": clean[:shown], f"noise {NOISE}": noisy[:shown]}
     rows |= {name: function(noisy[:shown], NOISE) for name, function in denoisers.items()}
-    study.figure("one_step", picture_rows(rows), f"Noise {NOISE} on pixels in [0, 1], taken away in one step.")
+    study.figure("one_step", image_rows(rows), f"Noise {NOISE} on pixels in [0, 1], taken away in one step.")
 
     errors: dict[float, dict[str, float]] = {}
     for strength in STRENGTHS.tolist():
@@ -190,7 +190,7 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     study.table(
         "errors",
         [{"noise": strength, **values} for strength, values in errors.items()],
-        f"Mean squared error of {len(clean)} held-out pictures, pixels in [0, 1]; one level was trained at {NOISE}.",
+        f"Mean squared error of {len(clean)} held-out images, pixels in [0, 1]; one level was trained at {NOISE}.",
     )
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name in next(iter(errors.values())):
@@ -207,9 +207,9 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     for name, function in denoisers.items():
         made = [function(x[None], strength) for x, strength in zip(rows["noisy"], columns, strict=True)]
         rows[name] = torch.cat(made)
-    figure = picture_rows(rows, [f"{strength:.1f}" for strength in columns], width=8)
+    figure = image_rows(rows, [f"{strength:.1f}" for strength in columns], width=8)
     figure.suptitle("noise, for pixels in [0, 1]")
-    study.figure("out_of_distribution_pictures", figure, "One held-out picture under noise of every strength.")
+    study.figure("out_of_distribution_images", figure, "One held-out image under noise of every strength.")
     return errors
 
 
@@ -241,8 +241,8 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
                 caption = f"Told the {name}, after {count} epochs{how}."
                 columns = min(10, total // classes) if classes else 10
                 grid = by_class(drawn.images, classes, columns) if columns else drawn.images
-                study.pictures(f"samples_{name.replace(' ', '_')}_{count}_{scale:g}", grid, caption, columns or 10)
-    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training pictures.")
+                study.images(f"samples_{name.replace(' ', '_')}_{count}_{scale:g}", grid, caption, columns or 10)
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images.")
     return rows
 
 

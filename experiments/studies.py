@@ -107,7 +107,7 @@ def show(page: Page, folder: Path, record: dict[str, Any]) -> None:
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items())
     page.text(f"{seconds}; {record['hardware']['processor']}, {record['hardware']['threads']} threads.")
     for figure in record["figures"]:
-        page.picture(folder / figure["file"], figure["caption"])
+        page.image(folder / figure["file"], figure["caption"])
     for name, reason in record["failed"].items():
         page.text(f"The training {name} failed: {reason}")
     page.link("Tables and the rest", f"{folder.name}/index.html")

@@ -62,9 +62,9 @@ from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 from experiments.gauge import Gauge, choose_extractor
 from experiments.runs import Failed, Run, Trained, fit
-from experiments.show import markdown, picture_rows
+from experiments.show import image_rows, markdown
 
-__all__ = ["QUIET", "Gauge", "Setup", "Study", "StudyFailed", "main", "markdown", "picture_rows", "split"]
+__all__ = ["QUIET", "Gauge", "Setup", "Study", "StudyFailed", "image_rows", "main", "markdown", "split"]
 
 ROOT = Path("runs/studies")
 DPI = 130  # of figures
@@ -83,7 +83,7 @@ class Setup:
         config: The experiment that is varied, a YAML of `lightning fit`; the study's own small one when omitted.
         out: Folder for the results; runs/studies/NAME by default, with the name of other data or another config behind.
         num_samples: Samples that each figure is measured on.
-        extractor: What pictures are compared by: classifier, inception, pixels, ...; auto is a classifier of the data
+        extractor: What images are compared by: classifier, inception, pixels, ...; auto is a classifier of the data
             set where it has classes, else as in `lightning evaluate`, else thumbnails.
         extractor_weights: Local file of the extractor's weights.
         jobs: Trainings at a time, on the same device.
@@ -231,7 +231,7 @@ class Study:
             count: Number of samples; that of the setup when omitted.
 
         Returns:
-            Their features and pictures, uint8 (count, C, H, W).
+            Their features and images, uint8 (count, C, H, W).
         """
         path = Path(trained.ckpt_path if isinstance(trained, Trained) else trained)
         module = load_module(path).to(self.device)
@@ -288,17 +288,17 @@ class Study:
         path = self.folder / f"{name}.png"
         figure.savefig(path, dpi=DPI, bbox_inches="tight")
         plt.close(figure)
-        self.shown.append(("picture", name, path, caption))
+        self.shown.append(("image", name, path, caption))
         return path
 
-    def pictures(self, name: str, images: Tensor | Image.Image, caption: str, columns: int = 10) -> Path:
-        """Keeps pictures.
+    def images(self, name: str, images: Tensor | Image.Image, caption: str, columns: int = 10) -> Path:
+        """Keeps images.
 
         Args:
             name: Their file's name without ending.
-            images: uint8 or, in [-1, 1], float pictures (N, C, H, W) to lay out in rows, or a picture as it is.
+            images: uint8 or, in [-1, 1], float images (N, C, H, W) to lay out in rows, or an image as it is.
             caption: A sentence on what they show.
-            columns: Pictures per row.
+            columns: Images per row.
 
         Returns:
             The PNG file.
@@ -308,7 +308,7 @@ class Study:
             images = grid_image(scaled, columns)
         path = self.folder / f"{name}.png"
         images.save(path)
-        self.shown.append(("picture", name, path, caption))
+        self.shown.append(("image", name, path, caption))
         return path
 
     def table(self, name: str, rows: list[dict[str, Any]], caption: str = "") -> None:
@@ -353,8 +353,8 @@ class Study:
         for kind, _, content, caption in self.shown:
             if kind == "text":
                 page.text(content)
-            elif kind == "picture":
-                page.picture(content, caption)
+            elif kind == "image":
+                page.image(content, caption)
             else:
                 page.table(list(content[0]), [list(row.values()) for row in content], caption)
         for failed in self.failed:
@@ -371,7 +371,7 @@ class Study:
             "hardware": here,
             "commit": commit(),
             "figures": [
-                {"file": path.name, "caption": caption} for kind, _, path, caption in self.shown if kind == "picture"
+                {"file": path.name, "caption": caption} for kind, _, path, caption in self.shown if kind == "image"
             ],
             "tables": {name: rows for kind, name, rows, _ in self.shown if kind == "table"},
             "runs": {name: str(run.folder) for name, run in self.trained.items()},

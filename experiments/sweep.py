@@ -74,7 +74,7 @@ def show_samples(study: Study, run: Trained) -> None:
     grids = sorted((run.folder / "samples").glob("*.png"))
     if grids:
         with Image.open(grids[-1]) as image:
-            study.pictures(f"samples_{run.run.name}", image.copy(), f"Samples of {run.run.name} at its end.")
+            study.images(f"samples_{run.run.name}", image.copy(), f"Samples of {run.run.name} at its end.")
 
 
 def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:

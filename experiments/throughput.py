@@ -5,7 +5,7 @@
 Each contender (see contenders.py) lives in a process of its own and takes its turn, slice after slice, so that what
 else the machine does strikes all alike; what counts is the ratio of the slices of one round, its median and its spread
 over the rounds; Ctrl-C ends it with the rounds that are done. Widths are chosen for equal floating-point operations per
-picture of a training step; what a library's groups of channels leave of a difference is divided out. The shares refer
+image of a training step; what a library's groups of channels leave of a difference is divided out. The shares refer
 to the peaks of a matrix product and of a convolution that torch reaches on this machine in the same precision, measured
 in the same rounds.
 """
@@ -49,14 +49,14 @@ def throughput(
     """Measures this project beside its peers.
 
     Args:
-        gflops: Operations per picture of a training step, in 10^9, that the widths are chosen for.
-        batch_size: Pictures per training step.
-        channels: Channels of a picture.
+        gflops: Operations per image of a training step, in 10^9, that the widths are chosen for.
+        batch_size: Images per training step.
+        channels: Channels of an image.
         size: Its side in pixels.
         nfe: Steps of the samplers.
         rounds: How often each contender takes its turn; one more round before them is for warming up.
         steps: Training steps in a turn.
-        samples: Pictures that a turn draws.
+        samples: Images that a turn draws.
         peers: The peers to take part; all that are installed when omitted.
         precisions: 32-true, bf16-mixed or both; by default float32 and what `lightning fit` chooses here.
         accelerator: auto, cpu or cuda.
@@ -140,7 +140,7 @@ def measure(
         jobs: What each does.
         rounds: Number of rounds that count.
         steps: Training steps in a turn.
-        samples: Pictures that a turn draws.
+        samples: Images that a turn draws.
 
     Returns:
         The slices of training and sampling by kind and title, the machine's peaks in operations per second by kind and
@@ -238,17 +238,17 @@ def rates(mine: list[Slice], ours: list[Slice], costs: dict[str, Any], name: str
         name: The contender.
 
     Returns:
-        `images_per_second`; `at_equal_flops`, those times its operations per picture over this project's; `ratio`, this
-        project's images per second over those; each with median, min and max; `page_faults` per picture; and
+        `images_per_second`; `at_equal_flops`, those times its operations per image over this project's; `ratio`, this
+        project's images per second over those; each with median, min and max; `page_faults` per image; and
         `cpu_share`, CPU seconds per second.
     """
     share = costs[name].training / costs[OURS].training
-    equal = [one.pictures / one.seconds * share for one in mine]
+    equal = [one.images / one.seconds * share for one in mine]
     return {
-        "images_per_second": summary([one.pictures / one.seconds for one in mine]),
+        "images_per_second": summary([one.images / one.seconds for one in mine]),
         "at_equal_flops": summary(equal),
-        "ratio": summary([one.pictures / one.seconds / rate for one, rate in zip(ours, equal, strict=True)]),
-        "page_faults": statistics.median(one.faults / one.pictures for one in mine),
+        "ratio": summary([one.images / one.seconds / rate for one, rate in zip(ours, equal, strict=True)]),
+        "page_faults": statistics.median(one.faults / one.images for one in mine),
         "cpu_share": statistics.median(one.cpu / one.seconds for one in mine),
     }
 
@@ -268,7 +268,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Throughput beside peers",
         "",
-        f"{shape} pictures, batches of {report['batch_size']}, {report['rounds']} rounds;",
+        f"{shape} images, batches of {report['batch_size']}, {report['rounds']} rounds;",
         f"{machine['processor']}, {machine['threads']} threads, load {machine['load']:.1f} at the start; torch "
         f"{report['versions']['torch']}. Each figure is the median (smallest to largest round).",
         "",

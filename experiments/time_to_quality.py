@@ -1,14 +1,14 @@
-"""How good are the pictures after so many minutes of training? This project and its peers, given the same time.
+"""How good are the images after so many minutes of training? This project and its peers, given the same time.
 
     python -m experiments.time_to_quality --root FOLDER_OF_FASHION_MNIST
 
 Every contender trains on FashionMNIST padded to 32x32, from scratch, for the same time of the clock on the same
-threads, one after the other; then it draws the same number of pictures in the same number of network evaluations, and
-the Fréchet distance of these to the training pictures is taken on the features of one classifier. Training alone is
+threads, one after the other; then it draws the same number of images in the same number of network evaluations, and
+the Fréchet distance of these to the training images is taken on the features of one classifier. Training alone is
 timed: starting up and sampling are not.
 
 The peers get the settings of their own documents, and in their favour batches ready made, bf16 where it pays, no
-mirrored pictures (a shoe of this data set looks to the left), narrowed networks and small batches, since the documented
+mirrored images (a shoe of this data set looks to the left), narrowed networks and small batches, since the documented
 ones would take a few hundred steps in this time:
 
 | peer                        | from                           | kept                                                  |
@@ -18,7 +18,7 @@ ones would take a few hundred steps in this time:
 
 This project trains configs/edm_fashion_mnist.yaml, the length of the schedule being set from the pace of its first
 steps, whose time is taken off. It is told the classes, of which the peers' examples know nothing, and draws with the
-config's guidance, where a step counts as two evaluations; its pictures without guidance are measured beside them.
+config's guidance, where a step counts as two evaluations; its images without guidance are measured beside them.
 Interrupted, it goes on with the contender that was not finished.
 """
 
@@ -51,15 +51,15 @@ from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, use
 from diffusion_lit.storage.atomic import atomic
 from experiments.command import command
 from experiments.contenders import MULTIPLES, OURS, Job, installed, peer
-from experiments.study import DPI, picture_rows
+from experiments.study import DPI, image_rows
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/edm_fashion_mnist.yaml"
 PEERS = {"denoising-diffusion-pytorch": 16, "smalldiffusion": 32}  # and the widths that they are given
-BATCH, PEER_BATCH = 64, 32  # pictures per step: the config's, and the README's of the first peer
+BATCH, PEER_BATCH = 64, 32  # images per step: the config's, and the README's of the first peer
 UNGUIDED = f"{OURS}, without guidance"
 PACE_STEPS = 24
 CHUNK = 100
-SHOWN = 14  # pictures of each in the figure
+SHOWN = 14  # images of each in the figure
 
 
 def time_to_quality(
@@ -75,24 +75,24 @@ def time_to_quality(
     accelerator: str = "auto",
     out: str = "runs/studies/time_to_quality",
 ) -> list[dict[str, Any]]:
-    """Trains all contenders for the same time and measures their pictures.
+    """Trains all contenders for the same time and measures their images.
 
     Args:
         root: Folder of FashionMNIST's four idx files, or where they are downloaded to.
         minutes: Training time of each.
         seeds: Number of runs of each contender, with the seeds 0, 1, ...
         contenders: Who takes part; this project and the peers that are installed when omitted.
-        nfe: Network evaluations per picture.
-        num_samples: Pictures that each draws.
-        batch_size: Pictures per training step of all; by default 64 here and 32 of the peers.
+        nfe: Network evaluations per image.
+        num_samples: Images that each draws.
+        batch_size: Images per training step of all; by default 64 here and 32 of the peers.
         options: Further words of `lightning fit`'s command line, for this project's run.
         classifier: Checkpoint of configs/classifier_fashion_mnist.yaml, whose features count; by default a small one
             that is trained on the spot.
         accelerator: auto, cpu or cuda.
-        out: Folder of the samples, the records, the pictures and the table.
+        out: Folder of the samples, the records, the images and the table.
 
     Returns:
-        A record for each set of pictures, of which a run of this project makes two.
+        A record for each set of images, of which a run of this project makes two.
 
     Raises:
         ValueError: If there is no such contender, or a number is out of range.
@@ -137,7 +137,7 @@ def time_to_quality(
                 shown.setdefault(title, torch.from_numpy(drawn[:SHOWN]).permute(0, 3, 1, 2))
                 print(f"{title}, seed {seed}: {extractor.metric} {distance:.2f}")
     floor = real_against_real(reference, reference_of(data, "val", extractor).features, num_samples)
-    picture_rows(shown).savefig(folder / "samples.png", dpi=DPI, bbox_inches="tight")
+    image_rows(shown).savefig(folder / "samples.png", dpi=DPI, bbox_inches="tight")
     text = table(records, floor, extractor.metric)
     (folder / "time_to_quality.md").write_text(text + "\n")
     (folder / "time_to_quality.json").write_text(json.dumps(records, indent=2) + "\n")
@@ -289,7 +289,7 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
 
     Args:
         records: Of all runs.
-        floor: The distance of real pictures to real ones, and at what number.
+        floor: The distance of real images to real ones, and at what number.
         metric: Name of the distance.
     """
     names = list(dict.fromkeys(record["contender"] for record in records))
@@ -299,7 +299,7 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
         f"{first['minutes']:g} minutes of training each on {first['hardware']['processor']}, "
         f"{first['hardware']['threads']} threads; {first['num_samples']} samples in {first['nfe']} evaluations.",
         "",
-        f"| contender | pictures seen | {metric}, mean | each seed |",
+        f"| contender | images seen | {metric}, mean | each seed |",
         "| --- | --: | --: | --- |",
     ]
     for name in names:
@@ -307,7 +307,7 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
         each = ", ".join(f"{value:.2f}" for value in distances[name])
         lines.append(f"| {name} | {magnitude(round(images))} | {statistics.mean(distances[name]):.2f} | {each} |")
     if floor is not None:
-        lines.append(f"| real pictures, {floor[1]} of them | | {floor[0]:.2f} | |")
+        lines.append(f"| real images, {floor[1]} of them | | {floor[0]:.2f} | |")
     peers = [statistics.mean(values) for name, values in distances.items() if name not in (OURS, UNGUIDED)]
     if OURS in distances and peers:
         share = statistics.mean(distances[OURS]) / min(peers)

@@ -262,7 +262,7 @@ def arguments(setting: Setting) -> list[str]:
 
 
 def from_files(workers: int) -> list[str]:
-    """Options that read the digits from a folder of pictures, as loader workers only do for data on disk."""
+    """Options that read the digits from a folder of images, as loader workers only do for data on disk."""
     root = Path("digits").resolve()
     if not root.exists():
         from PIL import Image

@@ -1,6 +1,6 @@
-"""The simplest thing that works: mix a picture with noise, train a network to take it back, take it back in five steps.
+"""The simplest thing that works: mix an image with noise, train a network to take it back, take it back in five steps.
 
-A picture x0 and noise n are mixed with a random amount t in (0, 1),
+An image x0 and noise n are mixed with a random amount t in (0, 1),
 
     x_t = (1 - t) x0 + t n,
 
@@ -24,7 +24,7 @@ from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
-from experiments.study import Gauge, Study, main, picture_rows
+from experiments.study import Gauge, Study, image_rows, main
 
 AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]
 
@@ -32,8 +32,8 @@ AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e
 def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> None:  # noqa: B006 (never changed)
     """What is the simplest diffusion model that works?
 
-    A small U-Net that is not told the amount of noise predicts the clean picture from its linear mix with noise, and
-    draws pictures in a few steps.
+    A small U-Net that is not told the amount of noise predicts the clean image from its linear mix with noise, and
+    draws images in a few steps.
 
     Args:
         study: Where it works.
@@ -46,16 +46,16 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(study.setup.seed))
 
     names = [f"{amount:.2f}" for amount in AMOUNTS.tolist()]
-    forward = {f"picture {row + 1}": mix(real[row], noise[row], AMOUNTS) for row in range(4)}
-    figure = picture_rows(forward, names)
+    forward = {f"image {row + 1}": mix(real[row], noise[row], AMOUNTS) for row in range(4)}
+    figure = image_rows(forward, names)
     figure.suptitle("amount of noise t")
-    study.figure("forward", figure, "The forward process: (1 - t) x0 + t n for four held-out pictures.")
+    study.figure("forward", figure, "The forward process: (1 - t) x0 + t n for four held-out images.")
 
     with torch.no_grad():
         inputs = torch.cat([mix(real[row : row + 1], noise[row : row + 1], AMOUNTS[row]) for row in range(9)])
         outputs = module.denoiser(inputs / (1 - AMOUNTS)[:, None, None, None], flow_time_to_sigma(AMOUNTS))
-    rows = {"picture": real, "input": inputs, "output": outputs}
-    figure = picture_rows(rows, names)
+    rows = {"image": real, "input": inputs, "output": outputs}
+    figure = image_rows(rows, names)
     figure.suptitle("amount of noise t, which the network is not told")
     study.figure("denoiser", figure, "What the denoiser is given, and what it makes of it in one call.")
     errors = (outputs - real).square().flatten(1).mean(1)
@@ -69,28 +69,28 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
         rows[f"{step + 1}: mix"] = visible[step]
         rows[f"{step + 1}: prediction"] = recorder.x0_hat[step]
     caption = f"The {steps} steps of eight samples: the mix that goes into the network, above the prediction it makes."
-    study.figure("five_steps", picture_rows(rows), caption)
+    study.figure("five_steps", image_rows(rows), caption)
 
     rows = []
     for count in num_steps:
         drawn = study.draw(trained, gauge, module.sampling.but(num_steps=count))
         rows.append({"steps": count, **gauge.measure(drawn)})
         if count == module.sampling.num_steps:
-            study.pictures("samples", drawn.images[:80], f"Samples in {count} steps.")
-    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training pictures.")
-    study.figure("quality", quality(rows, gauge), "The Fréchet distance to the training pictures against the steps.")
+            study.images("samples", drawn.images[:80], f"Samples in {count} steps.")
+    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images.")
+    study.figure("quality", quality(rows, gauge), "The Fréchet distance to the training images against the steps.")
     best = min(rows, key=lambda row: row[gauge.metric])
     asked = next((row for row in rows if row["steps"] == module.sampling.num_steps), best)
-    floor = "" if gauge.floor is None else f" (real pictures get {gauge.floor[0]:.3g})"
+    floor = "" if gauge.floor is None else f" (real images get {gauge.floor[0]:.3g})"
     study.finding(
         f"A network that is not told the noise draws with {gauge.metric} {asked[gauge.metric]:.3g} in {asked['steps']} "
         f"steps and at best {best[gauge.metric]:.3g}, in {best['steps']}{floor}; its squared error is "
-        f"{errors[0]:.2g} on a clean picture and {errors[-1]:.2g} on pure noise."
+        f"{errors[0]:.2g} on a clean image and {errors[-1]:.2g} on pure noise."
     )
 
 
 def held_out(gauge: Gauge, count: int) -> Tensor:
-    """Pictures that were not trained on.
+    """Images that were not trained on.
 
     Args:
         gauge: Knows the data.
@@ -104,10 +104,10 @@ def held_out(gauge: Gauge, count: int) -> Tensor:
 
 
 def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
-    """The linear mix of a picture and noise.
+    """The linear mix of an image and noise.
 
     Args:
-        x0: A picture (C, H, W), or a batch of one.
+        x0: An image (C, H, W), or a batch of one.
         noise: Standard normal of the same shape.
         amount: t in [0, 1], shape () or (T,).
 

@@ -3,7 +3,7 @@
 One network is trained that also predicts a variance (Nichol & Dhariwal 2021, arXiv 2102.09672), and sampled with that,
 with the two extremes of Ho 2020 (arXiv 2006.11239), the posterior's and beta, and with the posterior's times a factor.
 Diversity is the standard deviation of the classifier's features around the mean of their class, over that of the
-training pictures: 1 is as varied as real, 0 is one picture per class. Sharpness above 1 is left-over noise.
+training images: 1 is as varied as real, 0 is one image per class. Sharpness above 1 is left-over noise.
 
     python -m experiments.variance
     python -m experiments.variance --scales '[0, 0.5, 1.5, 3]' --num_steps 250
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_module
-from experiments.noise_cutoff import real_pictures, sharpness
-from experiments.study import QUIET, Gauge, Study, main, picture_rows
+from experiments.noise_cutoff import real_images, sharpness
+from experiments.study import QUIET, Gauge, Study, image_rows, main
 
 
 def variance(
@@ -58,7 +58,7 @@ def variance(
     }
     seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
     labels = draw_labels(seeds, class_frequencies(gauge.data, module.num_classes))
-    real = real_pictures(gauge)
+    real = real_images(gauge)
     assert gauge.reference.features is not None
     spread = diversity(gauge.reference.features.features, gauge.reference.labels)
     rows, shown = [], {}
@@ -75,12 +75,12 @@ def variance(
         )
         shown[name] = drawn.images[:12]
     shown["real"] = real[:12]
-    caption = f"{study.setup.num_samples:,} samples against the training pictures, {num_steps:,} steps."
+    caption = f"{study.setup.num_samples:,} samples against the training images, {num_steps:,} steps."
     study.table("quality", rows, caption)
     study.figure(
         "quality", draw(rows, gauge), "Quality, diversity and sharpness of each variance, from small to large."
     )
-    study.figure("samples", picture_rows(shown), f"Samples of the same seeds and classes in {num_steps:,} steps.")
+    study.figure("samples", image_rows(shown), f"Samples of the same seeds and classes in {num_steps:,} steps.")
     least, most = rows[0], rows[-1]
     best = min(rows, key=lambda row: row[gauge.metric])
     study.finding(
@@ -92,7 +92,7 @@ def variance(
 
 
 def channels_of(study: Study) -> int:
-    """Number of channels of the pictures that a study's config trains on.
+    """Number of channels of the images that a study's config trains on.
 
     Args:
         study: The study.
@@ -140,11 +140,11 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
     distance.set(ylabel=gauge.metric, yscale="log")
     for name in ("precision", "recall"):
         shares.plot(names, [row[name] for row in rows], marker="o", label=name)
-    shares.set(ylabel="share of pictures", ylim=(0, 1.02))
+    shares.set(ylabel="share of images", ylim=(0, 1.02))
     for name in ("diversity", "sharpness"):
         ratios.plot(names, [row[name] for row in rows], marker="o", label=name)
-    ratios.axhline(1, color="grey", linestyle="--", label="training pictures")
-    ratios.set(ylabel="over that of training pictures")
+    ratios.axhline(1, color="grey", linestyle="--", label="training images")
+    ratios.set(ylabel="over that of training images")
     ratios.set_ylim(bottom=0)
     for axes in (distance, shares, ratios):
         axes.set_xlabel("variance of a step")

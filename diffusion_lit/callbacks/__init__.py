@@ -1,4 +1,4 @@
-"""Callbacks: the average of the weights, pictures and measurements while training."""
+"""Callbacks: the average of the weights, images and measurements while training."""
 
 from diffusion_lit.callbacks.checkpoint import LastCheckpoint
 from diffusion_lit.callbacks.cost import Cost
@@ -8,7 +8,7 @@ from diffusion_lit.callbacks.guard import NonFiniteGuard
 from diffusion_lit.callbacks.noise_levels import LossByNoiseLevel
 from diffusion_lit.callbacks.predictions import KeepPredictions
 from diffusion_lit.callbacks.progress import ProgressBar, RunSummary, Throughput
-from diffusion_lit.callbacks.psnr import PicturePSNR
+from diffusion_lit.callbacks.psnr import ImagePSNR, PicturePSNR
 from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
 from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
 from diffusion_lit.callbacks.tf32 import TF32
@@ -19,6 +19,7 @@ __all__ = [
     "FID",
     "TF32",
     "Cost",
+    "ImagePSNR",
     "Interpolations",
     "KeepPredictions",
     "LastCheckpoint",

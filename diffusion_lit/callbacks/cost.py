@@ -23,13 +23,13 @@ WARM_UP, MEASURED = 5, 20  # steps that are left out of the pace, and after whic
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """What one picture costs a network.
+    """What one image costs a network.
 
     Args:
         parameters: Number of parameters.
         forward: Floating-point operations of a forward, a multiplication and an addition being two.
         training: The same of a forward and a backward.
-        activations: Bytes per picture that the backward pass keeps.
+        activations: Bytes per image that the backward pass keeps.
         fixed: Bytes that it keeps whatever the batch, such as weights in bf16.
     """
 
@@ -122,7 +122,7 @@ class Cost(Callback):
         if not trainer.is_global_zero or brief or not isinstance(net, nn.Module):
             return
         name = f"{type(net).__name__} of {magnitude(sum(one.numel() for one in net.parameters()))} parameters"
-        data = getattr(trainer, "datamodule", None)  # a classifier does not know the shape of its pictures
+        data = getattr(trainer, "datamodule", None)  # a classifier does not know the shape of its images
         places = ((pl_module, "x_shape"), (pl_module, "image_shape"), (data, "image_shape"))
         known = [getattr(place, attribute, None) for place, attribute in places]
         shape: Any = next((one for one in known if one is not None), None)
@@ -135,7 +135,7 @@ class Cost(Callback):
         state = state_bytes(pl_module, trainer.optimizers, _averages(trainer))
         activations = cost.fixed + batch * cost.activations
         print(
-            f"{name}: {cost.forward / 1e9:.3g} GFLOP per picture forward, {cost.training / 1e9:.3g} in a training "
+            f"{name}: {cost.forward / 1e9:.3g} GFLOP per image forward, {cost.training / 1e9:.3g} in a training "
             "step.\n"
             f"Memory, about {_mib(state + activations)}: {_mib(state)} of weights, gradients, optimizer and average, "
             f"{_mib(activations)} of activations for a batch of {batch}."
@@ -161,7 +161,7 @@ class Cost(Callback):
             return
         to_go = max(0, round(batches) - trainer.global_step * trainer.accumulate_grad_batches)
         print(
-            f"{pace}: {duration(to_go * seconds)} to the end, {magnitude(to_go * images)} pictures; validation, "
+            f"{pace}: {duration(to_go * seconds)} to the end, {magnitude(to_go * images)} images; validation, "
             "samples and metrics on top."
         )
 

@@ -1,7 +1,7 @@
 """The Fréchet distance while training: `lightning evaluate`'s own code at a small number of samples.
 
 The figure is called by its extractor and its number of samples, `fid_inception_5k`, and beside it stands
-`fid_inception_5k_floor`, the same of real pictures against real pictures.
+`fid_inception_5k_floor`, the same of real images against real images.
 """
 
 from functools import partial
@@ -27,14 +27,14 @@ from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
 
 
 class FID(Callback):
-    """Measures the Fréchet distance of samples to the training pictures at validation.
+    """Measures the Fréchet distance of samples to the training images at validation.
 
     The samples have fixed seeds and come from the average (EMA) weights; ranks share the work. To keep the best
     checkpoint, add `lightning.pytorch.callbacks.ModelCheckpoint` with `monitor: fid_inception_5k` (the metric's name;
     it is printed at the start).
 
     Args:
-        extractor: What pictures are compared by.
+        extractor: What images are compared by.
         num_samples: Number of samples; part of the metric's name, since figures at other numbers do not compare.
         every_n_epochs: Measures at the first validation and then when so many epochs have passed, and at the end.
         batch_size: Samples drawn at a time on each rank; does not change them.
@@ -115,7 +115,7 @@ class FID(Callback):
         return trainer.strategy.broadcast(value)
 
     def draw(self, trainer: Trainer, pl_module: Any, rows: Tensor) -> Tensor:
-        """The pictures that are measured.
+        """The images that are measured.
 
         Args:
             trainer: The trainer.
@@ -140,7 +140,7 @@ class FID(Callback):
         """
         data = getattr(trainer, "datamodule", None)
         if not hasattr(pl_module, "generate") or not hasattr(data, "reference_images"):
-            return f"{type(pl_module).__name__} on {type(data).__name__} has no pictures to compare"
+            return f"{type(pl_module).__name__} on {type(data).__name__} has no images to compare"
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class FID(Callback):
         self.extractor.to(pl_module.device)
         limit = 64 if trainer.fast_dev_run else None
         held_out = "val" if "val" not in self.split else "test"
-        with tqdm(desc=f"{self.extractor.name} features of real pictures", unit="img", leave=False, delay=2) as bar:
+        with tqdm(desc=f"{self.extractor.name} features of real images", unit="img", leave=False, delay=2) as bar:
             self._reference = reference_of(data, self.split, self.extractor, self.batch_size, limit, bar.update)
             other: Features | None = None
             if len(data.reference_images(held_out)) > 0:
@@ -211,10 +211,10 @@ class FID(Callback):
                 other = reference_of(data, held_out, self.extractor, self.batch_size, most, bar.update).features
         self._floor = real_against_real(self._reference, other, self.num_samples)
         if self._floor is None:
-            rank_zero_info(f"Measuring {self.tag}; there are too few pictures for its real-against-real floor.")
+            rank_zero_info(f"Measuring {self.tag}; there are too few images for its real-against-real floor.")
         else:
             floor, count = self._floor
-            rank_zero_info(f"Measuring {self.tag}; real pictures against real ones get {floor:.4g} at {count:,}.")
+            rank_zero_info(f"Measuring {self.tag}; real images against real ones get {floor:.4g} at {count:,}.")
         warning = too_few(self.num_samples, self._reference.statistics.mu.shape[0])
         if warning and not trainer.fast_dev_run:
             rank_zero_warn(f"{self.tag}: {warning}")
@@ -237,7 +237,7 @@ class FID(Callback):
 
 
 def _class_frequencies(trainer: Any, pl_module: Any) -> Tensor | None:
-    """Class shares of the training pictures."""
+    """Class shares of the training images."""
     return class_frequencies(trainer.datamodule, pl_module.num_classes)
 
 

@@ -18,7 +18,7 @@ from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
 
 class Throughput(Callback):
-    """Logs training images per second, all ranks together, validation and pictures not counted."""
+    """Logs training images per second, all ranks together, validation and images not counted."""
 
     def __init__(self) -> None:
         self._since = 0.0

@@ -1,4 +1,4 @@
-"""How near the samples of a model of one picture come to the picture."""
+"""How near the samples of a model of one image come to the image."""
 
 from typing import Any, cast
 
@@ -11,8 +11,8 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
 
 
-class PicturePSNR(Callback):
-    """Logs the mean peak signal-to-noise ratio of samples against the one training picture as `psnr`, in decibels.
+class ImagePSNR(Callback):
+    """Logs the mean peak signal-to-noise ratio of samples against the one training image as `psnr`, in decibels.
 
     Above about 25 dB a person takes the sample for a copy. Meaningless for a model of patches.
 
@@ -34,7 +34,10 @@ class PicturePSNR(Callback):
         if trainer.sanity_checking:
             return
         data, module = cast(Any, trainer).datamodule, cast(Any, pl_module)
-        picture = torch.as_tensor(data.reference_images("train")[0])
+        image = torch.as_tensor(data.reference_images("train")[0])
         samples = module.generate(range(self.seed, self.seed + self.count))
-        decibels = psnr(to_uint8(samples), picture).clamp(max=100).mean()
+        decibels = psnr(to_uint8(samples), image).clamp(max=100).mean()
         pl_module.log("psnr", decibels.float(), prog_bar=True, batch_size=1)
+
+
+PicturePSNR = ImagePSNR  # the name in configurations of before

@@ -1,4 +1,4 @@
-"""What an autoencoder makes of pictures: reconstructions, ways between them, and their distance from real ones."""
+"""What an autoencoder makes of images: reconstructions, ways between them, and their distance from real ones."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID
-from diffusion_lit.callbacks.samples import MOST, Pictures
+from diffusion_lit.callbacks.samples import MOST, Images
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
@@ -16,11 +16,11 @@ from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.ranks import rank_zero_alone
 
 
-class Reconstructions(Pictures):
-    """Held-out pictures above their reconstructions.
+class Reconstructions(Images):
+    """Held-out images above their reconstructions.
 
     Args:
-        count: Number of pictures.
+        count: Number of images.
         columns: Number of columns.
         every: Draws at every n-th validation; 0 for never.
     """
@@ -30,14 +30,14 @@ class Reconstructions(Pictures):
         check_count(count=count, columns=columns)
         if not 1 <= count <= MOST or columns < 1:
             raise ValueError(
-                f"A grid of {count} pictures in {columns} columns cannot be drawn; count must lie between 1 and "
+                f"A grid of {count} images in {columns} columns cannot be drawn; count must lie between 1 and "
                 f"{MOST:,}, and columns be at least 1."
             )
         self.count = count
         self.columns = columns
 
     def show(self, trainer: Trainer, module: Any) -> None:
-        """Draws rows of pictures, each above the row of what became of them."""
+        """Draws rows of images, each above the row of what became of them."""
         if not hasattr(module, "reconstruct"):
             return
         images = real_images(trainer, self.count).to(module.device)
@@ -49,12 +49,12 @@ class Reconstructions(Pictures):
         self.write(trainer, "reconstructions", "reconstructions", grid_image(torch.cat(rows), columns))
 
 
-class Interpolations(Pictures):
-    """The straight ways in latent space between pairs of held-out pictures, decoded.
+class Interpolations(Images):
+    """The straight ways in latent space between pairs of held-out images, decoded.
 
     Args:
         rows: Number of pairs.
-        columns: Number of pictures along a way, the reconstructions of its ends among them.
+        columns: Number of images along a way, the reconstructions of its ends among them.
         every: Draws at every n-th validation; 0 for never.
     """
 
@@ -65,7 +65,7 @@ class Interpolations(Pictures):
         if rows < 1 or columns < 2 or rows * columns > MOST:
             raise ValueError(
                 f"Interpolations of {rows} rows and {columns} columns cannot be drawn; give at least 1 and 2, and at "
-                f"most {MOST:,} pictures in all."
+                f"most {MOST:,} images in all."
             )
         self.rows = rows
         self.columns = columns
@@ -85,18 +85,18 @@ class Interpolations(Pictures):
 
 
 class ReconstructionFID(FID):
-    """The Fréchet distance of reconstructed held-out pictures to the training pictures: `rfid_inception_5k`.
+    """The Fréchet distance of reconstructed held-out images to the training images: `rfid_inception_5k`.
 
     It is what a perfect model of the latents would get, and stands beside the FID of the samples, with which it shares
     extractor, reference and code. Of a frozen autoencoder it is measured once.
 
     Args:
-        extractor: What pictures are compared by.
-        num_samples: Number of held-out pictures; all there are where there are fewer.
+        extractor: What images are compared by.
+        num_samples: Number of held-out images; all there are where there are fewer.
         every_n_epochs: Measures at the first validation and then when so many epochs have passed, and at the end.
-        batch_size: Pictures at a time on each rank.
+        batch_size: Images at a time on each rank.
         split: Split of the data that they are compared with.
-        held_out: Split of the pictures that are reconstructed.
+        held_out: Split of the images that are reconstructed.
         strict: Stops the run when the extractor's weights cannot be had, instead of training without the metric.
     """
 
@@ -120,7 +120,7 @@ class ReconstructionFID(FID):
         return f"r{self.extractor.metric}_{short_count(self.num_samples)}"
 
     def draw(self, trainer: Any, module: Any, rows: Tensor) -> Tensor:
-        """Reconstructs some of the held-out pictures.
+        """Reconstructs some of the held-out images.
 
         Args:
             trainer: The trainer.
@@ -139,28 +139,28 @@ class ReconstructionFID(FID):
         return self._measured
 
     def problem(self, trainer: Any, module: LightningModule) -> str | None:
-        """Why it cannot be measured, or None; takes as many pictures as there are."""
+        """Why it cannot be measured, or None; takes as many images as there are."""
         data = getattr(trainer, "datamodule", None)
         if not hasattr(module, "reconstruct") or not hasattr(data, "reference_images"):
-            return f"{type(module).__name__} on {type(data).__name__} reconstructs no pictures"
+            return f"{type(module).__name__} on {type(data).__name__} reconstructs no images"
         there = len(data.reference_images(self.held_out))  # type: ignore[union-attr]
         if there < 2:
-            return f"the split {self.held_out} has {there} pictures"
+            return f"the split {self.held_out} has {there} images"
         self.num_samples = min(self.num_samples, there)
         return None
 
 
 def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | None = None) -> Tensor:
-    """Pictures of a split, spread evenly over it.
+    """Images of a split, spread evenly over it.
 
     Args:
         trainer: The trainer, whose data has them; the training split stands in for an empty one.
-        count: Number of pictures; all there are where there are fewer.
+        count: Number of images; all there are where there are fewer.
         split: "train", "val" or "test".
         rows: Which of the `count`; all by default.
 
     Returns:
-        Pictures (B, C, H, W) in [-1, 1] on the CPU.
+        Images (B, C, H, W) in [-1, 1] on the CPU.
     """
     data = trainer.datamodule
     images = data.reference_images(split)
@@ -171,7 +171,7 @@ def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | Non
 
 
 def _above(images: Tensor, made: Tensor, start: int, columns: int) -> list[Tensor]:
-    """A row of pictures and the row below it, the last one filled up with white."""
+    """A row of images and the row below it, the last one filled up with white."""
     rows = []
     for part in (images, made):
         row = part[start : start + columns]

@@ -1,4 +1,4 @@
-"""Pictures while training: a grid of samples that grow, and the way from noise to picture.
+"""Images while training: a grid of samples that grow, and the way from noise to image.
 
 Seeds and labels are fixed, so that the grids of different epochs show the same samples at different ages.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST = 1024  # images that a callback draws at once: more are a slip of the keyboard
 
 
-class Pictures(WritesToRunFolder):
+class Images(WritesToRunFolder):
     """Draws samples with fixed seeds after validation; subclasses say which and how they are shown.
 
     Args:
@@ -110,8 +110,8 @@ class Pictures(WritesToRunFolder):
             trainer: The trainer.
             tag: The loggers' name of it.
             name: The file's name folder; the file is called by the training step.
-            image: The picture, or the frame that gives the size where `gif` is given.
-            gif: The bytes of an animation, written in the picture's stead.
+            image: The image, or the frame that gives the size where `gif` is given.
+            gif: The bytes of an animation, written in the image's stead.
         """
         if cast(Any, trainer).fast_dev_run or not trainer.is_global_zero:
             return
@@ -124,10 +124,10 @@ class Pictures(WritesToRunFolder):
             for logger in trainer.loggers:
                 show_image(logger, tag, path, image.size, trainer.global_step)
         except OSError as error:
-            rank_zero_warn(f"A picture of {name} could not be written: {error}. Training goes on.")
+            rank_zero_warn(f"An image of {name} could not be written: {error}. Training goes on.")
 
 
-class SampleGrid(Pictures):
+class SampleGrid(Images):
     """A grid of samples: one row per class where there are classes.
 
     Args:
@@ -158,8 +158,8 @@ class SampleGrid(Pictures):
         self.write(trainer, "samples", "samples", grid)
 
 
-class Trajectory(Pictures):
-    """The way from noise to picture: a strip of x above x0_hat along the steps, and an animation.
+class Trajectory(Images):
+    """The way from noise to image: a strip of x above x0_hat along the steps, and an animation.
 
     Args:
         count: Number of samples in the strip; the animation shows 16.

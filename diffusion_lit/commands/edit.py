@@ -1,6 +1,6 @@
 """`lightning edit TASK`: what a trained denoiser can do beyond sampling, a command per task.
 
-The tasks themselves are the functions of `diffusion_lit.diffusion.editing`; here are their defaults, their pictures and
+The tasks themselves are the functions of `diffusion_lit.diffusion.editing`; here are their defaults, their images and
 their figures.
 """
 
@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d
 from torch.nn.functional import interpolate as enlarge
 
 from diffusion_lit.checks import check_count
-from diffusion_lit.commands.edit_options import SAMPLES, Options, PictureOptions, decibels, picture_size, read_pixels
+from diffusion_lit.commands.edit_options import SAMPLES, ImageOptions, Options, decibels, image_size, read_pixels
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import evenly
@@ -27,20 +27,20 @@ BLURS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
 def forward(
-    options: PictureOptions,
+    options: ImageOptions,
     sigmas: list[float] = [0.1, 0.3, 1.0, 3.0, 10.0],  # noqa: B006 (never changed)
     timesteps: list[int] | None = None,
     num_samples: int = 1,
 ) -> None:
-    """Noises a picture: x = x0 + sigma n at several levels, shown as x / sqrt(1 + sigma^2).
+    """Noises an image: x = x0 + sigma n at several levels, shown as x / sqrt(1 + sigma^2).
 
     Args:
-        options: Model, picture and output.
+        options: Model, image and output.
         sigmas: Noise levels.
         timesteps: Steps of the model's schedule instead, as JSON: '[250, 500, 750]'.
         num_samples: Draws of the noise, a row each.
     """
-    options.unused("Noising a picture", "label", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
+    options.unused("Noising an image", "label", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
     model = options.load()
     named = _levels(model, sigmas, timesteps)
     sigmas = list(named)
@@ -50,27 +50,26 @@ def forward(
         sigma: editing.visible(model, editing.forward(model, images, sigma, seeds), sigma).cpu() for sigma in sigmas
     }
     rows = [[Cell(image[0])] + [Cell(noisy[sigma][row]) for sigma in sigmas] for row in range(num_samples)]
-    figure = labelled_grid(rows, ["picture", *named.values()], _seeds(seeds))
-    pictures = {"input": image} | {f"sigma_{sigma:g}": noisy[sigma] for sigma in sigmas}
-    options.write(
-        "forward", model, None, figure, pictures, {"sigmas": sigmas, "timesteps": timesteps, "seeds": list(seeds)}
-    )
+    figure = labelled_grid(rows, ["image", *named.values()], _seeds(seeds))
+    files = {"input": image} | {f"sigma_{sigma:g}": noisy[sigma] for sigma in sigmas}
+    facts = {"sigmas": sigmas, "timesteps": timesteps, "seeds": list(seeds)}
+    options.write("forward", model, None, figure, files, facts)
 
 
 def denoise(
-    options: PictureOptions,
+    options: ImageOptions,
     sigmas: list[float] = [0.1, 0.3, 1.0, 3.0],  # noqa: B006
     timesteps: list[int] | None = None,
     blur_sigma: float | None = None,
     kernel_size: int | None = None,
     kernel_sizes: list[int] | None = None,
 ) -> None:
-    """Noises a picture to several levels and denoises it: by a Gaussian blur, in one step, and step by step.
+    """Noises an image to several levels and denoises it: by a Gaussian blur, in one step, and step by step.
 
     Each with its PSNR. Steps are every 30th of 1,000 from the level down, unless told otherwise.
 
     Args:
-        options: Model, picture, condition, sampling and output.
+        options: Model, image, condition, sampling and output.
         sigmas: Noise levels.
         timesteps: Steps of the model's schedule instead, as JSON: '[250, 500, 750]'.
         blur_sigma: Standard deviation of the blur in pixels; by default the best of 0.5, 0.75, 1, 1.5, 2 and 3 for each
@@ -83,7 +82,7 @@ def denoise(
     sigmas = list(named)
     if kernel_sizes is not None and len(kernel_sizes) != len(sigmas):
         raise ValueError(f"kernel_sizes is {kernel_sizes} for {len(sigmas)} noise levels; give one for each.")
-    kernels = dict(zip(sigmas, kernel_sizes or [kernel_size] * len(sigmas), strict=True))
+    kernels = dict(zip(sigmas, list(kernel_sizes or [kernel_size] * len(sigmas)), strict=True))
     sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
     image, labels, seeds = options.read(model), options.labels(model, 1), options.seeds(1)
     blurs = BLURS if blur_sigma is None else (blur_sigma,)
@@ -103,7 +102,7 @@ def denoise(
     names = {"noisy": "noisy", "blur": "Gaussian blur", "one_step": "one step", "iterative": "step by step"}
     rows = [[Cell(each[s][0], _db(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()]
     figure = labelled_grid(rows, list(named.values()), list(names.values()))
-    pictures = {"input": image} | {f"{name}_{s:g}": each[s] for name, each in made.items() for s in sigmas}
+    images = {"input": image} | {f"{name}_{s:g}": each[s] for name, each in made.items() for s in sigmas}
     facts = {
         "psnr": figures,
         "blur_sigma": chosen,
@@ -114,20 +113,20 @@ def denoise(
     }
     table = [["PSNR in dB", *(text.replace("\n", ", ") for text in named.values())]]
     table += [[names[name], *(f"{value:.2f}" for value in row.values())] for name, row in figures.items()]
-    options.write("denoise", model, sampling, figure, pictures, facts, table=table)
+    options.write("denoise", model, sampling, figure, images, facts, table=table)
 
 
 def img2img(
-    options: PictureOptions,
+    options: ImageOptions,
     starts: list[int] = [1, 3, 5, 7, 10, 20],  # noqa: B006
     num_samples: int = 1,
 ) -> None:
-    """Noises a picture to a level and denoises it from there (SDEdit): from free invention to the picture itself.
+    """Noises an image to a level and denoises it from there (SDEdit): from free invention to the image itself.
 
     A start is an index of the grid, 0 being all noise. The grid is every 30th of 1,000 steps unless told otherwise.
 
     Args:
-        options: Model, picture, condition, sampling and output.
+        options: Model, image, condition, sampling and output.
         starts: Start levels, a column each.
         num_samples: Results for each level, a row each.
     """
@@ -146,31 +145,31 @@ def img2img(
         for row in range(num_samples)
     ]
     columns = [f"start {start}\nsigma {levels[start]:.3g}" for start in starts]
-    figure = labelled_grid(rows, [*columns, "picture"], _seeds(seeds))
+    figure = labelled_grid(rows, [*columns, "image"], _seeds(seeds))
     facts = {
         "starts": {str(start): {"sigma": levels[start], "psnr": values[start]} for start in starts},
         "seeds": list(seeds),
         "labels": options.names(model, labels),
     }
-    pictures = {"input": image} | {f"start_{start}": made[start] for start in starts}
-    options.write("img2img", model, sampling, figure, pictures, facts)
+    named = {"input": image} | {f"start_{start}": made[start] for start in starts}
+    options.write("img2img", model, sampling, figure, named, facts)
 
 
 def inpaint(
-    options: PictureOptions,
+    options: ImageOptions,
     mask: str | None = None,
     box: tuple[int, int, int, int] | None = None,
     resamplings: int = 5,
     jump: int = 1,
     num_samples: int = 4,
 ) -> None:
-    """Fills in a part of a picture; the rest of the result is the picture itself, bit for bit.
+    """Fills in a part of an image; the rest of the result is the image itself, bit for bit.
 
     Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
 
     Args:
-        options: Model, picture, condition, sampling and output.
-        mask: Picture file that is white (or transparent) where to fill in, of the size of the picture or of the model.
+        options: Model, image, condition, sampling and output.
+        mask: Image file that is white (or transparent) where to fill in, of the size of the image or of the model.
         box: The part to fill in as JSON, '[left, top, right, bottom]', in pixels of the model's size; by default the
             middle half.
         resamplings: How often each window of steps is run (RePaint's r).
@@ -194,10 +193,10 @@ def inpaint(
         Cell(seen[0]),
         *[Cell(x, _db(value)) for x, value in zip(made, values, strict=True)],
     ]
-    figure = labelled_grid([cells], ["picture", "mask", "known", *_seeds(seeds)], [""])
+    figure = labelled_grid([cells], ["image", "mask", "known", *_seeds(seeds)], [""])
     facts = {
         "known_share": float(known.float().mean()),
-        "known_pixels_are_the_pictures": bool((made == image)[known.expand_as(made)].all()),
+        "known_pixels_are_the_images": bool((made == image)[known.expand_as(made)].all()),
         "psnr": values,
         "mask": mask,
         "box": box,
@@ -206,8 +205,8 @@ def inpaint(
         "seeds": list(seeds),
         "labels": options.names(model, labels),
     }
-    pictures = {"input": image, "mask": 1.0 - 2.0 * known.float(), "result": made}
-    options.write("inpaint", model, sampling, figure, pictures, facts)
+    named = {"input": image, "mask": 1.0 - 2.0 * known.float(), "result": made}
+    options.write("inpaint", model, sampling, figure, named, facts)
 
 
 def anagram(
@@ -215,7 +214,7 @@ def anagram(
     view: list[str] = ["identity", "rotate_180"],  # noqa: B006
     num_samples: int = 6,
 ) -> None:
-    """Draws pictures that show something else under each view: turned round, mirrored, cut up, in the negative.
+    """Draws images that show something else under each view: turned round, mirrored, cut up, in the negative.
 
     Views: identity, flip_horizontal, flip_vertical, rotate_90, rotate_180, rotate_270, jigsaw, permute, negative.
 
@@ -238,18 +237,18 @@ def anagram(
     rows = [[Cell(x) for x in change.apply(made)] for change in made_views]
     figure = labelled_grid(rows, _seeds(seeds), [f"{v}\n{name}" for v, name in zip(view, names, strict=True)])
     facts = {"views": view, "labels": names, "seeds": list(seeds)}
-    pictures = {f"result_{name}": change.apply(made) for name, change in zip(view, made_views, strict=True)}
-    options.write("anagram", model, sampling, figure, pictures, facts)
+    images = {f"result_{name}": change.apply(made) for name, change in zip(view, made_views, strict=True)}
+    options.write("anagram", model, sampling, figure, images, facts)
 
 
 def hybrid(
     options: Options, blur_sigma: float | None = None, kernel_size: int | None = None, num_samples: int = 6
 ) -> None:
-    """Draws pictures that show one condition from afar and another from near, at several sizes.
+    """Draws images that show one condition from afar and another from near, at several sizes.
 
     Args:
         options: Model, two conditions (the first from afar, the second from near), sampling and output.
-        blur_sigma: Standard deviation of the low-pass in pixels; by default a 32nd of the picture's height.
+        blur_sigma: Standard deviation of the low-pass in pixels; by default a 32nd of the image's height.
         kernel_size: Side of its kernel in pixels, odd; by default it reaches out to 4 standard deviations.
         num_samples: Results, a column each.
     """
@@ -277,8 +276,8 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
 
     Args:
         options: Model, condition, sampling and output.
-        to_seed: Seed of the last picture; by default the one after --seed.
-        num_frames: Pictures on the way, both ends included.
+        to_seed: Seed of the last image; by default the one after --seed.
+        num_frames: Images on the way, both ends included.
     """
     model = options.load()
     sampling = options.sampling(model, model.sampling)
@@ -295,13 +294,13 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
     options.write("interpolate", model, sampling, figure, {"frame": made}, facts, animations)
 
 
-def invert(options: PictureOptions) -> None:
-    """Takes a picture up the probability-flow ODE to its noise and back, and says how near it comes (PSNR).
+def invert(options: ImageOptions) -> None:
+    """Takes an image up the probability-flow ODE to its noise and back, and says how near it comes (PSNR).
 
     Takes 100 steps, with heun where the model's own sampler draws noise, unless told otherwise.
 
     Args:
-        options: Model, picture, condition, sampling and output.
+        options: Model, image, condition, sampling and output.
     """
     model = options.load()
     own: Sampling = model.sampling
@@ -314,7 +313,7 @@ def invert(options: PictureOptions) -> None:
     noise = editing.visible(model, x, sigma).cpu()
     value = decibels(back, image)[0]
     cells = [Cell(image[0]), Cell(noise[0], f"sigma {sigma:.3g}"), Cell(back[0], _db(value))]
-    figure = labelled_grid([cells], ["picture", "its noise", "back"], [""])
+    figure = labelled_grid([cells], ["image", "its noise", "back"], [""])
     facts = {
         "psnr": value,
         "sigma": sigma,
@@ -350,17 +349,17 @@ def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -
     names = options.names(model, labels)
     figure = labelled_grid([[Cell(x) for x in row] for row in made], [f"cfg_scale {s:g}" for s in cfg_scales], names)
     facts = {"cfg_scales": cfg_scales, "labels": names, "seeds": seeds}
-    pictures = {f"cfg_{scale:g}": made[:, column] for column, scale in enumerate(cfg_scales)}
-    options.write("guidance", model, sampling, figure, pictures, facts)
+    images = {f"cfg_{scale:g}": made[:, column] for column, scale in enumerate(cfg_scales)}
+    options.write("guidance", model, sampling, figure, images, facts)
 
 
-def colorize(options: PictureOptions, resamplings: int = 5, jump: int = 1, num_samples: int = 4) -> None:
-    """Gives a picture other colours: its grey stays, to the last bit that rounding leaves.
+def colorize(options: ImageOptions, resamplings: int = 5, jump: int = 1, num_samples: int = 4) -> None:
+    """Gives an image other colours: its grey stays, to the last bit that rounding leaves.
 
     Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
 
     Args:
-        options: Model, picture, condition, sampling and output.
+        options: Model, image, condition, sampling and output.
         resamplings: How often each window of steps is run (RePaint's r).
         jump: Steps in a window (RePaint's j).
         num_samples: Results.
@@ -384,16 +383,16 @@ def colorize(options: PictureOptions, resamplings: int = 5, jump: int = 1, num_s
 
 
 def super_resolve(
-    options: PictureOptions, factor: int = 4, resamplings: int = 5, jump: int = 1, num_samples: int = 4
+    options: ImageOptions, factor: int = 4, resamplings: int = 5, jump: int = 1, num_samples: int = 4
 ) -> None:
-    """Gives a small picture detail: its pixels stay the means over squares of the result.
+    """Gives a small image detail: its pixels stay the means over squares of the result.
 
-    The picture is fitted to the model and shrunk; one that is smaller than the model's pictures is fitted to the small
+    The image is fitted to the model and shrunk; one that is smaller than the model's images is fitted to the small
     size instead. Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
 
     Args:
-        options: Model, picture, condition, sampling and output.
-        factor: Pixels of the result along the side of one of the small picture.
+        options: Model, image, condition, sampling and output.
+        factor: Pixels of the result along the side of one of the small image.
         resamplings: How often each window of steps is run (RePaint's r).
         jump: Steps in a window (RePaint's j).
         num_samples: Results.
@@ -406,7 +405,7 @@ def super_resolve(
     seeds, labels = options.seeds(num_samples), options.labels(model, num_samples)
     image = options.read(model)
     small = avg_pool2d(image, factor)
-    if options.picture not in (None, *SAMPLES) and min(picture_size(options.picture)) < side:
+    if options.image not in (None, *SAMPLES) and min(image_size(options.image)) < side:
         small = options.read(model, side // factor)
     made = editing.super_resolve(
         model,
@@ -428,7 +427,7 @@ def super_resolve(
 
 
 def _restored(
-    options: PictureOptions,
+    options: ImageOptions,
     task: str,
     model: Any,
     sampling: Sampling,
@@ -439,14 +438,14 @@ def _restored(
     labels: Tensor | None,
     facts: dict[str, Any],
 ) -> None:
-    """Writes what a restoration made: the picture, what was known of it, the results with their PSNR."""
+    """Writes what a restoration made: the image, what was known of it, the results with their PSNR."""
     compared = {name: x for name, x in given.items() if x.shape == image.shape}
     values = {name: decibels(x, image)[0] for name, x in compared.items()}
     results = decibels(made, image)
     cells = [Cell(image[0])]
     cells += [Cell(x[0], _db(values[name]) if name in values else "") for name, x in given.items()]
     cells += [Cell(x, _db(value)) for x, value in zip(made, results, strict=True)]
-    figure = labelled_grid([cells], ["picture", *given, *_seeds(seeds)], [""])
+    figure = labelled_grid([cells], ["image", *given, *_seeds(seeds)], [""])
     facts = {
         **facts,
         "psnr": {**values, "results": results},
@@ -470,7 +469,7 @@ def _levels(model: Any, sigmas: Sequence[float], timesteps: Sequence[int] | None
     return {float(schedule.sigmas[t]): f"t {t}\nsigma {float(schedule.sigmas[t]):.3g}" for t in timesteps}
 
 
-def _known(options: PictureOptions, model: Any, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
+def _known(options: ImageOptions, model: Any, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
     """Which pixels are known, bool (1, 1, H, W)."""
     _, height, width = model.image_shape
     if mask is not None and box is not None:
@@ -481,15 +480,15 @@ def _known(options: PictureOptions, model: Any, mask: str | None, box: tuple[int
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise ValueError(
                 f"The box [{left}, {top}, {right}, {bottom}] does not lie in the {width}x{height} pixels of the "
-                "model's pictures; give [left, top, right, bottom] with left < right and top < bottom."
+                "model's images; give [left, top, right, bottom] with left < right and top < bottom."
             )
         known[..., top:bottom, left:right] = False
         return known
     marked = read_pixels(mask, height, 1, resize="area")[None]
-    size = picture_size(mask)
-    of_picture = picture_size(options.picture) if options.picture not in (None, *SAMPLES) else None
-    if size not in ((width, height), of_picture):
-        whose = "" if of_picture is None else f"the picture's {of_picture[0]}x{of_picture[1]} or "
+    size = image_size(mask)
+    of_image = image_size(options.image) if options.image not in (None, *SAMPLES) else None
+    if size not in ((width, height), of_image):
+        whose = "" if of_image is None else f"the image's {of_image[0]}x{of_image[1]} or "
         raise ValueError(
             f"The mask {mask} is {size[0]}x{size[1]} pixels; make it {whose}the model's {width}x{height}, so that it "
             "is clear what it covers."
@@ -498,14 +497,14 @@ def _known(options: PictureOptions, model: Any, mask: str | None, box: tuple[int
 
 
 def sizes_image(images: Tensor, side: int) -> Image.Image:
-    """Each picture large, and below it ever smaller, as if from further away.
+    """Each image large, and below it ever smaller, as if from further away.
 
     Args:
-        images: Pictures (B, C, H, W) in [-1, 1].
+        images: Images (B, C, H, W) in [-1, 1].
         side: Their height.
 
     Returns:
-        A column per picture; each size is half of the one above.
+        A column per image; each size is half of the one above.
     """
     large = max(side, 192)
     row = grid_image(images, columns=len(images), scale=1)
@@ -517,7 +516,7 @@ def sizes_image(images: Tensor, side: int) -> Image.Image:
     for index, sheet in enumerate(sheets):
         top = gap
         for size in sizes:
-            # Enlarged as blocks or smoothly would show the blocks, so that the near picture could not be seen.
+            # Enlarged as blocks or smoothly would show the blocks, so that the near image could not be seen.
             resized = sheet.resize((size, size), Image.Resampling.BICUBIC)
             canvas.paste(resized, (gap + index * (large + gap) + (large - size) // 2, top))
             top += size + gap

@@ -1,6 +1,6 @@
-"""What the tasks of `lightning edit` share: the model, how it is sampled, the picture, and what is written.
+"""What the tasks of `lightning edit` share: the model, how it is sampled, the image, and what is written.
 
-A task writes into its folder figure.png (what a person looks at), the pictures themselves pixel for pixel, and
+A task writes into its folder figure.png (what a person looks at), the images themselves pixel for pixel, and
 record.json: the model and its hash, the sampling, the options and the figures.
 """
 
@@ -53,7 +53,7 @@ class Options:
         grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
         sigma_min: Smallest noise level of the grid above 0.
         sigma_max: Largest noise level of the grid.
-        clip_x0: Threshold on predicted pictures: none, static or dynamic.
+        clip_x0: Threshold on predicted images: none, static or dynamic.
         sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
         grid_options: Options of the grid, as JSON: '{"rho": 7}'.
         guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
@@ -179,11 +179,11 @@ class Options:
         return [_class_index(word.strip(), names, model.num_classes) for word in self.label.split(",")]
 
     def labels(self, model: Any, count: int) -> Tensor | None:
-        """The one condition of a task, for each of its pictures.
+        """The one condition of a task, for each of its images.
 
         Args:
             model: The model.
-            count: Number of pictures.
+            count: Number of images.
 
         Returns:
             Shape (count,), or None without a condition.
@@ -193,7 +193,7 @@ class Options:
         """
         given = self.conditions(model)
         if len(given) > 1:
-            raise ValueError(f"{len(given)} conditions were given, but this task takes one for all pictures; give one.")
+            raise ValueError(f"{len(given)} conditions were given, but this task takes one for all images; give one.")
         return torch.tensor(given * count) if given else None
 
     def several(self, model: Any, needed: int, what: str) -> Tensor:
@@ -256,19 +256,19 @@ class Options:
         model: Any,
         sampling: Sampling | None,
         figure: Image.Image,
-        pictures: dict[str, Tensor],
+        named: dict[str, Tensor],
         facts: dict[str, Any],
         animations: dict[str, bytes] | None = None,
         table: Sequence[Sequence[str]] = (),
     ) -> None:
-        """Writes the figure, the pictures and the record, in the place of those of an earlier run, and says so.
+        """Writes the figure, the images and the record, in the place of those of an earlier run, and says so.
 
         Args:
             task: The task's name.
             model: The model.
             sampling: How it was sampled; None where it was not.
             figure: What a person looks at.
-            pictures: Pictures (B, C, H, W) in [-1, 1] by name, each written as NAME.png, or NAME_0.png, NAME_1.png...
+            named: Images (B, C, H, W) in [-1, 1] by name, each written as NAME.png, or NAME_0.png, NAME_1.png...
             facts: Figures and whatever else the record shall hold.
             animations: GIF files by name.
             table: Figures to print, row by row.
@@ -278,9 +278,9 @@ class Options:
         """
         folder = Path(self.out or f"{OUT}/{task}")
         files: dict[str, Image.Image | bytes] = {"figure.png": figure, **(animations or {})}
-        for name, images in pictures.items():
+        for name, images in named.items():
             for index, image in enumerate(images):
-                files[f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"] = as_picture(image)
+                files[f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"] = as_image(image)
         record = {
             "task": task,
             "model": self._identity(model),
@@ -300,7 +300,7 @@ class Options:
             return
         if table:
             print(plain_table(table))
-        print(f"{task}: figure.png, record.json and the pictures are in {folder}/.")
+        print(f"{task}: figure.png, record.json and the images are in {folder}/.")
 
     def _identity(self, model: Any) -> dict[str, Any]:
         """What the model is, for the record."""
@@ -313,25 +313,25 @@ class Options:
 
 
 @dataclass(frozen=True)
-class PictureOptions(Options):
-    """Model, condition, sampling and output, as `Options`, and the picture to edit.
+class ImageOptions(Options):
+    """Model, condition, sampling and output, as `Options`, and the image to edit.
 
     Args:
-        picture: A picture file of any size and mode: its centre square is fitted to the model. `flower` and `china` are
-            photographs that come with scikit-learn. Without it a test picture of the checkpoint's own data is taken.
-        negative_picture: Turn the picture to its negative first: a drawing in black on white, for a model of white on
+        image: An image file of any size and mode: its centre square is fitted to the model. `flower` and `china` are
+            photographs that come with scikit-learn. Without it a test image of the checkpoint's own data is taken.
+        negative_image: Turn the image to its negative first: a drawing in black on white, for a model of white on
             black.
-        data_index: Number of the test picture.
+        data_index: Number of the test image.
         data_root: Where the checkpoint's own data lies now.
     """
 
-    picture: str | None = None
-    negative_picture: bool = False
+    image: str | None = None
+    negative_image: bool = False
     data_index: int = 0
     data_root: str | None = None
 
     def read(self, model: Any, size: int | None = None) -> Tensor:
-        """The picture, fitted to the model.
+        """The image, fitted to the model.
 
         Args:
             model: The model.
@@ -341,25 +341,22 @@ class PictureOptions(Options):
             Shape (1, C, H, W) in [-1, 1].
 
         Raises:
-            ValueError: If it cannot be read or used, or there is no such test picture.
+            ValueError: If it cannot be read or used, or there is no such test image.
             OSError: If there is no such file, or the data is missing.
         """
         channels, side, _ = model.image_shape
-        if self.picture is not None:
-            pixels = read_pixels(self.picture, size or side, channels)
-        else:
-            pixels = self._test_picture(model)
+        pixels = self._test_image(model) if self.image is None else read_pixels(self.image, size or side, channels)
         image = pixels[None].float() / 127.5 - 1
-        return -image if self.negative_picture else image
+        return -image if self.negative_image else image
 
-    def _test_picture(self, model: Any) -> Tensor:
+    def _test_image(self, model: Any) -> Tensor:
         if self.ckpt_path is None:
-            raise ValueError("A pretrained model brings no data along; give --picture FILE, or flower or china.")
+            raise ValueError("A pretrained model brings no data along; give --image FILE, or flower or china.")
         data: Any = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
         data.prepare_data()
         images = data.reference_images("test")
         if not 0 <= self.data_index < len(images):
-            raise ValueError(f"data_index is {self.data_index}; the test split has pictures 0 to {len(images) - 1}.")
+            raise ValueError(f"data_index is {self.data_index}; the test split has images 0 to {len(images) - 1}.")
         return torch.as_tensor(images[self.data_index])
 
 
@@ -374,7 +371,7 @@ def _class_index(word: str, names: list[str], num_classes: int) -> int:
 
 
 def read_pixels(path: str, size: int, channels: int, resize: str = "lanczos") -> Tensor:
-    """Reads a picture file: upright, its centre square, on white where it is transparent, resized.
+    """Reads an image file: upright, its centre square, on white where it is transparent, resized.
 
     Args:
         path: The file, or `flower` or `china`.
@@ -386,7 +383,7 @@ def read_pixels(path: str, size: int, channels: int, resize: str = "lanczos") ->
         Pixels uint8 (C, size, size).
 
     Raises:
-        ValueError: If it is broken, no picture, or has more pixels than a picture has.
+        ValueError: If it is broken, no image, or has more pixels than an image has.
         OSError: If there is no such file, or it may not be read.
     """
     from datamodules import SingleImage
@@ -395,8 +392,8 @@ def read_pixels(path: str, size: int, channels: int, resize: str = "lanczos") ->
     return data.pixels()
 
 
-def picture_size(path: str) -> tuple[int, int]:
-    """Width and height of a picture file that `read_pixels` has read, upright."""
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height of an image file that `read_pixels` has read, upright."""
     from datamodules.decode import ORIENTATION
 
     with warnings.catch_warnings():
@@ -406,13 +403,13 @@ def picture_size(path: str) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
 
 
-def as_picture(image: Tensor) -> Image.Image:
-    """A picture (C, H, W) in [-1, 1] pixel for pixel: grey for one channel, RGB for three."""
+def as_image(image: Tensor) -> Image.Image:
+    """An image (C, H, W) in [-1, 1] pixel for pixel: grey for one channel, RGB for three."""
     pixels = to_uint8(image)
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
 
-def decibels(images: Tensor, picture: Tensor) -> list[float]:
-    """PSNR of pictures (B, C, H, W) against one (1, C, H, W), as 8-bit pictures, at most 99 dB (equal)."""
-    values: list[float] = psnr(to_uint8(images), to_uint8(picture)[0]).clamp(max=99).tolist()
+def decibels(images: Tensor, image: Tensor) -> list[float]:
+    """PSNR of images (B, C, H, W) against one (1, C, H, W), as 8-bit images, at most 99 dB (equal)."""
+    values: list[float] = psnr(to_uint8(images), to_uint8(image)[0]).clamp(max=99).tolist()
     return [round(value, 2) for value in values]

@@ -63,8 +63,8 @@ def evaluate(
         ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt.
         num_samples: Samples in each block; figures at different numbers do not compare.
         out: The report, a .json file.
-        extractor: What pictures are compared by: inception, classifier, pixels, vgg16, clip or clip-VARIANT, dinov2 or
-            dinov2-VARIANT; auto is inception for colour pictures, else classifier (trained on the data set on the spot
+        extractor: What images are compared by: inception, classifier, pixels, vgg16, clip or clip-VARIANT, dinov2 or
+            dinov2-VARIANT; auto is inception for colour images, else classifier (trained on the data set on the spot
             unless --extractor_weights names one). Its name is part of every figure's name.
         extractor_weights: Local file of the extractor's weights; a checkpoint of configs/classifier_NAME.yaml for
             classifier.
@@ -79,17 +79,17 @@ def evaluate(
         grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
         sigma_min: Smallest noise level of the grid above 0.
         sigma_max: Largest noise level of the grid.
-        clip_x0: Threshold on predicted pictures: none, static or dynamic.
+        clip_x0: Threshold on predicted images: none, static or dynamic.
         sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
         grid_options: Options of the grid, as JSON: '{"rho": 7}'.
         guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
         seed: Seed of the first sample; sample i has the seed SEED + i.
         per_class: Also gives the Fréchet distance of each class.
-        memorization: Also asks whether samples are nearer to training pictures than chance allows, with a picture of
+        memorization: Also asks whether samples are nearer to training images than chance allows, with an image of
             the worst pairs.
-        likelihood: Also gives bits per dimension of the test pictures.
-        likelihood_images: Number of pictures that the likelihood is taken over.
+        likelihood: Also gives bits per dimension of the test images.
+        likelihood_images: Number of images that the likelihood is taken over.
         save_samples: Keeps the samples as PNG files in this folder.
         data: Other data than the checkpoint's own, as a class of datamodules and its arguments.
         data_root: Where the checkpoint's own data lies now.

@@ -207,10 +207,10 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     for job in jobs:
         samples = gather_shards(job)
         seconds += samples.seconds
-        result, warnings, pictures = measure(plan, job, samples, module, data, extractor, against, fabric.device)
+        result, warnings, images = measure(plan, job, samples, module, data, extractor, against, fabric.device)
         report["results"].append(result)
         report["warnings"] += [warning for warning in warnings if warning not in report["warnings"]]
-        for name, triples in pictures.items():
+        for name, triples in images.items():
             plan.path.parent.mkdir(parents=True, exist_ok=True)
             pairs_image(triples).save(plan.path.with_name(name))
     if plan.likelihood:
@@ -240,19 +240,19 @@ def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
         The data module.
 
     Raises:
-        ValueError: If its pictures have another shape than the model's, or it is no data to compare with.
+        ValueError: If its images have another shape than the model's, or it is no data to compare with.
     """
     overrides = {} if plan.data_root is None else {"root": plan.data_root}
     data: Any = plan.data if plan.data is not None else load_data(plan.ckpt_path, **overrides)
     if not hasattr(data, "reference_images"):
-        raise ValueError(f"{type(data).__name__} has no reference pictures; use one of datamodules.")
+        raise ValueError(f"{type(data).__name__} has no reference images; use one of datamodules.")
     if first:
         data.prepare_data()
     for stage in ("fit", "test"):
         data.setup(stage)
     if tuple(data.image_shape) != tuple(module.image_shape):
         raise ValueError(
-            f"The data's pictures have shape {tuple(data.image_shape)} and the model's {tuple(module.image_shape)}; "
+            f"The data's images have shape {tuple(data.image_shape)} and the model's {tuple(module.image_shape)}; "
             "evaluate against data of the same size."
         )
     return data
@@ -270,7 +270,7 @@ def make_job(
         extractor: The loaded extractor.
         setting: How samples are drawn.
         settings: Number of settings.
-        single: Whether the model was trained on one picture.
+        single: Whether the model was trained on one image.
 
     Returns:
         The job.
@@ -352,7 +352,7 @@ def header(
             "num_blocks": plan.num_blocks,
             "seeds": [plan.seed, plan.seed + plan.total - 1],
             "labels": choose_labels(plan, module, data)[1],
-            "precision": "float32 weights and sampling, uint8 pictures, float32 features, float64 statistics",
+            "precision": "float32 weights and sampling, uint8 images, float32 features, float64 statistics",
             "float32": float32_arithmetic(),
         },
         "versions": versions(),

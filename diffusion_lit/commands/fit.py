@@ -182,7 +182,7 @@ class CLI(LightningCLI):
             parser.link_arguments(source, target, compute_fn=compute, apply_on="instantiate")
 
     def _net_input(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """Shape of what the network works on, which the class of the model knows: pictures, or their latents."""
+        """Shape of what the network works on, which the class of the model knows: images, or their latents."""
         model = self.config[self.subcommand].model
         net_input = getattr(_class_at(model.class_path), "net_input", lambda shape, **_: shape)
         return tuple(int(side) for side in net_input(image_shape, **dict(model.get("init_args", {}))))

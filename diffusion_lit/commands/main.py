@@ -7,6 +7,7 @@ Heavy imports wait until a command needs them, so that help is instant.
 
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -32,14 +33,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "sample": Command("diffusion_lit.commands.sample", "sample", "draw pictures from a checkpoint"),
+    "sample": Command("diffusion_lit.commands.sample", "sample", "draw images from a checkpoint"),
     "evaluate": Command(
         "diffusion_lit.commands.evaluate", "evaluate", "measure a checkpoint: FID and more, with a receipt"
     ),
     "report": Command(
         "diffusion_lit.commands.report", "report", "put a run on one HTML page: curves, samples, evaluations"
     ),
-    "edit": Command("diffusion_lit.commands.edit", "TASKS", "edit pictures: `lightning edit --help` lists the tasks"),
+    "edit": Command("diffusion_lit.commands.edit", "TASKS", "edit images: `lightning edit --help` lists the tasks"),
     "export": Command("diffusion_lit.commands.export", "export", "write a checkpoint's model as safetensors and JSON"),
     "configs": Command("diffusion_lit.commands.configs", "configs", "list the experiments, or copy one to edit"),
     "doctor": Command("diffusion_lit.commands.doctor", "doctor", "what this machine has, and what would be chosen"),
@@ -50,7 +51,7 @@ TRAINING = {
     "fit": "train a model: diffusion-lit fit --config edm_digits",
     "validate": "measure a checkpoint's loss on the validation split",
     "test": "measure a checkpoint's loss on the test split",
-    "predict": "draw and keep a sample for each test picture",
+    "predict": "draw and keep a sample for each test image",
 }
 
 
@@ -198,6 +199,7 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     for kind in spread.values():
         types |= {option.name: option.type for option in fields(kind)}
     parser.add_argument("--trust", metavar="MODULE", help=TRUST_HELP)  # for the help: `main` has taken it
+    args = [re.sub(r"^--(negative_)?picture(?==|$)", r"--\1image", arg) for arg in args]  # the names of before
     flags = {f"--{name}" for name, kind in types.items() if kind is bool}
     args, texts = _take_texts(args, {name for name, kind in types.items() if kind in (list[str], list[str] | None)})
     options = parser.parse_args(_spell_out_flags(args, flags))

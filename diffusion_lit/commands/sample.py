@@ -1,4 +1,4 @@
-"""`lightning sample`: pictures from a checkpoint, which is all that it needs, or from a pretrained model."""
+"""`lightning sample`: images from a checkpoint, which is all that it needs, or from a pretrained model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,11 +55,11 @@ def sample(
     devices: int = 1,
     strategy: str = "auto",
 ) -> None:
-    """Draws pictures from a checkpoint, or from a pretrained model of diffusers.
+    """Draws images from a checkpoint, or from a pretrained model of diffusers.
 
-    Writes OUT/samples.npz (`arr_0`: uint8 pictures N x H x W x C, and `labels`), batch by batch, OUT/grid.png with the
+    Writes OUT/samples.npz (`arr_0`: uint8 images N x H x W x C, and `labels`), batch by batch, OUT/grid.png with the
     first ones, and with --trajectory OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is
-    the same picture whatever the batch size and the number of devices. What is not given is as the model was trained to
+    the same image whatever the batch size and the number of devices. What is not given is as the model was trained to
     be sampled (a pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are
     used.
 
@@ -69,11 +69,11 @@ def sample(
         pretrained: A model of diffusers instead, in safetensors: its name on the Hugging Face hub, such as
             google/ddpm-cifar10-32 or DeepFloyd/IF-I-M-v1.0, or its folder. Needs the extra `pretrained`.
         prompt: What a text model shall show: --prompt "a rocket ship"; again for more, each of which gets as many
-            pictures. Without it, it draws for its null prompt.
+            images. Without it, it draws for its null prompt.
         negative_prompt: The null prompt of a text model, which guidance leads away from.
-        stage_2: Name or folder of an upsampler, such as DeepFloyd/IF-II-M-v1.0, that makes the pictures large.
+        stage_2: Name or folder of an upsampler, such as DeepFloyd/IF-II-M-v1.0, that makes the images large.
         stage_2_options: Its settings, as JSON: '{"num_steps": 30, "cfg_scale": 6, "noise_level": 250}'.
-        num_samples: Number of pictures.
+        num_samples: Number of images.
         labels: Classes to draw: `all` (each equally often, the first ones one more where it does not divide), or a list
             such as 3,3,7 that is repeated until there are enough. Without it, a model with classes draws
             unconditionally, through its null class.
@@ -84,16 +84,16 @@ def sample(
         grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
         sigma_min: Smallest noise level of the grid above 0.
         sigma_max: Largest noise level of the grid.
-        clip_x0: Threshold on predicted pictures: none, static or dynamic.
+        clip_x0: Threshold on predicted images: none, static or dynamic.
         sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
         grid_options: Options of the grid, as JSON: '{"rho": 7}'.
         guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
         seed: Seed of the first sample.
-        batch_size: Pictures drawn at a time; does not change them.
+        batch_size: Images drawn at a time; does not change them.
         out: Folder for the results.
-        trajectory: Also draws how the first pictures came to be.
-        compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred pictures on.
+        trajectory: Also draws how the first images came to be.
+        compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
         device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
         devices: Number of processes, one per device, that share the work.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
@@ -111,7 +111,7 @@ def sample(
             "--prompt."
         )
     if prompt and num_samples < len(prompt):
-        raise ValueError(f"num_samples is {num_samples} for {len(prompt)} prompts; draw at least one picture for each.")
+        raise ValueError(f"num_samples is {num_samples} for {len(prompt)} prompts; draw at least one image for each.")
     labels = "all" if prompt else labels
     settings: Sampling = module.sampling.but(
         cfg_scale=cfg_scale,

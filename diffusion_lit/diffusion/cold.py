@@ -1,4 +1,4 @@
-"""Restoration of degraded pictures step by step: the samplers of cold diffusion.
+"""Restoration of degraded images step by step: the samplers of cold diffusion.
 
 With a degradation D and a restorer R(x_s, s) -> x0_hat, from x_T down to x_0:
 
@@ -33,12 +33,12 @@ def naive(restore: Step, degrade: Step, x: Tensor, steps: list[int], callback: S
     Args:
         restore: `restore(x_s, s) -> x0_hat`.
         degrade: `degrade(x0, s) -> x_s`.
-        x: Degraded pictures (B, C, H, W) at step `steps[0]`.
+        x: Degraded images (B, C, H, W) at step `steps[0]`.
         steps: Falling steps that end in 0. Two of them are direct restoration.
         callback: Called as `callback(index, x, x0_hat, 0)` at each step, since there is no noise.
 
     Returns:
-        Restored pictures (B, C, H, W).
+        Restored images (B, C, H, W).
 
     Source: Bansal 2022, algorithm 1.
     """
@@ -50,17 +50,17 @@ def naive(restore: Step, degrade: Step, x: Tensor, steps: list[int], callback: S
 
 
 def improved(restore: Step, degrade: Step, x: Tensor, steps: list[int], callback: StepCallback | None = None) -> Tensor:
-    """Goes back by the difference that a step makes to the restored picture; arguments as for `naive`.
+    """Goes back by the difference that a step makes to the restored image; arguments as for `naive`.
 
     Args:
         restore: `restore(x_s, s) -> x0_hat`.
         degrade: `degrade(x0, s) -> x_s`.
-        x: Degraded pictures (B, C, H, W) at step `steps[0]`.
+        x: Degraded images (B, C, H, W) at step `steps[0]`.
         steps: Falling steps that end in 0.
         callback: Called as `callback(index, x, x0_hat, 0)` at each step.
 
     Returns:
-        Restored pictures (B, C, H, W).
+        Restored images (B, C, H, W).
 
     Source: Bansal 2022, algorithm 2.
     """
@@ -81,7 +81,7 @@ RESTORERS = {"improved": improved, "naive": naive, "direct": naive}
 
 @dataclass(frozen=True)
 class ColdSampling:
-    """How degraded pictures are restored. It stands where denoisers have their `Sampling`.
+    """How degraded images are restored. It stands where denoisers have their `Sampling`.
 
     Args:
         sampler: `improved` (algorithm 2), `naive` (algorithm 1) or `direct` (one restoration).
@@ -108,7 +108,7 @@ class ColdSampling:
 
     @property
     def nfe(self) -> int | None:
-        """Calls of the restorer for a picture; None where it is as many as the degradation has steps."""
+        """Calls of the restorer for an image; None where it is as many as the degradation has steps."""
         return self.num_steps
 
     def but(self, **changes: Any) -> "ColdSampling":

@@ -1,7 +1,7 @@
-"""Deterministic degradations of a picture, which stand where noise stands elsewhere: x_t = D(x0, t).
+"""Deterministic degradations of an image, which stand where noise stands elsewhere: x_t = D(x0, t).
 
-D(x0, 0) = x0, and each further step takes more of the picture away, up to t = T. What tells the degradation of one
-picture from that of another (where a hole is, which flakes fall) is a standard normal map n that stays the same along
+D(x0, 0) = x0, and each further step takes more of the image away, up to t = T. What tells the degradation of one
+image from that of another (where a hole is, which flakes fall) is a standard normal map n that stays the same along
 the whole way, so that D is a function of (x0, t, n). Blur and pixelation do not look at it.
 
     blur       x_t = A_t x0 A_t',  A_t = C' diag(exp(-(pi k / H)^2 s_t^2 / 2)) C,  C the orthonormal DCT-II
@@ -9,7 +9,7 @@ the whole way, so that D is a function of (x0, t, n). Blur and pixelation do not
     pixelate   x_t = x0 averaged over squares of 2^t pixels
     snow       x_t = x0, paled, under a_t = t / T of the flakes
 
-Lengths are shares of the picture's side, so that the same settings mean the same at every size.
+Lengths are shares of the image's side, so that the same settings mean the same at every size.
 
 Source: Bansal et al. 2022, Cold Diffusion (arXiv 2208.09392), section 4; snow after Hendrycks & Dietterich 2019
 (arXiv 1903.12261).
@@ -25,7 +25,7 @@ from diffusion_lit.checks import check_count, check_number
 
 
 class Degradation(nn.Module):
-    """Base: T steps from a picture to what is left of it.
+    """Base: T steps from an image to what is left of it.
 
     Args:
         num_steps: Number T of steps, at least 1.
@@ -41,38 +41,38 @@ class Degradation(nn.Module):
         self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
-        """Degrades pictures.
+        """Degrades images.
 
         Args:
-            x0: Pictures (B, C, H, W) in [-1, 1], H = W.
+            x0: Images (B, C, H, W) in [-1, 1], H = W.
             t: Steps in [0, T], whole numbers of shape () or (B,).
-            noise: Standard normal map of each picture, shape (B, 1, H, W).
+            noise: Standard normal map of each image, shape (B, 1, H, W).
 
         Returns:
             x_t of x0's shape; x0 itself where t is 0.
 
         Raises:
-            ValueError: If a step is outside [0, T], or the pictures are not square.
+            ValueError: If a step is outside [0, T], or the images are not square.
         """
         steps = torch.as_tensor(t)
         # Looking at a value on an accelerator would wait for it.
         if steps.device.type == "cpu" and steps.numel() and not 0 <= steps.min() <= steps.max() <= self.num_steps:
             raise ValueError(f"Steps reach from {steps.min()} to {steps.max()}, but must be in [0, {self.num_steps}].")
         if x0.shape[-1] != x0.shape[-2]:
-            raise ValueError(f"Pictures are {x0.shape[-2]}x{x0.shape[-1]}; degradations take square ones.")
+            raise ValueError(f"Images are {x0.shape[-2]}x{x0.shape[-1]}; degradations take square ones.")
         t = steps.to(x0.device).expand(len(x0))
         with torch.autocast(x0.device.type, enabled=False):  # of the network's precision nothing here may depend
             return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for t of shape (B,), of which those of step 0 are not looked at; see `forward`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it degrades pictures.")
+        raise NotImplementedError(f"{type(self).__name__} does not say how it degrades images.")
 
     def tables(self, size: int) -> Tensor:
-        """What is the same for all pictures of a size, computed once for each device and precision.
+        """What is the same for all images of a size, computed once for each device and precision.
 
         Args:
-            size: Side H of the pictures.
+            size: Side H of the images.
 
         Returns:
             Float64 (T+1, ...), by step.
@@ -80,7 +80,7 @@ class Degradation(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} needs no tables.")
 
     def table(self, x0: Tensor) -> Tensor:
-        """The tables for pictures x0, on their device and in their precision."""
+        """The tables for images x0, on their device and in their precision."""
         key = (x0.shape[-1], x0.device, x0.dtype)
         if key not in self._tables:
             self._tables[key] = self.tables(x0.shape[-1]).to(x0)
@@ -98,7 +98,7 @@ class Blur(Degradation):
     Args:
         num_steps: Number T of steps.
         first: Standard deviation of the first step as a share of the side.
-        last: That of step T; at 1 a picture is its mean colour, at 0.1 its large shapes are left.
+        last: That of step T; at 1 an image is its mean colour, at 0.1 its large shapes are left.
 
     Raises:
         ValueError: If the widths are not positive and rising.
@@ -120,7 +120,7 @@ class Blur(Degradation):
         """A_t of each step.
 
         Args:
-            size: Side H of the pictures.
+            size: Side H of the images.
 
         Returns:
             Float64 (T+1, H, H), the identity at step 0.
@@ -138,12 +138,12 @@ class Blur(Degradation):
 
 
 class Mask(Degradation):
-    """A soft round hole that grows over the picture, grey (0) inside; its centre is any pixel, each as likely.
+    """A soft round hole that grows over the image, grey (0) inside; its centre is any pixel, each as likely.
 
     Args:
         num_steps: Number T of steps.
         first: Standard deviation w_1 of the first step's Gaussian as a share of the side.
-        last: That of step T; at 1 nothing of the picture is left, at 0.2 all but a disc as wide as half of it is.
+        last: That of step T; at 1 nothing of the image is left, at 0.2 all but a disc as wide as half of it is.
 
     Raises:
         ValueError: If the widths are not positive and rising.
@@ -160,7 +160,7 @@ class Mask(Degradation):
         """m_t at each offset from the centre.
 
         Args:
-            size: Side H of the pictures.
+            size: Side H of the images.
 
         Returns:
             Float64 (T+1, 2H-1, 2H-1), 1 at step 0; the centre is at [H-1, H-1].
@@ -197,12 +197,12 @@ class Pixelate(Degradation):
         """Pixelates; see `Degradation.degrade`.
 
         Raises:
-            ValueError: If the squares do not divide the picture.
+            ValueError: If the squares do not divide the image.
         """
         if x0.shape[-1] % 2**self.num_steps:
             raise ValueError(
                 f"{self.num_steps} steps of pixelation make squares of {2**self.num_steps} pixels, which do not divide "
-                f"pictures of {x0.shape[-1]}; lower num_steps."
+                f"images of {x0.shape[-1]}; lower num_steps."
             )
         x = made = x0
         for step in range(1, self.num_steps + 1):
@@ -213,12 +213,12 @@ class Pixelate(Degradation):
 
 
 class Snow(Degradation):
-    """Snowfall: the picture pales, and flakes blown along a diagonal cover more and more of it.
+    """Snowfall: the image pales, and flakes blown along a diagonal cover more and more of it.
 
     Args:
         num_steps: Number T of steps.
         density: Share of the sky that is white at step T, in (0, 1).
-        pale: Share of the paled picture at step T, in [0, 1].
+        pale: Share of the paled image at step T, in [0, 1].
         flake: Size of a flake as a share of the side.
 
     Raises:

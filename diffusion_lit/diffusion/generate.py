@@ -1,7 +1,7 @@
-"""Sampling from end to end: settings in, pictures out.
+"""Sampling from end to end: settings in, images out.
 
 A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Everything that generates
-(callbacks, `lightning sample`, evaluation) goes through it, so that the same settings and seeds give the same pictures
+(callbacks, `lightning sample`, evaluation) goes through it, so that the same settings and seeds give the same images
 everywhere. Sample i depends on its own seed alone: the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a
 variance-preserving path, where x_T is standard normal, and n and every later draw come from the generator of that seed.
 """
@@ -32,7 +32,7 @@ StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn from a denoiser.
+    """How images are drawn from a denoiser.
 
     Args:
         sampler: Name of a sampler, a key of `diffusion_lit.diffusion.SAMPLERS`.
@@ -170,17 +170,17 @@ class Sampling:
         labels: Tensor | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one picture per seed.
+        """Draws one image per seed.
 
         Args:
             denoiser: The model, in eval mode, on the device that shall do the work.
-            shape: Shape (C, H, W) of one picture.
-            seeds: One seed per picture; picture i is a function of `seeds[i]`, `labels[i]` and these settings alone.
+            shape: Shape (C, H, W) of one image.
+            seeds: One seed per image; image i is a function of `seeds[i]`, `labels[i]` and these settings alone.
             labels: Class indices of shape (B,), or None for unconditional sampling.
             callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
         Returns:
-            Pictures x0 of shape (B, C, H, W), in [-1, 1] up to the model's own overshoot.
+            Images x0 of shape (B, C, H, W), in [-1, 1] up to the model's own overshoot.
 
         Raises:
             ValueError: If a label is outside the model's classes, or the model has none.
@@ -207,7 +207,7 @@ class Sampling:
         return noise * (sigma_max.square().add(1).sqrt() if scaling.variance_preserving else sigma_max).float()
 
     def finish(self, scaling: Scaling, x: Tensor) -> Tensor:
-        """The picture in the state that sampling ends with.
+        """The image in the state that sampling ends with.
 
         Args:
             scaling: The model's prediction type.
@@ -269,7 +269,7 @@ class Sampling:
 
 
 def refuse_clipping(sampling: Sampling) -> None:
-    """Refuses a threshold on what is not a picture.
+    """Refuses a threshold on what is not an image.
 
     Args:
         sampling: The settings for a model of latents.

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Rounds pictures to bytes.
+    """Rounds images to bytes.
 
     Args:
-        images: Pictures of any shape, values in [-1, 1]; what overshoots is clipped.
+        images: Images of any shape, values in [-1, 1]; what overshoots is clipped.
 
     Returns:
         The same shape in uint8 on the CPU, -1 as 0 and 1 as 255.
@@ -29,13 +29,13 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def take(images: Any, rows: Tensor) -> Tensor:
-    """Some pictures of an array-like.
+    """Some images of an array-like.
 
     Args:
         images: A tensor or an array (N, C, H, W), such as a memory map.
         rows: Indices int64 (B,), rising for a memory map's sake.
 
     Returns:
-        The pictures (B, C, H, W) as a tensor.
+        The images (B, C, H, W) as a tensor.
     """
     return images[rows] if isinstance(images, Tensor) else torch.as_tensor(images[rows.numpy()])

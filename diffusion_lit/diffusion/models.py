@@ -1,6 +1,6 @@
-"""What a denoiser needs to make pictures: settings, shapes, and the way between pictures and what is denoised.
+"""What a denoiser needs to make images: settings, shapes, and the way between images and what is denoised.
 
-`PixelModel` denoises the pictures themselves, `LatentModel` the latents of an autoencoder. The modules that are trained
+`PixelModel` denoises the images themselves, `LatentModel` the latents of an autoencoder. The modules that are trained
 here and the models of other libraries share them, so that sampling and editing see no difference.
 """
 
@@ -16,11 +16,11 @@ from diffusion_lit.diffusion.generate import Sampling, StepCallback
 
 
 class PixelModel(nn.Module):
-    """A denoiser of pictures, and how pictures are drawn from it.
+    """A denoiser of images, and how images are drawn from it.
 
     Attributes:
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
-        sampling: How pictures are drawn unless told otherwise.
+        sampling: How images are drawn unless told otherwise.
     """
 
     denoiser: Denoiser
@@ -44,15 +44,15 @@ class PixelModel(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the pictures that the model makes."""
+        """Shape (C, H, W) of the images that the model makes."""
         return self.x_shape
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] as what is denoised: themselves, unless a subclass works on latents."""
+        """Images (B, C, H, W) in [-1, 1] as what is denoised: themselves, unless a subclass works on latents."""
         return images
 
     def decode(self, x: Tensor) -> Tensor:
-        """The pictures of what was denoised; the inverse of `encode`."""
+        """The images of what was denoised; the inverse of `encode`."""
         return x
 
     def shrink_mask(self, known: Tensor) -> Tensor:
@@ -73,16 +73,16 @@ class PixelModel(nn.Module):
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one picture per seed.
+        """Draws one image per seed.
 
         Args:
-            seeds: One seed per picture.
+            seeds: One seed per image.
             labels: Class indices of shape (B,), or None for unconditional sampling.
             sampling: Other settings than the model's own.
             callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
         Returns:
-            Pictures (B, C, H, W), in [-1, 1] up to the model's own overshoot.
+            Images (B, C, H, W), in [-1, 1] up to the model's own overshoot.
 
         Raises:
             ValueError: If a label is outside the model's classes, or the model has none.
@@ -114,11 +114,11 @@ class LatentModel(PixelModel):
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one picture per seed; see `PixelModel.generate`. The callback sees decoded pictures."""
+        """Draws one image per seed; see `PixelModel.generate`. The callback sees decoded images."""
         return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
 
     def _decoded(self, callback: StepCallback) -> StepCallback:
-        """Shows a callback pictures: x0_hat decoded, and x decoded at the unit variance that latents have."""
+        """Shows a callback images: x0_hat decoded, and x decoded at the unit variance that latents have."""
 
         def decoded(step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
             keep = slice(getattr(callback, "keep", None))

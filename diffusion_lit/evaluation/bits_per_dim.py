@@ -1,4 +1,4 @@
-"""Bits per dimension of test pictures, shared over ranks and found again after a restart."""
+"""Bits per dimension of test images, shared over ranks and found again after a restart."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def _record(plan: Any, module: Any, data: Any) -> dict[str, Any]:
         "checkpoint": file_hash(Path(plan.ckpt_path)),
         "split": SPLIT,
         "fingerprint": data.fingerprint(SPLIT),
-        "labels": "each picture's own class" if module.num_classes else "none",
+        "labels": "each image's own class" if module.num_classes else "none",
         "solver": {**vars(_solver(module)), "trace": "Hutchinson, one draw of signs"},
         "seed": plan.seed,
     }
@@ -57,25 +57,25 @@ def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) 
         world: Number of processes.
 
     Raises:
-        ValueError: If the model does not denoise pictures themselves, such as a latent one.
+        ValueError: If the model does not denoise images themselves, such as a latent one.
     """
     if not hasattr(module, "denoiser"):
         raise ValueError(f"A {type(module).__name__} denoises nothing, so that it gives no likelihood.")
     net = module.denoiser.net
     if tuple(module.image_shape) != (net.in_channels, net.image_size, net.image_size):
-        raise ValueError("The model denoises a code and not pictures, so that it gives them no likelihood.")
+        raise ValueError("The model denoises a code and not images, so that it gives them no likelihood.")
     record, device = _record(plan, module, data), next(module.parameters()).device
     images, labels = data.reference_images(SPLIT), data.reference_labels(SPLIT)
     mine = _parts(plan, data)[rank::world]
     for rows in tqdm(mine, desc="likelihood", unit=f"{CHUNK} images", disable=rank > 0):
         path, own = _path(plan, record, rows), {**record, "start": rows.start, "stop": rows.stop}
         if read_tensors(path, own) is None:
-            pictures = torch.as_tensor(images[rows.start : rows.stop]).to(device)
+            batch = torch.as_tensor(images[rows.start : rows.stop]).to(device)
             label = None
             if module.num_classes and labels is not None:
                 label = labels[rows.start : rows.stop].to(device)
             noise = SeededNoise([plan.seed + index for index in rows])
-            bits = _solver(module).bits_per_dim(Conditioned(module.denoiser, label), pictures, noise=noise)
+            bits = _solver(module).bits_per_dim(Conditioned(module.denoiser, label), batch, noise=noise)
             write_tensors(path, {"bits": bits.double()}, own)
 
 

@@ -11,9 +11,9 @@ def make_extractor(name: str, weights: str | None, image_shape: tuple[int, int, 
     """An extractor, not loaded yet.
 
     Args:
-        name: One of `NAMES`; `auto` is inception for RGB pictures, else classifier.
+        name: One of `NAMES`; `auto` is inception for RGB images, else classifier.
         weights: Local file of its weights, or None.
-        image_shape: Shape (C, H, W) of the pictures.
+        image_shape: Shape (C, H, W) of the images.
 
     Returns:
         The extractor.

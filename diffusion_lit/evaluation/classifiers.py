@@ -1,7 +1,7 @@
 """Classifiers to measure with: read from a checkpoint, or trained on the spot.
 
 The training on the spot is short and a function of the data alone: AdamW with a one-cycle learning rate over
-`IMAGES_SEEN` training pictures, order and initial weights from a fixed key, on the CPU. Its result is kept as a
+`IMAGES_SEEN` training images, order and initial weights from a fixed key, on the CPU. Its result is kept as a
 safetensors file under a key of the data's fingerprint and the recipe.
 """
 
@@ -21,7 +21,7 @@ from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import kept_tensors
 
-IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 pictures
+IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 images
 MOST_EPOCHS = 20
 BATCH_SIZE = 128
 LEARNING_RATE = 4e-3
@@ -29,10 +29,10 @@ RECIPE = f"v1: {IMAGES_SEEN} images or {MOST_EPOCHS} epochs, batch {BATCH_SIZE},
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """Penultimate layer of a small classifier of the data set at hand, for pictures that Inception never saw.
+    """Penultimate layer of a small classifier of the data set at hand, for images that Inception never saw.
 
     With `ckpt_path` it is one trained by `lightning fit --config configs/classifier_NAME.yaml`; without, a small one is
-    trained on the spot from the data set's own training pictures, in seconds to a minute, the same each time, and kept
+    trained on the spot from the data set's own training images, in seconds to a minute, the same each time, and kept
     in the user's cache. Distances compare only under the same weights, whose hash is in every receipt.
 
     Args:
@@ -67,7 +67,7 @@ class ClassifierFeatures(FeatureExtractor):
         """Features and logits.
 
         Raises:
-            ValueError: If the pictures have another shape than those that the classifier was trained on.
+            ValueError: If the images have another shape than those that the classifier was trained on.
         """
         network: Any = self._network
         if network is None:
@@ -75,7 +75,7 @@ class ClassifierFeatures(FeatureExtractor):
         expected = (network.in_channels, network.image_size, network.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"The classifier was trained on pictures of shape {expected} and was given {tuple(images.shape[1:])}; "
+                f"The classifier was trained on images of shape {expected} and was given {tuple(images.shape[1:])}; "
                 "use one that was trained on this data set."
             )
         features = network.features(images.float() / 127.5 - 1)
@@ -144,7 +144,7 @@ def classifier_of(data: ImageSource) -> ConvClassifier:
 
 
 def training_labels(data: ImageSource) -> Tensor | None:
-    """The classes of the training pictures, also where the model at hand is to be trained without them.
+    """The classes of the training images, also where the model at hand is to be trained without them.
 
     Args:
         data: The data set, set up.
@@ -172,7 +172,7 @@ def train_classifier(network: ConvClassifier, images: Any, labels: Tensor) -> No
 
     Args:
         network: The network, without dropout, since its draws would not be keyed.
-        images: Array-like uint8 pictures (N, C, H, W).
+        images: Array-like uint8 images (N, C, H, W).
         labels: Their classes, int64 (N,).
     """
     count, batch = len(labels), min(BATCH_SIZE, len(labels))
@@ -186,8 +186,8 @@ def train_classifier(network: ConvClassifier, images: Any, labels: Tensor) -> No
         if len(order) < batch:
             order = torch.randperm(count, generator=generator)
         rows, order = order[:batch].sort().values, order[batch:]
-        pictures = take(images, rows).float() / 127.5 - 1
-        loss = nn.functional.cross_entropy(network(pictures), labels[rows], label_smoothing=0.05)
+        inputs = take(images, rows).float() / 127.5 - 1
+        loss = nn.functional.cross_entropy(network(inputs), labels[rows], label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

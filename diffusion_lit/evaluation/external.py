@@ -1,8 +1,8 @@
 """References that come as a file: the field's npz files, and this project's own.
 
 `mu` and `sigma` are mean and covariance of Inception's 2,048 features, as EDM and guided-diffusion publish them;
-`arr_0` is a batch of uint8 pictures N x H x W x C, as guided-diffusion does. A file that holds both gives its
-statistics to the Fréchet distance and its pictures to the rest. A .safetensors file is one from this project's cache
+`arr_0` is a batch of uint8 images N x H x W x C, as guided-diffusion does. A file that holds both gives its
+statistics to the Fréchet distance and its images to the rest. A .safetensors file is one from this project's cache
 and carries its record. Nothing is unpickled.
 """
 
@@ -49,15 +49,15 @@ def reference_from_file(
             project.
         extractor: A loaded extractor; the file must belong to it.
         image_shape: Shape (C, H, W) of the samples that are to be compared.
-        batch_size: Pictures at a time.
-        progress: Called with the number of pictures after each batch.
+        batch_size: Images at a time.
+        progress: Called with the number of images after each batch.
 
     Returns:
         The reference; its record names the file, its hash and what was used of it.
 
     Raises:
         ValueError: If the file is missing or unreadable, needs unpickling, or does not belong to the extractor or to
-            pictures of this shape.
+            images of this shape.
     """
     if not path.is_file():
         raise ValueError(f"There is no reference file {path}; give a .npz file, or a split such as train or test.")
@@ -85,7 +85,7 @@ def _foreign(
     """A reference of the field's."""
     features: Features | None = None
     if "arr_0" in arrays:
-        features = extractor.extract(_pictures(path, arrays["arr_0"], image_shape), batch_size, progress)
+        features = extractor.extract(_images(path, arrays["arr_0"], image_shape), batch_size, progress)
     record = {"file": path.name, "sha256": file_hash(path), "arrays": sorted(arrays)}
     if "mu" in arrays and "sigma" in arrays and extractor.name == "inception":
         statistics = _statistics(path, arrays["mu"], arrays["sigma"])
@@ -97,21 +97,21 @@ def _foreign(
     elif "mu" in arrays and "sigma" in arrays:
         raise ValueError(
             f"{path} holds mean and covariance of Inception's features, and the extractor is {extractor.name}; use "
-            "--extractor inception, or a file with pictures in arr_0."
+            "--extractor inception, or a file with images in arr_0."
         )
     else:
         raise ValueError(f"{path} holds neither mu and sigma nor arr_0 and is no reference.")
     return Reference(statistics, features, count, None, {**record, "count": count})
 
 
-def _pictures(path: Path, array: Any, image_shape: tuple[int, int, int]) -> Tensor:
-    """The pictures of `arr_0`, in this project's order of dimensions."""
+def _images(path: Path, array: Any, image_shape: tuple[int, int, int]) -> Tensor:
+    """The images of `arr_0`, in this project's order of dimensions."""
     channels, height, width = image_shape
     if array.dtype != np.uint8 or array.ndim != 4:
         raise ValueError(f"arr_0 of {path} is {array.dtype} of shape {array.shape}; it must be uint8 N x H x W x C.")
     if tuple(array.shape[1:]) != (height, width, channels):
         raise ValueError(
-            f"The pictures in {path} are {array.shape[1]}x{array.shape[2]} with {array.shape[3]} channels, and the "
+            f"The images in {path} are {array.shape[1]}x{array.shape[2]} with {array.shape[3]} channels, and the "
             f"samples are {height}x{width} with {channels}; a resize on one side would change the figure. Use a "
             "reference of the same size."
         )
@@ -140,7 +140,7 @@ def _own(path: Path, extractor: FeatureExtractor, image_shape: tuple[int, int, i
     record = read_record(path)
     for what, found, wanted in (
         ("extractor", record.get("extractor"), extractor.identity()),
-        ("shape of pictures", record.get("image_shape"), list(image_shape)),
+        ("shape of images", record.get("image_shape"), list(image_shape)),
     ):
         if found != wanted:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Feature extractors: what pictures are compared by.
+"""Feature extractors: what images are compared by.
 
-A distance between distributions of pictures is one between distributions of features, so that its value means nothing
-without the extractor's name, its weights' hash and what is done to a picture before it goes in. All extractors take
-uint8 pictures (N, C, H, W) in [0, 255] and give float32 features (N, d), computed in full float32 arithmetic.
+A distance between distributions of images is one between distributions of features, so that its value means nothing
+without the extractor's name, its weights' hash and what is done to an image before it goes in. All extractors take
+uint8 images (N, C, H, W) in [0, 255] and give float32 features (N, d), computed in full float32 arithmetic.
 
 `Pixels` is here, `ClassifierFeatures` in `classifiers`, torch-fidelity's networks (Inception, CLIP, VGG, DINOv2) in
 `fidelity`.
@@ -26,25 +26,25 @@ class ImageSource(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of a picture."""
+        """Shape (C, H, W) of an image."""
 
     @property
     def num_classes(self) -> int:
         """Number of classes, 0 for none."""
 
     def reference_images(self, split: str) -> Any:
-        """The pictures of a split, array-like uint8 (N, C, H, W)."""
+        """The images of a split, array-like uint8 (N, C, H, W)."""
 
     def reference_labels(self, split: str) -> Tensor | None:
         """Their classes, int64 (N,), or None."""
 
     def fingerprint(self, split: str) -> str:
-        """A hash of all that determines the pictures."""
+        """A hash of all that determines the images."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor makes of pictures.
+    """What an extractor makes of images.
 
     Args:
         features: Float32 features of shape (N, d).
@@ -66,13 +66,13 @@ class Features:
 
     @staticmethod
     def cat(parts: Sequence["Features"]) -> "Features":
-        """Joins features along the pictures.
+        """Joins features along the images.
 
         Args:
             parts: At least one, all of the same extractor.
 
         Returns:
-            The features of all pictures, in order.
+            The features of all images, in order.
         """
         logits = [part.logits for part in parts if part.logits is not None]
         return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
@@ -83,11 +83,11 @@ class MissingWeights(ValueError):
 
 
 class FeatureExtractor(ABC):
-    """Turns uint8 pictures into features. Light to make: weights are read, downloaded or trained by `load`.
+    """Turns uint8 images into features. Light to make: weights are read, downloaded or trained by `load`.
 
     Attributes:
         name: Part of the name of every figure that is computed with it.
-        transform: What is done to a picture before the network sees it, in words, for receipts.
+        transform: What is done to an image before the network sees it, in words, for receipts.
     """
 
     name: str
@@ -111,7 +111,7 @@ class FeatureExtractor(ABC):
 
     @abstractmethod
     def compute(self, images: Tensor) -> Features:
-        """Features of checked uint8 pictures (N, C, H, W) on the network's device."""
+        """Features of checked uint8 images (N, C, H, W) on the network's device."""
 
     @property
     def metric(self) -> str:
@@ -136,13 +136,13 @@ class FeatureExtractor(ABC):
         """Features of one batch.
 
         Args:
-            images: Pictures (N, C, H, W), uint8 in [0, 255], on any device.
+            images: Images (N, C, H, W), uint8 in [0, 255], on any device.
 
         Returns:
             The features on the CPU.
 
         Raises:
-            ValueError: If the pictures are not uint8, look scaled to 0 to 1, or the network is in training mode.
+            ValueError: If the images are not uint8, look scaled to 0 to 1, or the network is in training mode.
         """
         check_pixels(images)
         network = self.network
@@ -160,21 +160,21 @@ class FeatureExtractor(ABC):
         return Features(made.features.float().cpu(), logits)
 
     def extract(self, images: Any, batch_size: int = 64, progress: Callable[[int], object] | None = None) -> Features:
-        """Features of any number of pictures.
+        """Features of any number of images.
 
         Args:
-            images: Array-like of uint8 pictures (N, C, H, W), such as a tensor or a memory map.
-            batch_size: Pictures at a time; does not change the features but for floating-point rounding.
-            progress: Called with the number of pictures after each batch.
+            images: Array-like of uint8 images (N, C, H, W), such as a tensor or a memory map.
+            batch_size: Images at a time; does not change the features but for floating-point rounding.
+            progress: Called with the number of images after each batch.
 
         Returns:
-            The features on the CPU, in the order of the pictures.
+            The features on the CPU, in the order of the images.
 
         Raises:
-            ValueError: As `features`, or if there are no pictures.
+            ValueError: As `features`, or if there are no images.
         """
         if len(images) == 0:
-            raise ValueError("There are no pictures to compute features of; check the split and the folder.")
+            raise ValueError("There are no images to compute features of; check the split and the folder.")
         parts = []
         for start in range(0, len(images), batch_size):
             batch = torch.as_tensor(images[start : start + batch_size])
@@ -187,7 +187,7 @@ class FeatureExtractor(ABC):
         """What tells this extractor from any other, for receipts and keys of caches.
 
         Returns:
-            Its name, the hash of its weights and what it does to a picture.
+            Its name, the hash of its weights and what it does to an image.
         """
         weights = None if self.network is None else weights_hash(self.network.state_dict())
         return {"name": self.name, "weights_sha256": weights, "transform": self.transform}
@@ -213,20 +213,20 @@ class Pixels(FeatureExtractor):
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuses what is not a batch of pictures in [0, 255].
+    """Refuses what is not a batch of images in [0, 255].
 
     Args:
         images: To be uint8 of shape (N, C, H, W).
 
     Raises:
-        ValueError: If it has another dtype or shape, or its values are 0 and 1, as of pictures in [0, 1].
+        ValueError: If it has another dtype or shape, or its values are 0 and 1, as of images in [0, 1].
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"Pictures are {images.dtype}; extractors take uint8 in [0, 255]: round (x + 1) * 127.5.")
+        raise ValueError(f"Images are {images.dtype}; extractors take uint8 in [0, 255]: round (x + 1) * 127.5.")
     if images.dim() != 4:
-        raise ValueError(f"Pictures have shape {tuple(images.shape)}; extractors take (N, C, H, W).")
+        raise ValueError(f"Images have shape {tuple(images.shape)}; extractors take (N, C, H, W).")
     if len(images) and int(images.max()) == 1:
-        raise ValueError("Pictures have values 0 and 1 only, as if scaled to [0, 1]; extractors take [0, 255].")
+        raise ValueError("Images have values 0 and 1 only, as if scaled to [0, 1]; extractors take [0, 255].")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Their arithmetic is torch-fidelity's own, resize included (TensorFlow 1's bilinear, without antialiasing), so that
 figures compare with the literature. torch-fidelity reads weights with an unrestricted unpickler; here they are read by
-`weights.read_state` first, and what torch-fidelity gets is a clean copy. Grey pictures go in as three equal channels.
+`weights.read_state` first, and what torch-fidelity gets is a clean copy. Grey images go in as three equal channels.
 """
 
 import os
@@ -85,14 +85,14 @@ class TorchFidelityExtractor(FeatureExtractor):
         """Features, and logits where the network has them.
 
         Raises:
-            ValueError: If the extractor is not loaded or the pictures are neither grey nor RGB.
+            ValueError: If the extractor is not loaded or the images are neither grey nor RGB.
         """
         network: Any = self._network
         if network is None:
             raise ValueError(f"The extractor {self.name} is not loaded; call load() first.")
         if images.shape[1] not in (1, 3):
             raise ValueError(
-                f"The extractor {self.name} takes grey or RGB pictures, not {images.shape[1]} channels; choose "
+                f"The extractor {self.name} takes grey or RGB images, not {images.shape[1]} channels; choose "
                 "classifier or pixels."
             )
         made = network(images.expand(-1, 3, -1, -1))
@@ -100,7 +100,7 @@ class TorchFidelityExtractor(FeatureExtractor):
 
     @property
     def transform(self) -> str:  # type: ignore[override]
-        """What is done to a picture."""
+        """What is done to an image."""
         size = getattr(self._network, "resolution", getattr(self._network, "INPUT_IMAGE_SIZE", "?"))
         return f"torch-fidelity {version('torch-fidelity')} {self.registered}: TF1 bilinear to {size}, no antialiasing"
 
@@ -147,7 +147,7 @@ class VGG(TorchFidelityExtractor):
 
 
 class CLIP(TorchFidelityExtractor):
-    """The picture half of CLIP, from torch-fidelity.
+    """The image half of CLIP, from torch-fidelity.
 
     Args:
         variant: Name of the network, as torch-fidelity has it without `clip-`: `vit-b-32`, `vit-l-14`, `rn50`, ...

@@ -39,7 +39,7 @@ class Job:
         record: Plain values that determine sample i beside its index: checkpoint, settings, labels, extractor.
         folder: Where its shards go.
         batch_size: Samples drawn at a time.
-        keep_images: Whether the shards keep the pictures too.
+        keep_images: Whether the shards keep the images too.
         save_to: Folder for PNG files, or None.
     """
 
@@ -89,7 +89,7 @@ class Samples:
 
     Args:
         features: Their features.
-        images: The pictures, uint8 (N, C, H, W), where they were kept.
+        images: The images, uint8 (N, C, H, W), where they were kept.
         labels: Their classes, or None.
         clipped: Share of the values that overshot [-1, 1] by more than 0.1 and were clipped.
         forwards: Network forwards per sample.
@@ -198,18 +198,18 @@ def _make_shard(
 
 
 def save_pngs(images: Tensor, indices: Sequence[int], folder: Path) -> None:
-    """Writes pictures as PNG files called by their index.
+    """Writes images as PNG files called by their index.
 
     Args:
-        images: Pictures uint8 (N, C, H, W) with 1, 3 or 4 channels.
-        indices: One number per picture.
+        images: Images uint8 (N, C, H, W) with 1, 3 or 4 channels.
+        indices: One number per image.
         folder: Where they go.
 
     Raises:
-        ValueError: If the pictures have another number of channels.
+        ValueError: If the images have another number of channels.
     """
     if images.shape[1] not in (1, 3, 4):
-        raise ValueError(f"Pictures of {images.shape[1]} channels cannot be written as PNG; leave --save_samples out.")
+        raise ValueError(f"Images of {images.shape[1]} channels cannot be written as PNG; leave --save_samples out.")
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in zip(indices, images, strict=True):
         array = image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()

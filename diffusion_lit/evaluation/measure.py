@@ -62,7 +62,7 @@ def read_references(
         ValueError: If a file does not belong to the extractor or the samples, or there is no such split.
     """
     found = {}
-    with tqdm(desc=f"{extractor.name} features of real pictures", unit="img", leave=False, delay=2) as bar:
+    with tqdm(desc=f"{extractor.name} features of real images", unit="img", leave=False, delay=2) as bar:
         for name in [word.strip() for word in plan.reference.split(",")]:
             if is_file(name):
                 reference = reference_from_file(Path(name), extractor, image_shape, plan.batch_size, bar.update)
@@ -77,7 +77,7 @@ def read_references(
 
 
 def other_split(data: Any, name: str) -> str | None:
-    """A split whose pictures are not in the reference, for the floor.
+    """A split whose images are not in the reference, for the floor.
 
     Args:
         data: The data, set up.
@@ -118,11 +118,11 @@ def _against(
         summary["floor"] = {"count": count, "held_out": other, "figures": summarise(figures)}
         if count != plan.num_samples:
             warnings.append(
-                f"There are {count:,} real pictures that are not in the reference, so that the floor is at n = "
+                f"There are {count:,} real images that are not in the reference, so that the floor is at n = "
                 f"{count:,} and not at {plan.num_samples:,}; a Fréchet distance falls as n grows."
             )
     else:
-        warnings.append("There are too few real pictures outside the reference for a floor.")
+        warnings.append("There are too few real images outside the reference for a floor.")
     return Against(reference, summary, warnings)
 
 
@@ -145,7 +145,7 @@ def measure(
         module: The model.
         data: The data.
         extractor: The loaded extractor.
-        against: The references by name; none for a model of a single picture.
+        against: The references by name; none for a model of a single image.
         device: Where to look for neighbours.
 
     Returns:
@@ -174,13 +174,13 @@ def measure(
     if plan.per_class:
         result["per_class"], said = per_class(samples, module, extractor, against)
         warnings += said
-    pictures: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
     if not against:
         image = torch.as_tensor(data.reference_images("train")[0])
         result["single_image"] = single_image_metrics(samples.images, image)  # type: ignore[arg-type]
     elif plan.memorization:
-        result["memorization"], pictures = memorization(plan, job, samples, data, extractor, device)
-    return result, warnings, pictures
+        result["memorization"], images = memorization(plan, job, samples, data, extractor, device)
+    return result, warnings, images
 
 
 def per_class(
@@ -195,7 +195,7 @@ def per_class(
         against: The references by name.
 
     Returns:
-        For each reference and class the distance and both numbers of pictures, and what to warn of.
+        For each reference and class the distance and both numbers of images, and what to warn of.
 
     Raises:
         ValueError: If the samples have no classes.
@@ -218,7 +218,7 @@ def per_class(
                 entry[extractor.metric] = frechet_distance(Statistics.of(made), Statistics.of(real))
             if min(len(made), len(real)) <= features.features.shape[1]:
                 warnings.append(
-                    "Some classes have fewer pictures than there are features; compare figures per class only "
+                    "Some classes have fewer images than there are features; compare figures per class only "
                     "at the same numbers."
                 )
             found[name][module.class_names[label]] = entry
@@ -228,12 +228,12 @@ def per_class(
 def memorization(
     plan: Any, job: Job, samples: Samples, data: Any, extractor: FeatureExtractor, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Whether the samples are nearer to training pictures than chance allows.
+    """Whether the samples are nearer to training images than chance allows.
 
     Args:
         plan: The options of the evaluation.
         job: What was drawn.
-        samples: The samples with their pictures.
+        samples: The samples with their images.
         data: The data.
         extractor: The loaded extractor.
         device: Where to look for neighbours.
@@ -257,7 +257,7 @@ def memorization(
     if extractor.name != "pixels":
         spaces["pixels"] = compare(images, training, held_out, flips, device)
     setting = f"{job.sampling.sampler}_{job.sampling.num_steps}_{job.sampling.cfg_scale:g}"
-    pictures = {
+    triples = {
         f"{plan.path.stem}.memorization_{setting}_{space}.png": worst_triples(found, images, training, held_out)
         for space, found in spaces.items()
     }
@@ -267,6 +267,6 @@ def memorization(
         "training": len(training),
         "held_out": len(held_out),
         "spaces": {space: found.record for space, found in spaces.items()},
-        "pictures": "sample | nearest training picture | nearest held-out picture, worst first: " + ", ".join(pictures),
+        "images": "sample | nearest training image | nearest held-out image, worst first: " + ", ".join(triples),
     }
-    return record, pictures
+    return record, triples

@@ -1,8 +1,8 @@
-"""Whether a model repeats its training pictures.
+"""Whether a model repeats its training images.
 
-For a picture s let `r(s) = d(s, nearest training picture) / d(s, nearest held-out picture)`. A model that has learned
-the distribution and not the pictures draws samples whose r is distributed as that of held-out pictures themselves (each
-taken out of the held-out set in turn), since training and held-out pictures are exchangeable. Two things follow.
+For an image s let `r(s) = d(s, nearest training image) / d(s, nearest held-out image)`. A model that has learned
+the distribution and not the images draws samples whose r is distributed as that of held-out images themselves (each
+taken out of the held-out set in turn), since training and held-out images are exchangeable. Two things follow.
 
 A single sample is a copy when its r is too small for one of n. Near 0 the distribution of r is a power law, as
 distances to nearest neighbours are: below the k-th smallest of m held-out values, `y = log(r_k / r)` is exponential
@@ -14,10 +14,10 @@ value is as deep as y with the predictive probability
 which holds for every k and m, however few: no estimate of the rate is taken for the truth. A sample with n P(r) < 0.01
 is a copy, and by Bonferroni's inequality the probability that there is one among n samples by chance is at most 0.01.
 
-Many samples may lean to training pictures though none is a copy. Of n samples K lie below the 1% quantile of the
+Many samples may lean to training images though none is a copy. Of n samples K lie below the 1% quantile of the
 held-out r, the j-th smallest of m values; that there are so many or more has the exact probability of a beta-binomial
-variable, BetaBin(n; j, m + 1 - j). Likewise a sample's nearest picture of all is one of N training and M held-out
-pictures of the former kind with probability N / (N + M).
+variable, BetaBin(n; j, m + 1 - j). Likewise a sample's nearest image of all is one of N training and M held-out
+images of the former kind with probability N / (N + M).
 
 All is asked in feature space, where meaning is close, and in pixel space, where copies are.
 """
@@ -41,12 +41,12 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest training and held-out picture of each sample in one space.
+    """The nearest training and held-out image of each sample in one space.
 
     Args:
         ratio: r(s) of each sample, float64 (n,).
-        training: Index of its nearest training picture, int64 (n,).
-        held_out: Index of its nearest held-out picture, int64 (n,).
+        training: Index of its nearest training image, int64 (n,).
+        held_out: Index of its nearest held-out image, int64 (n,).
         copies: Indices of the samples that are copies, worst first.
         record: Shares, chances and the worst pairs as plain values.
     """
@@ -59,7 +59,7 @@ class Neighbours:
 
     @property
     def memorised(self) -> bool:
-        """Whether there are copies, or more samples lean to training pictures than chance allows."""
+        """Whether there are copies, or more samples lean to training images than chance allows."""
         return bool(self.record["memorised"])
 
 
@@ -69,9 +69,9 @@ def nearest(
     """The nearest point of each query by Euclidean distance, in float64.
 
     Args:
-        queries: Features (n, d), or uint8 pictures (n, C, H, W), which are compared by their pixels in [0, 1].
+        queries: Features (n, d), or uint8 images (n, C, H, W), which are compared by their pixels in [0, 1].
         points: The same of N points.
-        flips: Whether a mirrored query counts too (pictures only).
+        flips: Whether a mirrored query counts too (images only).
         itself: Whether queries and points are the same set, in which case a query is not its own neighbour.
         device: Where to compute.
 
@@ -82,7 +82,7 @@ def nearest(
         ValueError: If there is no point to be near.
     """
     if len(points) <= int(itself):
-        raise ValueError(f"{len(points)} pictures are too few to look for neighbours in.")
+        raise ValueError(f"{len(points)} images are too few to look for neighbours in.")
     unit = 255 if torch.as_tensor(queries[:1]).dtype == torch.uint8 else 1  # whole numbers, so that ties are exact
     best = torch.full((len(queries),), float("inf"), dtype=torch.float64)
     index = torch.zeros(len(queries), dtype=torch.int64)
@@ -120,13 +120,13 @@ def _vectors(rows: Any, start: int, flips: bool, device: torch.device | str) -> 
 def compare(
     samples: Any, training: Any, held_out: Any, flips: bool = False, device: torch.device | str = "cpu"
 ) -> Neighbours:
-    """Compares samples' nearest training pictures with their nearest held-out ones in one space.
+    """Compares samples' nearest training images with their nearest held-out ones in one space.
 
     Args:
-        samples: Features (n, d), or uint8 pictures (n, C, H, W).
-        training: The same of the N training pictures.
-        held_out: The same of M held-out pictures, at least 2.
-        flips: Whether training pictures were mirrored (pictures only).
+        samples: Features (n, d), or uint8 images (n, C, H, W).
+        training: The same of the N training images.
+        held_out: The same of M held-out images, at least 2.
+        flips: Whether training images were mirrored (images only).
         device: Where to compute.
 
     Returns:
@@ -173,11 +173,11 @@ def compare(
 
 
 def tail_probability(ratio: Tensor, real: Tensor) -> Tensor:
-    """Probability that a further held-out picture has so small an r, predicted from the smallest ones.
+    """Probability that a further held-out image has so small an r, predicted from the smallest ones.
 
     Args:
         ratio: Values of r, float64 (n,).
-        real: Those of the m held-out pictures, rising, float64 (m,).
+        real: Those of the m held-out images, rising, float64 (m,).
 
     Returns:
         P(r) of each, (n,): 1 from the k-th smallest held-out value on, at least the share of held-out values that are
@@ -186,7 +186,7 @@ def tail_probability(ratio: Tensor, real: Tensor) -> Tensor:
     count, total = min(len(real), max(10, round(TAIL * len(real)))), len(real) + 1
     largest = real[count - 1]
     sum_of_depths = torch.log(largest / real[: count - 1].clamp(min=1e-12)).sum()
-    if not (largest > 0 and torch.isfinite(largest) and sum_of_depths > 1e-6):  # copies or ties among real pictures
+    if not (largest > 0 and torch.isfinite(largest) and sum_of_depths > 1e-6):  # copies or ties among real images
         return torch.ones_like(ratio)
     depth = torch.log(largest / ratio).clamp(min=0)
     predicted = count / total * (1 + depth / sum_of_depths) ** (1 - count)
@@ -195,7 +195,7 @@ def tail_probability(ratio: Tensor, real: Tensor) -> Tensor:
 
 
 def chance_of(below: int, count: int, rank: int, held_out: int) -> float:
-    """Probability that samples of the same distribution as held-out pictures have so many below a quantile.
+    """Probability that samples of the same distribution as held-out images have so many below a quantile.
 
     Args:
         below: Number of samples at or below the threshold.

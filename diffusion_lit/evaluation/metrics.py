@@ -56,11 +56,9 @@ class Statistics:
             ValueError: If there are fewer than 2 or some are not finite.
         """
         if len(features) < 2:
-            raise ValueError(f"A covariance needs at least 2 pictures, not {len(features)}; raise num_samples.")
+            raise ValueError(f"A covariance needs at least 2 images, not {len(features)}; raise num_samples.")
         if not torch.isfinite(features).all():
-            raise ValueError(
-                "Some features are not finite: the model or the extractor makes NaN; look at its pictures."
-            )
+            raise ValueError("Some features are not finite: the model or the extractor makes NaN; look at its images.")
         made = fid_features_to_statistics(features.double())
         return Statistics(made["mu"], np.atleast_2d(made["sigma"]))
 
@@ -110,11 +108,11 @@ def kernel_distance(generated: Tensor, reference: Tensor) -> float:
 
 
 def kid_subset_size(generated: int, reference: int) -> int:
-    """Size of the kernel distance's subsets: torch-fidelity's 1,000 where there are enough pictures.
+    """Size of the kernel distance's subsets: torch-fidelity's 1,000 where there are enough images.
 
     Args:
-        generated: Number of generated pictures.
-        reference: Number of reference pictures.
+        generated: Number of generated images.
+        reference: Number of reference images.
 
     Returns:
         The size.
@@ -133,16 +131,16 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
         Precision and recall, each in [0, 1].
 
     Raises:
-        ValueError: If either has no more than k pictures.
+        ValueError: If either has no more than k images.
     """
     if min(len(generated), len(reference)) <= NEIGHBOURS:
-        raise ValueError(f"Precision and recall need more than {NEIGHBOURS} pictures on each side.")
+        raise ValueError(f"Precision and recall need more than {NEIGHBOURS} images on each side.")
     made = prc_features_to_metric(
         generated.double(),
         reference.double(),
         prc_neighborhood=NEIGHBOURS,
         prc_batch_size=max(1, DISTANCES // max(len(generated), len(reference))),
-        save_cpu_ram=True,  # the same result without all distances at once, which are 24 GB for 55,000 pictures
+        save_cpu_ram=True,  # the same result without all distances at once, which are 24 GB for 55,000 images
         verbose=False,
     )
     return float(made["precision"]), float(made["recall"])
@@ -167,11 +165,11 @@ def compute_metrics(
     reference: Features | None,
     statistics: Statistics | None = None,
 ) -> dict[str, float]:
-    """All figures of one set of generated pictures.
+    """All figures of one set of generated images.
 
     Args:
         extractor: What made the features; its name goes into the figures' names.
-        generated: Features of the generated pictures.
+        generated: Features of the generated images.
         reference: Features of the reference, or None where only its statistics are known.
         statistics: The reference's statistics; taken from `reference` when omitted.
 
@@ -221,26 +219,26 @@ def check_figures(figures: dict[str, float]) -> dict[str, float]:
 
 
 def too_few(count: int, dimension: int) -> str | None:
-    """What to say where there are too few pictures for a covariance.
+    """What to say where there are too few images for a covariance.
 
     Args:
-        count: Number of pictures.
+        count: Number of images.
         dimension: Number of features d.
 
     Returns:
-        A warning, or None where there are more pictures than features.
+        A warning, or None where there are more images than features.
     """
     if count > dimension:
         return None
     return (
-        f"{count:,} pictures against {dimension:,} features: the covariance has rank {count - 1:,} at the most, and "
+        f"{count:,} images against {dimension:,} features: the covariance has rank {count - 1:,} at the most, and "
         "the Fréchet distance is biased upwards by much; compare it only at the same number, and look at the kernel "
         "distance."
     )
 
 
 def short_count(count: int) -> str:
-    """A number of pictures as it stands in a metric's name: 5000 as `5k`.
+    """A number of images as it stands in a metric's name: 5000 as `5k`.
 
     Args:
         count: At least 1.

@@ -1,8 +1,8 @@
 """The real side of a distance: features and statistics of a split, kept under a key of all that determines them.
 
-The key holds the data's fingerprint (its pixels, or its files and transform), split, number and shape of the pictures,
+The key holds the data's fingerprint (its pixels, or its files and transform), split, number and shape of the images,
 and the extractor with the hash of its weights. A file in the cache carries its key and is used only when it is the one
-asked for. `real_against_real` gives the floor: what a perfect model would get from the same number of pictures.
+asked for. `real_against_real` gives the floor: what a perfect model would get from the same number of images.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated pictures are compared with.
+    """What generated images are compared with.
 
     Args:
         statistics: Mean and covariance of the features.
         features: The features, or None where only the statistics are known.
-        count: Number of pictures, or None where the file does not say.
-        labels: Classes int64 (N,) of the pictures, or None.
+        count: Number of images, or None where the file does not say.
+        labels: Classes int64 (N,) of the images, or None.
         record: All that determines it, for receipts.
     """
 
@@ -57,23 +57,23 @@ def reference_of(
         data: The data set, set up.
         split: "train", "val", "test", or several joined by "+".
         extractor: A loaded extractor.
-        batch_size: Pictures at a time.
-        limit: Takes that many pictures, chosen by a fixed key; all by default.
-        progress: Called with the number of pictures after each batch.
+        batch_size: Images at a time.
+        limit: Takes that many images, chosen by a fixed key; all by default.
+        progress: Called with the number of images after each batch.
 
     Returns:
         The reference.
 
     Raises:
-        ValueError: If the pictures do not have the shape that the data set says, or look scaled to 0 to 1.
+        ValueError: If the images do not have the shape that the data set says, or look scaled to 0 to 1.
     """
     images = data.reference_images(split)
     labels = data.reference_labels(split)
     total = len(images)
     if total and tuple(images.shape[1:]) != tuple(data.image_shape):
         raise ValueError(
-            f"The pictures of {split} have shape {tuple(images.shape[1:])}, but the data set says "
-            f"{tuple(data.image_shape)}; the reference must be resized as the training pictures are."
+            f"The images of {split} have shape {tuple(images.shape[1:])}, but the data set says "
+            f"{tuple(data.image_shape)}; the reference must be resized as the training images are."
         )
     if limit is not None and limit < total:
         rows = torch.randperm(total, generator=keyed_generator("reference", split))[:limit].sort().values
@@ -92,7 +92,7 @@ def reference_record(data: ImageSource, split: str, extractor: FeatureExtractor,
         data: The data set, set up.
         split: As in `reference_of`.
         extractor: A loaded extractor.
-        count: Number of pictures.
+        count: Number of images.
 
     Returns:
         Plain values.
@@ -111,10 +111,10 @@ def reference_record(data: ImageSource, split: str, extractor: FeatureExtractor,
 
 @dataclass(frozen=True)
 class Pair:
-    """Two disjoint sets of real pictures for the floor.
+    """Two disjoint sets of real images for the floor.
 
     Args:
-        drawn: Features of the pictures that stand for generated ones.
+        drawn: Features of the images that stand for generated ones.
         rest: Statistics of those that they are compared with.
         reference: Features of the latter, or None where only the statistics are known.
     """
@@ -127,17 +127,17 @@ class Pair:
 def real_pairs(reference: Reference, held_out: Features | None, count: int, blocks: int = 1) -> list[Pair]:
     """Disjoint real sets that show what a perfect model would get.
 
-    Held-out pictures against the reference where there are `count` of them; else `count` pictures of both together
-    against all others, as long as these are at least half as many; else the held-out pictures there are.
+    Held-out images against the reference where there are `count` of them; else `count` images of both together
+    against all others, as long as these are at least half as many; else the held-out images there are.
 
     Args:
         reference: The reference.
-        held_out: Features of real pictures that are not in it, or None.
-        count: Number of generated pictures.
+        held_out: Features of real images that are not in it, or None.
+        count: Number of generated images.
         blocks: At most so many pairs, whose drawn sets are disjoint.
 
     Returns:
-        The pairs; empty where there are too few real pictures for any.
+        The pairs; empty where there are too few real images for any.
     """
     spare = 0 if held_out is None else len(held_out)
     if held_out is not None and spare >= count:
@@ -166,11 +166,11 @@ def real_against_real(reference: Reference, held_out: Features | None, count: in
 
     Args:
         reference: The reference.
-        held_out: Features of real pictures that are not in it, or None.
-        count: Number of generated pictures.
+        held_out: Features of real images that are not in it, or None.
+        count: Number of generated images.
 
     Returns:
-        The distance and the number of pictures it was taken at, which is `count` where there are enough; None where
+        The distance and the number of images it was taken at, which is `count` where there are enough; None where
         there are too few.
     """
     pairs = real_pairs(reference, held_out, count)

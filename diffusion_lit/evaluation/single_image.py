@@ -1,8 +1,8 @@
-"""Models of a single picture, for which a distance between sets of pictures has no meaning.
+"""Models of a single image, for which a distance between sets of images has no meaning.
 
-PSNR says how far a sample is the picture itself, `10 log10(255^2 / mse)`. The patch distance says how far its small
-parts look alike: the Fréchet distance between the Gaussians of all p x p patches of the samples and of the picture.
-Diversity is the standard deviation of a pixel over the samples against that over the picture (Shaham 2019, arXiv
+PSNR says how far a sample is the image itself, `10 log10(255^2 / mse)`. The patch distance says how far its small
+parts look alike: the Fréchet distance between the Gaussians of all p x p patches of the samples and of the image.
+Diversity is the standard deviation of a pixel over the samples against that over the image (Shaham 2019, arXiv
 1905.01164, section 3).
 """
 
@@ -19,10 +19,10 @@ MOST_PATCHES = 100_000
 
 
 def is_single(images: Any) -> bool:
-    """Whether a split holds one picture, be it many times.
+    """Whether a split holds one image, be it many times.
 
     Args:
-        images: Array-like uint8 pictures (N, C, H, W).
+        images: Array-like uint8 images (N, C, H, W).
 
     Returns:
         True where all are equal.
@@ -32,11 +32,11 @@ def is_single(images: Any) -> bool:
 
 
 def psnr(samples: Tensor, image: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each sample against the picture.
+    """Peak signal-to-noise ratio of each sample against the image.
 
     Args:
-        samples: Pictures uint8 (N, C, H, W).
-        image: The picture, uint8 (C, H, W).
+        samples: Images uint8 (N, C, H, W).
+        image: The image, uint8 (C, H, W).
 
     Returns:
         Decibels, float64 (N,), infinite for an exact copy.
@@ -46,11 +46,11 @@ def psnr(samples: Tensor, image: Tensor) -> Tensor:
 
 
 def patches(images: Tensor, size: int = PATCH) -> Tensor:
-    """All patches of pictures, or a fixed random choice where there are very many.
+    """All patches of images, or a fixed random choice where there are very many.
 
     Args:
-        images: Pictures uint8 (N, C, H, W).
-        size: Side of a patch, at most that of the pictures.
+        images: Images uint8 (N, C, H, W).
+        size: Side of a patch, at most that of the images.
 
     Returns:
         Patches (M, C * size * size), float64 in [0, 1].
@@ -67,18 +67,18 @@ def patches(images: Tensor, size: int = PATCH) -> Tensor:
 
 
 def single_image_metrics(samples: Tensor, image: Tensor) -> dict[str, float]:
-    """Figures of samples of a model of one picture.
+    """Figures of samples of a model of one image.
 
     Args:
-        samples: Pictures uint8 (N, C, H, W).
-        image: The picture, uint8 (C, H, W).
+        samples: Images uint8 (N, C, H, W).
+        image: The image, uint8 (C, H, W).
 
     Returns:
         Mean PSNR, patch distance at full and at half size, and diversity.
     """
     figures = {"psnr": float(psnr(samples, image).clamp(max=100).mean())}
     for scale in (1, 2):
-        made, real = (_shrink(pictures, scale) for pictures in (samples, image[None]))
+        made, real = (_shrink(images, scale) for images in (samples, image[None]))
         if min(made.shape[-2:]) >= PATCH:
             distance = frechet_distance(Statistics.of(patches(made)), Statistics.of(patches(real)))
             figures[f"fd_patches{PATCH}" + ("" if scale == 1 else "_half_size")] = distance
@@ -88,5 +88,5 @@ def single_image_metrics(samples: Tensor, image: Tensor) -> dict[str, float]:
 
 
 def _shrink(images: Tensor, scale: int) -> Tensor:
-    """Pictures averaged over scale x scale pixels."""
+    """Images averaged over scale x scale pixels."""
     return images if scale == 1 else torch.nn.functional.avg_pool2d(images.double(), scale).round().to(torch.uint8)

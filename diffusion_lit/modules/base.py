@@ -59,11 +59,11 @@ class KeyedModule(LightningModule):
         """Shape (C, H, W) of what the network of such a module works on.
 
         Args:
-            image_shape: Shape (C, H, W) of the data's pictures.
+            image_shape: Shape (C, H, W) of the data's images.
             init_args: The module's arguments as they stand in the configuration.
 
         Returns:
-            The pictures' own shape here.
+            The images' own shape here.
         """
         return image_shape
 
@@ -121,7 +121,7 @@ class KeyedModule(LightningModule):
 
         Args:
             figures: Scalars by their names.
-            batch_size: Number of this rank's pictures.
+            batch_size: Number of this rank's images.
         """
         if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
             self.log_dict(figures, prog_bar=True, batch_size=batch_size, sync_dist=True)
@@ -169,18 +169,18 @@ class KeyedModule(LightningModule):
 
 
 class DiffusionModule(PixelModel, KeyedModule):
-    """Trains a denoiser on pictures and samples from it, as `PixelModel` says.
+    """Trains a denoiser on images and samples from it, as `PixelModel` says.
 
     Args:
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
         noise_levels: Distribution that training draws sigma from.
         loss: Denoising loss with its weight.
-        sampling: How pictures are drawn from the model unless told otherwise.
+        sampling: How images are drawn from the model unless told otherwise.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability of training a sample with the null class, in [0, 1], so that guidance has an
             unconditional branch (Ho & Salimans 2022).
-        augment: Augmentation of training pictures whose labels the network is told (`augment_dim` 9).
+        augment: Augmentation of training images whose labels the network is told (`augment_dim` 9).
 
     Raises:
         ValueError: If `label_dropout` is no probability, or the network does not take the augmentation's labels.
@@ -254,11 +254,11 @@ class DiffusionModule(PixelModel, KeyedModule):
         """Draws augmentation labels for the global batch and takes this rank's rows.
 
         Args:
-            count: Number B of this rank's pictures.
+            count: Number B of this rank's images.
             key: Names the draw.
 
         Returns:
-            Labels (B, 9), or None where training pictures are not augmented.
+            Labels (B, 9), or None where training images are not augmented.
         """
         if self.augment is None:
             return None
@@ -294,7 +294,7 @@ class DiffusionModule(PixelModel, KeyedModule):
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(x0), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One sample per picture of the batch, of the same class, its index as the seed; (B, C, H, W) in [-1, 1]."""
+        """One sample per image of the batch, of the same class, its index as the seed; (B, C, H, W) in [-1, 1]."""
         label = batch.get("label") if self.num_classes else None
         return self.generate(batch["index"].tolist(), label)
 

@@ -19,7 +19,7 @@ class Classifier(KeyedModule):
     Args:
         net: The network.
         label_smoothing: Share in [0, 1) of the target that is spread over all classes.
-        shift: Training pictures are moved by up to so many pixels in each direction, the border filled with -1.
+        shift: Training images are moved by up to so many pixels in each direction, the border filled with -1.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
 
@@ -79,7 +79,7 @@ class Classifier(KeyedModule):
         return batch["label"]
 
     def _shifted(self, images: Tensor, batch_idx: int) -> Tensor:
-        """Moves each picture by its own whole number of pixels, drawn for the global batch by key."""
+        """Moves each image by its own whole number of pixels, drawn for the global batch by key."""
         if self.shift == 0:
             return images
         world, rank = self.ranks
@@ -91,5 +91,5 @@ class Classifier(KeyedModule):
         padded = F.pad(images, (self.shift,) * 4, value=-1.0).permute(0, 2, 3, 1)
         rows = corner[:, 0, None] + torch.arange(height, device=images.device)
         columns = corner[:, 1, None] + torch.arange(width, device=images.device)
-        picture = torch.arange(count, device=images.device)[:, None, None]
-        return padded[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        image = torch.arange(count, device=images.device)[:, None, None]
+        return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

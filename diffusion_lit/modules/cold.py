@@ -1,10 +1,10 @@
-"""ColdDiffusion: a network that restores degraded pictures, and draws new ones from what is degraded altogether.
+"""ColdDiffusion: a network that restores degraded images, and draws new ones from what is degraded altogether.
 
     loss = mean |R(D(x0, t, n), t) - x0|,   t uniform in 1..T,   R(x, t) = x + net(x, 999 t / T)
 
 (Bansal 2022, arXiv 2208.09392, equation 1.) A sample begins at D(g, T, n), where g is drawn from the normal
-distribution of the training pictures' mean and leading principal components: where D takes all but a few of them away,
-such as blur to a mean colour, that is the source's fit of a Gaussian to degraded pictures (section 5.2). Beside it a
+distribution of the training images' mean and leading principal components: where D takes all but a few of them away,
+such as blur to a mean colour, that is the source's fit of a Gaussian to degraded images (section 5.2). Beside it a
 little noise breaks the symmetry of neighbouring pixels.
 """
 
@@ -24,7 +24,7 @@ from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keye
 from diffusion_lit.modules.base import KeyedModule, run_seed
 
 COMPONENTS = 64
-MOST_PICTURES = 500  # that the components are taken of
+MOST_IMAGES = 500  # that the components are taken of
 SYMMETRY_NOISE = 0.002  # standard deviation
 
 
@@ -33,8 +33,8 @@ class ColdDiffusion(KeyedModule):
 
     Args:
         net: The network, called with 999 t / T in [0, 999] as its noise input. It is never told a class.
-        degradation: What is done to pictures; blur by default.
-        sampling: How pictures are restored; by default the improved sampler over all steps.
+        degradation: What is done to images; blur by default.
+        sampling: How images are restored; by default the improved sampler over all steps.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
     """
@@ -64,14 +64,14 @@ class ColdDiffusion(KeyedModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of a picture."""
+        """Shape (C, H, W) of an image."""
         return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
-        """Restores pictures in one go.
+        """Restores images in one go.
 
         Args:
-            x: Degraded pictures (B, C, H, W).
+            x: Degraded images (B, C, H, W).
             t: How far they are degraded, steps of shape () or (B,).
 
         Returns:
@@ -82,25 +82,25 @@ class ColdDiffusion(KeyedModule):
         return restored
 
     def on_fit_start(self) -> None:
-        """Takes the mean and the principal components of the training pictures."""
+        """Takes the mean and the principal components of the training images."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "reference_images"):
             raise ValueError(
-                "ColdDiffusion takes the mean and covariance of the training pictures, from which its samples start, "
+                "ColdDiffusion takes the mean and covariance of the training images, from which its samples start, "
                 f"and {type(data).__name__} does not give them; use one of datamodules."
             )
         images = data.reference_images("train")
-        count = min(MOST_PICTURES, len(images))
-        pictures = take(images, torch.arange(count) * len(images) // count)
-        mean, components = principal_components(pictures.double() / 127.5 - 1, len(self.components))
+        count = min(MOST_IMAGES, len(images))
+        sample = take(images, torch.arange(count) * len(images) // count)
+        mean, components = principal_components(sample.double() / 127.5 - 1, len(self.components))
         self.mean.copy_(mean)
         self.components.copy_(components)
 
     def loss(self, x0: Tensor, *key: int | str, index: Tensor | None = None) -> Tensor:
-        """The mean absolute error of restored pictures, each degraded by its own number of steps.
+        """The mean absolute error of restored images, each degraded by its own number of steps.
 
         Args:
-            x0: Pictures (B, C, H, W) in [-1, 1].
+            x0: Images (B, C, H, W) in [-1, 1].
             key: Names the draw, which is made for the global batch.
             index: Rows of the split for held-out images; see `keyed_noise`.
 
@@ -143,23 +143,23 @@ class ColdDiffusion(KeyedModule):
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The batch's pictures, degraded altogether by the map of their index and restored; (B, C, H, W)."""
+        """The batch's images, degraded altogether by the map of their index and restored; (B, C, H, W)."""
         return self.reconstruct(batch["image"], seeds=batch["index"].tolist())
 
     @torch.no_grad()
     def restore(
         self, x: Tensor, noise: Tensor, sampling: ColdSampling | None = None, callback: StepCallback | None = None
     ) -> Tensor:
-        """Restores pictures that are degraded altogether.
+        """Restores images that are degraded altogether.
 
         Args:
             x: D(x0, T, noise), shape (B, C, H, W).
-            noise: The map of each picture's degradation, (B, 1, H, W).
+            noise: The map of each image's degradation, (B, 1, H, W).
             sampling: Other settings than the module's own.
             callback: Called as `callback(index, x, x0_hat, 0)` at each step.
 
         Returns:
-            Restored pictures (B, C, H, W), in [-1, 1] up to overshoot.
+            Restored images (B, C, H, W), in [-1, 1] up to overshoot.
         """
         sampling = sampling or self.sampling
         steps = sampling.steps(self.degradation.num_steps)
@@ -176,11 +176,11 @@ class ColdDiffusion(KeyedModule):
             self.train(training)
 
     def degrade(self, images: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Degrades pictures altogether.
+        """Degrades images altogether.
 
         Args:
-            images: Pictures (B, C, H, W) in [-1, 1].
-            seeds: One seed per picture, of which its degradation's map is a function.
+            images: Images (B, C, H, W) in [-1, 1].
+            seeds: One seed per image, of which its degradation's map is a function.
 
         Returns:
             D(x0, T, noise) and the noise (B, 1, H, W).
@@ -191,15 +191,15 @@ class ColdDiffusion(KeyedModule):
     def reconstruct(
         self, images: Tensor, sampling: ColdSampling | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Degrades pictures altogether and restores them.
+        """Degrades images altogether and restores them.
 
         Args:
-            images: Pictures (B, C, H, W) in [-1, 1].
+            images: Images (B, C, H, W) in [-1, 1].
             sampling: Other settings than the module's own.
-            seeds: One seed per picture; 0, 1, 2, ... by default.
+            seeds: One seed per image; 0, 1, 2, ... by default.
 
         Returns:
-            Restored pictures of the same shape.
+            Restored images of the same shape.
         """
         x, noise = self.degrade(images, range(len(images)) if seeds is None else seeds)
         return self.restore(x, noise, sampling)
@@ -212,23 +212,23 @@ class ColdDiffusion(KeyedModule):
         sampling: ColdSampling | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one picture per seed.
+        """Draws one image per seed.
 
         Args:
-            seeds: One seed per picture.
+            seeds: One seed per image.
             labels: None; there are no classes.
             sampling: Other settings than the module's own.
             callback: Called as `callback(index, x, x0_hat, 0)` at each step.
 
         Returns:
-            Pictures (B, C, H, W), in [-1, 1] up to overshoot.
+            Images (B, C, H, W), in [-1, 1] up to overshoot.
 
         Raises:
             ValueError: If labels are given, or the model was never trained.
         """
         check_labels(labels, 0, len(seeds))
         if self.components.isnan().any():
-            raise ValueError("This ColdDiffusion has seen no training pictures to start its samples from; train it.")
+            raise ValueError("This ColdDiffusion has seen no training images to start its samples from; train it.")
         draw = SeededNoise(seeds)
         noise = draw(self.mean.new_empty(len(seeds), 1, *self.mean.shape[1:]))
         scores = draw(self.mean.new_empty(len(seeds), len(self.components)))
@@ -237,23 +237,23 @@ class ColdDiffusion(KeyedModule):
         return self.restore(x + SYMMETRY_NOISE * draw(x), noise, sampling, callback)
 
 
-def principal_components(pictures: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The mean of pictures and their leading principal components.
+def principal_components(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of images and their leading principal components.
 
     Args:
-        pictures: Shape (N, ...), N at least 1.
+        images: Shape (N, ...), N at least 1.
         count: Number K of components.
 
     Returns:
         The mean (...) and K components (K, ...), of length their standard deviation, largest first; those that N
-        pictures do not have are 0. Mean + sum of z_k times component k, z ~ N(0, 1), has the mean of the pictures and
+        images do not have are 0. Mean + sum of z_k times component k, z ~ N(0, 1), has the mean of the images and
         the nearest covariance of rank K to theirs.
     """
-    mean = pictures.mean(0)
-    rows = (pictures - mean).flatten(1)
+    mean = images.mean(0)
+    rows = (images - mean).flatten(1)
     vectors = torch.linalg.eigh(rows @ rows.T / max(1, len(rows) - 1)).eigenvectors.flip(1)[:, :count]
     made = vectors.T @ rows / max(1, len(rows) - 1) ** 0.5
     made = made * made.gather(1, made.abs().argmax(1, keepdim=True)).sign()  # which eigenvectors leave open
     padded = rows.new_zeros(count, rows.shape[1])
     padded[: len(made)] = made
-    return mean, padded.reshape(count, *pictures.shape[1:])
+    return mean, padded.reshape(count, *images.shape[1:])

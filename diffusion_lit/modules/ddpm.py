@@ -33,8 +33,8 @@ class DDPM(DiffusionModule):
         noise_levels: Distribution that training draws sigma from; by default uniform over the schedule's steps.
         loss: Denoising loss with its weight; by default the paper's simple loss (Ho 2020, equation 14). A `HybridLoss`
             trains the variance of the steps as well (Nichol & Dhariwal 2021): give the network an `out_channels` of
-            twice the pictures' channels, and sample with `sampler_options: {variance: learned}`.
-        sampling: How pictures are drawn; by default ancestral sampling over all T steps, predicted images clipped.
+            twice the images' channels, and sample with `sampler_options: {variance: learned}`.
+        sampling: How images are drawn; by default ancestral sampling over all T steps, predicted images clipped.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability in [0, 1] of training a sample without its label.

@@ -17,11 +17,11 @@ class EDM(DiffusionModule):
         scaling: Prediction type; by default EDM's preconditioning with sigma_data 0.5.
         noise_levels: Distribution that training draws sigma from; by default log-normal with P_mean -1.2, P_std 1.2.
         loss: Denoising loss with its weight; by default 1/c_out^2, which is EDM's own.
-        sampling: How pictures are drawn; by default 18 steps of Heun's method on the Karras grid.
+        sampling: How images are drawn; by default 18 steps of Heun's method on the Karras grid.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability in [0, 1] of training a sample without its label.
-        augment: Non-leaky augmentation of training pictures (appendix F.2); the network needs `augment_dim: 9`.
+        augment: Non-leaky augmentation of training images (appendix F.2); the network needs `augment_dim: 9`.
     """
 
     def __init__(

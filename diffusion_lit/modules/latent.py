@@ -94,7 +94,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the pictures."""
+        """Shape (C, H, W) of the images."""
         return self.space.image_shape
 
     def setup(self, stage: str) -> None:
@@ -166,10 +166,10 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         return self.space.standardise(posterior.sample(noise))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Standardised latents of pictures, the means of their posteriors.
+        """Standardised latents of images, the means of their posteriors.
 
         Args:
-            images: Pictures (B, C, H, W) in [-1, 1].
+            images: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             Shape (B, c, h, w).
@@ -177,15 +177,15 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         return self.space.standardise(self.space.encode(images).mean)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) of standardised latents (B, c, h, w)."""
+        """Images (B, C, H, W) of standardised latents (B, c, h, w)."""
         return self.space.decode(x)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) through the autoencoder and back."""
+        """Images (B, C, H, W) through the autoencoder and back."""
         return self.space.reconstruct(images)
 
     def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
-        """Pictures on the straight ways between latents; see `modules.latents.interpolate`."""
+        """Images on the straight ways between latents; see `modules.latents.interpolate`."""
         return interpolate(self.encode, self.decode, first, last, shares)
 
     def generate(
@@ -195,7 +195,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one picture per seed; see `LatentModel.generate`.
+        """Draws one image per seed; see `LatentModel.generate`.
 
         Raises:
             ValueError: As there, or if predictions are to be clipped, which latents cannot be.

@@ -1,4 +1,4 @@
-"""Latents on disk, encoded once: mean and standard deviation of each picture's posterior, mirrored as a second copy.
+"""Latents on disk, encoded once: mean and standard deviation of each image's posterior, mirrored as a second copy.
 
 A cache is a folder `latents/KEY` with `moments.f32`, float32 (copies, N, 2, c, h, w), and `index.json`. KEY is a hash
 of the autoencoder's weights, the fingerprint of the data (its transformed pixels) and whether there are mirrored
@@ -37,7 +37,7 @@ DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
 
 
 class LatentCache:
-    """Posteriors of a set of pictures.
+    """Posteriors of a set of images.
 
     Args:
         moments: Mean and standard deviation, float32 (copies, N, 2, c, h, w), memory-mapped or on a device.
@@ -62,7 +62,7 @@ class LatentCache:
         return self
 
     def posterior(self, rows: Tensor, mirrored: Tensor | None) -> Posterior:
-        """Posteriors of some pictures.
+        """Posteriors of some images.
 
         Args:
             rows: Their rows, int64 (B,).
@@ -152,7 +152,7 @@ def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
 def _write(
     trainer: Trainer, place: Path, record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device
 ) -> None:
-    """Encodes the pictures into a folder beside the place, every rank its share, and renames it."""
+    """Encodes the images into a folder beside the place, every rank its share, and renames it."""
     scratch = Path(trainer.strategy.broadcast(str(scratch_of(place))))
     shape, world = tuple(record["shape"]), trainer.world_size
 
@@ -171,7 +171,7 @@ def _write(
             os.fsync(file.fileno())
         publish(scratch, place, lambda: _open(place, record) is not None)
         size = 4 * int(np.prod(shape)) / 2**20
-        rank_zero_info(f"Encoded {shape[1]:,} pictures into {place} ({size:.1f} MiB); training reads them from there.")
+        rank_zero_info(f"Encoded {shape[1]:,} images into {place} ({size:.1f} MiB); training reads them from there.")
 
     rank_zero_alone(begin, "room for the latents")
     moments = np.memmap(scratch / "moments.f32", np.float32, "r+", shape=shape)
@@ -181,7 +181,7 @@ def _write(
         moments[copy, rows, 0], moments[copy, rows, 1] = posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
 
     with tqdm(
-        desc="encoding pictures once", total=shape[0] * shape[1] // world, unit="img", leave=False, delay=2,
+        desc="encoding images once", total=shape[0] * shape[1] // world, unit="img", leave=False, delay=2,
         disable=not trainer.is_global_zero,
     ) as bar:  # fmt: skip
         sums = encode_all(
@@ -229,7 +229,7 @@ def _held(place: Path) -> Iterator[None]:
 
         def hold() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            told = f"Another run is encoding the same pictures into {place.parent}; waiting for it."
+            told = f"Another run is encoding the same images into {place.parent}; waiting for it."
 
             def waiting() -> AbstractContextManager[object]:
                 rank_zero_info(told)

@@ -4,7 +4,7 @@
 
 with n standard normal, and mu_c, s_c per channel the mean and standard deviation of z over the whole training set:
 
-    mu_c = E[mean],        s_c^2 = E[std^2 + mean^2] - mu_c^2        (over pictures and positions; n needs no draw)
+    mu_c = E[mean],        s_c^2 = E[std^2 + mean^2] - mu_c^2        (over images and positions; n needs no draw)
 
 The diffusion model sees u alone, of mean 0 and variance 1. Everything here lies outside the registry of the module that
 uses it, so that neither its optimizer, nor its average, nor its precision touches the autoencoder.
@@ -21,7 +21,7 @@ from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.storage.hashing import weights_hash
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHUNK = 256  # pictures encoded at a time; the same on every rank, so that their number changes no digit
+CHUNK = 256  # images encoded at a time; the same on every rank, so that their number changes no digit
 
 
 class Frozen:
@@ -54,11 +54,11 @@ class LatentSpace(Frozen):
 
     Args:
         net: The autoencoder: `encode`, `decode`, `in_channels`, `latent_channels`, `factor`, `config`.
-        image_shape: Shape (C, H, W) of the pictures.
+        image_shape: Shape (C, H, W) of the images.
         precision: What it computes in: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: If the autoencoder is made for other pictures, or there is no such precision.
+        ValueError: If the autoencoder is made for other images, or there is no such precision.
     """
 
     def __init__(self, net: nn.Module, image_shape: tuple[int, int, int], precision: str = "float32") -> None:
@@ -84,7 +84,7 @@ class LatentSpace(Frozen):
         """
         if not bool((std > 0).all()):
             raise ValueError(
-                f"Channel {int((std <= 0).nonzero()[0])} of the latents is the same for all training pictures, so that "
+                f"Channel {int((std <= 0).nonzero()[0])} of the latents is the same for all training images, so that "
                 "it cannot be standardised; train the VAE for longer or with fewer latent_channels."
             )
         self.mean, self.std = mean.double().cpu().reshape(-1, 1, 1), std.double().cpu().reshape(-1, 1, 1)
@@ -98,10 +98,10 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Posterior:
-        """The distribution of the latents of pictures, as the autoencoder gives it.
+        """The distribution of the latents of images, as the autoencoder gives it.
 
         Args:
-            images: Pictures (B, C, H, W) in [-1, 1].
+            images: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             Mean and standard deviation (B, *shape), float32.
@@ -125,13 +125,13 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def decode(self, u: Tensor) -> Tensor:
-        """Pictures of standardised latents.
+        """Images of standardised latents.
 
         Args:
             u: Shape (B, *shape).
 
         Returns:
-            Pictures (B, C, H, W), float32, in [-1, 1] up to overshoot.
+            Images (B, C, H, W), float32, in [-1, 1] up to overshoot.
         """
         mean, std = self._scale(u)
         net = self.on(u.device)
@@ -141,10 +141,10 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Pictures through the mean of their latents and back; the best that a model of the latents can do.
+        """Images through the mean of their latents and back; the best that a model of the latents can do.
 
         Args:
-            images: Pictures (B, C, H, W) in [-1, 1].
+            images: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             The same shape, float32.
@@ -195,24 +195,24 @@ def latent_shape(net: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
 
     Args:
         net: The autoencoder.
-        image_shape: Shape (C, H, W) of the pictures.
+        image_shape: Shape (C, H, W) of the images.
 
     Returns:
         (c, h, w).
 
     Raises:
-        ValueError: If the autoencoder is made for other pictures or does not divide them.
+        ValueError: If the autoencoder is made for other images or does not divide them.
     """
     channels, height, width = image_shape
     made_for = (net.in_channels, getattr(net, "image_size", None) or height)
     if made_for != (channels, height):
         raise ValueError(
-            f"The autoencoder is made for pictures of {made_for[0]} channels and {made_for[1]} pixels, and the data's "
+            f"The autoencoder is made for images of {made_for[0]} channels and {made_for[1]} pixels, and the data's "
             f"have {channels} and {height}; train one on this data."
         )
     if height % net.factor or width % net.factor:
         raise ValueError(
-            f"Pictures of {height}x{width} do not divide by {net.factor}, the autoencoder's factor; resize them."
+            f"Images of {height}x{width} do not divide by {net.factor}, the autoencoder's factor; resize them."
         )
     return (int(net.latent_channels), height // net.factor, width // net.factor)
 
@@ -220,17 +220,17 @@ def latent_shape(net: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
 def interpolate(
     encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], first: Tensor, last: Tensor, shares: Tensor
 ) -> Tensor:
-    """Decodes the straight ways between the latents of pairs of pictures.
+    """Decodes the straight ways between the latents of pairs of images.
 
     Args:
-        encode: Pictures to latents.
-        decode: Latents to pictures.
-        first: Pictures (B, C, H, W) in [-1, 1] where the ways begin.
-        last: Pictures (B, C, H, W) where they end.
-        shares: Places on a way, shape (S,), 0 being the first picture and 1 the last.
+        encode: Images to latents.
+        decode: Latents to images.
+        first: Images (B, C, H, W) in [-1, 1] where the ways begin.
+        last: Images (B, C, H, W) where they end.
+        shares: Places on a way, shape (S,), 0 being the first image and 1 the last.
 
     Returns:
-        Pictures (B, S, C, H, W).
+        Images (B, S, C, H, W).
     """
     z = torch.lerp(encode(first)[:, None], encode(last)[:, None], shares.reshape(1, -1, 1, 1, 1))
     made = decode(z.flatten(0, 1))
@@ -246,16 +246,16 @@ def encode_all(
     keep: Callable[[int, int, Posterior], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Encodes this rank's share of a set of pictures and sums the moments of its latents.
+    """Encodes this rank's share of a set of images and sums the moments of its latents.
 
     Args:
         space: Where to.
-        images: Array-like of uint8 pictures (N, C, H, W).
-        mirrored: Whether each picture is encoded a second time, mirrored.
+        images: Array-like of uint8 images (N, C, H, W).
+        mirrored: Whether each image is encoded a second time, mirrored.
         device: Where to compute.
         ranks: Number of ranks, and this one.
         keep: Called as `keep(copy, start, posterior)` with each chunk, copy 1 being the mirrored one.
-        progress: Called with the number of pictures after each chunk.
+        progress: Called with the number of images after each chunk.
 
     Returns:
         Float64 sums of mean and of std^2 + mean^2 per channel, shape (chunks, 2, c), 0 where another rank has them; to

@@ -10,7 +10,7 @@ NETWORKS = ("vgg", "alex", "squeeze")
 
 
 class LPIPS(nn.Module):
-    """Mean perceptual distance of pictures.
+    """Mean perceptual distance of images.
 
     Args:
         net: torchmetrics' network.
@@ -25,10 +25,10 @@ class LPIPS(nn.Module):
 
         Args:
             x_hat: Reconstructions (B, 1 or 3, H, W) in [-1, 1].
-            x: Pictures of the same shape.
+            x: Images of the same shape.
 
         Returns:
-            The mean over pictures, a scalar.
+            The mean over images, a scalar.
         """
         x_hat, x = (image.float().expand(-1, 3, -1, -1) for image in (x_hat, x))
         with torch.autocast(x.device.type, enabled=False):

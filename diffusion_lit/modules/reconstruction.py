@@ -1,6 +1,6 @@
-"""How far a reconstruction is from its picture: what the first term of the VAE's loss may be.
+"""How far a reconstruction is from its image: what the first term of the VAE's loss may be.
 
-Each is a module `(x_hat, x) -> (B,)`, the sum over a picture's values of
+Each is a module `(x_hat, x) -> (B,)`, the sum over an image's values of
 
     L1          |x_hat - x|
     L2          (x_hat - x)^2
@@ -8,8 +8,8 @@ Each is a module `(x_hat, x) -> (B,)`, the sum over a picture's values of
     Gaussian    the same with the normal distribution function F
 
 where d = 1/255 is half the distance of two grey levels in [-1, 1], and the outermost levels take the whole tail. The
-last two are the exact negative log-likelihood in nats of 8-bit pictures, with a scale s per channel that is learned, so
-that together with the divergence they bound the bits that a picture costs (-ELBO). Both differences are taken in a form
+last two are the exact negative log-likelihood in nats of 8-bit images, with a scale s per channel that is learned, so
+that together with the divergence they bound the bits that an image costs (-ELBO). Both differences are taken in a form
 that neither cancels nor underflows:
 
     ln (F(a) - F(b)) = ln F(a) + ln F(-b) + ln(1 - exp(b - a))    (logistic, exact; normal: `diffusion.normal`)
@@ -28,10 +28,10 @@ SMALLEST_LOG_SCALE = -7.0
 
 
 class Reconstruction(nn.Module):
-    """Base: the distance of pictures, summed over their values.
+    """Base: the distance of images, summed over their values.
 
     Attributes:
-        is_likelihood: Whether the distance is the negative log-likelihood in nats of 8-bit pictures.
+        is_likelihood: Whether the distance is the negative log-likelihood in nats of 8-bit images.
     """
 
     is_likelihood = False
@@ -41,7 +41,7 @@ class Reconstruction(nn.Module):
 
         Args:
             x_hat: Reconstructions (B, C, H, W).
-            x: Pictures (B, C, H, W) in [-1, 1].
+            x: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             Shape (B,).
@@ -69,7 +69,7 @@ class _Discretised(Reconstruction):
     """A density around x_hat with one learned scale per channel, integrated over each grey level's bin.
 
     Args:
-        channels: Channels of a picture; 1 is one scale for all.
+        channels: Channels of an image; 1 is one scale for all.
         scale: The scale at the start, positive.
     """
 
@@ -100,10 +100,10 @@ class _Discretised(Reconstruction):
 
 
 class DiscretisedLogistic(_Discretised):
-    """Logistic likelihood of 8-bit pictures with a learned scale.
+    """Logistic likelihood of 8-bit images with a learned scale.
 
     Args:
-        channels: Number of scales: that of the picture's channels, or 1 for one scale for all.
+        channels: Number of scales: that of the image's channels, or 1 for one scale for all.
         scale: The scale at the start, positive.
 
     Source: Kingma 2016, arXiv 1606.04934, appendix C.3; Salimans 2017, arXiv 1701.05517, equation 2.
@@ -120,10 +120,10 @@ class DiscretisedLogistic(_Discretised):
 
 
 class DiscretisedGaussian(_Discretised):
-    """Gaussian likelihood of 8-bit pictures with a learned scale.
+    """Gaussian likelihood of 8-bit images with a learned scale.
 
     Args:
-        channels: Number of scales: that of the picture's channels, or 1 for one scale for all.
+        channels: Number of scales: that of the image's channels, or 1 for one scale for all.
         scale: The standard deviation at the start, positive.
 
     Source: Rybkin 2021, arXiv 2006.13202 (a learned variance); Ho 2020, arXiv 2006.11239, equation 13 (the bins).

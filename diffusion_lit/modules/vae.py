@@ -1,12 +1,12 @@
 """VAE: a KL autoencoder, a baseline of its own and the first stage of latent diffusion.
 
-With D values in a picture, the loss is
+With D values in an image, the loss is
 
     (reconstruction(x_hat, x) + kl_weight * KL(q(z|x) || N(0, 1))) / D  (+ lpips_weight * LPIPS(x_hat, x)),
     x_hat = decode(mean + std * noise)
 
 Under a likelihood and kl_weight 1 it is -ELBO in nats per value (Kingma & Welling 2014, arXiv 1312.6114), and divided
-by ln 2 a bound on the bits per dimension of 8-bit pictures.
+by ln 2 a bound on the bits per dimension of 8-bit images.
 """
 
 import math
@@ -77,8 +77,8 @@ class Terms(NamedTuple):
 
     Args:
         mean: Mean of the latents (B, c, h, w).
-        reconstruction: Distance summed over each picture, shape (B,).
-        kl: Divergence of each picture's latent in nats, shape (B,).
+        reconstruction: Distance summed over each image, shape (B,).
+        kl: Divergence of each image's latent in nats, shape (B,).
         lpips: Mean perceptual distance, 0 where it is off.
     """
 
@@ -89,11 +89,11 @@ class Terms(NamedTuple):
 
 
 class VAE(KeyedModule):
-    """Variational autoencoder of pictures.
+    """Variational autoencoder of images.
 
     Args:
         net: The autoencoder, such as `diffusion_lit.nets.Autoencoder`.
-        reconstruction: Distance of pictures; by default a discretised logistic likelihood with a learned scale per
+        reconstruction: Distance of images; by default a discretised logistic likelihood with a learned scale per
             channel.
         kl_weight: Weight of the divergence; 1 with a likelihood bounds the bits per dimension.
         kl_warmup_steps: Training steps over which that weight rises from 0.
@@ -136,14 +136,14 @@ class VAE(KeyedModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of a picture."""
+        """Shape (C, H, W) of an image."""
         return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
 
     def terms(self, image: Tensor, *key: int | str, index: Tensor | None = None) -> Terms:
         """The terms of the loss.
 
         Args:
-            image: Pictures (B, C, H, W) in [-1, 1].
+            image: Images (B, C, H, W) in [-1, 1].
             key: Names the draw of the posterior's noise.
             index: Rows of the split for held-out images; see `keyed_noise`.
 
@@ -164,7 +164,7 @@ class VAE(KeyedModule):
 
         Args:
             terms: Of a batch.
-            values: Number of values D in a picture.
+            values: Number of values D in an image.
             kl_weight: Weight of the divergence now.
 
         Returns:
@@ -234,10 +234,10 @@ class VAE(KeyedModule):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Pictures through the mean of their latents and back.
+        """Images through the mean of their latents and back.
 
         Args:
-            images: Pictures (B, C, H, W) in [-1, 1].
+            images: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             The same shape, in [-1, 1] up to overshoot.
@@ -246,7 +246,7 @@ class VAE(KeyedModule):
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
-        """Pictures on the straight ways between latents; see `modules.latents.interpolate`."""
+        """Images on the straight ways between latents; see `modules.latents.interpolate`."""
         return self._evaluated(
             lambda: interpolate(lambda x: self.net.encode(x).mean, self.net.decode, first, last, shares)
         )
@@ -259,16 +259,16 @@ class VAE(KeyedModule):
         sampling: PriorSampling | None = None,
         callback: object = None,
     ) -> Tensor:
-        """Draws one picture per seed by decoding a draw from the prior N(0, 1).
+        """Draws one image per seed by decoding a draw from the prior N(0, 1).
 
         Args:
-            seeds: One seed per picture.
+            seeds: One seed per image.
             labels: None; a VAE has no classes.
             sampling: There is but one way.
             callback: Never called, since there are no steps.
 
         Returns:
-            Pictures (B, C, H, W), in [-1, 1] up to overshoot.
+            Images (B, C, H, W), in [-1, 1] up to overshoot.
 
         Raises:
             ValueError: If labels are given.
@@ -293,11 +293,11 @@ class VAE(KeyedModule):
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture.
+    """Peak signal-to-noise ratio of each image.
 
     Args:
         x_hat: Reconstructions (B, C, H, W) in [-1, 1].
-        x: Pictures of the same shape.
+        x: Images of the same shape.
 
     Returns:
         10 log10(2^2 / mean squared error) in dB, shape (B,); at most 100.
@@ -308,14 +308,14 @@ def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Mean structural similarity of pictures, with Gaussian windows of 11 pixels.
+    """Mean structural similarity of images, with Gaussian windows of 11 pixels.
 
     Args:
         x_hat: Reconstructions (B, C, H, W) in [-1, 1], H and W at least 6.
-        x: Pictures of the same shape.
+        x: Images of the same shape.
 
     Returns:
-        A scalar, 1 for equal pictures.
+        A scalar, 1 for equal images.
 
     Source: Wang 2004, Image quality assessment: from error visibility to structural similarity.
     """
@@ -325,12 +325,12 @@ def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def active_channels(sums: Tensor) -> Tensor:
-    """How many latent channels tell pictures apart.
+    """How many latent channels tell images apart.
 
-    A channel is active where the variance over pictures of its posterior mean, averaged over positions, is above 0.01.
+    A channel is active where the variance over images of its posterior mean, averaged over positions, is above 0.01.
 
     Args:
-        sums: Number, sum and sum of squares of the means over pictures, shape (3, c, h, w).
+        sums: Number, sum and sum of squares of the means over images, shape (3, c, h, w).
 
     Returns:
         Their number, a scalar.

@@ -1,4 +1,4 @@
-"""The KL autoencoder: pictures to the parameters of a Gaussian over latents, and latents back to pictures.
+"""The KL autoencoder: images to the parameters of a Gaussian over latents, and latents back to images.
 
     encoder:  x (B, C, H, W) -> mean, log-variance of q(z|x), each (B, c, H/f, W/f)
     decoder:  z (B, c, H/f, W/f) -> x (B, C, H, W)
@@ -97,8 +97,8 @@ class Autoencoder(nn.Module):
     """Residual convolutional autoencoder with a Gaussian bottleneck.
 
     Args:
-        in_channels: Channels of a picture, any number.
-        image_size: Side of the pictures in pixels, a multiple of the spatial factor.
+        in_channels: Channels of an image, any number.
+        image_size: Side of the images in pixels, a multiple of the spatial factor.
         latent_channels: Channels c of a latent.
         model_channels: Channels of the first level; level l has model_channels * channel_mult[l].
         channel_mult: Width of each level; each beyond the first halves the map.
@@ -182,21 +182,21 @@ class Autoencoder(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape (c, h, w) of the latent of a picture of `image_size`."""
+        """Shape (c, h, w) of the latent of an image of `image_size`."""
         side = self.image_size // self.factor
         return (self.latent_channels, side, side)
 
     def encode(self, x: Tensor) -> Posterior:
-        """The distribution of the latent of each picture.
+        """The distribution of the latent of each image.
 
         Args:
-            x: Pictures (B, in_channels, H, W) in [-1, 1], H and W multiples of `factor`.
+            x: Images (B, in_channels, H, W) in [-1, 1], H and W multiples of `factor`.
 
         Returns:
             Mean and standard deviation, each (B, latent_channels, H / factor, W / factor), in float32 or wider.
 
         Raises:
-            ValueError: If the pictures have another number of channels or a side that the factor does not divide.
+            ValueError: If the images have another number of channels or a side that the factor does not divide.
         """
         require_image(x, self.in_channels, self.factor)
         parameters = self.encoder(x)
@@ -204,13 +204,13 @@ class Autoencoder(nn.Module):
         return Posterior(mean, (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp())
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures from latents.
+        """Images from latents.
 
         Args:
             z: Latents (B, latent_channels, h, w).
 
         Returns:
-            Pictures (B, in_channels, h * factor, w * factor), in [-1, 1] up to overshoot.
+            Images (B, in_channels, h * factor, w * factor), in [-1, 1] up to overshoot.
 
         Raises:
             ValueError: If the latents have another number of channels.
@@ -220,5 +220,5 @@ class Autoencoder(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) through the mean of their latents and back."""
+        """Images (B, C, H, W) through the mean of their latents and back."""
         return self.decode(self.encode(x).mean)

@@ -1,6 +1,6 @@
-"""A small convolutional classifier, whose penultimate activations are features to measure pictures with.
+"""A small convolutional classifier, whose penultimate activations are features to measure images with.
 
-A 5x5 stem that halves pictures of 16 pixels and more, two stages of 3x3 convolutions with batch norm that halve them
+A 5x5 stem that halves images of 16 pixels and more, two stages of 3x3 convolutions with batch norm that halve them
 again, an average over quarters, and two linear layers with a ReLU between: `features(x)` is what the first gives before
 the ReLU, so that none is dead, and `forward(x)` the logits that the second makes of it. It is as small as tells
 garments and digits apart well, so that measuring costs little beside sampling.
@@ -22,11 +22,11 @@ def _conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1)
 
 
 class ConvClassifier(nn.Module):
-    """A convolutional network from pictures to classes.
+    """A convolutional network from images to classes.
 
     Args:
-        in_channels: Number of channels C of a picture.
-        image_size: Side of a picture in pixels, at least 4.
+        in_channels: Number of channels C of an image.
+        image_size: Side of an image in pixels, at least 4.
         num_classes: Number of classes, at least 2.
         width: Channels of the first stage; the others have two and four times as many.
         blocks: Convolutions in each of the later two stages.
@@ -34,7 +34,7 @@ class ConvClassifier(nn.Module):
         dropout: Share of the features dropped before the last layer in training.
 
     Raises:
-        ValueError: If there are fewer than 2 classes or the picture is smaller than 4 pixels.
+        ValueError: If there are fewer than 2 classes or the image is smaller than 4 pixels.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ConvClassifier(nn.Module):
         """The penultimate layer, before its ReLU.
 
         Args:
-            x: Pictures (B, C, H, W) in [-1, 1].
+            x: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             Features (B, feature_dim).
@@ -102,10 +102,10 @@ class ConvClassifier(nn.Module):
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
-            x: Pictures (B, C, H, W) in [-1, 1].
+            x: Images (B, C, H, W) in [-1, 1].
 
         Returns:
             Logits (B, num_classes).

@@ -1,7 +1,7 @@
 """Other libraries' autoencoders in the place of this project's own.
 
 Autoencoders of Stable Diffusion's kind: `AutoencoderKL` (a Gaussian posterior, like `nets.Autoencoder`) and
-`AutoencoderTiny` (a distilled one without noise: std 0). Both take and give pictures in [-1, 1]. The scale that their
+`AutoencoderTiny` (a distilled one without noise: std 0). Both take and give images in [-1, 1]. The scale that their
 configuration names (0.18215 and the like) is left out, since the latents are standardised over the training set anyway.
 
 Weights are read from safetensors alone, and the configuration is kept, so that a checkpoint that carries such an
@@ -27,7 +27,7 @@ class PretrainedAutoencoder(nn.Module):
         config: The configuration in diffusers' own terms, as its config.json has it.
 
     Attributes:
-        in_channels: Channels of a picture.
+        in_channels: Channels of an image.
         latent_channels: Channels of a latent.
         factor: Pixels per latent position along a side.
         config: The arguments that build it again.
@@ -50,11 +50,11 @@ class PretrainedAutoencoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> Posterior:
-        """The distribution of the latents of pictures (B, C, H, W) in [-1, 1]."""
+        """The distribution of the latents of images (B, C, H, W) in [-1, 1]."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] of latents (B, c, h, w)."""
+        """Images (B, C, H, W) in [-1, 1] of latents (B, c, h, w)."""
         x: Tensor = self.vae.decode(z).sample
         return x
 

@@ -67,7 +67,7 @@ def load_pretrained(
         negative_prompt: The null prompt, which guidance leads away from.
         stage_2: Name or folder of an upsampler in the layout of DeepFloyd's IF-II, which `generate` then ends with.
         stage_2_options: Its settings where they differ from its own: fields of `Sampling`, and `noise_level`, the step
-            to which it noises the small pictures (250).
+            to which it noises the small images (250).
 
     Returns:
         The model, in eval mode, in float32, on the CPU.
@@ -114,7 +114,7 @@ def load_upsampler(name: str, embeddings: Tensor, noise_level: int = 250, **chan
     Args:
         name: A folder, or a name OWNER/NAME on the Hugging Face hub.
         embeddings: The first stage's embeddings, shape (P + 1, L, D), the null prompt's last.
-        noise_level: The step to which the small pictures are noised.
+        noise_level: The step to which the small images are noised.
         changes: Fields of `Sampling` that shall differ from those of its own pipeline.
 
     Returns:
@@ -206,7 +206,7 @@ def _learned(config: dict[str, Any], channels: int, scheduler: dict[str, Any], m
     given, learned = int(config.get("out_channels") or 0), learns_variance(scheduler)
     if given not in (channels, 2 * channels):
         raise ValueError(
-            f"The U-Net of {model} takes {channels} channels and gives {given}: it is told a picture or a mask beside "
+            f"The U-Net of {model} takes {channels} channels and gives {given}: it is told an image or a mask beside "
             "what it denoises, which is not supported here; give a plain model."
         )
     if learned and given == channels:

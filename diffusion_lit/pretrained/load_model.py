@@ -40,7 +40,5 @@ def load_model(
             raise ValueError(f"--{name} is for a pretrained text model; leave it out with --ckpt_path {ckpt_path}.")
     module = load_module(ckpt_path)
     if not hasattr(module, "generate"):
-        raise ValueError(
-            f"{ckpt_path} holds a {type(module).__name__}, which draws no pictures; give a model that does."
-        )
+        raise ValueError(f"{ckpt_path} holds a {type(module).__name__}, which draws no images; give a model that does.")
     return module

@@ -18,7 +18,7 @@ Shape = tuple[int, int, int]
 
 
 class PretrainedModel(PixelModel):
-    """Another library's denoiser of pictures.
+    """Another library's denoiser of images.
 
     Args:
         name: What it was loaded as.
@@ -65,29 +65,29 @@ class PretrainedLatentModel(LatentModel, PretrainedModel):
 
     @property
     def image_shape(self) -> Shape:
-        """Shape (C, H, W) of the pictures."""
+        """Shape (C, H, W) of the images."""
         _, height, width = self.x_shape
         return (self.autoencoder.in_channels, height * self.autoencoder.factor, width * self.autoencoder.factor)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, c, h, w) of pictures (B, C, H, W) in [-1, 1], the means of their posteriors."""
+        """Latents (B, c, h, w) of images (B, C, H, W) in [-1, 1], the means of their posteriors."""
         return self.autoencoder.encode(images).mean * self.scale
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) of latents (B, c, h, w)."""
+        """Images (B, C, H, W) of latents (B, c, h, w)."""
         return self.autoencoder.decode(x / self.scale)
 
 
 class Upsampler(nn.Module):
-    """The second stage of a cascade: makes small pictures large, told the prompts of the first.
+    """The second stage of a cascade: makes small images large, told the prompts of the first.
 
     Args:
         denoiser: A denoiser whose network is an `UpsamplingNet`.
         sampling: How its own pipeline samples.
-        shape: Shape (C, H, W) of the large pictures.
-        noising: The schedule by whose steps the small pictures are noised.
+        shape: Shape (C, H, W) of the large images.
+        noising: The schedule by whose steps the small images are noised.
         noise_level: To which step of it they are, from 0.
 
     Raises:
@@ -108,15 +108,15 @@ class Upsampler(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, seeds: Sequence[int], labels: Tensor | None = None) -> Tensor:
-        """Makes pictures large.
+        """Makes images large.
 
         Args:
-            images: Small pictures (B, C, h, w) in [-1, 1].
-            seeds: One seed per picture, which may be that of the picture itself.
-            labels: What the pictures were drawn for, shape (B,), or None.
+            images: Small images (B, C, h, w) in [-1, 1].
+            seeds: One seed per image, which may be that of the image itself.
+            labels: What the images were drawn for, shape (B,), or None.
 
         Returns:
-            Large pictures (B, C, H, W), in [-1, 1] up to overshoot.
+            Large images (B, C, H, W), in [-1, 1] up to overshoot.
 
         Raises:
             ValueError: If a label is outside the prompts, or their numbers differ.
@@ -135,30 +135,30 @@ class Upsampler(nn.Module):
 
 
 class Cascade(PretrainedModel):
-    """A pretrained model whose pictures are made large by a second one.
+    """A pretrained model whose images are made large by a second one.
 
-    What is denoised and edited is the first stage's; `generate` gives the second's pictures.
+    What is denoised and edited is the first stage's; `generate` gives the second's images.
 
     Args:
         first: The first stage.
         second: The second.
 
     Raises:
-        ValueError: If the second makes pictures of other channels.
+        ValueError: If the second makes images of other channels.
     """
 
     def __init__(self, first: PretrainedModel, second: Upsampler) -> None:
         super().__init__(first.name, first.denoiser, first.sampling, first.shape, first.prompts)
         if first.image_shape != first.shape or first.shape[0] != second.shape[0]:
             raise ValueError(
-                f"The second stage makes pictures of {second.shape[0]} channels of pictures as small, and {first.name} "
+                f"The second stage makes images of {second.shape[0]} channels of images as small, and {first.name} "
                 f"denoises {first.shape}; give a first stage of pixels, such as IF-I's."
             )
         self.second = second
 
     @property
     def image_shape(self) -> Shape:
-        """Shape (C, H, W) of the large pictures."""
+        """Shape (C, H, W) of the large images."""
         return self.second.shape
 
     def generate(
@@ -168,7 +168,7 @@ class Cascade(PretrainedModel):
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draws one large picture per seed; see `PixelModel.generate`. Settings and callback are the first stage's."""
+        """Draws one large image per seed; see `PixelModel.generate`. Settings and callback are the first stage's."""
         images = super().generate(seeds, labels, sampling, callback)
         large: Tensor = self.second(images, seeds, labels)
         return large

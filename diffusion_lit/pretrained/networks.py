@@ -78,7 +78,7 @@ class ClassNet(PlainNet):
         if label is None or bool((label == self.num_classes).any()):
             raise ValueError(
                 f"This pretrained model has {self.num_classes} classes and no null class: name a class for every "
-                "picture, and leave cfg_scale at 1."
+                "image, and leave cfg_scale at 1."
             )
         return {"class_labels": label}
 
@@ -106,7 +106,7 @@ class TextNet(PlainNet):
 
 
 class UpsamplingNet(TextNet):
-    """A U-Net that is told prompts, and a small picture to make a large one of.
+    """A U-Net that is told prompts, and a small image to make a large one of.
 
     Args:
         unet: diffusers' UNet2DConditionModel with 2 C input channels and class_embed_type "timestep".
@@ -120,27 +120,27 @@ class UpsamplingNet(TextNet):
         self.level = 0
 
     def show(self, small: Tensor, level: int) -> None:
-        """Binds the pictures of the batch that will be sampled.
+        """Binds the images of the batch that will be sampled.
 
         Args:
-            small: The small pictures, enlarged and noised, shape (B, C, H, W).
+            small: The small images, enlarged and noised, shape (B, C, H, W).
             level: The step of the schedule that they were noised to.
         """
         self.small, self.level = small, level
 
     def image(self, x: Tensor) -> tuple[Tensor]:
-        """The image beside the small picture; guidance calls with the whole batch twice over."""
+        """The image beside the small image; guidance calls with the whole batch twice over."""
         assert self.small is not None and len(x) % len(self.small) == 0
         return (torch.cat([x, self.small.to(x).repeat(len(x) // len(self.small), 1, 1, 1)], dim=1),)
 
     def condition(self, x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
-        """The prompts' embeddings and the noise level of the small picture."""
+        """The prompts' embeddings and the noise level of the small image."""
         levels = torch.full((len(x),), self.level, device=x.device)
         return {**super().condition(x, label), "class_labels": levels}
 
 
 def enlarge(images: Tensor, height: int, width: int) -> Tensor:
-    """Small pictures at the size of large ones, as IF's second stage is trained to see them.
+    """Small images at the size of large ones, as IF's second stage is trained to see them.
 
     Args:
         images: Shape (B, C, h, w).

@@ -35,7 +35,7 @@ class Panel:
     Args:
         name: Its name, without the split.
         tags: The tags that belong to it, in order, with the label of each.
-        floor: The tag of the value of real pictures against real ones, or None.
+        floor: The tag of the value of real images against real ones, or None.
     """
 
     name: str

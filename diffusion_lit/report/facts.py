@@ -160,7 +160,7 @@ def receipts(run: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def step_of(path: Path) -> int:
-    """The training step that a picture is called by.
+    """The training step that an image is called by.
 
     Args:
         path: A file such as step_0000450.png.

@@ -1,4 +1,4 @@
-"""Pictures: tensors in [-1, 1] to grids, PNG files, animated GIFs and TensorBoard."""
+"""Images: tensors in [-1, 1] to grids, PNG files, animated GIFs and TensorBoard."""
 
 import io
 import math
@@ -19,15 +19,15 @@ from diffusion_lit.diffusion.images import to_uint8
 
 
 def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
-    """Lays pictures out in rows.
+    """Lays images out in rows.
 
     Args:
-        images: Pictures (B, C, H, W) in [-1, 1] with 1 to 4 channels.
-        columns: Pictures per row.
-        scale: Whole factor by which pixels are enlarged; by default small pictures grow to about 64 pixels a side.
+        images: Images (B, C, H, W) in [-1, 1] with 1 to 4 channels.
+        columns: Images per row.
+        scale: Whole factor by which pixels are enlarged; by default small images grow to about 64 pixels a side.
 
     Returns:
-        The grid as a picture: grey or RGB (RGBA for 4 channels; of 2 channels the first is shown).
+        The grid as an image: grey or RGB (RGBA for 4 channels; of 2 channels the first is shown).
     """
     scale = scale or max(1, 64 // images.shape[-1])
     pixels = to_uint8(images)
@@ -80,17 +80,17 @@ def titled_grid(
 
 
 class Cell(NamedTuple):
-    """One picture of a labelled grid, (C, H, W) in [-1, 1], and what stands below it."""
+    """One image of a labelled grid, (C, H, W) in [-1, 1], and what stands below it."""
 
     image: Tensor
     note: str = ""
 
 
 def labelled_grid(rows: Sequence[Sequence[Cell]], columns: Sequence[str], names: Sequence[str]) -> Image.Image:
-    """Lays pictures out under headings, each pixel as a square.
+    """Lays images out under headings, each pixel as a square.
 
     Args:
-        rows: The pictures, as many in each row as there are columns; they may differ in size.
+        rows: The images, as many in each row as there are columns; they may differ in size.
         columns: What stands above each column.
         names: What stands left of each row.
 
@@ -122,7 +122,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 
     """Encodes an animated GIF that loops and rests on its last frame.
 
     Args:
-        frames: Pictures of one size.
+        frames: Images of one size.
         path: Where to write it; nowhere when None.
         seconds: Length of the animation without the rest.
 
@@ -140,10 +140,10 @@ def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encodes a picture as PNG.
+    """Encodes an image as PNG.
 
     Args:
-        image: Any picture.
+        image: Any image.
 
     Returns:
         The bytes of the file.
@@ -157,7 +157,7 @@ class StepRecorder:
     """A sampler's callback that keeps x and x0_hat of each step.
 
     Args:
-        keep: Number of pictures of the batch to keep.
+        keep: Number of images of the batch to keep.
     """
 
     def __init__(self, keep: int) -> None:
@@ -171,7 +171,7 @@ class StepRecorder:
 
         Args:
             step: Index of the step.
-            x: The noisy pictures (B, C, H, W) at noise level sigma.
+            x: The noisy images (B, C, H, W) at noise level sigma.
             x0_hat: The denoiser's predictions.
             sigma: The noise level.
         """
@@ -180,7 +180,7 @@ class StepRecorder:
         self.sigmas.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
 
     def strip(self, columns: int = 10) -> Image.Image:
-        """For each picture kept, a row of x above a row of x0_hat, from noise to picture.
+        """For each image kept, a row of x above a row of x0_hat, from noise to image.
 
         Args:
             columns: At most so many steps are shown, evenly spread, first and last among them.
@@ -197,10 +197,10 @@ class StepRecorder:
         return titled_grid(rows, ["x", "x0_hat"] * (len(rows) // 2), headings)
 
     def frames(self, columns: int, most: int = 60) -> list[Image.Image]:
-        """One grid per step: the noisy pictures turn into samples.
+        """One grid per step: the noisy images turn into samples.
 
         Args:
-            columns: Pictures per row.
+            columns: Images per row.
             most: At most so many steps are shown.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The one HTML generator: headings, paragraphs, commands, tables and pictures in a file that needs no other.
+"""The one HTML generator: headings, paragraphs, commands, tables and images in a file that needs no other.
 
 A page is a function of what was put on it: written twice, it has the same bytes. It holds no script and names no other
 file but by `link`; it follows the reader's choice of light or dark, and wide tables scroll on a narrow screen.
@@ -21,7 +21,7 @@ from diffusion_lit.storage.atomic import atomic
 
 Source = Path | str | Image.Image | Figure
 
-SMALL = 200  # pictures below this many pixels a side are enlarged by a whole factor
+SMALL = 200  # images below this many pixels a side are enlarged by a whole factor
 INCH = 96  # CSS pixels
 SHORT = 28  # characters of a cell that is not broken into lines
 
@@ -60,7 +60,7 @@ figcaption { font-size: .85rem; padding-top: .3rem; max-width: 40rem; }
 class Page:
     """A self-contained HTML page, built from top to bottom.
 
-    All text is escaped. A picture that is missing or cannot be read becomes a sentence that says so, so that one lost
+    All text is escaped. An image that is missing or cannot be read becomes a sentence that says so, so that one lost
     file does not cost the report.
 
     Args:
@@ -154,23 +154,23 @@ class Page:
         lines += ["<tbody>", *("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows), "</tbody></table></div>"]
         self._parts.append("\n".join(lines))
 
-    def picture(self, source: Source, caption: str = "") -> None:
-        """Adds a picture.
+    def image(self, source: Source, caption: str = "") -> None:
+        """Adds an image.
 
         Args:
-            source: A PNG, JPEG or GIF file (animated or not), a PIL picture or a matplotlib figure.
+            source: A PNG, JPEG or GIF file (animated or not), a PIL image or a matplotlib figure.
             caption: What it shows; also its text for who cannot see it.
         """
-        self.pictures([(source, caption)], columns=1)
+        self.images([(source, caption)], columns=1)
 
-    def pictures(self, pictures: Sequence[tuple[Source, str]], columns: int = 2) -> None:
-        """Adds pictures side by side, one below the other where the screen is narrow.
+    def images(self, images: Sequence[tuple[Source, str]], columns: int = 2) -> None:
+        """Adds images side by side, one below the other where the screen is narrow.
 
         Args:
-            pictures: Source and caption of each, as for `picture`.
-            columns: Large pictures shrink until so many of them stand side by side; of small ones there may be more.
+            images: Source and caption of each, as for `image`.
+            columns: Large images shrink until so many of them stand side by side; of small ones there may be more.
         """
-        figures = "\n".join(_figure(*pair) for pair in pictures)
+        figures = "\n".join(_figure(*pair) for pair in images)
         self._parts.append(f'<div class="row" style="--columns: {columns}">\n{figures}\n</div>')
 
     def html(self) -> str:
@@ -232,13 +232,13 @@ def _cell(value: Any) -> str:
 
 
 def _figure(source: Source, caption: str) -> str:
-    """A picture with its caption, or the sentence that stands in its place."""
+    """An image with its caption, or the sentence that stands in its place."""
     name = Path(source).name if isinstance(source, Path | str) else ""
     try:
         encoded, kind, width, height, pixels = _encode(source)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as a picture"
-        image = f'<p class="missing">The picture {_text(name)} {reason}.</p>'
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
+        image = f'<p class="missing">The image {_text(name)} {reason}.</p>'
     else:
         data = base64.b64encode(encoded).decode()
         image = (
@@ -249,7 +249,7 @@ def _figure(source: Source, caption: str) -> str:
 
 
 def _encode(source: Source) -> tuple[bytes, str, int, int, bool]:
-    """A picture's bytes, format, width and height in CSS pixels, and whether it is enlarged so that pixels show.
+    """An image's bytes, format, width and height in CSS pixels, and whether it is enlarged so that pixels show.
 
     A file goes in as it is, animation included. A resolution recorded in it sets its size on the screen.
     """

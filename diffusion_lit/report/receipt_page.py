@@ -130,7 +130,7 @@ def reference_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def single_image_table(report: dict[str, Any]) -> Table:
-    """The figures of a model of one picture.
+    """The figures of a model of one image.
 
     Args:
         report: The report.
@@ -144,7 +144,7 @@ def single_image_table(report: dict[str, Any]) -> Table:
         for result in found
     ]
     figures = list(found[0]["single_image"]) if found else []
-    return Table("Against the one training picture", "", 1, ["setting", "NFE", *figures], rows)
+    return Table("Against the one training image", "", 1, ["setting", "NFE", *figures], rows)
 
 
 def per_class_table(report: dict[str, Any]) -> Table:
@@ -171,7 +171,7 @@ def per_class_table(report: dict[str, Any]) -> Table:
 
 
 def memorization_table(report: dict[str, Any]) -> Table:
-    """Whether training pictures are repeated.
+    """Whether training images are repeated.
 
     Args:
         report: The report.
@@ -195,7 +195,7 @@ def memorization_table(report: dict[str, Any]) -> Table:
             ]
             rows.append(cells)
     note = (
-        "r is the distance to the nearest training picture over that to the nearest held-out one. A copy has an r too "
+        "r is the distance to the nearest training image over that to the nearest held-out one. A copy has an r too "
         "small to occur once by chance; p is the probability of so many samples below the held-out 1% quantile."
     )
     counts = ["copies", "below the quantile", "by chance", "p", "nearest is training", "by chance"]
@@ -216,7 +216,7 @@ def likelihood_sentence(report: dict[str, Any]) -> str | None:
     likelihood = report["likelihood"]
     return (
         f"Likelihood: {likelihood['bits_per_dim']:.4f} ± {likelihood['standard_error']:.4f} bits per dimension over "
-        f"{likelihood['count']:,} pictures of {likelihood['split']}."
+        f"{likelihood['count']:,} images of {likelihood['split']}."
     )
 
 

@@ -32,10 +32,10 @@ from diffusion_lit.storage.checkpoints import read_checkpoint
 GRIDS = 6  # grids shown over time, first and last among them
 MORE_IS_BETTER = ("psnr", "ssim", "accuracy")
 LESS_IS_BETTER = re.compile("loss|bits_per_dim|r?fi?d_.*")
-PICTURES = {  # folders of pictures that callbacks write, and what they show
-    "trajectory": "From noise to picture: each pair of rows is x (scaled to unit variance) above the model's x0_hat.",
-    "reconstructions": "Held-out pictures, each row above its reconstructions.",
-    "interpolations": "Straight ways in latent space between pairs of held-out pictures, decoded.",
+IMAGES = {  # folders of images that callbacks write, and what they show
+    "trajectory": "From noise to image: each pair of rows is x (scaled to unit variance) above the model's x0_hat.",
+    "reconstructions": "Held-out images, each row above its reconstructions.",
+    "interpolations": "Straight ways in latent space between pairs of held-out images, decoded.",
 }
 
 
@@ -108,7 +108,7 @@ class RunPage:
             page.text(problem)
         self._results(page)
         self._curves(page)
-        self._pictures(page)
+        self._images(page)
         self._evaluations(page)
         self._cost(page)
         self._configuration(page)
@@ -133,24 +133,24 @@ class RunPage:
         return done if self.history.end is None else f"{done}, last heard of {moment(self.history.end)}"
 
     def _results(self, page: Page) -> None:
-        """The newest pictures beside the newest figures."""
+        """The newest images beside the newest figures."""
         page.heading("Result")
         newest = [
             (found[-1], f"{words} at step {step_of(found[-1]):,}")
             for words, found in (
                 ("Samples", self._files("samples", "png")),
-                ("From noise to picture", self._files("trajectory", "gif")),
+                ("From noise to image", self._files("trajectory", "gif")),
             )
             if found
         ]
         if newest:
-            page.pictures(newest)
+            page.images(newest)
         rows = self._figures()
         if rows:
             header = ["figure", "last", "at step", "best", "at step", "real against real"]
             page.table(header, rows)
         if not newest and not rows:
-            page.text("The run has logged no figures and drawn no pictures yet.")
+            page.text("The run has logged no figures and drawn no images yet.")
 
     def _figures(self) -> list[list[Any]]:
         """A row for each figure that validation or testing measured."""
@@ -178,26 +178,24 @@ class RunPage:
         ]
         if not curves:
             page.text("Nothing was logged twice yet.")
-        page.pictures(
-            [(draw(panel, self.history), f"{title(panel.name)} against the training step") for panel in curves]
-        )
+        page.images([(draw(panel, self.history), f"{title(panel.name)} against the training step") for panel in curves])
 
-    def _pictures(self, page: Page) -> None:
-        """Grids over time, and the newest of each other kind of picture."""
+    def _images(self, page: Page) -> None:
+        """Grids over time, and the newest of each other kind of image."""
         grids = self._files("samples", "png")
         if grids:
             page.heading("Samples over time")
             page.text("The same seeds and labels at each age of the model.")
             chosen = sorted(set(evenly(0, len(grids) - 1, GRIDS)))
-            page.pictures([(grids[index], f"step {step_of(grids[index]):,}") for index in chosen], columns=3)
-        for name, caption in PICTURES.items():
+            page.images([(grids[index], f"step {step_of(grids[index]):,}") for index in chosen], columns=3)
+        for name, caption in IMAGES.items():
             found = self._files(name, "png")
             if found:
                 page.heading(name.capitalize())
-                page.picture(found[-1], f"{caption} Step {step_of(found[-1]):,}.")
+                page.image(found[-1], f"{caption} Step {step_of(found[-1]):,}.")
 
     def _files(self, name: str, ending: str) -> list[Path]:
-        """The pictures of a kind, the oldest first."""
+        """The images of a kind, the oldest first."""
         return sorted((self.folder / name).glob(f"step_*.{ending}"), key=step_of)
 
     def _evaluations(self, page: Page) -> None:
@@ -216,7 +214,7 @@ class RunPage:
                 page.text(f"{path.name} is not a whole report of lightning evaluate.")
 
     def _evaluation(self, page: Page, path: Path, receipt: dict[str, Any]) -> None:
-        """One receipt: its tables, its pictures and what it was made with."""
+        """One receipt: its tables, its images and what it was made with."""
         shown, facts = tables(receipt), receipt["run"]
         checkpoint = receipt["checkpoint"]
         page.heading(path.name, level=3)
@@ -236,16 +234,16 @@ class RunPage:
             page.text(likelihood)
         for warning in receipt["warnings"]:
             page.text(f"Warning: {warning}")
-        pictures = sorted(path.parent.glob(f"{path.stem}*.png"))
-        page.pictures([(picture, self._explained(picture, path)) for picture in pictures])
+        images = sorted(path.parent.glob(f"{path.stem}*.png"))
+        page.images([(image, self._explained(image, path)) for image in images])
         page.listing(json.dumps(receipt, indent=2), f"{path.name}, whole")
 
-    def _explained(self, picture: Path, receipt: Path) -> str:
-        """What a picture of `lightning evaluate` shows."""
-        if picture.stem == receipt.stem:
+    def _explained(self, image: Path, receipt: Path) -> str:
+        """What an image of `lightning evaluate` shows."""
+        if image.stem == receipt.stem:
             return "Quality against cost."
-        setting = picture.stem.removeprefix(f"{receipt.stem}.").removeprefix("memorization_")
-        return f"{setting}: sample, its nearest training picture, its nearest held-out picture; the worst first."
+        setting = image.stem.removeprefix(f"{receipt.stem}.").removeprefix("memorization_")
+        return f"{setting}: sample, its nearest training image, its nearest held-out image; the worst first."
 
     def _cost(self, page: Page) -> None:
         page.heading("Cost")
@@ -260,10 +258,10 @@ class RunPage:
         if self.history.sessions:
             times = sum(bool(session.scalars) for session in self.history.sessions)
             sessions = "in one go" if times < 2 else f"in {times} sessions"
-            rows.append(["time", f"{duration(self.history.seconds)}, pictures and metrics included, {sessions}"])
+            rows.append(["time", f"{duration(self.history.seconds)}, images and metrics included, {sessions}"])
         if "train/images_per_second" in self.history.scalars:
             speed = float(np.median(self.history.scalars["train/images_per_second"][1]))
-            rows.append(["training speed", f"{speed:.4g} images/s (median), pictures and metrics not counted"])
+            rows.append(["training speed", f"{speed:.4g} images/s (median), images and metrics not counted"])
         told = list(dict.fromkeys(s.texts[HARDWARE] for s in self.history.sessions if HARDWARE in s.texts))
         rows += [["hardware", text] for text in told or ["not recorded by this run"]]
         page.table(["what", "how much"], rows)

@@ -16,7 +16,7 @@ SMALL = dict(model_channels=16, channel_mult=(1, 2), image_size=16, attention_re
 
 
 class Plain(nn.Module):
-    """Two layers whose cost is plain: of 2 x 3 x 8 x 9 x 64 and 2 x 8 x 8 x 64 operations on 8x8 pictures."""
+    """Two layers whose cost is plain: of 2 x 3 x 8 x 9 x 64 and 2 x 8 x 8 x 64 operations on 8x8 images."""
 
     def __init__(self):
         super().__init__()
@@ -75,11 +75,9 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes():
 def test_a_run_says_what_it_costs_and_how_long_it_will_take(lightning, capsys):
     lightning(*FIT, "--trainer.max_steps=25")
     said = capsys.readouterr().out
-    assert re.search(
-        r"UNet of [\d.]+ thousand parameters: [\d.]+ GFLOP per picture forward, [\d.]+ in a training", said
-    )
+    assert re.search(r"UNet of [\d.]+ thousand parameters: [\d.]+ GFLOP per image forward, [\d.]+ in a training", said)
     assert re.search(r"Memory, about \d+ MiB: .* for a batch of 16\.", said)
-    assert re.search(r"images/s: \d+ s to the end, 80 pictures", said)  # 5 steps of 16
+    assert re.search(r"images/s: \d+ s to the end, 80 images", said)  # 5 steps of 16
     lightning(*FIT, "--trainer.fast_dev_run=true")
     assert "GFLOP" not in capsys.readouterr().out
 

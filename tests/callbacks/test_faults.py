@@ -421,10 +421,10 @@ def test_a_checkpoint_of_another_image_size_is_one_sentence(lightning, capsys, t
     from PIL import Image
 
     lightning(*FIT, "--trainer.max_steps=1")
-    (tmp_path / "pictures" / "0").mkdir(parents=True)
+    (tmp_path / "images" / "0").mkdir(parents=True)
     for index in range(40):
-        Image.new("L", (16, 16), index).save(tmp_path / "pictures" / "0" / f"{index}.png")
-    data = ["--data=datamodules.ImageFolder", f"--data.init_args.root={tmp_path / 'pictures'}"]
+        Image.new("L", (16, 16), index).save(tmp_path / "images" / "0" / f"{index}.png")
+    data = ["--data=datamodules.ImageFolder", f"--data.init_args.root={tmp_path / 'images'}"]
     data += ["--data.init_args.image_size=4", "--data.init_args.channels=1", "--data.init_args.batch_size=16"]
     assert "image_size = 8, but this run says 4" in said_by(capsys, lightning, *FIT, *data, "--ckpt_path=last")
 

@@ -24,7 +24,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Data(LightningDataModule, Source):
-    """The source of the other tests with loaders: 60 pictures in batches of 20."""
+    """The source of the other tests with loaders: 60 images in batches of 20."""
 
     def __init__(self):
         LightningDataModule.__init__(self)

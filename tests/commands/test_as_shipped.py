@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.configs_tools import DATA, EXPERIMENTS, parts, write_pictures
+from helpers.configs_tools import DATA, EXPERIMENTS, parts, write_images
 from helpers.project_files import ROOT, write_idx
 from helpers.runs import logged, read
 from PIL import Image
@@ -52,7 +52,7 @@ def smaller(folder, name, samples):
     return folder / f"{name}.yaml"
 
 
-def pictures(folder):
+def make_images(folder):
     """The images of a run by their names."""
     return {str(path.relative_to(folder)): np.asarray(Image.open(path).convert("RGB")).astype(int)
             for path in sorted(folder.rglob("*.png"))}  # fmt: skip
@@ -69,7 +69,7 @@ def same_run(one, other, ranks):
             if value.is_floating_point():
                 assert torch.allclose(value, theirs[part][name], atol=2e-3), (ranks, name)
     assert {path.name for path in one.glob("averages/*")} == {path.name for path in other.glob("averages/*")}
-    images, others = pictures(one), pictures(other)
+    images, others = make_images(one), make_images(other)
     assert images.keys() == others.keys()
     for name, image in images.items():
         assert abs(image - others[name]).mean() < 0.5, (ranks, name)  # of 255 levels
@@ -124,7 +124,7 @@ def test_every_config_ends_on_two_ranks_with_its_images(tmp_path, config):
     _, model, data = parts(config)
     more = [*STEPS, *DATA[data](tmp_path / "data")]
     if data in ("ImageFolder", "Landscapes"):  # enough that each rank has a held-out image
-        write_pictures(tmp_path / "data", 80)
+        write_images(tmp_path / "data", 80)
     if data != "SingleImage":
         more.append("--data.init_args.batch_size=4")
     if "Classifier" not in model:

@@ -12,7 +12,7 @@ import torch
 from helpers.runs import DIGITS, TINY, stopped
 from PIL import Image
 
-NO_PICTURES = ["--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]
+NO_IMAGES = ["--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(["fit", "--config", str(DIGITS), *TINY, *NO_PICTURES, "--trainer.max_steps=2"])
+        main(["fit", "--config", str(DIGITS), *TINY, *NO_IMAGES, "--trainer.max_steps=2"])
     return folder
 
 
@@ -185,7 +185,7 @@ def test_values_that_are_not_finite_give_no_image_and_no_figure(lightning, check
         assert not made, (command, made)
     for command in ("validate", "test"):
         said = stopped(
-            capsys, lightning, command, "--config", DIGITS, *TINY, *NO_PICTURES, "--ckpt_path=nan.ckpt", status=1
+            capsys, lightning, command, "--config", DIGITS, *TINY, *NO_IMAGES, "--ckpt_path=nan.ckpt", status=1
         )
         assert "/loss is nan" in said and "Traceback" not in said
 
@@ -197,7 +197,7 @@ def test_the_last_checkpoint_is_continued_in_the_same_folder(lightning, checkpoi
 
 
 def test_a_run_that_was_cut_in_mid_epoch_ends_in_the_same_weights(lightning, tmp_path):
-    run = ["fit", "--config", DIGITS, *TINY, *NO_PICTURES, "--trainer.val_check_interval=3"]
+    run = ["fit", "--config", DIGITS, *TINY, *NO_IMAGES, "--trainer.val_check_interval=3"]
     steady = ["--model.init_args.lr_scheduler=null", "--model.init_args.net.init_args.dropout=0.2"]
     lightning(*run, *steady, "--name=cut", "--trainer.max_steps=3")
     lightning(*run, *steady, "--name=cut", "--trainer.max_steps=6", "--ckpt_path=last")

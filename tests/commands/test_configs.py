@@ -30,7 +30,7 @@ def test_every_diffusion_config_runs(config, lightning, tmp_path):
         *["--model.init_args.net.init_args.model_channels=16", "--model.init_args.sampling.num_steps=2"],
         *["--data.init_args.batch_size=4", "--sample_grid.columns=1", "--trajectory.count=1"],
         *["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"],
-        *DATA[data](tmp_path / "pictures"),
+        *DATA[data](tmp_path / "images"),
     )
     assert not (tmp_path / "runs").exists()
 

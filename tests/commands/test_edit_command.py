@@ -1,4 +1,4 @@
-"""`lightning edit`: every task on every family from a checkpoint alone; pictures of every kind; what is refused."""
+"""`lightning edit`: every task on every family from a checkpoint alone; images of every kind; what is refused."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ from helpers.runs import stopped
 from PIL import Image
 
 from diffusion_lit.commands.edit import TASKS
-from diffusion_lit.commands.edit_options import PictureOptions, decibels
+from diffusion_lit.commands.edit_options import ImageOptions, decibels
 from diffusion_lit.storage.hashing import file_hash
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -86,8 +86,8 @@ def test_a_task_on_a_family(edit, trained, capsys, task, name):
         ("hybrid", "latent"): "A hybrid needs a model of pixels",
         ("hybrid", "ddpm"): "A hybrid needs 2 conditions, but the model knows none",
         ("guidance", "ddpm"): "The model is unconditional",
-        ("colorize", "edm"): "Colorizing needs a model of RGB pictures",
-        ("colorize", "latent"): "Colorizing needs a model of RGB pictures",
+        ("colorize", "edm"): "Colorizing needs a model of RGB images",
+        ("colorize", "latent"): "Colorizing needs a model of RGB images",
     }
     if (task, name) in refused:
         assert refused[task, name] in stopped(capsys, edit, task, name, *OPTIONS[task])
@@ -114,7 +114,7 @@ def test_help_lists_tasks_and_their_options(lightning, capsys):
         assert caught.value.code == 0
         said = capsys.readouterr().out
         assert f"usage: lightning edit {task}" in said and "--ckpt_path" in said and "--sampler_options" in said
-        assert ("--picture" in said) == (task == "inpaint")
+        assert ("--image" in said) == (task == "inpaint")
     assert "There is no task 'paint'" in stopped(capsys, lightning, "edit", "paint")
 
 
@@ -159,7 +159,7 @@ def test_guidance_that_does_nothing_is_refused(edit, capsys):
 
 def test_inpainting_leaves_the_known_pixels_alone(edit):
     record = edit("inpaint", "edm", "--box=[2, 1, 5, 8]", "--num_samples=2", "--label=3", "--resamplings=1")
-    assert record["known_pixels_are_the_pictures"] and record["labels"] == ["3", "3"]
+    assert record["known_pixels_are_the_images"] and record["labels"] == ["3", "3"]
     given, mask = png("out/input.png"), png("out/mask.png")
     assert (mask[1:8, 2:5] == 255).all() and mask.sum() == 255 * 21
     for index in (0, 1):
@@ -168,13 +168,13 @@ def test_inpainting_leaves_the_known_pixels_alone(edit):
         assert (made[mask != 0] != given[mask != 0]).any()
 
 
-def test_a_mask_of_the_pictures_size_is_fitted_like_the_picture(edit, tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "photo.png")
+def test_a_mask_of_the_images_size_is_fitted_like_the_image(edit, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "photo.png")
     mask = np.zeros((64, 100), np.uint8)
     mask[:32, 18:82] = 255  # the upper half of the centre square
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    edit("inpaint", "ddpm", "--picture=photo.png", "--mask=mask.png", "--num_samples=1", "--resamplings=1")
+    edit("inpaint", "ddpm", "--image=photo.png", "--mask=mask.png", "--num_samples=1", "--resamplings=1")
     written = png("out/mask.png")
     assert (written[:16] == 255).all() and (written[16:] == 0).all()
     assert (png("out/result.png")[16:] == png("out/input.png")[16:]).all()
@@ -190,7 +190,7 @@ def test_image_to_image_tells_levels_and_figures(edit):
     assert record["starts"]["20"]["psnr"][1] == decibels(made[None, None] / 127.5 - 1, given[None, None] / 127.5 - 1)[0]
 
 
-def test_an_anagram_is_one_picture_under_each_view(edit):
+def test_an_anagram_is_one_image_under_each_view(edit):
     views = ["identity", "flip_vertical", "negative"]
     record = edit("anagram", "edm", *[f"--view={view}" for view in views], "--label=7,3,1", "--num_samples=1")
     assert record["views"] == views and record["labels"] == ["7", "3", "1"]
@@ -226,9 +226,9 @@ def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
     record = json.loads(Path("out/record.json").read_text())
     assert record["labels"] == ["a rocket ship", "an old man, with a hat"]
     assert record["model"]["pretrained"] == "if" and record["sampling"]["sampler"] == "ddpm"
-    lightning("edit", "img2img", *model, *prompts[:2], "--picture=flower", "--starts=[1]", "--sampler=ddim")
+    lightning("edit", "img2img", *model, *prompts[:2], "--image=flower", "--starts=[1]", "--sampler=ddim")
     assert json.loads(Path("out/record.json").read_text())["labels"] == ["a rocket ship"]
-    said = stopped(capsys, lightning, "edit", "img2img", *model, "--picture=flower", "--label=3")
+    said = stopped(capsys, lightning, "edit", "img2img", *model, "--image=flower", "--label=3")
     assert "if is a text model; give --prompt" in said
     assert "a text model takes --prompt alone" in stopped(
         capsys, lightning, "edit", "img2img", *model, *prompts[:2], "--label=3"
@@ -236,8 +236,8 @@ def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
     assert "brings no data along" in stopped(capsys, lightning, "edit", "img2img", *model)
     save_unet(tmp_path / "plain", DDPMScheduler())
     plain = ["--pretrained=plain", *model[1:]]
-    lightning("edit", "inpaint", *plain, "--picture=china", "--resamplings=1")
-    assert json.loads(Path("out/record.json").read_text())["known_pixels_are_the_pictures"]
+    lightning("edit", "inpaint", *plain, "--image=china", "--resamplings=1")
+    assert json.loads(Path("out/record.json").read_text())["known_pixels_are_the_images"]
     assert "reads no text" in stopped(capsys, lightning, "edit", "inpaint", *plain, *prompts[:2])
 
 
@@ -274,14 +274,14 @@ def test_the_gallery_shows_each_piece_once_and_tells_of_failures(trained, lightn
     assert capsys.readouterr().out.count("interpolate: figure.png") == 1  # the second time it was there
     failing = Piece("digits", "colorize", "", "No colours here.")
     show(pages[-1], failing, 1, checkpoint(trained, "edm"), tmp_path, None, tmp_path / "boot.png", "cpu")
-    assert "It failed: lightning: Colorizing needs a model of RGB pictures" in pages[-1].html()
+    assert "It failed: lightning: Colorizing needs a model of RGB images" in pages[-1].html()
 
 
-# Pictures of every kind
+# Images of every kind
 
 
 class Stub:
-    """As much of a model as reading a picture needs."""
+    """As much of a model as reading an image needs."""
 
     def __init__(self, channels=3, size=16):
         self.image_shape = (channels, size, size)
@@ -293,16 +293,16 @@ def gradient(width=40, height=30):
 
 
 def save_all(folder):
-    picture = Image.fromarray(gradient())
-    picture.save(folder / "rgb.png")
-    picture.quantize(64).save(folder / "palette.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg", quality=98)
-    picture.convert("L").save(folder / "grey.png")
+    image = Image.fromarray(gradient())
+    image.save(folder / "rgb.png")
+    image.quantize(64).save(folder / "palette.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=98)
+    image.convert("L").save(folder / "grey.png")
     Image.fromarray(gradient()[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
-    picture.convert("1").save(folder / "bits.png")
+    image.convert("1").save(folder / "bits.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: stored lying on its left side
-    picture.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", quality=98, exif=exif)
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.jpg", quality=98, exif=exif)
     alpha = np.dstack([gradient(), np.full((30, 40), 255, np.uint8)])
     alpha[:, 20:, 3] = 0
     Image.fromarray(alpha).save(folder / "alpha.png")
@@ -310,9 +310,9 @@ def save_all(folder):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_of_every_mode_are_fitted(tmp_path, channels):
+def test_images_of_every_mode_are_fitted(tmp_path, channels):
     save_all(tmp_path)
-    read = {p.name: PictureOptions(picture=str(p)).read(Stub(channels)) for p in tmp_path.iterdir()}
+    read = {p.name: ImageOptions(image=str(p)).read(Stub(channels)) for p in tmp_path.iterdir()}
     for name, image in read.items():
         assert image.shape == (1, channels, 16, 16), name
         assert image.min() >= -1 and image.max() <= 1
@@ -320,35 +320,35 @@ def test_pictures_of_every_mode_are_fitted(tmp_path, channels):
         assert (read[name] - read["rgb.png"]).abs().mean() < 0.06, name
     assert (read["alpha.png"][..., 12:] > 0.98).all()  # white shows behind, but for the resampling's reach
     assert (read["alpha.png"] - read["rgb.png"])[..., :4].abs().max() < 0.03
-    negative = PictureOptions(picture=str(tmp_path / "rgb.png"), negative_picture=True).read(Stub(channels))
+    negative = ImageOptions(image=str(tmp_path / "rgb.png"), negative_image=True).read(Stub(channels))
     assert torch.equal(negative, -read["rgb.png"])
 
 
-def test_a_picture_of_twenty_thousand_pixels(tmp_path):
+def test_a_image_of_twenty_thousand_pixels(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png", compress_level=1)
-    with pytest.raises(ValueError, match="more pixels than a picture has"):
-        PictureOptions(picture=str(tmp_path / "huge.png")).read(Stub())
+    with pytest.raises(ValueError, match="more pixels than an image has"):
+        ImageOptions(image=str(tmp_path / "huge.png")).read(Stub())
     Image.new("L", (20_000, 40), 255).save(tmp_path / "long.png")
-    assert (PictureOptions(picture=str(tmp_path / "long.png")).read(Stub()) == 1).all()
+    assert (ImageOptions(image=str(tmp_path / "long.png")).read(Stub()) == 1).all()
 
 
 # What is refused
 
 
-def test_pictures_that_cannot_be_used(edit, capsys, tmp_path):
+def test_images_that_cannot_be_used(edit, capsys, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nonsense" * 20)
     Image.fromarray(gradient()).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:400])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder").mkdir()
     for name, why in (
-        ("broken.png", "The picture broken.png is broken"),
-        ("cut.jpg", "The picture cut.jpg is broken"),
-        ("text.png", "is not a picture in one of the formats"),
-        ("nowhere.png", "There is no picture nowhere.png"),
-        ("folder", "There is no picture folder"),
+        ("broken.png", "The image broken.png is broken"),
+        ("cut.jpg", "The image cut.jpg is broken"),
+        ("text.png", "is not an image in one of the formats"),
+        ("nowhere.png", "There is no image nowhere.png"),
+        ("folder", "There is no image folder"),
     ):
-        assert why in stopped(capsys, edit, "forward", "edm", "--picture", name)
+        assert why in stopped(capsys, edit, "forward", "edm", "--image", name)
     assert "data_index is 400" in stopped(capsys, edit, "forward", "edm", "--data_index=400")
 
 
@@ -357,12 +357,12 @@ def test_masks_that_cannot_be_used(edit, capsys, tmp_path):
     Image.new("L", (7, 5), 255).save(tmp_path / "other.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "full.png")
     Image.new("L", (8, 8), 0).save(tmp_path / "empty.png")
-    said = stopped(capsys, edit, "inpaint", "edm", "--picture=photo.png", "--mask=other.png")
-    assert "The mask other.png is 7x5 pixels; make it the picture's 20x20 or the model's 8x8" in said
+    said = stopped(capsys, edit, "inpaint", "edm", "--image=photo.png", "--mask=other.png")
+    assert "The mask other.png is 7x5 pixels; make it the image's 20x20 or the model's 8x8" in said
     assert "other.png is 7x5 pixels; make it the model's 8x8" in stopped(
         capsys, edit, "inpaint", "edm", "--mask=other.png"
     )
-    assert "covers the whole picture" in stopped(capsys, edit, "inpaint", "edm", "--mask=full.png")
+    assert "covers the whole image" in stopped(capsys, edit, "inpaint", "edm", "--mask=full.png")
     assert "there is nothing to fill in" in stopped(capsys, edit, "inpaint", "edm", "--mask=empty.png")
     assert "give one of them" in stopped(capsys, edit, "inpaint", "edm", "--mask=full.png", "--box=[0,0,2,2]")
     assert "The box [4, 0, 2, 8] does not lie" in stopped(capsys, edit, "inpaint", "edm", "--box=[4,0,2,8]")

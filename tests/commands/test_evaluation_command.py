@@ -104,7 +104,7 @@ def test_the_receipt_holds_what_would_change_a_figure(evaluate, trained, tmp_pat
     assert list(result["per_class"]["train"]) == [str(digit) for digit in range(10)]
     assert sum(entry["generated"] for entry in result["per_class"]["train"].values()) == 120
     assert sum(entry["reference"] for entry in result["per_class"]["test"].values()) == 360
-    assert any("40 pictures against 64 features" in warning for warning in report["warnings"])
+    assert any("40 images against 64 features" in warning for warning in report["warnings"])
 
     page = (tmp_path / "report.md").read_text()
     for words in ("fd_classifier_40", "real against real, n = 40", "± ", "fd_classifier of each class", "## Warnings"):
@@ -116,14 +116,14 @@ def test_ranks_and_batch_sizes_change_nothing(evaluate, tmp_path):
     options = ["--extractor=pixels", "--num_steps=2", "--samples=30"]
     options = ["--extractor=pixels", "--num_steps=2"]
     expected = evaluate(*options, "--save_samples=one", out="one.json")
-    pictures = pixels(tmp_path / "one")
-    assert pictures.shape == (120, 8, 8)
+    images = pixels(tmp_path / "one")
+    assert images.shape == (120, 8, 8)
     for batch_size, devices in ((1, 1), (7, 1), (64, 2), (7, 4)):
         name = f"{batch_size}_{devices}"
         more = [f"--batch_size={batch_size}", f"--devices={devices}", "--strategy=ddp_fork", f"--save_samples={name}"]
         report = evaluate(*options, *more, out=f"{name}.json")
         assert_same(figures(report), figures(expected))
-        assert np.abs(pixels(tmp_path / name) - pictures).max() <= 1  # a value on the edge between two levels
+        assert np.abs(pixels(tmp_path / name) - images).max() <= 1  # a value on the edge between two levels
         assert report["run"]["ranks"] == devices
 
 
@@ -190,7 +190,7 @@ def test_killed_and_started_again_it_gives_the_same_report(evaluate, trained, tm
     )
     report = evaluate(*options, out="cut.json")
     assert len(drawn) == 2 * 120 - 4 * 16
-    # the names of the pictures differ with that of the report
+    # the names of the images differ with that of the report
     assert json.dumps(without_run(report)).replace("cut.", "whole.") == json.dumps(without_run(expected))
     assert not (tmp_path / "cut.parts").exists()
 
@@ -212,7 +212,7 @@ def test_several_settings_give_a_table_and_a_plot(evaluate, tmp_path):
     assert (tmp_path / "report.md").read_text().count("| heun, 3 steps, cfg 2 | 5 |") == 1
 
 
-def test_kept_pictures_given_to_torch_fidelity_have_the_same_figures(evaluate, tmp_path, monkeypatch):
+def test_kept_images_given_to_torch_fidelity_have_the_same_figures(evaluate, tmp_path, monkeypatch):
     from datamodules import Digits
     from diffusion_lit.evaluation.generation import save_pngs
 
@@ -257,7 +257,7 @@ def test_memorisation_and_likelihood_are_in_the_report(evaluate, tmp_path):
     likelihood = report["likelihood"]
     assert likelihood["count"] == 3
     assert 0 < likelihood["bits_per_dim"] < 100
-    assert likelihood["labels"] == "each picture's own class"
+    assert likelihood["labels"] == "each image's own class"
     assert "bits per dimension" in (tmp_path / "report.md").read_text()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from datamodules import CIFAR10, ImageFolder, Subset
 from datamodules.cache import prepare
 from datamodules.decode import Transform
-from datamodules.sources import list_pictures
+from datamodules.sources import list_images
 from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
 
@@ -40,19 +40,19 @@ def folder(root, cache, **options):
 
 
 def held(data):
-    """The pictures of each split, by their pixels."""
+    """The images of each split, by their pixels."""
     return {split: {row.tobytes() for row in np.asarray(data.reference_images(split))} for split in ("val", "test")}
 
 
 # --- splits
 
 
-def test_an_added_a_removed_and_a_renamed_picture_move_no_other(tmp_path):
+def test_an_added_a_removed_and_a_renamed_image_move_no_other(tmp_path):
     for number in range(300):
         write(tmp_path / "pets" / "cats" / f"{number}.png", number)
     options = {"val_fraction": 0.1, "test_fraction": 0.1}
     before = held(folder(tmp_path / "pets", tmp_path / "cache", **options))
-    assert all(12 <= len(pictures) <= 50 for pictures in before.values())  # 30 are expected
+    assert all(12 <= len(images) <= 50 for images in before.values())  # 30 are expected
     for number in range(300, 340):  # beside the folder that all shared, too
         write(tmp_path / "pets" / ("cats" if number % 2 else "dogs/deep") / f"{number}.png", number)
     (tmp_path / "pets" / "cats" / "7.png").unlink()
@@ -61,8 +61,8 @@ def test_an_added_a_removed_and_a_renamed_picture_move_no_other(tmp_path):
     data = folder(tmp_path / "pets", tmp_path / "cache", use_labels=False, **options)
     gone = np.asarray(Image.open(write(tmp_path / "gone.png", 7))).transpose(2, 0, 1).tobytes()
     added = {np.asarray(Image.open(write(tmp_path / "x.png", n))).transpose(2, 0, 1).tobytes() for n in range(300, 340)}
-    for split, pictures in held(data).items():
-        assert pictures - added == before[split] - {gone}
+    for split, images in held(data).items():
+        assert images - added == before[split] - {gone}
     wider = held(folder(tmp_path / "pets", tmp_path / "cache", use_labels=False, val_fraction=0.3, test_fraction=0.1))
     assert wider["test"] == held(data)["test"] and wider["val"] > held(data)["val"]
 
@@ -117,7 +117,7 @@ def test_other_data_than_the_checkpoints_is_told(tmp_path):
     write(tmp_path / "d" / "another.png", 4000)
     other = folder(tmp_path / "d", tmp_path / "cache")
     other.setup("fit")
-    with pytest.warns(UserWarning, match=rf"trained on: {recorded['train']['count']} pictures .* then") as told:
+    with pytest.warns(UserWarning, match=rf"trained on: {recorded['train']['count']} images .* then") as told:
         other.compare_identity(recorded)
     assert len(told) == 1  # what is held out is the same
 
@@ -132,7 +132,7 @@ def test_classes_sort_as_numbers_and_are_told_with_their_counts(tmp_path, caplog
     with caplog.at_level("INFO"):
         data = folder(tmp_path / "d", tmp_path / "cache")
     assert data.class_names == [str(label) for label in range(11)]
-    assert "66 pictures" in caplog.text and "10 = 10 (11)" in caplog.text and "0 = 0 (1)" in caplog.text
+    assert "66 images" in caplog.text and "10 = 10 (11)" in caplog.text and "0 = 0 (1)" in caplog.text
     assert len(caplog.text.splitlines()) <= 5
 
 
@@ -156,7 +156,7 @@ def test_classes_are_matched_by_name_and_a_renaming_is_refused(tmp_path):
     assert part.class_names == ["eel", "cat", "animal"]
 
 
-def test_a_stray_picture_beside_classes_is_left_out_and_told(tmp_path, caplog):
+def test_a_stray_image_beside_classes_is_left_out_and_told(tmp_path, caplog):
     for name in "ab":
         for number in range(4):
             write(tmp_path / "d" / name / f"{number}.png", ord(name) * 10 + number)
@@ -168,7 +168,7 @@ def test_a_stray_picture_beside_classes_is_left_out_and_told(tmp_path, caplog):
         write(tmp_path / "d" / f"{number}.png", 500 + number)
     with caplog.at_level("INFO"):
         data = folder(tmp_path / "d", tmp_path / "cache")
-    assert data.class_names == [] and "31 pictures lie beside the 2 folders" in caplog.text
+    assert data.class_names == [] and "31 images lie beside the 2 folders" in caplog.text
 
 
 def test_a_class_of_gifs_is_read_and_one_of_files_that_are_not_is_told(tmp_path):
@@ -203,14 +203,14 @@ def deep_png(path, values):
 
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (SIDE, SIDE, 3)])
 def test_twelve_bits_in_sixteen_fill_the_range(tmp_path, caplog, shape):
-    pictures = np.random.default_rng(0).integers(0, 4096, (6, *shape))
-    for number, values in enumerate(pictures):
+    images = np.random.default_rng(0).integers(0, 4096, (6, *shape))
+    for number, values in enumerate(images):
         deep_png(tmp_path / "d" / f"{number}.png", values)
     channels = 1 if len(shape) == 2 else 3
     with caplog.at_level("INFO"):
         data = folder(tmp_path / "d", tmp_path / "cache", channels=channels)
     made = {row.tobytes() for row in np.asarray(data.cache.images)}
-    wanted = (pictures >> 4).astype(np.uint8).reshape(6, SIDE, SIDE, channels).transpose(0, 3, 1, 2)
+    wanted = (images >> 4).astype(np.uint8).reshape(6, SIDE, SIDE, channels).transpose(0, 3, 1, 2)
     assert made == {np.ascontiguousarray(row).tobytes() for row in wanted}
     assert "of 16 bits per channel 12 are used" in caplog.text
     full = folder(tmp_path / "d", tmp_path / "cache", channels=channels, bits=16)
@@ -223,8 +223,8 @@ def test_twelve_bits_in_sixteen_fill_the_range(tmp_path, caplog, shape):
 
 
 def cached(root, cache):
-    listing = list_pictures(str(root))
-    return prepare(listing, {"train": listing.pictures}, Transform(SIDE), cache)
+    listing = list_images(str(root))
+    return prepare(listing, {"train": listing.images}, Transform(SIDE), cache)
 
 
 def test_damaged_pixels_and_a_damaged_index_are_told_and_made_anew(tmp_path):
@@ -383,7 +383,7 @@ def test_a_run_goes_on_with_its_own_classes_and_its_own_split(run, tmp_path, cap
     trained_on = next(one for one in contents if 0x20 < hashlib.sha256(one).digest()[0] < 0xE0)
     (tmp_path / "pets" / "cat" / "another.png").write_bytes(trained_on)  # a copy, in the same split
     train = recorded["data"]["train"]["count"]
-    with pytest.warns(UserWarning, match=rf"trained on: {train} pictures of ImageFolder .* then, {train + 1} of"):
+    with pytest.warns(UserWarning, match=rf"trained on: {train} images of ImageFolder .* then, {train + 1} of"):
         run(3, "--ckpt_path=last")
     again = torch.load(last, weights_only=True)["diffusion_lit"]
     assert again["class_names"] == ["dog", "cat"] and again["data"]["val"] == recorded["data"]["val"]

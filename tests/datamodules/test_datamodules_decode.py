@@ -5,12 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers.data_fixtures import picture
+from helpers.data_fixtures import make_image
 from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode, functional
 
-from datamodules.decode import BadPictureError, Transform, decode
+from datamodules.decode import BadImageError, Transform, decode
 
 
 def encoded(image: Image.Image, format: str, **options) -> io.BytesIO:
@@ -24,7 +24,7 @@ def square(image: Image.Image, format: str = "PNG", transform: Transform | None 
     return decode(encoded(image, format, **options), transform or Transform(32)).astype(int)
 
 
-COLOUR = picture((100, 80))
+COLOUR = make_image((100, 80))
 GREY = COLOUR.convert("L")
 PALETTE = COLOUR.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
 
@@ -94,7 +94,7 @@ def test_palette_transparency_shows_the_background():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_pictures_are_turned_upright(format, orientation):
+def test_images_are_turned_upright(format, orientation):
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
@@ -107,7 +107,7 @@ def test_pictures_are_turned_upright(format, orientation):
     assert np.abs(square(stored, format, exif=exif, **options) - square(COLOUR)).max() <= 4
 
 
-def test_damaged_exif_leaves_the_picture():
+def test_damaged_exif_leaves_the_image():
     assert np.array_equal(square(COLOUR, "JPEG", exif=b"Exif\0\0garbage"), square(COLOUR, "JPEG"))
 
 
@@ -126,7 +126,7 @@ def test_resampling_does_not_alias():
 
 
 def test_reduction_agrees_with_antialiased_torch():
-    image = picture((256, 256), seed=3)
+    image = make_image((256, 256), seed=3)
     pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float()
     theirs = interpolate(pixels, (32, 32), mode="bicubic", antialias=True)[0].numpy()
     assert np.abs(square(image) - theirs).mean() < 1
@@ -142,13 +142,13 @@ def test_the_centre_is_kept():
 
 
 def test_resizing_and_cutting_agrees_with_torchvision():
-    image = picture((90, 60), seed=4)
+    image = make_image((90, 60), seed=4)
     theirs = functional.center_crop(functional.resize(image, 20, InterpolationMode.LANCZOS), 20)
     assert np.abs(square(image, transform=Transform(20)) - np.asarray(theirs).transpose(2, 0, 1)).max() <= 1
 
 
 def test_size_one_to_one_changes_nothing():
-    image = picture((32, 32), seed=5)
+    image = make_image((32, 32), seed=5)
     assert np.array_equal(square(image), np.asarray(image).transpose(2, 0, 1))
 
 
@@ -160,7 +160,7 @@ def test_grey_is_one_channel():
 
 def test_reduced_decoding_of_a_large_jpeg_is_near_the_whole(monkeypatch):
     noise = np.random.default_rng(2).normal(0, 10, (1500, 2000, 3))
-    image = Image.fromarray((40 + 0.6 * np.asarray(picture((2000, 1500), seed=9)) + noise).astype(np.uint8))
+    image = Image.fromarray((40 + 0.6 * np.asarray(make_image((2000, 1500), seed=9)) + noise).astype(np.uint8))
     for resize in ("area", "lanczos"):
         fast = square(image, "JPEG", Transform(32, resize=resize), quality=90)
         monkeypatch.setattr("datamodules.decode.DRAFT", 1000)
@@ -169,11 +169,11 @@ def test_reduced_decoding_of_a_large_jpeg_is_near_the_whole(monkeypatch):
         assert np.abs(fast - slow).mean() < 0.5 and np.abs(fast - slow).max() <= 3
 
 
-def test_small_pictures_are_enlarged_only_if_asked():
-    small = picture((20, 30))
-    with pytest.raises(BadPictureError, match="is 20x30 pixels, smaller than 32x32"):
+def test_small_images_are_enlarged_only_if_asked():
+    small = make_image((20, 30))
+    with pytest.raises(BadImageError, match="is 20x30 pixels, smaller than 32x32"):
         square(small)
-    with pytest.raises(BadPictureError, match="smaller than the crop of 25"):
+    with pytest.raises(BadImageError, match="smaller than the crop of 25"):
         square(small, transform=Transform(16, crop=25))
     for resize in ("area", "lanczos"):
         assert square(small, transform=Transform(32, upscale=True, resize=resize)).shape == (3, 32, 32)

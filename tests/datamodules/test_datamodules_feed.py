@@ -1,4 +1,4 @@
-"""What reaches the training step: order, sharding, resumption, flips, and each picture as often as it should."""
+"""What reaches the training step: order, sharding, resumption, flips, and each image as often as it should."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from datamodules.feed import EvalLoader, Split, TrainLoader, normalise
 
 
 class Numbered(ImageDataModule):
-    """Pictures whose pixels are their number, so that what was fed can be read off."""
+    """Images whose pixels are their number, so that what was fed can be read off."""
 
     def __init__(self, count: int = 50, batch_size: int = 8, on_disk: str | None = None, **options) -> None:
         super().__init__(batch_size, **options)
@@ -39,7 +39,7 @@ class Numbered(ImageDataModule):
 
 
 class Recorder(LightningModule):
-    """Writes the number of every picture it is given, per rank, epoch and batch; learns nothing."""
+    """Writes the number of every image it is given, per rank, epoch and batch; learns nothing."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def global_batches(loaders, epoch=0):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_together_see_each_picture_at_most_once_and_all_but_part_of_a_batch(world):
+def test_ranks_together_see_each_image_at_most_once_and_all_but_part_of_a_batch(world):
     data = Numbered()
     data.setup("fit")
     loaders = [TrainLoader(data.split("train"), 8, world, rank) for rank in range(world)]
@@ -143,7 +143,7 @@ def test_order_is_keyed_by_seed_and_epoch():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [5, 15, 16, 17, 29, 30, 31, 32])
-def test_evaluation_sees_each_picture_once_in_equally_many_batches(world, count):
+def test_evaluation_sees_each_image_once_in_equally_many_batches(world, count):
     split = Split(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), None)
     loaders = [EvalLoader(split, 15 if world != 2 else 16, world, rank) for rank in range(world)]
     parts = [[batch["index"].tolist() for batch in loader] for loader in loaders]
@@ -161,7 +161,7 @@ def test_normalisation_is_exact_at_both_ends():
     assert torch.allclose(values.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), atol=1e-7)
 
 
-def test_half_of_the_pictures_are_mirrored_keyed_and_alike_for_any_number_of_ranks():
+def test_half_of_the_images_are_mirrored_keyed_and_alike_for_any_number_of_ranks():
     data = Numbered(count=2000, batch_size=1000, random_flip=True)
     mirrored, places = {}, {}
     for epoch in (0, 1):
@@ -205,7 +205,7 @@ def test_batch_that_does_not_divide_over_ranks_is_refused():
 
 
 def test_batch_larger_than_the_split_is_refused():
-    with pytest.raises(ValueError, match="batch_size is 51, but the training split has 50 pictures"):
+    with pytest.raises(ValueError, match="batch_size is 51, but the training split has 50 images"):
         Numbered(batch_size=51).train_dataloader()
 
 
@@ -221,7 +221,7 @@ def test_without_labels_there_are_none():
     assert "label" not in next(iter(data.train_dataloader()))
 
 
-def test_trainer_feeds_epochs_and_validates_each_picture_once(tmp_path):
+def test_trainer_feeds_epochs_and_validates_each_image_once(tmp_path):
     module = Recorder()
     trainer(tmp_path).fit(module, datamodule=Numbered())
     first, second = rows_of(module.seen, epoch=0), rows_of(module.seen, epoch=1)
@@ -356,7 +356,7 @@ def test_loader_on_a_device_serves_from_there(monkeypatch):
 
 
 @pytest.mark.parametrize(("free", "moved"), [(50 * 16 * 4 - 1, 0), (50 * 16 * 4, 1)])
-def test_pictures_live_on_a_gpu_where_they_take_a_quarter_of_its_memory_at_most(monkeypatch, free, moved):
+def test_images_live_on_a_gpu_where_they_take_a_quarter_of_its_memory_at_most(monkeypatch, free, moved):
     calls = []
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 10 * free))
     monkeypatch.setattr("datamodules.base._to_device", lambda images, device: calls.append(device) or images)
@@ -374,7 +374,7 @@ def test_pictures_live_on_a_gpu_where_they_take_a_quarter_of_its_memory_at_most(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pictures_live_on_the_gpu_by_default(tmp_path):
+def test_images_live_on_the_gpu_by_default(tmp_path):
     module = Recorder()
     data = Numbered()
     trainer(tmp_path, accelerator="gpu").fit(module, datamodule=data)

@@ -1,4 +1,4 @@
-"""Folders, zips and globs of pictures: what their layout means, and the cache that is written once and whole."""
+"""Folders, zips and globs of images: what their layout means, and the cache that is written once and whole."""
 
 import json
 import multiprocessing
@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.data_fixtures import picture, write_class_folders, zip_folder
+from helpers.data_fixtures import make_image, write_class_folders, zip_folder
 from PIL import Image
 
 from datamodules import ImageFolder, Landscapes, decoding
 from datamodules.cache import prepare
 from datamodules.decode import Transform, decode
-from datamodules.sources import list_pictures
+from datamodules.sources import list_images
 
 
 def make(root, tmp_path, **options) -> ImageFolder:
@@ -34,7 +34,7 @@ def write_flat(folder: Path, count: int, size=(24, 20)) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05d}.png" for number in range(count)]
     for number, path in enumerate(paths):
-        picture(size, seed=number).save(path)
+        make_image(size, seed=number).save(path)
     return paths
 
 
@@ -63,7 +63,7 @@ def test_split_by_order_is_as_it_was_before_the_split_by_content(tmp_path):
     write_flat(tmp_path / "data", 100)
     before = make(tmp_path / "data", tmp_path, split_by="order")
     held = set(contents(before, "val") + contents(before, "test"))
-    picture((24, 20), seed=5000).save(tmp_path / "data" / "another.png")
+    make_image((24, 20), seed=5000).save(tmp_path / "data" / "another.png")
     after = make(tmp_path / "data", tmp_path, split_by="order")
     assert len(held & set(contents(after, "val") + contents(after, "test"))) >= 9
     again = make(tmp_path / "data", tmp_path, val_fraction=0.2, test_fraction=0, split_by="order")
@@ -95,13 +95,13 @@ def test_missing_split_is_taken_from_training(tmp_path):
     assert [len(data.reference_images(split)) for split in ("train", "val", "test")] == [19, 1, 20]
 
 
-def test_pictures_outside_the_layout_are_counted_out(tmp_path):
+def test_images_outside_the_layout_are_counted_out(tmp_path):
     write_class_folders(tmp_path / "data", ["a", "b"], per_class=4, size=(20, 20))
-    picture((20, 20)).save(tmp_path / "data" / "stray.png")
+    make_image((20, 20)).save(tmp_path / "data" / "stray.png")
     (tmp_path / "data" / "test" / "zebra").mkdir()
-    picture((20, 20)).save(tmp_path / "data" / "test" / "zebra" / "1.png")
+    make_image((20, 20)).save(tmp_path / "data" / "test" / "zebra" / "1.png")
     with pytest.warns(
-        UserWarning, match=r"2 pictures were skipped: stray.png lies beside.*zebra/1.png lies in the folder of"
+        UserWarning, match=r"2 images were skipped: stray.png lies beside.*zebra/1.png lies in the folder of"
     ):
         data = make(tmp_path / "data", tmp_path)
     assert len(data.reference_images("test")) == 8
@@ -136,7 +136,7 @@ def test_globs_choose(tmp_path):
     assert len(both.cache.names) == 9 and both.class_names == ["n1-Terrier", "n3-Fox_terrier"]
     deep = make(f"{tmp_path}/**/0000[12].png", tmp_path)
     assert len(deep.cache.names) == 6
-    with pytest.raises(FileNotFoundError, match=r"No picture matches '.*cats.*'"):
+    with pytest.raises(FileNotFoundError, match=r"No image matches '.*cats.*'"):
         make([f"{tmp_path}/dogs/n1*", f"{tmp_path}/cats/*"], tmp_path)
 
 
@@ -147,8 +147,8 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "data" / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
     (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere" / "self")
-    assert len(list_pictures(str(tmp_path / "data")).pictures) == 4
-    assert len(list_pictures(f"{tmp_path}/data/**").pictures) == 4
+    assert len(list_images(str(tmp_path / "data")).images) == 4
+    assert len(list_images(f"{tmp_path}/data/**").images) == 4
 
 
 def test_hidden_files_are_passed_over(tmp_path):
@@ -156,7 +156,7 @@ def test_hidden_files_are_passed_over(tmp_path):
     write_flat(tmp_path / "data" / ".hidden", 3)
     write_flat(tmp_path / "data" / "__MACOSX", 3)
     (tmp_path / "data" / "._00001.png").write_bytes(b"resource fork")
-    assert len(list_pictures(str(tmp_path / "data")).pictures) == 3
+    assert len(list_images(str(tmp_path / "data")).images) == 3
 
 
 def test_landscapes_is_a_preset_without_classes(tmp_path):
@@ -166,7 +166,7 @@ def test_landscapes_is_a_preset_without_classes(tmp_path):
     assert data.num_classes == 0 and data.image_shape == (3, 64, 64) and data.random_flip
 
 
-def test_a_picture_is_decoded_once(tmp_path, monkeypatch):
+def test_a_image_is_decoded_once(tmp_path, monkeypatch):
     paths = write_flat(tmp_path / "data", 10)
     make(tmp_path / "data", tmp_path)
     monkeypatch.setattr("datamodules.decoding.decode", lambda *_: pytest.fail("decoded again"))
@@ -174,23 +174,21 @@ def test_a_picture_is_decoded_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     caches = set((tmp_path / "cache").glob("*/images.u8"))
     make(tmp_path / "data", tmp_path, resize="area")  # another transform
-    picture((24, 20), seed=77).save(paths[0])
-    os.utime(paths[0], ns=(1, 1))  # another picture
+    make_image((24, 20), seed=77).save(paths[0])
+    os.utime(paths[0], ns=(1, 1))  # another image
     assert contents(make(tmp_path / "data", tmp_path), "train") != []
     assert len(set((tmp_path / "cache").glob("*/images.u8")) - caches) == 2
 
 
 def test_several_processes_do_what_one_does(tmp_path):
     write_flat(tmp_path / "data", 150)
-    (tmp_path / "data" / "00077.png").write_bytes(b"no picture")
-    listing = list_pictures(str(tmp_path / "data"))
+    (tmp_path / "data" / "00077.png").write_bytes(b"no image")
+    listing = list_images(str(tmp_path / "data"))
     caches = []
     for processes in (1, 3):
-        with pytest.warns(UserWarning, match="1 picture was skipped: 00077.png is not a picture"):
+        with pytest.warns(UserWarning, match="1 image was skipped: 00077.png is not an image"):
             caches.append(
-                prepare(
-                    listing, {"train": listing.pictures}, Transform(16), tmp_path / str(processes), False, processes
-                )
+                prepare(listing, {"train": listing.images}, Transform(16), tmp_path / str(processes), False, processes)
             )
     assert caches[0].checksum == caches[1].checksum and caches[0].names == caches[1].names
     assert np.array_equal(caches[0].images, caches[1].images) and len(caches[0].names) == 149
@@ -198,7 +196,7 @@ def test_several_processes_do_what_one_does(tmp_path):
         assert caches[1].images[row].tobytes() == expected(tmp_path / "data" / caches[1].names[row])
 
 
-def test_a_process_that_dies_costs_one_picture(tmp_path, monkeypatch):
+def test_a_process_that_dies_costs_one_image(tmp_path, monkeypatch):
     paths = write_flat(tmp_path / "data", 100)
     victim = paths[40].stat().st_size
     original = decode
@@ -209,39 +207,39 @@ def test_a_process_that_dies_costs_one_picture(tmp_path, monkeypatch):
         return original(file, *rest)
 
     monkeypatch.setattr("datamodules.decoding.decode", fatal)
-    with pytest.warns(UserWarning, match=r"1 picture was skipped: 00040.png ended the process that decoded it"):
+    with pytest.warns(UserWarning, match=r"1 image was skipped: 00040.png ended the process that decoded it"):
         data = make(tmp_path / "data", tmp_path, cache_processes=3)
     assert len(data.cache.names) == 99
     for name, image in zip(data.cache.names, data.cache.images, strict=True):
         assert image.tobytes() == expected(tmp_path / "data" / name)
 
 
-def test_strict_stops_at_the_first_bad_picture_and_caches_nothing(tmp_path):
+def test_strict_stops_at_the_first_bad_image_and_caches_nothing(tmp_path):
     for count in (10, 100):
         folder = tmp_path / str(count)
         write_flat(folder, count)
         (folder / "00003.png").write_bytes(b"")
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"00003.png is not a picture.*strict is true"):
+            with pytest.raises(ValueError, match=r"00003.png is not an image.*strict is true"):
                 make(folder, tmp_path, strict=True, cache_processes=2)
             assert not list((tmp_path / "cache").glob("*/index.json"))
-    with pytest.warns(UserWarning, match="1 picture was skipped"):
+    with pytest.warns(UserWarning, match="1 image was skipped"):
         make(tmp_path / "10", tmp_path)
-    with pytest.raises(ValueError, match=r"00003.png is not a picture.*strict is true"):  # from the cache
+    with pytest.raises(ValueError, match=r"00003.png is not an image.*strict is true"):  # from the cache
         make(tmp_path / "10", tmp_path, strict=True)
 
 
-def test_small_pictures_are_left_out_or_enlarged(tmp_path):
+def test_small_images_are_left_out_or_enlarged(tmp_path):
     write_flat(tmp_path / "data", 20)
-    picture((8, 8)).save(tmp_path / "data" / "tiny.png")
-    with pytest.warns(UserWarning, match=r"1 picture was skipped: tiny.png is 8x8 pixels, smaller than 16x16"):
+    make_image((8, 8)).save(tmp_path / "data" / "tiny.png")
+    with pytest.warns(UserWarning, match=r"1 image was skipped: tiny.png is 8x8 pixels, smaller than 16x16"):
         assert len(make(tmp_path / "data", tmp_path).cache.names) == 20
     assert len(make(tmp_path / "data", tmp_path, upscale=True).cache.names) == 21
 
 
-def test_too_few_pictures_to_hold_some_out(tmp_path):
+def test_too_few_images_to_hold_some_out(tmp_path):
     write_flat(tmp_path / "data", 2)
-    with pytest.raises(ValueError, match="has 2 pictures to train on, too few to hold 2 out"):
+    with pytest.raises(ValueError, match="has 2 images to train on, too few to hold 2 out"):
         make(tmp_path / "data", tmp_path)
     data = make(tmp_path / "data", tmp_path, val_fraction=0, test_fraction=0)
     assert len(data.reference_images("train")) == 2 and data.val_dataloader() == []
@@ -276,7 +274,7 @@ def test_it_can_be_sent_to_another_process(tmp_path):
 
 
 def cache_slowly(root: Path, cache: Path, processes: int, log: Path) -> None:
-    """Prepares a folder, slowly, and logs each picture that is decoded."""
+    """Prepares a folder, slowly, and logs each image that is decoded."""
     original = decoding.decode
 
     def slow(file, *rest):
@@ -352,7 +350,7 @@ def peak_memory_of(function, *arguments) -> float:
 
 def write_huge(folder: Path, mode: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stripe = picture((12000, 100), mode=mode)
+    stripe = make_image((12000, 100), mode=mode)
     image = Image.new(mode, (12000, 9000))
     for top in range(0, 9000, 100):
         image.paste(stripe, (0, top))
@@ -360,9 +358,9 @@ def write_huge(folder: Path, mode: str) -> None:
 
 
 def read_huge(folder: Path, cache: Path) -> None:
-    listing = list_pictures(str(folder))
-    done = prepare(listing, {"train": listing.pictures}, Transform(64), cache)
-    assert len(done.names) == len(listing.pictures)
+    listing = list_images(str(folder))
+    done = prepare(listing, {"train": listing.images}, Transform(64), cache)
+    assert len(done.names) == len(listing.images)
 
 
 def test_huge_jpeg_stays_within_two_gigabytes(tmp_path):
@@ -389,11 +387,11 @@ def read_many(folder: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hundred_thousand_pictures_stay_within_two_gigabytes(tmp_path):
+def test_hundred_thousand_images_stay_within_two_gigabytes(tmp_path):
     for number in range(100):
         folder = tmp_path / "data" / f"{number:03d}"
         folder.mkdir(parents=True)
-        picture((40, 36), seed=number).save(folder / "0000.jpg")
+        make_image((40, 36), seed=number).save(folder / "0000.jpg")
         for link in range(1, 1000):
             os.link(folder / "0000.jpg", folder / f"{link:04d}.jpg")
     assert peak_memory_of(read_many, tmp_path / "data", tmp_path / "cache") < 2048

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.data_fixtures import picture, write_celeba, write_cifar10, write_idx, write_mnist
+from helpers.data_fixtures import make_image, write_celeba, write_cifar10, write_idx, write_mnist
 from PIL import Image
 
 from datamodules import CIFAR10, MNIST, CelebA, ImageDataModule, ImageFolder, SingleImage
@@ -37,7 +37,7 @@ def no_hanging():
 
 def encoded(format: str, size=(64, 48), **options) -> bytes:
     file = io.BytesIO()
-    picture(size).save(file, format, **options)
+    make_image(size).save(file, format, **options)
     return file.getvalue()
 
 
@@ -77,10 +77,10 @@ def huge_tiff() -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
 
 
-PICTURES: dict[str, tuple[str, bytes]] = {
+IMAGES: dict[str, tuple[str, bytes]] = {
     "no bytes": ("bad.jpg", b""),
     "one byte": ("bad.png", b"\x89"),
-    "text": ("bad.jpg", b"this is not a picture\n" * 10),
+    "text": ("bad.jpg", b"this is not an image\n" * 10),
     "a web page": ("bad.jpeg", b"<!DOCTYPE html><html><body>404</body></html>"),
     "random bytes": ("bad.png", np.random.default_rng(0).bytes(5000)),
     "only zeros": ("bad.bmp", bytes(5000)),
@@ -121,7 +121,7 @@ PICTURES: dict[str, tuple[str, bytes]] = {
 def good_folder(folder: Path, count: int = 4) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        picture((40, 40), seed=number).save(folder / f"good{number}.png")
+        make_image((40, 40), seed=number).save(folder / f"good{number}.png")
 
 
 def folder_of(root: Path | str | list[str], tmp_path: Path, **options) -> ImageFolder:
@@ -136,8 +136,8 @@ def assert_clean(cache: Path, caches: int) -> None:
 
 
 def assert_skipped(root: Path, tmp_path: Path, name: str, good: int = 4) -> None:
-    """The one bad picture is counted, named and left out, and with `strict` stops."""
-    with pytest.warns(UserWarning, match="1 picture was skipped") as told:
+    """The one bad image is counted, named and left out, and with `strict` stops."""
+    with pytest.warns(UserWarning, match="1 image was skipped") as told:
         data = folder_of(root, tmp_path)
         data.prepare_data()
     message = next(str(warning.message) for warning in told if "skipped" in str(warning.message))
@@ -151,9 +151,9 @@ def assert_skipped(root: Path, tmp_path: Path, name: str, good: int = 4) -> None
     assert not (tmp_path / "cache").exists() or not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_bad_picture_is_skipped_and_counted(tmp_path, kind):
-    name, data = PICTURES[kind]
+@pytest.mark.parametrize("kind", IMAGES)
+def test_bad_image_is_skipped_and_counted(tmp_path, kind):
+    name, data = IMAGES[kind]
     good_folder(tmp_path / "data")
     (tmp_path / "data" / name).write_bytes(data)
     assert_skipped(tmp_path / "data", tmp_path, name if name.isprintable() else "bad\\")
@@ -183,7 +183,7 @@ def test_what_is_no_file_is_skipped_and_counted(tmp_path, make):
 
 
 def zip_of(path: Path, change: Callable[[bytes], bytes]) -> Path:
-    """A zip of four good pictures and one that is then changed in its bytes."""
+    """A zip of four good images and one that is then changed in its bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(4):
             archive.writestr(f"good{number}.png", encoded("PNG", size=(40 + number, 40)))
@@ -193,7 +193,7 @@ def zip_of(path: Path, change: Callable[[bytes], bytes]) -> Path:
 
 
 def central(data: bytes, offset: int, value: bytes) -> bytes:
-    """Changes the bad picture's entry in the central directory and, where it has the field too, before its data."""
+    """Changes the bad image's entry in the central directory and, where it has the field too, before its data."""
     data = bytearray(data)
     entry = data.rindex(b"PK\x01\x02")
     data[entry + offset : entry + offset + len(value)] = value
@@ -240,7 +240,7 @@ def write_empty_folder(root: Path) -> str:
 
 
 def write_only_text(root: Path) -> str:
-    (root / "readme.txt").write_text("no pictures here")
+    (root / "readme.txt").write_text("no images here")
     return str(root)
 
 
@@ -286,13 +286,13 @@ def write_loop_as_root(root: Path) -> str:
 
 ROOTS = [
     (write_nothing, "nowhere does not exist"),
-    (write_empty_folder, "There is no picture in"),
-    (write_only_text, "There is no picture in"),
-    (write_only_bad, "bad.jpg is not a picture"),
+    (write_empty_folder, "There is no image in"),
+    (write_only_text, "There is no image in"),
+    (write_only_bad, "bad.jpg is not an image"),
     (write_text_as_root, "file.txt is neither a folder nor a whole zip"),
     (write_cut_zip, "cut.zip is neither a folder nor a whole zip"),
-    (write_empty_zip, "There is no picture in"),
-    (write_zip_of_text, "There is no picture in"),
+    (write_empty_zip, "There is no image in"),
+    (write_zip_of_text, "There is no image in"),
     (write_long_name, "does not exist"),
     (write_fifo_as_root, "fifo is neither a folder nor a zip"),
     (write_loop_as_root, "loop does not exist"),
@@ -308,7 +308,7 @@ def test_bad_root_is_refused(tmp_path, write, expected):
 
 
 def test_globs_that_find_nothing_are_refused(tmp_path):
-    refused(lambda: folder_of([f"{tmp_path}/*.jpg"], tmp_path), f"{tmp_path}/*.jpg", "No picture matches")
+    refused(lambda: folder_of([f"{tmp_path}/*.jpg"], tmp_path), f"{tmp_path}/*.jpg", "No image matches")
     refused(lambda: folder_of([], tmp_path), "root is an empty list")
 
 
@@ -344,7 +344,7 @@ IDX: dict[str, tuple[str, bytes]] = {
     "a header that claims terabytes": (IMAGES, idx(3, [2**32 - 1] * 3, 100)),
     "a header that claims two gigabytes": (IMAGES, idx(3, [2_700_000, 28, 28], 100)),
     "another size": (IMAGES, idx(3, [120, 27, 28], 120 * 27 * 28)),
-    "fewer pictures than labels": (IMAGES, idx(3, [119, 28, 28], 119 * 784)),
+    "fewer images than labels": (IMAGES, idx(3, [119, 28, 28], 119 * 784)),
     "a label out of range": (LABELS, idx(1, [120], 119) + b"\x0a"),
     "gzip that is none": (IMAGES + ".gz", b"text " * 100),
     "gzip that is cut": (IMAGES + ".gz", cut(gzip.compress(idx(3, [120, 28, 28], 120 * 784)))),
@@ -404,7 +404,7 @@ CIFAR: dict[str, bytes] = {
     "labels out of range": batch(labels=[0] * 19 + [10]),
     "negative labels": batch(labels=[0] * 19 + [-1]),
     "labels that are text": batch(labels=["0"] * 20),
-    "fewer labels than pictures": batch(labels=[0] * 19),
+    "fewer labels than images": batch(labels=[0] * 19),
     "a class of another library": pickle.dumps(Path("x")),
     "a function of numpy": pickle.dumps(np.load),
     "a name inside numpy": b"cnumpy\nload\n.",
@@ -454,13 +454,13 @@ def zip_that_is_none(root: Path) -> None:
 
 PARTITION, ATTRIBUTES = "list_eval_partition.txt", "list_attr_celeba.txt"
 CELEBA: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no pictures": (remove("img_align_celeba"), "img_align_celeba"),
+    "no images": (remove("img_align_celeba"), "img_align_celeba"),
     "no partition": (remove(PARTITION), "list_eval_partition"),
     "no attributes": (remove(ATTRIBUTES), "list_attr_celeba"),
     "an empty partition": (change(PARTITION, lambda text: ""), PARTITION),
     "a split that does not exist": (change(PARTITION, lambda text: text.replace(" 2", " 3")), PARTITION),
     "a partition of one column": (change(PARTITION, lambda text: text.replace(" ", "_")), PARTITION),
-    "a partition of other pictures": (change(PARTITION, lambda text: text.replace("0000", "1111")), PARTITION),
+    "a partition of other images": (change(PARTITION, lambda text: text.replace("0000", "1111")), PARTITION),
     "a partition that is no text": (lambda root: (root / PARTITION).write_bytes(b"\xff\xfe\0") and None, PARTITION),
     "attributes without ours": (change(ATTRIBUTES, lambda text: text.replace("Smiling", "Sad")), ATTRIBUTES),
     "attributes out of range": (change(ATTRIBUTES, lambda text: text.replace("-1", "7")), ATTRIBUTES),
@@ -532,14 +532,12 @@ def counted(root: Path, tmp_path: Path) -> list[str]:
     return [str(len(data.cache.names)), *(str(warning.message) for warning in told)]
 
 
-def test_unreadable_picture_is_skipped_and_counted(open_path):
+def test_unreadable_image_is_skipped_and_counted(open_path):
     good_folder(open_path / "data")
-    picture((40, 40)).save(open_path / "data" / "bad.png")
+    make_image((40, 40)).save(open_path / "data" / "bad.png")
     (open_path / "data" / "bad.png").chmod(0)
     count, *told = as_nobody(lambda: counted(open_path / "data", open_path))
-    assert count == "4" and any(
-        "1 picture was skipped: bad.png may not be read (no permission)" in line for line in told
-    )
+    assert count == "4" and any("1 image was skipped: bad.png may not be read (no permission)" in line for line in told)
 
 
 def test_unreadable_folder_below_is_skipped_and_counted(open_path):
@@ -547,9 +545,7 @@ def test_unreadable_folder_below_is_skipped_and_counted(open_path):
     good_folder(open_path / "data" / "b")
     (open_path / "data" / "b").chmod(0)
     count, *told = as_nobody(lambda: counted(open_path / "data", open_path))
-    assert count == "4" and any(
-        "1 picture was skipped: b cannot be listed (Permission denied)" in line for line in told
-    )
+    assert count == "4" and any("1 image was skipped: b cannot be listed (Permission denied)" in line for line in told)
 
 
 def unreadable_root(root: Path) -> tuple[Callable[[], ImageDataModule], str]:
@@ -594,7 +590,7 @@ def unreadable_partition(root: Path) -> tuple[Callable[[], ImageDataModule], str
 
 
 def unreadable_single(root: Path) -> tuple[Callable[[], ImageDataModule], str]:
-    picture((64, 64)).save(root / "bad.png")
+    make_image((64, 64)).save(root / "bad.png")
     (root / "bad.png").chmod(0)
     return lambda: SingleImage(str(root / "bad.png")), "bad.png may not be read"
 
@@ -617,4 +613,4 @@ def test_missing_permission_is_told(open_path, deny):
 
 
 def test_there_are_at_least_forty_kinds():
-    assert len(PICTURES) + len(MEMBERS) + len(ROOTS) + len(IDX) + len(CIFAR) + len(CELEBA) + len(DENIED) >= 100
+    assert len(IMAGES) + len(MEMBERS) + len(ROOTS) + len(IDX) + len(CIFAR) + len(CELEBA) + len(DENIED) >= 100

@@ -214,8 +214,8 @@ def test_cifar10_from_class_folders(tmp_path):
     assert torch.equal(torch.bincount(data.reference_labels("test")), torch.full((10,), 3))
     for image, label in zip(data.reference_images("test"), data.reference_labels("test"), strict=True):
         folder = tmp_path / "data" / "test" / CIFAR_NAMES[label]
-        pictures = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in folder.iterdir()]
-        assert any(np.array_equal(image.numpy(), candidate) for candidate in pictures)
+        images = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in folder.iterdir()]
+        assert any(np.array_equal(image.numpy(), candidate) for candidate in images)
 
 
 def test_cifar10_says_what_it_looked_for(tmp_path):
@@ -273,28 +273,28 @@ def test_celeba_leaves_out_what_the_folder_does_not_have(tmp_path):
     write_celeba(tmp_path / "celeba")
     (tmp_path / "celeba" / "img_align_celeba" / "000002.jpg").unlink()
     data = CelebA(str(tmp_path / "celeba"), cache_dir=str(tmp_path / "cache"), attributes=["Young"])
-    with pytest.warns(UserWarning, match=r"1 picture was skipped: 000002.jpg is in the partition but not in"):
+    with pytest.warns(UserWarning, match=r"1 image was skipped: 000002.jpg is in the partition but not in"):
         data.prepare_data()
     assert sum(len(data.reference_images(split)) for split in ("train", "val", "test")) == 11
     with pytest.raises(ValueError, match=r"000002.jpg .* strict is true"):
         CelebA(str(tmp_path / "celeba"), cache_dir=str(tmp_path / "cache"), strict=True).prepare_data()
 
 
-@pytest.mark.parametrize("picture", ["flower", "china"])
-def test_single_image_is_the_photograph(picture):
-    data = SingleImage(picture, image_size=64, copies=96)
+@pytest.mark.parametrize("image", ["flower", "china"])
+def test_single_image_is_the_photograph(image):
+    data = SingleImage(image, image_size=64, copies=96)
     data.setup("fit")
     assert len(data.train_dataloader()) == 3
     batch = next(iter(data.train_dataloader()))["image"]
     assert batch.shape == (32, 3, 64, 64) and (batch == batch[0]).all()
-    whole = Image.fromarray(load_sample_image(f"{picture}.jpg"))
+    whole = Image.fromarray(load_sample_image(f"{image}.jpg"))
     expected = center_crop(whole, 427).resize((64, 64), Image.Resampling.LANCZOS)
     shown = ((batch[0] + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(shown - np.asarray(expected)).mean() < 2
     assert len(data.reference_images("val")) == 64 and data.num_classes == 0
 
 
-def test_single_image_patches_are_parts_of_the_picture_and_change(tmp_path):
+def test_single_image_patches_are_parts_of_the_image_and_change(tmp_path):
     Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48) % 251).convert("L").save(tmp_path / "a.png")
     data = SingleImage(str(tmp_path / "a.png"), 8, 16, copies=16, patches=48, channels=1)
     data.setup("fit")
@@ -312,7 +312,7 @@ def test_single_image_refuses_what_it_cannot_use(tmp_path):
     with pytest.raises(ValueError, match=r"small.png is 20x20 pixels, smaller than 32x32; set upscale to true"):
         SingleImage(str(tmp_path / "small.png")).prepare_data()
     SingleImage(str(tmp_path / "small.png"), upscale=True).prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"There is no picture nowhere.png.*flower or china"):
+    with pytest.raises(FileNotFoundError, match=r"There is no image nowhere.png.*flower or china"):
         SingleImage("nowhere.png").prepare_data()
     with pytest.raises(ValueError, match="copies is 5"):
         SingleImage(copies=5)

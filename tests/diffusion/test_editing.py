@@ -45,7 +45,7 @@ class Exact(PixelModel):
         return self.shape
 
 
-def pictures(count, channels=1, size=8, seed=0):
+def make_images(count, channels=1, size=8, seed=0):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -55,7 +55,7 @@ def tiny(num_classes=3, channels=1, size=8, sampling=None, scaling=None):
 
 
 def memory(images, labels=None):
-    """A model that knows these pictures alone, by class."""
+    """A model that knows these images alone, by class."""
     return Exact(EmpiricalDenoiser(images, labels), tuple(images.shape[1:]))
 
 
@@ -96,7 +96,7 @@ def test_the_strided_grid_is_every_thirtieth_of_a_thousand_steps():
 
 
 def test_a_seed_is_one_noise_at_every_level():
-    model, images = tiny(), pictures(3)
+    model, images = tiny(), make_images(3)
     n = SeededNoise([5, 6, 7])(images)
     for sigma in (0.0, 0.5, 20.0):
         assert torch.equal(E.forward(model, images, sigma, [5, 6, 7]), images + sigma * n)
@@ -104,22 +104,22 @@ def test_a_seed_is_one_noise_at_every_level():
 
 
 @pytest.mark.parametrize("name", ["heun", "ddim", "ddpm"])
-def test_image_to_image_goes_from_the_input_to_any_picture_of_the_class(name):
-    images = pictures(6)
+def test_image_to_image_goes_from_the_input_to_any_image_of_the_class(name):
+    images = make_images(6)
     model = memory(images, torch.tensor([0, 0, 0, 1, 1, 1]))
     sampling = E.strided(settings(name), model.denoiser.scaling)
     sigmas = sampling.sigmas(model.denoiser.scaling)
     given, want = images[:1], torch.tensor([0])
     assert E.start_level(sampling, model.denoiser.scaling, 4) == float(sigmas[4])
     kept = E.img2img(model, given, 30, labels=want, sampling=sampling)
-    assert (kept - given).abs().max() < 1e-3  # from a level at which only one picture is near
+    assert (kept - given).abs().max() < 1e-3  # from a level at which only one image is near
     moved = E.img2img(model, given, 1, labels=1 - want, sampling=sampling)
     distances = [(moved - image).abs().max() for image in images]
     assert min(distances[3:]) < 1e-2 < min(distances[:3])  # one of the other class
 
 
 def test_image_to_image_is_forward_and_the_rest_of_the_grid():
-    model, images = tiny(), pictures(2)
+    model, images = tiny(), make_images(2)
     sampling = settings("ddpm")
     sigmas = sampling.sigmas(model.denoiser.scaling)
     noise = SeededNoise([0, 1])
@@ -134,7 +134,7 @@ def test_inversion_is_the_exact_flow_and_comes_back(name):
     model = Exact(exact, (1, 8, 8))
     adaptive = {"num_steps": 2, "sampler_options": {"rtol": 1e-4, "atol": 1e-4}} if name == "rk45" else {}
     sampling = settings(name, **({"num_steps": 60, "sigma_max": 20.0} | adaptive))
-    images = 0.5 * pictures(2)
+    images = 0.5 * make_images(2)
     x = E.invert(model, images, sampling=sampling)
     flow = exact.probability_flow(images, 0.002, 20.0)
     assert (x - flow).norm() < 0.05 * flow.norm()
@@ -142,7 +142,7 @@ def test_inversion_is_the_exact_flow_and_comes_back(name):
 
 
 def test_one_step_is_the_mean_of_what_could_be_behind_it():
-    images = pictures(2)
+    images = make_images(2)
     model = memory(images)
     x = images.mean(0, keepdim=True)
     assert torch.allclose(E.denoise_once(model, x, 50.0), x, atol=1e-3)
@@ -152,7 +152,7 @@ def test_one_step_is_the_mean_of_what_could_be_behind_it():
 @pytest.mark.parametrize("name", ["ddpm", "euler_ancestral", "dpmpp_2m_sde"])
 def test_inversion_needs_a_sampler_without_noise(name):
     with pytest.raises(ValueError, match="deterministic"):
-        E.invert(tiny(), pictures(1), sampling=settings(name))
+        E.invert(tiny(), make_images(1), sampling=settings(name))
 
 
 # Series
@@ -198,14 +198,14 @@ def test_a_sweep_of_guidance_is_the_samples_of_each_scale():
 @pytest.mark.parametrize("name", list(E.VIEWS))
 def test_views_undo_themselves_bit_for_bit(name):
     view = E.make_view(name, (3, 8, 8))
-    images = pictures(2, channels=3)
+    images = make_images(2, channels=3)
     assert torch.equal(view.inverse(view.apply(images)), images)
     assert torch.equal(view.apply(view.inverse(images)), images)
     assert torch.equal(view.apply(images).abs().flatten().sort().values, images.abs().flatten().sort().values)
 
 
 def test_views_are_what_their_names_say():
-    images = pictures(1, channels=3)
+    images = make_images(1, channels=3)
     array = images[0].permute(1, 2, 0).numpy()
     expected = {
         "identity": array,
@@ -241,23 +241,23 @@ def blurred(x):
         (lambda x: x + 1, lambda x: x - 1, "not linear"),
         (lambda x: x.sign() * x.abs().sqrt(), lambda x: x.sign() * x**2, "not linear"),
         (lambda x: x.rot90(1, (-2, -1)), lambda x: x.rot90(1, (-2, -1)), "not undone"),
-        (lambda x: x[..., ::2], lambda x: x.repeat_interleave(2, -1), "turns pictures"),
+        (lambda x: x[..., ::2], lambda x: x.repeat_interleave(2, -1), "turns images"),
         (lambda x: x.reshape(7, -1), lambda x: x, "cannot be applied"),
     ],
 )
 def test_what_is_no_view_is_refused(apply, inverse, why):
     with pytest.raises(ValueError, match=f"The view mine .*{why}"):
-        E.PictureView("mine", apply, inverse, (1, 8, 8))
+        E.ImageView("mine", apply, inverse, (1, 8, 8))
 
 
 def test_views_of_ones_own_are_welcome():
-    swap = E.PictureView("red for blue", lambda x: x.flip(1), lambda x: x.flip(1), (3, 8, 8))
-    assert torch.equal(swap.apply(pictures(1, 3))[:, 0], pictures(1, 3)[:, 2])
+    swap = E.ImageView("red for blue", lambda x: x.flip(1), lambda x: x.flip(1), (3, 8, 8))
+    assert torch.equal(swap.apply(make_images(1, 3))[:, 0], make_images(1, 3)[:, 2])
     with pytest.raises(ValueError, match="not undone"):
         E.permutation("mine", torch.zeros(64, dtype=torch.int64), (1, 8, 8))
     with pytest.raises(ValueError, match="no view 'spin'; choose among identity"):
         E.make_view("spin", (1, 8, 8))
-    with pytest.raises(ValueError, match="rotate_90 turns pictures"):
+    with pytest.raises(ValueError, match="rotate_90 turns images"):
         E.make_view("rotate_90", (1, 8, 6))
     with pytest.raises(ValueError, match="4x4 pieces, which 10x10 is not"):
         E.make_view("jigsaw", (1, 10, 10))
@@ -269,7 +269,7 @@ def test_views_of_ones_own_are_welcome():
 def test_an_anagrams_noise_estimate_is_the_mean_over_its_views():
     denoiser = Denoiser(TinyNet(1, 3), EDMScaling())
     views = [E.make_view(name, (1, 8, 8)) for name in ("identity", "rotate_90", "negative")]
-    x, labels = 3 * pictures(2), torch.tensor([[0, 1, 2], [2, 3, 0]])
+    x, labels = 3 * make_images(2), torch.tensor([[0, 1, 2], [2, 3, 0]])
     for sigma in (torch.tensor(1.5), torch.tensor([0.3, 1.5])):
         eps = torch.stack(
             [
@@ -284,12 +284,12 @@ def test_an_anagrams_noise_estimate_is_the_mean_over_its_views():
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_every_sampler_finds_the_picture_that_suits_both_views(name):
-    images = pictures(3)
+def test_every_sampler_finds_the_image_that_suits_both_views(name):
+    images = make_images(3)
     other = E.make_view("rotate_180", (1, 8, 8)).apply(images[:1])
     model = memory(torch.cat([images[:2], other, images[2:]]), torch.tensor([0, 0, 1, 1]))
     views = [E.make_view("identity", (1, 8, 8)), E.make_view("rotate_180", (1, 8, 8))]
-    # Only the first picture is one of class 0 and, turned round, one of class 1.
+    # Only the first image is one of class 0 and, turned round, one of class 1.
     drawn = E.anagram(model, views, torch.tensor([[0, 1]] * 4), sampling=settings(name, num_steps=12))
     found = (drawn - images[0]).abs().flatten(1).amax(1) < 0.05
     assert found.any()
@@ -306,7 +306,7 @@ def blur_by_torchvision(images, sigma, size):
 
 @pytest.mark.parametrize(("sigma", "size"), [(0.7, 3), (1.5, 5), (2.0, 13)])
 def test_the_blur_is_torchvisions(sigma, size):
-    images = pictures(2, channels=3)
+    images = make_images(2, channels=3)
     made = E.gaussian_blur(images, sigma, size)
     assert torch.allclose(made, blur_by_torchvision(images, sigma, size), atol=1e-6)
     for bad in (0, 4, 17):
@@ -319,7 +319,7 @@ def test_the_blur_is_torchvisions(sigma, size):
 def test_a_learned_variance_is_averaged_without_signs():
     denoiser = LearnedVarianceDenoiser(TinyNet(1, 2, out_channels=2), EpsScaling(LinearSchedule()))
     views = [E.make_view(name, (1, 8, 8)) for name in ("identity", "negative")]
-    x, labels = pictures(1), torch.tensor([[0, 1]])
+    x, labels = make_images(1), torch.tensor([[0, 1]])
     v = E.Anagram(denoiser, views).learned_variance(x, 1.0, 0.5, labels)[1]
     each = [denoiser.learned_variance(sign * x, 1.0, 0.5, torch.tensor([k]))[1] for k, sign in enumerate((1, -1))]
     assert torch.allclose(v, (each[0].abs() + each[1].abs()) / 2)
@@ -340,11 +340,11 @@ def test_an_anagram_of_a_model_without_classes():
         E.anagram(tiny(), [], torch.empty(1, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match="outside the model's classes"):
         E.anagram(tiny(), views, torch.tensor([[0, 9]]))
-    with pytest.raises(ValueError, match="made for pictures"):
+    with pytest.raises(ValueError, match="made for images"):
         E.anagram(tiny(), [E.make_view("identity", (3, 8, 8))], torch.tensor([[0]]))
 
 
-# What is known of a picture
+# What is known of an image
 
 
 def half_known(size=8):
@@ -354,8 +354,8 @@ def half_known(size=8):
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_known_pixels_are_the_pictures_own_bit_for_bit(name):
-    model, images, known = tiny(channels=3), pictures(2, channels=3), half_known()
+def test_known_pixels_are_the_images_own_bit_for_bit(name):
+    model, images, known = tiny(channels=3), make_images(2, channels=3), half_known()
     for resamplings in (1,) if name == "rk45" else (1, 2):
         options = {"labels": torch.tensor([0, 1]), "sampling": settings(name), "resamplings": resamplings, "jump": 3}
         made = E.inpaint(model, images, known, **options)
@@ -367,7 +367,7 @@ def test_known_pixels_are_the_pictures_own_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", ["heun", "ddim", "ddpm"])
 def test_the_known_region_is_at_the_noise_level_of_each_step(name):
-    model, images, known = tiny(size=32), pictures(4, size=32), half_known(32)
+    model, images, known = tiny(size=32), make_images(4, size=32), half_known(32)
     ratios, noises = [], []
 
     def watch(step, x, x0_hat, sigma):
@@ -408,7 +408,7 @@ def test_resampling_draws_from_the_conditional_distribution():
 def test_colours_have_the_grey_and_details_the_means_that_were_given():
     from PIL import Image
 
-    model, images = tiny(channels=3), pictures(2, channels=3)
+    model, images = tiny(channels=3), make_images(2, channels=3)
     grey = E.to_grey(images)
     by_pil = Image.fromarray(((images[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).convert("L")
     assert abs(np.asarray(by_pil) - ((grey[0, 0] + 1) * 127.5).numpy()).max() < 1.01
@@ -425,8 +425,8 @@ def test_colours_have_the_grey_and_details_the_means_that_were_given():
 
 
 def test_a_memory_completes_what_it_knows():
-    grey = interpolate(pictures(5, size=2), size=(8, 8), mode="bilinear")
-    images = grey + 0.1 * pictures(5, channels=3, seed=1)  # so that little of a picture tells which it is
+    grey = interpolate(make_images(5, size=2), size=(8, 8), mode="bilinear")
+    images = grey + 0.1 * make_images(5, channels=3, seed=1)  # so that little of an image tells which it is
     model = memory(images)
     sampling = settings("ddpm", num_steps=20)
     known = half_known()
@@ -445,10 +445,10 @@ def test_restoring_draws_noise_unless_told_otherwise():
 
 
 def test_masks_and_sizes_that_do_not_fit():
-    model, images = tiny(), pictures(2)
+    model, images = tiny(), make_images(2)
     cases = [
         (torch.ones(1, 1, 8, 8), "nothing to fill in"),
-        (torch.zeros(1, 1, 8, 8), "covers the whole picture"),
+        (torch.zeros(1, 1, 8, 8), "covers the whole image"),
         (torch.ones(1, 1, 6, 8), r"The mask has shape \(1, 1, 6, 8\)"),
         (torch.ones(8, 8), "The mask has shape"),
     ]
@@ -457,18 +457,18 @@ def test_masks_and_sizes_that_do_not_fit():
             E.inpaint(model, images, known)
     with pytest.raises(ValueError, match="RGB"):
         E.colorize(model, images)
-    with pytest.raises(ValueError, match="were given to a model of pictures"):
-        E.colorize(tiny(channels=3), pictures(1, channels=3))
-    for small in (pictures(1), pictures(1, size=3), pictures(1, channels=3, size=4), pictures(1, size=16)):
+    with pytest.raises(ValueError, match="were given to a model of images"):
+        E.colorize(tiny(channels=3), make_images(1, channels=3))
+    for small in (make_images(1), make_images(1, size=3), make_images(1, channels=3, size=4), make_images(1, size=16)):
         with pytest.raises(ValueError, match="cannot become"):
             E.super_resolve(model, small)
     with pytest.raises(ValueError, match="resamplings is 0"):
         E.inpaint(model, images, half_known(), resamplings=0)
-    with pytest.raises(ValueError, match="were given to a model of pictures"):
-        E.forward(model, pictures(1, channels=3), 1.0)
+    with pytest.raises(ValueError, match="were given to a model of images"):
+        E.forward(model, make_images(1, channels=3), 1.0)
     with pytest.raises(ValueError, match="noise level is -1"):
         E.forward(model, images, -1.0)
-    with pytest.raises(ValueError, match="2 pictures need 2 seeds"):
+    with pytest.raises(ValueError, match="2 images need 2 seeds"):
         E.forward(model, images, 1.0, [0])
     with pytest.raises(ValueError, match="start 8 is no index"):
         E.img2img(model, images, 8, sampling=settings())
@@ -497,7 +497,7 @@ def latent_model():
 
 @pytest.mark.parametrize("name", ["heun", "ddim", "ddpm"])
 def test_tasks_on_latents(name):
-    model, images, known = latent_model(), pictures(2), half_known()
+    model, images, known = latent_model(), make_images(2), half_known()
     sampling = settings(name)
     made = E.inpaint(model, images, known, sampling=sampling)
     assert torch.equal(made[..., :4], images[..., :4])
@@ -511,7 +511,7 @@ def test_tasks_on_latents(name):
 
 
 def test_what_latents_cannot_do_is_said():
-    model, images = latent_model(), pictures(1)
+    model, images = latent_model(), make_images(1)
     views = [E.make_view("identity", (1, 8, 8))]
     with pytest.raises(ValueError, match="An anagram needs a model of pixels"):
         E.anagram(model, views, torch.tensor([[0]]))

@@ -129,7 +129,7 @@ def test_options_of_the_threshold_reach_it_and_unknown_ones_are_refused():
         Sampling(clip_x0="static", clip_options={"ceiling": 2})
 
 
-def test_a_grid_that_ends_above_0_gives_the_picture_of_the_variance_preserving_path():
+def test_a_grid_that_ends_above_0_gives_the_image_of_the_variance_preserving_path():
     scaling = EpsScaling(LinearSchedule())
     sampling = Sampling("ddim", 10, "trailing", grid_options={"to_zero": False})
     x = torch.ones(1, 1, 2, 2)

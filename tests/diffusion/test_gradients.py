@@ -39,7 +39,7 @@ class Outputs(nn.Module):
         return self.output + 0 * x.mean().to(self.output.dtype)
 
 
-def images(rows):
+def make_images(rows):
     """Images and noise (rows, 1, 2, 2), the outermost of the 256 values among them."""
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(0, 256, (rows, 1, 2, 2), generator=generator) / 127.5 - 1
@@ -54,7 +54,7 @@ def images(rows):
 def test_the_hybrid_loss_has_finite_gradients_at_every_step(schedule, prediction, num_steps, dtype):
     """Against float64, in which each term is computed by itself at the steps that it belongs to."""
     table = schedule(num_steps=num_steps)
-    x0, noise = images(num_steps)
+    x0, noise = make_images(num_steps)
     sigma = table.sigmas.float()
     net = Outputs(num_steps, 2, dtype)
     loss = HybridLoss(vlb_weight=1.0)(LearnedVarianceDenoiser(net, prediction(table)), x0, sigma, noise)
@@ -91,7 +91,7 @@ def test_every_weight_has_finite_gradients_at_every_step(prediction, weight, dty
     for schedule in SCHEDULES:
         table = schedule()
         scaling = prediction(table) if prediction in PREDICTIONS else prediction()
-        x0, noise = images(1000)
+        x0, noise = make_images(1000)
         net = Outputs(1000, 1, dtype)
         loss = DenoisingLoss(weight())(Denoiser(net, scaling), x0, table.sigmas.float(), noise)
         loss.sum().backward()
@@ -147,6 +147,6 @@ def test_likelihoods_of_images_have_finite_gradients(kind):
 @pytest.mark.parametrize("degradation", [Blur, Mask, Pixelate, Snow])
 def test_degradations_have_finite_gradients_at_every_step(degradation):
     degrade = degradation(num_steps=3)
-    x0 = images(4)[0].repeat(1, 1, 8, 8).requires_grad_()
+    x0 = make_images(4)[0].repeat(1, 1, 8, 8).requires_grad_()
     degrade(x0, torch.arange(4), torch.randn(4, 1, 16, 16)).square().sum().backward()
     assert bool(x0.grad.isfinite().all())

@@ -1,4 +1,4 @@
-"""Extractors: what they refuse, whose weights they read and how, and that a picture's features are its own."""
+"""Extractors: what they refuse, whose weights they read and how, and that an image's features are its own."""
 
 import pickle
 import urllib.error
@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 import torch
-from helpers.evaluation_tools import Source, Tiny, pictures, tiny_weights
+from helpers.evaluation_tools import Source, Tiny, make_images, tiny_weights
 from safetensors.torch import save_file
 from torch import nn
 
@@ -40,7 +40,7 @@ def tiny(tmp_path):
 
 
 def test_features_do_not_depend_on_the_batch(tiny):
-    images, _ = pictures(30)
+    images, _ = make_images(30)
     whole = tiny.extract(images, 30)
     assert whole.features.dtype == torch.float32
     assert whole.features.shape == (30, 12)
@@ -51,7 +51,7 @@ def test_features_do_not_depend_on_the_batch(tiny):
 
 
 def test_an_extractor_in_training_mode_is_refused(tiny):
-    images, _ = pictures(8)
+    images, _ = make_images(8)
     tiny.network.norm.train()
     with pytest.raises(ValueError, match="training mode"):
         tiny.features(images)
@@ -59,30 +59,30 @@ def test_an_extractor_in_training_mode_is_refused(tiny):
     tiny.features(images)
 
 
-def test_pictures_in_another_range_or_type_are_refused(tiny):
-    images, _ = pictures(8)
+def test_images_in_another_range_or_type_are_refused(tiny):
+    images, _ = make_images(8)
     with pytest.raises(ValueError, match=r"float32.*uint8"):
         tiny.features(images.float() / 255)
     with pytest.raises(ValueError, match="0 and 1 only"):
         tiny.features((images > 100).byte())
     with pytest.raises(ValueError, match="shape"):
         tiny.features(images[0])
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         tiny.extract(images[:0])
 
 
 def test_a_resize_with_antialiasing_gives_other_features(tiny):
-    images, _ = pictures(8, (3, 32, 32))
+    images, _ = make_images(8, (3, 32, 32))
     small = nn.functional.interpolate(images.float(), size=(13, 13), mode="bilinear", antialias=True).byte()
     assert not torch.allclose(tiny.features(images).features, tiny.features(small).features, rtol=1e-2)
     assert "no antialiasing" in tiny.identity()["transform"]
 
 
-def test_grey_pictures_go_in_as_three_equal_channels(tiny):
-    grey, _ = pictures(5, (1, 8, 8))
+def test_grey_images_go_in_as_three_equal_channels(tiny):
+    grey, _ = make_images(5, (1, 8, 8))
     torch.testing.assert_close(tiny.features(grey).features, tiny.features(grey.repeat(1, 3, 1, 1)).features)
     with pytest.raises(ValueError, match="4 channels"):
-        tiny.features(pictures(5, (4, 8, 8))[0])
+        tiny.features(make_images(5, (4, 8, 8))[0])
 
 
 def test_full_precision_is_switched_on_and_back(monkeypatch):
@@ -193,7 +193,7 @@ def test_clip_is_built_from_plain_weights(tmp_path):
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "clip.safetensors")
     extractor = CLIP("vit-b-32", str(tmp_path / "clip.safetensors"))
     extractor.load()
-    made = extractor.features(pictures(3)[0])
+    made = extractor.features(make_images(3)[0])
     assert made.features.shape == (3, 16)
     assert made.features.std() > 0
     assert extractor.metric == "fd_clip_vit_b_32"
@@ -218,7 +218,7 @@ def test_dinov2_takes_its_code_from_the_hub_and_its_weights_apart(tmp_path, monk
     extractor.load()
     assert asked == {"pretrained": False, "trust_repo": True, "name": "dinov2_vits14"}
     assert extractor.network.model.scale.tolist() == [1, 2, 3]
-    assert extractor.features(pictures(2)[0]).features.shape == (2, 3)
+    assert extractor.features(make_images(2)[0]).features.shape == (2, 3)
 
 
 def test_names_of_the_command_line():
@@ -269,8 +269,8 @@ def test_a_classifier_needs_labels_and_its_own_shape():
         ClassifierFeatures("nowhere.ckpt").load()
     extractor = ClassifierFeatures()
     extractor.load(Source(train=20))
-    with pytest.raises(ValueError, match=r"trained on pictures of shape \(3, 8, 8\)"):
-        extractor.features(pictures(2, (3, 16, 16))[0])
+    with pytest.raises(ValueError, match=r"trained on images of shape \(3, 8, 8\)"):
+        extractor.features(make_images(2, (3, 16, 16))[0])
 
 
 def test_unlabelled_training_can_still_be_measured_by_the_labels_of_the_data():

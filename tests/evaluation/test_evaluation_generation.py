@@ -86,7 +86,7 @@ def test_shards_of_other_settings_are_not_taken(job):
         replace(job, record={"checkpoint": "b"}),
         replace(job, seed=7),
         replace(job, keep_images=False),
-        replace(job, save_to=job.folder.parent / "pictures"),
+        replace(job, save_to=job.folder.parent / "images"),
     ):
         with pytest.raises(ValueError, match="missing or of other samples"):
             gather_shards(other)
@@ -129,9 +129,9 @@ def test_shards_cover_every_index_once_and_suit_several_ranks(tmp_path):
     assert len(Job(Sampling(), 1000, 0, None, {}, tmp_path, 1).shards()) == 32
 
 
-def test_pictures_are_saved_under_their_index(job, tmp_path):
-    samples, _ = made_by(replace(job, save_to=tmp_path / "pictures"))
-    files = sorted((tmp_path / "pictures").iterdir())
+def test_images_are_saved_under_their_index(job, tmp_path):
+    samples, _ = made_by(replace(job, save_to=tmp_path / "images"))
+    files = sorted((tmp_path / "images").iterdir())
     assert [path.name for path in files] == [f"{index:06d}.png" for index in range(150)]
     assert np.array_equal(np.asarray(Image.open(files[17])), samples.images[17].permute(1, 2, 0).numpy())
 

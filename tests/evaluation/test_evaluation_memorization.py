@@ -1,4 +1,4 @@
-"""Copies of training pictures are found, and nothing is where there are none; what is said of models of one picture."""
+"""Copies of training images are found, and nothing is where there are none; what is said of models of one image."""
 
 import math
 
@@ -11,7 +11,7 @@ from diffusion_lit.report.memorization import pairs_image
 
 
 def real(count, seed):
-    """Pictures of a distribution with a few directions, 3x6x6."""
+    """Images of a distribution with a few directions, 3x6x6."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(8, 108, generator=torch.Generator().manual_seed(99))
     values = torch.randn(count, 8, generator=generator) @ directions + 0.3 * torch.randn(
@@ -50,7 +50,7 @@ def test_planted_copies_are_flagged(planted):
 
 
 @pytest.mark.parametrize("seed", range(3, 9))
-def test_fresh_pictures_are_not_flagged(seed):
+def test_fresh_images_are_not_flagged(seed):
     found = compare(real(300, seed), TRAINING, HELD_OUT)
     assert not found.memorised
     assert found.record["copies"] == 0
@@ -59,7 +59,7 @@ def test_fresh_pictures_are_not_flagged(seed):
     assert found.record["nearest_is_training_by_chance"] == 1500 / 1900
 
 
-def test_held_out_pictures_of_the_real_digits_are_not_flagged_and_training_ones_are():
+def test_held_out_images_of_the_real_digits_are_not_flagged_and_training_ones_are():
     from datamodules import Digits
 
     digits = Digits()
@@ -116,27 +116,27 @@ def test_fresh_points_are_called_copies_as_rarely_as_is_said(directions, held_ou
     assert alarms <= 6  # 0.01 of 150 or fewer are expected; 7 or more have a probability below 0.001
 
 
-def test_copies_among_real_pictures_and_ties_are_no_sign_of_memorising():
+def test_copies_among_real_images_and_ties_are_no_sign_of_memorising():
     real = torch.cat([torch.zeros(3), torch.linspace(0.5, 1.5, 97)]).double()  # three held-out ones are training ones
     assert float(tail_probability(torch.zeros(1).double(), real)) >= 3 / 101
     assert float(tail_probability(torch.tensor([0.9]).double(), torch.ones(50).double())) == 1
     assert float(tail_probability(torch.zeros(1).double(), torch.linspace(0.5, 1.5, 20).double())) == 0
 
 
-def test_the_picture_of_the_worst_pairs_shows_them_in_triples():
+def test_the_image_of_the_worst_pairs_shows_them_in_triples():
     found = compare(TRAINING[:20], TRAINING, HELD_OUT)
-    picture = pairs_image(worst_triples(found, TRAINING[:20], TRAINING, HELD_OUT))
+    image = pairs_image(worst_triples(found, TRAINING[:20], TRAINING, HELD_OUT))
     scale, padding = 64 // 6, (64 // 6) // 2
-    assert picture.width == 6 * (6 * scale + padding) + padding
-    cell = picture.crop((padding, padding, padding + 6 * scale, padding + 6 * scale))
-    beside = picture.crop((2 * padding + 6 * scale, padding, 2 * padding + 12 * scale, padding + 6 * scale))
-    assert cell.tobytes() == beside.tobytes()  # a training picture is its own nearest
+    assert image.width == 6 * (6 * scale + padding) + padding
+    cell = image.crop((padding, padding, padding + 6 * scale, padding + 6 * scale))
+    beside = image.crop((2 * padding + 6 * scale, padding, 2 * padding + 12 * scale, padding + 6 * scale))
+    assert cell.tobytes() == beside.tobytes()  # a training image is its own nearest
 
 
 IMAGE = real(1, 5)[0].repeat_interleave(4, 1).repeat_interleave(4, 2)
 
 
-def test_a_copy_of_the_one_picture_and_a_shuffle_of_it():
+def test_a_copy_of_the_one_image_and_a_shuffle_of_it():
     copies = IMAGE.expand(6, -1, -1, -1)
     figures = single_image_metrics(copies, IMAGE)
     assert figures["psnr"] == 100
@@ -161,6 +161,6 @@ def test_patches_are_all_windows():
     assert torch.equal((made[4] * 255).round().byte().reshape(2, 7, 7), image[0, :, 1:8, 1:8])
 
 
-def test_a_single_picture_is_known_even_many_times():
+def test_a_single_image_is_known_even_many_times():
     assert is_single(IMAGE[None].expand(5, -1, -1, -1))
     assert not is_single(TRAINING)

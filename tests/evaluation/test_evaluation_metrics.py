@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from helpers.evaluation_tools import Tiny, pictures, tiny_weights
+from helpers.evaluation_tools import Tiny, make_images, tiny_weights
 from torch import nn
 
 from diffusion_lit.evaluation import metrics
@@ -64,7 +64,7 @@ def test_statistics_of_samples_find_the_closed_form_in_float64():
 
 
 def test_statistics_refuse_what_gives_none():
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         Statistics.of(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="not finite"):
         Statistics.of(torch.tensor([[1.0], [float("nan")], [2.0]]))
@@ -82,7 +82,7 @@ def test_precision_is_of_the_generated_and_recall_of_the_reference():
 
 
 def test_precision_and_recall_hold_few_distances_at_a_time(monkeypatch):
-    """All distances of 55,000 reference pictures at once are 24 GB; in parts the figures are the same."""
+    """All distances of 55,000 reference images at once are 24 GB; in parts the figures are the same."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(700, 3, generator=generator)
     generated = torch.randn(40, 3, generator=generator) * 0.8
@@ -111,7 +111,7 @@ def weights(tmp_path):
 
 
 def test_figures_are_those_of_torch_fidelity_on_the_same_png_files(tmp_path, weights):
-    generated, real = pictures(70, seed=5)[0], (pictures(90, seed=6)[0] * 0.97).byte()
+    generated, real = make_images(70, seed=5)[0], (make_images(90, seed=6)[0] * 0.97).byte()
     for name, images in (("generated", generated), ("real", real)):
         save_pngs(images, range(len(images)), tmp_path / name)
     extractor = Tiny(str(weights))
@@ -142,7 +142,7 @@ class Brightness(nn.Module):
 def test_frechet_distance_is_that_of_torchmetrics():
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    generated, real = pictures(70, seed=5)[0], (pictures(90, seed=6)[0] * 0.97).byte()
+    generated, real = make_images(70, seed=5)[0], (make_images(90, seed=6)[0] * 0.97).byte()
     metric = FrechetInceptionDistance(feature=Brightness(), normalize=False, antialias=False)
     metric.update(real, real=True)
     metric.update(generated, real=False)
@@ -151,7 +151,7 @@ def test_frechet_distance_is_that_of_torchmetrics():
 
 
 def test_figures_carry_the_name_of_the_extractor_and_only_what_there_is():
-    images = pictures(20)[0]
+    images = make_images(20)[0]
     features = Pixels().extract(images)
     full = compute_metrics(Pixels(), features, features)
     assert set(full) == {"fd_pixels", "kd_pixels", "precision_pixels", "recall_pixels"}
@@ -175,13 +175,13 @@ def test_small_numbers_are_told():
 
 @pytest.mark.slow
 def test_inception_parity_with_torch_fidelity_and_torchmetrics(tmp_path):
-    """The real architecture with seeded random weights: 96 pictures through Inception, and its 2,048 features."""
+    """The real architecture with seeded random weights: 96 images through Inception, and its 2,048 features."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     from diffusion_lit.evaluation.fidelity import Inception
 
     path = inception_weights(tmp_path / "inception.pth")
-    generated, real = pictures(16, (3, 32, 32), seed=5)[0], (pictures(16, (3, 32, 32), seed=6)[0] * 0.97).byte()
+    generated, real = make_images(16, (3, 32, 32), seed=5)[0], (make_images(16, (3, 32, 32), seed=6)[0] * 0.97).byte()
     for name, images in (("generated", generated), ("real", real)):
         save_pngs(images, range(len(images)), tmp_path / name)
     extractor = Inception(str(path))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.evaluation_tools import Source, Tiny, pictures, tiny_weights
+from helpers.evaluation_tools import Source, Tiny, make_images, tiny_weights
 
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import Features, Pixels
@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch):
 
 
 class Counting(Pixels):
-    """Counts the pictures that it is asked for."""
+    """Counts the images that it is asked for."""
 
     asked = 0
 
@@ -86,7 +86,7 @@ def test_a_record_is_kept_with_its_tensors_and_asked_for(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
 
 
-def test_pictures_of_another_shape_than_the_data_says_are_refused():
+def test_images_of_another_shape_than_the_data_says_are_refused():
     source = Source()
     source.image_shape = (3, 16, 16)
     with pytest.raises(ValueError, match="must be resized"):
@@ -102,8 +102,8 @@ def inception_like(tmp_path):
     return extractor
 
 
-def test_pictures_in_a_file(tmp_path):
-    images, _ = pictures(20)
+def test_images_in_a_file(tmp_path):
+    images, _ = make_images(20)
     np.savez(tmp_path / "batch.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     reference = reference_from_file(tmp_path / "batch.npz", Pixels(), (3, 8, 8))
     torch.testing.assert_close(reference.features.features, Pixels().features(images).features)
@@ -120,7 +120,7 @@ def test_pictures_in_a_file(tmp_path):
 
 def test_statistics_in_a_file(tmp_path, inception_like, monkeypatch):
     monkeypatch.setattr("diffusion_lit.evaluation.external.INCEPTION_DIMENSION", 12)
-    images, _ = pictures(40)
+    images, _ = make_images(40)
     real = Statistics.of(inception_like.features(images).features)
     np.savez(tmp_path / "edm.npz", mu=real.mu, sigma=real.sigma)
     reference = reference_from_file(tmp_path / "edm.npz", inception_like, (3, 8, 8))
@@ -170,7 +170,7 @@ def test_a_file_of_this_project_is_refused_where_it_belongs_to_something_else(ca
     read = reference_from_file(path, extractor, (3, 8, 8))
     assert torch.equal(read.features.features, expected.features.features)
     assert read.record["split"] == "train"
-    with pytest.raises(ValueError, match="another shape of pictures"):
+    with pytest.raises(ValueError, match="another shape of images"):
         reference_from_file(path, extractor, (3, 16, 16))
     other = Pixels()
     other.transform = "other"
@@ -183,7 +183,7 @@ def reference(count, seed=0):
     return Reference(Statistics.of(features), Features(features), count, None, {})
 
 
-def test_the_floor_is_of_disjoint_real_pictures_at_the_same_number():
+def test_the_floor_is_of_disjoint_real_images_at_the_same_number():
     real = reference(500)
     held_out = reference(300, seed=1).features
     pairs = real_pairs(real, held_out, 100, blocks=3)

@@ -42,7 +42,7 @@ def test_look_at_data_reads_a_config_and_takes_overrides(tmp_path, capsys):
     args = ["--config", f"{tmp_path}/x.yaml", "--rows=2", "--columns=4", f"--out={tmp_path}/out"]
     look_at_data.main([*args, "--data.init_args.image_size=28"])
     told = capsys.readouterr().out
-    assert "MNIST, 108 training and 12 validation pictures of 1x28x28" in told and "P_mean" in told
+    assert "MNIST, 108 training and 12 validation images of 1x28x28" in told and "P_mean" in told
     grid = Image.open(tmp_path / "out" / "grid.png")
     assert grid.width == 4 * 56 + 5 and grid.height == 2 * 56 + 3
 
@@ -54,7 +54,7 @@ def test_look_at_data_needs_no_config(tmp_path, capsys):
         [f"--config={tmp_path}/x.yaml", f"--data.init_args.root={tmp_path}/data", "--data.init_args.batch_size=4",
          f"--data.init_args.cache_dir={tmp_path}/cache", f"--out={tmp_path}/out"]
     )  # fmt: skip
-    told = re.search(r"ImageFolder, (\d+) training and (\d+) validation pictures of 3x16x16", capsys.readouterr().out)
+    told = re.search(r"ImageFolder, (\d+) training and (\d+) validation images of 3x16x16", capsys.readouterr().out)
     assert told and int(told[2]) >= 1 and 10 <= int(told[1]) + int(told[2]) <= 19
 
 
@@ -73,7 +73,7 @@ def test_look_at_data_tells_what_is_missing(tmp_path):
         look_at_data.main([f"--config={tmp_path}/x.yaml"])
 
 
-def test_both_loaders_of_a_comparison_give_the_same_pictures():
+def test_both_loaders_of_a_comparison_give_the_same_images():
     images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
     data = data_throughput.InMemory(images, 128, random_flip=False)
     theirs = data_throughput.PerSample(images, data_throughput.usual_transform(3, random_flip=False))
@@ -92,6 +92,6 @@ def test_whole_batches_reach_their_targets():
 def test_throughput_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(data_throughput, "SLICES", 1)
     monkeypatch.setattr(data_throughput, "train_rate", lambda seconds: 100.0)
-    data_throughput.data_throughput(seconds=0.01, pictures=300, files=160)
+    data_throughput.data_throughput(seconds=0.01, images=300, files=160)
     told = capsys.readouterr().out
     assert told.count("\n| ") == 10 and "| folder of JPEGs, 3x64x64, mirrored, cached | whole batches |" in told

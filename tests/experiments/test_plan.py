@@ -26,7 +26,7 @@ def test_hours_follow_from_operations_and_assumptions(capsys):
     assert assumed.rate == pytest.approx(4 * 0.8 * 0.5 * 312e12 / network_cost(net, (1, 8, 8)).training, rel=0.05)
     assert measured.basis.startswith("measured now") and assumed.basis.startswith("assumed: 50%")
     said = capsys.readouterr().out
-    assert "64 thousand pictures" in said  # 1000 steps of 64
+    assert "64 thousand images" in said  # 1000 steps of 64
     assert "4 x A100" in said and measured.hardware in said
 
 

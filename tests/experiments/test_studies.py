@@ -27,7 +27,7 @@ from experiments.noise_cutoff import noise_cutoff, sharpness
 from experiments.runs import Failed, Run, Trained, grid, label_of
 from experiments.schedules import schedules
 from experiments.single_step_denoiser import keep, single_step_denoiser
-from experiments.study import QUIET, main, markdown, picture_rows, split
+from experiments.study import QUIET, image_rows, main, markdown, split
 from experiments.toy_diffusion import toy_diffusion
 from experiments.variance import diversity, variance
 
@@ -95,7 +95,7 @@ def here(monkeypatch, tmp_path):
 
 
 def check(study, figures, tables):
-    """What every study leaves: a page with its finding, figures that are pictures, tables, and a record."""
+    """What every study leaves: a page with its finding, figures that are images, tables, and a record."""
     record = json.loads((study.folder / "study.json").read_text())
     page = (study.folder / "index.html").read_text()
     assert record["findings"] == study.findings and len(study.findings) == 1
@@ -268,7 +268,7 @@ def test_single_step_denoiser(here):
     del options["trainer.max_steps"], options["trainer.val_check_interval"], options["trainer.callbacks"]
     args = ["--num_samples=8", "--extractor=pixels", "--epochs=[1,2]", "--ddpm_epochs=[1,2]", "--held_out=16"]
     study = main(single_step_denoiser, "configs/studies/single_step_denoiser.yaml", options, args=args)
-    figures = ["one_step", "out_of_distribution", "out_of_distribution_pictures", "losses"]
+    figures = ["one_step", "out_of_distribution", "out_of_distribution_images", "losses"]
     tables = check(study, [*figures, "samples_time_1_1", "samples_time_and_class_2_5"], ["errors", "quality"])
     assert [(row["told"], row["epochs"], row["guidance"]) for row in tables["quality"]] == [
         *(("time", "1", ""), ("time", "2", "")),
@@ -358,9 +358,9 @@ def test_diversity_is_the_spread_within_classes():
     assert diversity(torch.ones(6, 5), labels[:6]) == 0
 
 
-def test_rows_of_pictures_and_tables():
-    pictures = torch.rand(3, 3, 8, 8) * 2 - 1
-    figure = picture_rows({"a": pictures, "b": (pictures * 127.5 + 127.5).to(torch.uint8)}, ["x", "y", "z"])
+def test_rows_of_images_and_tables():
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    figure = image_rows({"a": images, "b": (images * 127.5 + 127.5).to(torch.uint8)}, ["x", "y", "z"])
     first, second = figure.axes
     assert [label.get_text() for label in first.get_xticklabels()] == ["x", "y", "z"]
     assert first.get_ylabel() == "a" and second.get_ylabel() == "b"

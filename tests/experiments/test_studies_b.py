@@ -89,7 +89,7 @@ def test_guidance(study):
 
 def test_coarse_first(study):
     made = study(coarse_first, "--num_steps=5")
-    assert [row["cycles per picture"] for row in table(made, "bands")] == ["0 to 1", "1 to 2", "2 to 3", "3 to 5.66"]
+    assert [row["cycles per image"] for row in table(made, "bands")] == ["0 to 1", "1 to 2", "2 to 3", "3 to 5.66"]
     assert len(table(made, "places")) == 16
 
 
@@ -115,7 +115,7 @@ def test_capacity(study):
 def test_memorization(study):
     made = study(memorization, "--counts=[1, 16, null]", "--data.init_args.use_labels=false")
     rows = table(made, "copies")
-    assert [int(row["training pictures"]) for row in rows] == [1, 16, 1437]
+    assert [int(row["training images"]) for row in rows] == [1, 16, 1437]
     assert all(int(row["extracted"]) <= int(row["copies"]) for row in rows)
 
 
@@ -178,11 +178,11 @@ class Line(torch.nn.Module):
 def test_costs_are_counted():
     net = Line()
     assert flops(net) == 2 * 16 * 16 and parameters(net) == (16 * 16 + 16) / 1e6
-    # kept for the backward pass of 32 pictures: the input and what is squared, 16 floats each
+    # kept for the backward pass of 32 images: the input and what is squared, 16 floats each
     assert step_cost(net, 32, 0)["activations MB"] == pytest.approx(2 * 32 * 16 * 4 / 1e6)
 
 
-def test_a_subset_repeats_its_pictures_and_leaves_the_rest_alone():
+def test_a_subset_repeats_its_images_and_leaves_the_rest_alone():
     whole = Digits(64)
     few = Subset(Digits(64), 3)
     few.prepare_data()
@@ -200,7 +200,7 @@ def test_a_subset_repeats_its_pictures_and_leaves_the_rest_alone():
     counts = distance.argmin(1).bincount()
     assert len(counts) == 3 and counts.min() > 1300
     assert torch.equal(labels, few.reference_labels("train")[distance.argmin(1)])
-    with pytest.raises(ValueError, match="count is 0; a subset has at least 1 picture"):
+    with pytest.raises(ValueError, match="count is 0; a subset has at least 1 image"):
         Subset(Digits(64), 0)
-    with pytest.raises(ValueError, match="count is 2000, but the training split has 1437 pictures"):
+    with pytest.raises(ValueError, match="count is 2000, but the training split has 1437 images"):
         Subset(Digits(64), 2000).setup("fit")

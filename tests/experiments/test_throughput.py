@@ -93,7 +93,7 @@ def test_ours_is_the_command_with_its_callbacks(tmp_path, monkeypatch):
     with pytest.raises(Done):
         contenders._fit(Pipe(), job(OURS), str(tmp_path))
     first, memory, drawn, last = got
-    assert (first.pictures, drawn.pictures, last.pictures) == (8, 3, 4)
+    assert (first.images, drawn.images, last.images) == (8, 3, 4)
     assert min(one.seconds for one in (first, drawn, last)) > 0 and memory > 2**20
     assert list(tmp_path.glob("throughput/version_0/events*"))
 
@@ -125,7 +125,7 @@ def test_ratios_are_taken_round_by_round_and_the_first_is_left_out(tmp_path, mon
     report = throughput.throughput(rounds=3, steps=2, samples=4, precisions=["32-true"], out=str(tmp_path))
     ours, other = report["contenders"]
     assert ours["train"]["ratio"] == {"median": 1, "min": 1, "max": 1}
-    # half as many pictures a second, each of twice the operations: as fast at equal operations
+    # half as many images a second, each of twice the operations: as fast at equal operations
     assert other["train"]["ratio"] == pytest.approx({"median": 1, "min": 1, "max": 1})
     assert ours["train"]["images_per_second"] == pytest.approx({"median": 1, "min": 2 / 3, "max": 2})
     assert (tmp_path / "throughput.json").exists()

@@ -69,7 +69,7 @@ def test_all_train_for_the_time_and_an_interrupted_contest_goes_on(contest, tmp_
     assert ran == [*NAMES, NAMES[-1]]
     assert [one["distance"] for one in again[:-1]] == [one["distance"] for one in records[:-1]]
     said = capsys.readouterr().out
-    assert "of the best peer's distance" in said and "| real pictures" in said
+    assert "of the best peer's distance" in said and "| real images" in said
     run(nfe=1, contenders=[OURS])  # other settings, another run
     assert ran[-1] == OURS and json.loads((tmp_path / f"out/{OURS}_0/record.json").read_text())["nfe"] == 1
 

@@ -16,8 +16,8 @@ EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "ba
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def write_pictures(folder, count=24, size=80):
-    """A folder of pictures, in two sub-folders."""
+def write_images(folder, count=24, size=80):
+    """A folder of images, in two sub-folders."""
     rng = np.random.default_rng(0)
     for index in range(count):
         path = folder / ("first", "second")[index % 2] / f"{index:03d}.png"
@@ -29,11 +29,11 @@ def write_pictures(folder, count=24, size=80):
 def write_cifar_folders(folder):
     for split, count in (("train", 40), ("test", 10)):
         for name in CIFAR10_CLASSES:
-            write_pictures_of_class(folder / split / name, count // 10)
+            write_images_of_class(folder / split / name, count // 10)
     return folder
 
 
-def write_pictures_of_class(folder, count):
+def write_images_of_class(folder, count):
     folder.mkdir(parents=True)
     for index in range(count):
         Image.new("RGB", (32, 32), (index * 20, 50, 90)).save(folder / f"{index:04d}.jpg")
@@ -63,8 +63,8 @@ DATA = {  # options that put tiny data in the place of the real
     "FashionMNIST": lambda folder: [f"--data.init_args.root={write_idx(folder)}", "--data.init_args.val_size=32"],
     "CIFAR10": lambda folder: [f"--data.init_args.root={write_cifar_folders(folder)}", "--data.init_args.val_size=8"],
     "CelebA": lambda folder: [f"--data.init_args.root={write_celeba(folder)}"],
-    "ImageFolder": lambda folder: [f"--data.init_args.root={write_pictures(folder)}"],
-    "Landscapes": lambda folder: [f"--data.init_args.root={write_pictures(folder)}"],
+    "ImageFolder": lambda folder: [f"--data.init_args.root={write_images(folder)}"],
+    "Landscapes": lambda folder: [f"--data.init_args.root={write_images(folder)}"],
     "SingleImage": lambda folder: [],
 }
 

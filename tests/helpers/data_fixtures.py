@@ -26,7 +26,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 def write_mnist(folder: Path, train: int = 120, test: int = 40, zipped: bool = True) -> dict[str, np.ndarray]:
-    """Writes the four files of MNIST or FashionMNIST with random pictures; returns what they hold."""
+    """Writes the four files of MNIST or FashionMNIST with random images; returns what they hold."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     held = {}
@@ -78,8 +78,8 @@ def write_cifar10(root: Path, per_batch: int = 20) -> dict[str, tuple[np.ndarray
     return held
 
 
-def picture(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
-    """A smooth random picture of (width, height) pixels."""
+def make_image(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """A smooth random image of (width, height) pixels."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
@@ -87,23 +87,23 @@ def picture(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Im
 def write_class_folders(
     root: Path, names=CIFAR_NAMES, per_class: int = 3, size=(32, 32), parts=("train", "test")
 ) -> None:
-    """Writes class folders of PNG pictures below each part; no parts for class folders alone."""
+    """Writes class folders of PNG images below each part; no parts for class folders alone."""
     for place, part in enumerate(parts or ("",)):
         for number, name in enumerate(names):
             folder = root / part / name
             folder.mkdir(parents=True, exist_ok=True)
             for index in range(per_class):
-                picture(size, seed=1000 * place + 100 * number + index).save(folder / f"{index:04d}.png")
+                make_image(size, seed=1000 * place + 100 * number + index).save(folder / f"{index:04d}.png")
 
 
 def write_celeba(root: Path, count: int = 12, zipped: bool = False, lists: str = "txt") -> list[tuple[int, list[int]]]:
-    """Writes CelebA's pictures, partition and attributes; returns each picture's split and attributes (0 or 1)."""
+    """Writes CelebA's images, partition and attributes; returns each image's split and attributes (0 or 1)."""
     folder = root / "img_align_celeba"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(min(2, index * 4 // count), [index >> bit & 1 for bit in range(3)]) for index in range(count)]
     names = [f"{index + 1:06d}.jpg" for index in range(count)]
     for index, name in enumerate(names):
-        picture((178, 218), seed=index).save(folder / name, quality=95)
+        make_image((178, 218), seed=index).save(folder / name, quality=95)
     signs = [
         [name, *("1" if value else "-1" for value in values)] for name, (_, values) in zip(names, rows, strict=True)
     ]

@@ -11,8 +11,8 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from diffusion_lit.evaluation.fidelity import TorchFidelityExtractor
 
 
-def pictures(count, shape=(3, 8, 8), seed=0, classes=2):
-    """Pictures whose brightness tells their class, and the classes."""
+def make_images(count, shape=(3, 8, 8), seed=0, classes=2):
+    """Images whose brightness tells their class, and the classes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     noise = torch.randint(0, 120, (count, *shape), generator=generator)
@@ -25,7 +25,11 @@ class Source:
     def __init__(self, train=60, test=30, shape=(3, 8, 8), labels=True):
         self.image_shape = shape
         self.num_classes = 2 if labels else 0
-        made = {"train": pictures(train, shape, 1), "val": pictures(test, shape, 2), "test": pictures(test, shape, 3)}
+        made = {
+            "train": make_images(train, shape, 1),
+            "val": make_images(test, shape, 2),
+            "test": make_images(test, shape, 3),
+        }
         self.images = {name: images for name, (images, _) in made.items()}
         self.labels = {name: classes if labels else None for name, (_, classes) in made.items()}
 

@@ -38,8 +38,8 @@ class Reader(HTMLParser):
     def all(self, tag):
         return [attributes for name, attributes in self.found if name == tag]
 
-    def pictures(self):
-        """The pictures, decoded from their data URIs."""
+    def images(self):
+        """The images, decoded from their data URIs."""
         for attributes in self.all("img"):
             head, data = attributes["src"].split(",", 1)
             assert head.startswith("data:image/")

@@ -19,7 +19,7 @@ def loud(net, factor=3.0):
 
 
 def unet_2d(channels=3, out_channels=None, seed=0, **options):
-    """A UNet2DModel of 8x8 pictures, like google/ddpm-cifar10-32's."""
+    """A UNet2DModel of 8x8 images, like google/ddpm-cifar10-32's."""
     torch.manual_seed(seed)
     return loud(
         diffusers.UNet2DModel(
@@ -55,7 +55,7 @@ def clip_tokenizer(folder):
 
 
 def save_stable_diffusion(folder, scheduler):
-    """Stable Diffusion's layout: latents 4x8x8 of pictures 3x16x16, a CLIP text encoder; gives the pipeline."""
+    """Stable Diffusion's layout: latents 4x8x8 of images 3x16x16, a CLIP text encoder; gives the pipeline."""
     torch.manual_seed(0)
     tokenizer, size = clip_tokenizer(folder / "made")
     config = transformers.CLIPTextConfig(
@@ -114,7 +114,7 @@ def if_scheduler(**options):
 
 
 def save_if(folder, scheduler=None):
-    """IF's first stage of 8x8 pictures; gives the pipeline."""
+    """IF's first stage of 8x8 images; gives the pipeline."""
     torch.manual_seed(0)
     tokenizer = t5_tokenizer(folder / "made")
     config = transformers.T5Config(
@@ -130,7 +130,7 @@ def save_if(folder, scheduler=None):
 
 
 def save_if_2(folder, scheduler=None):
-    """IF's second stage of 16x16 pictures, without text encoder; gives the pipeline."""
+    """IF's second stage of 16x16 images, without text encoder; gives the pipeline."""
     pipeline = diffusers.IFSuperResolutionPipeline(
         tokenizer=None, text_encoder=None,
         unet=if_unet(channels=6, size=16, seed=1, class_embed_type="timestep"),

@@ -9,7 +9,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def write_idx(folder, train=200, test=40, size=28, classes=10, compress=True, seed=0):
-    """Writes the four idx files of MNIST's layout with random pictures whose brightness tells their class."""
+    """Writes the four idx files of MNIST's layout with random images whose brightness tells their class."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     opener, ending = (gzip.open, ".gz") if compress else (open, "")

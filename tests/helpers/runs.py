@@ -113,4 +113,4 @@ TINY_LATENT = [
 ]
 
 
-NO_PICTURES = ["--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]
+NO_IMAGES = ["--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize("size", [4, 8, 28, 32, 64])
-def test_pictures_of_any_size_give_features_and_logits(size):
+def test_images_of_any_size_give_features_and_logits(size):
     network = ConvClassifier(2, size, 5, width=4, blocks=2, feature_dim=6).eval()
     x = torch.randn(3, 2, size, size)
     features = network.features(x)
@@ -38,7 +38,7 @@ def test_what_no_classifier_can_be_is_refused():
         Classifier(ConvClassifier(1, 8, 2)).training_step({"image": torch.zeros(2, 1, 8, 8)}, 0)
 
 
-def test_pictures_are_shifted_by_whole_pixels_by_key_alone():
+def test_images_are_shifted_by_whole_pixels_by_key_alone():
     module = Classifier(ConvClassifier(1, 8, 2), shift=2)
     images = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(50, 1, 1, 1)
     moved = module._shifted(images, 0)
@@ -46,7 +46,7 @@ def test_pictures_are_shifted_by_whole_pixels_by_key_alone():
     assert not torch.equal(module._shifted(images, 1), moved)
     padded = torch.nn.functional.pad(images[0, 0], (2, 2, 2, 2), value=-1.0)
     windows = {tuple(padded[y : y + 8, x : x + 8].flatten().tolist()) for y in range(5) for x in range(5)}
-    found = {tuple(picture.flatten().tolist()) for picture in moved}
+    found = {tuple(image.flatten().tolist()) for image in moved}
     assert found <= windows
     assert len(found) > 10
     assert torch.equal(Classifier(ConvClassifier(1, 8, 2))._shifted(images, 0), images)
@@ -80,7 +80,7 @@ def test_every_classifier_config_trains_to_an_extractor(config, lightning, tmp_p
         *["--data.init_args.batch_size=20", "--trainer.val_check_interval=12"],
         *["--model.init_args.lr_scheduler.init_args.warmup_steps=1", "--model.init_args.optimizer.init_args.lr=0.01"],
         *["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"],
-        *data_options(data, tmp_path / "pictures"),
+        *data_options(data, tmp_path / "images"),
     )
     path = tmp_path / f"runs/{config.stem}/version_0/checkpoints/last.ckpt"
     network = classifier_from_checkpoint(path)
@@ -97,8 +97,8 @@ def test_every_classifier_config_trains_to_an_extractor(config, lightning, tmp_p
     assert made.logits.shape == (5, 10)
 
 
-def test_it_learns_pictures_whose_brightness_tells_their_class(lightning, tmp_path, capsys):
-    folder = write_idx(tmp_path / "pictures", train=600, classes=3)
+def test_it_learns_images_whose_brightness_tells_their_class(lightning, tmp_path, capsys):
+    folder = write_idx(tmp_path / "images", train=600, classes=3)
     lightning(
         *["fit", "--config", CONFIGS / "classifier_mnist.yaml", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"],
         *[f"--data.init_args.root={folder}", "--data.init_args.val_size=60", "--data.init_args.batch_size=20"],

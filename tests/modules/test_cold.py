@@ -25,13 +25,13 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(count=4, size=16, channels=3):
+def make_images(count=4, size=16, channels=3):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @pytest.mark.parametrize("degradation", ALL.values(), ids=ALL)
-def test_each_picture_is_degraded_by_its_own_number_of_steps(degradation):
-    x0, noise = pictures(), draw(4, 1, 16, 16)
+def test_each_image_is_degraded_by_its_own_number_of_steps(degradation):
+    x0, noise = make_images(), draw(4, 1, 16, 16)
     assert torch.equal(degradation(x0, 0, noise), x0)
     t = torch.tensor([0, 1, 2, degradation.num_steps])[:4]
     alone = [degradation(x0[i : i + 1], int(t[i]), noise[i : i + 1]) for i in range(4)]
@@ -44,11 +44,11 @@ def test_each_picture_is_degraded_by_its_own_number_of_steps(degradation):
 
 def test_what_cannot_be_degraded_is_named():
     with pytest.raises(ValueError, match=r"Steps reach from 4 to 4, but must be in \[0, 3\]"):
-        Pixelate(3)(pictures(), 4, draw(4, 1, 16, 16))
+        Pixelate(3)(make_images(), 4, draw(4, 1, 16, 16))
     with pytest.raises(ValueError, match="16x8; degradations take square ones"):
-        Blur()(pictures()[..., :8], 1, draw(4, 1, 16, 8))
-    with pytest.raises(ValueError, match="squares of 32 pixels, which do not divide pictures of 16; lower num_steps"):
-        Pixelate(5)(pictures(), 1, draw(4, 1, 16, 16))
+        Blur()(make_images()[..., :8], 1, draw(4, 1, 16, 8))
+    with pytest.raises(ValueError, match="squares of 32 pixels, which do not divide images of 16; lower num_steps"):
+        Pixelate(5)(make_images(), 1, draw(4, 1, 16, 16))
     with pytest.raises(ValueError, match="last is 0.1; give a finite number from 0.3"):
         Blur(first=0.3, last=0.1)
     with pytest.raises(ValueError, match="density is 2"):
@@ -56,7 +56,7 @@ def test_what_cannot_be_degraded_is_named():
 
 
 def test_blur_is_scipys_gaussian_filter_with_mirrored_edges():
-    blur, x0 = Blur(3, first=0.1, last=0.2), pictures(size=16)
+    blur, x0 = Blur(3, first=0.1, last=0.2), make_images(size=16)
     for t, width in ((1, 1.6), (3, 3.2)):
         made = blur(x0, t, draw(4, 1, 16, 16))
         theirs = gaussian_filter(x0.double().numpy(), (0, 0, width, width), mode="reflect", truncate=8)
@@ -85,18 +85,18 @@ def test_a_mask_grows_around_a_centre_that_is_anywhere():
     squared = ((5 - row) ** 2 + (1 - column) ** 2) / 64
     expected = (1 - torch.exp(-squared / (2 * widths[:4] ** 2))).prod()
     assert mask(torch.ones(1, 1, 8, 8), 4, at)[0, 0, 5, 1].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert Mask(last=1.0)(pictures(), 50, draw(4, 1, 16, 16)).abs().max() < 0.02  # nothing is left
+    assert Mask(last=1.0)(make_images(), 50, draw(4, 1, 16, 16)).abs().max() < 0.02  # nothing is left
 
 
 def test_pixelation_is_average_pooling_shown_at_the_old_size():
-    x0 = pictures()
+    x0 = make_images()
     for t in (1, 2, 3):
         theirs = F.interpolate(F.avg_pool2d(x0, 2**t), scale_factor=2**t, mode="nearest")
         torch.testing.assert_close(Pixelate(3)(x0, t, draw(4, 1, 16, 16)), theirs)
 
 
 def test_snow_brightens_and_its_flakes_stay():
-    snow, noise, x0 = Snow(10, density=0.4), draw(64, 1, 32, 32), pictures(64, 32)
+    snow, noise, x0 = Snow(10, density=0.4), draw(64, 1, 32, 32), make_images(64, 32)
     falls = [snow.flakes(torch.full((64,), t), noise) for t in range(1, 11)]
     assert all(bool((more >= less).all()) for less, more in pairwise(falls))
     assert 0.2 < falls[-1].mean() < 0.5 and falls[0].mean() < 0.1
@@ -121,7 +121,7 @@ def wrong(x, t):
 
 
 def test_algorithm_2_recovers_from_any_restorer_where_the_degradation_is_linear_and_algorithm_1_does_not():
-    x0, noise, steps = pictures().double(), draw(4, 1, 16, 16).double(), list(range(7, -1, -1))
+    x0, noise, steps = make_images().double(), draw(4, 1, 16, 16).double(), list(range(7, -1, -1))
     degradation = Linear()
 
     def degrade(x, t):
@@ -136,8 +136,8 @@ def test_algorithm_2_recovers_from_any_restorer_where_the_degradation_is_linear_
 
 @pytest.mark.parametrize("sampler", [naive, improved])
 @pytest.mark.parametrize("degradation", ALL.values(), ids=ALL)
-def test_a_perfect_restorer_gives_the_picture_back(sampler, degradation):
-    x0, noise = pictures().double(), draw(4, 1, 16, 16).double()
+def test_a_perfect_restorer_gives_the_image_back(sampler, degradation):
+    x0, noise = make_images().double(), draw(4, 1, 16, 16).double()
     degraded = degradation(x0, degradation.num_steps, noise)
     steps = list(range(degradation.num_steps, -1, -1))
     seen = []
@@ -159,7 +159,7 @@ def tiny(degradation=None, **options):
 
 
 def test_the_loss_is_the_mean_absolute_error_at_steps_that_are_drawn_evenly():
-    module, x0 = tiny(), pictures(400, 8, 1)
+    module, x0 = tiny(), make_images(400, 8, 1)
     seen = {}
     inner = module.degradation.forward
     module.degradation.forward = lambda x0, t, noise: seen.update(t=t, noise=noise) or inner(x0, t, noise)
@@ -170,7 +170,7 @@ def test_the_loss_is_the_mean_absolute_error_at_steps_that_are_drawn_evenly():
 
 
 def test_draws_are_keyed_and_shared_out_by_rank():
-    x0, seen = pictures(8, 8, 1), []
+    x0, seen = make_images(8, 8, 1), []
     for world, rank in ((1, 0), (2, 0), (2, 1)):
         module = tiny(Mask(4))
         module._trainer = SimpleNamespace(world_size=world, global_rank=rank)
@@ -181,7 +181,7 @@ def test_draws_are_keyed_and_shared_out_by_rank():
 
 
 def test_direct_restoration_is_one_call_and_fewer_steps_jump():
-    module, x0 = tiny(), pictures(3, 8, 1)
+    module, x0 = tiny(), make_images(3, 8, 1)
     degraded, noise = module.degrade(x0, [0, 1, 2])
     with torch.no_grad():
         at_once = module.eval()(degraded, 4)
@@ -209,7 +209,7 @@ def test_settings_are_those_of_restorers():
         setting.but(sampler="heun")
 
 
-def test_principal_components_have_the_pictures_covariance():
+def test_principal_components_have_the_images_covariance():
     x = draw(300, 6) @ draw(6, 6, seed=1) + 3
     mean, components = principal_components(x.double(), 6)
     np.testing.assert_allclose(components.T @ components, np.cov(x.numpy().T), rtol=1e-4, atol=1e-4)
@@ -257,7 +257,7 @@ def test_a_run_that_was_cut_ends_in_the_same_weights_and_its_checkpoint_is_all_t
 
 
 def test_what_was_never_trained_draws_nothing():
-    with pytest.raises(ValueError, match="has seen no training pictures"):
+    with pytest.raises(ValueError, match="has seen no training images"):
         tiny().generate([0])
     with pytest.raises(ValueError, match="takes no labels"):
         tiny().generate([0], torch.tensor([1]))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.runs import CONFIGS, LATENT_DIGITS, NO_PICTURES, TINY_LATENT, TINY_VAE, VAE_DIGITS, stopped
+from helpers.runs import CONFIGS, LATENT_DIGITS, NO_IMAGES, TINY_LATENT, TINY_VAE, VAE_DIGITS, stopped
 from lightning.pytorch import Trainer
 
 import datamodules
@@ -19,7 +19,7 @@ from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets import Autoencoder, UNet
 
 
-def images(count, channels=1, size=8, seed=0):
+def make_images(count, channels=1, size=8, seed=0):
     return torch.randint(0, 256, (count, channels, size, size), generator=torch.Generator().manual_seed(seed)).byte()
 
 
@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latent")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        quiet = [*NO_PICTURES, "--trainer.callbacks=[]", "--trainer.max_steps=2"]
+        quiet = [*NO_IMAGES, "--trainer.callbacks=[]", "--trainer.max_steps=2"]
         main(["fit", "--config", str(VAE_DIGITS), *TINY_VAE, *quiet])
         main(["fit", "--config", str(VAE_DIGITS), *TINY_VAE, *quiet, "--name=other", "--seed_everything=1"])
         main(["fit", "--config", str(LATENT_DIGITS), *TINY_LATENT, "--trainer.max_steps=2"])
@@ -51,7 +51,7 @@ def checkpoint(here):
 
 
 def fitted(folder, steps=2, flips=False, loops=None, **options):
-    """A tiny model after a few steps, its losses, and how often pictures were encoded while it trained."""
+    """A tiny model after a few steps, its losses, and how often images were encoded while it trained."""
     losses, calls = [], []
 
     class Recorded(LatentDiffusion):
@@ -77,8 +77,8 @@ def fitted(folder, steps=2, flips=False, loops=None, **options):
 def test_latents_are_standardised_over_the_whole_training_set(here):
     module, _, _ = fitted(here)
     data = datamodules.Digits(64)
-    pictures = data.reference_images("train").float() / 127.5 - 1
-    posterior = module.space.encode(pictures)
+    images = data.reference_images("train").float() / 127.5 - 1
+    posterior = module.space.encode(images)
     u = module.space.standardise(posterior.sample(torch.randn(posterior.mean.shape)))
     assert bool((u.mean(dim=(0, 2, 3)).abs() < 0.02).all())
     assert bool(((u.std(dim=(0, 2, 3)) - 1).abs() < 0.02).all())
@@ -90,12 +90,12 @@ def test_latents_are_standardised_over_the_whole_training_set(here):
 def test_any_number_of_ranks_finds_the_same_scale(world):
     torch.manual_seed(0)
     space = LatentSpace(Autoencoder(1, 8, 2, 8, (1, 2)), (1, 8, 8))
-    pictures, cpu = images(600), torch.device("cpu")
-    alone = encode_all(space, pictures, True, cpu)
-    shared = sum(encode_all(space, pictures, True, cpu, (world, rank)) for rank in range(world))
+    images, cpu = make_images(600), torch.device("cpu")
+    alone = encode_all(space, images, True, cpu)
+    shared = sum(encode_all(space, images, True, cpu, (world, rank)) for rank in range(world))
     assert torch.equal(alone, shared)
     mean, std = scale_of(alone, 1200, 16)
-    x = pictures.float() / 127.5 - 1
+    x = images.float() / 127.5 - 1
     posterior = space.encode(torch.cat([x, x.flip(-1)]))
     torch.testing.assert_close(mean.float(), posterior.mean.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     variance = posterior.mean.var(dim=(0, 2, 3)) + posterior.std.square().mean(dim=(0, 2, 3))
@@ -144,7 +144,7 @@ def test_a_damaged_cache_is_told_and_made_anew(here):
 
 
 def test_where_no_lock_is_honoured_the_cache_of_another_host_stays(here, monkeypatch):
-    """Another host encodes the same pictures, is half through with one split and finishes the other meanwhile."""
+    """Another host encodes the same images, is half through with one split and finishes the other meanwhile."""
     monkeypatch.setattr("fcntl.flock", lambda *_: None)
     _, losses, _ = fitted(here)
     (here / "cache").rename(here / "done")
@@ -230,8 +230,8 @@ def test_trajectories_are_decoded(checkpoint):
 
 def test_latents_go_there_and_back(checkpoint):
     module = load_module(checkpoint)
-    pictures = images(3).float() / 127.5 - 1
-    torch.testing.assert_close(module.decode(module.encode(pictures)), module.reconstruct(pictures))
+    images = make_images(3).float() / 127.5 - 1
+    torch.testing.assert_close(module.decode(module.encode(images)), module.reconstruct(images))
     known = torch.ones(1, 1, 8, 8)
     known[..., 0, 3] = 0
     shrunk = module.shrink_mask(known)
@@ -240,7 +240,7 @@ def test_latents_go_there_and_back(checkpoint):
 
 
 def test_a_run_that_was_cut_ends_in_the_same_weights(here, lightning):
-    run = ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_PICTURES, "--trainer.val_check_interval=2"]
+    run = ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_IMAGES, "--trainer.val_check_interval=2"]
     steady = ["--model.init_args.lr_scheduler=null"]
     lightning(*run, *steady, "--name=cut", "--trainer.max_steps=2")
     lightning(*run, *steady, "--name=cut", "--trainer.max_steps=4", "--ckpt_path=last")
@@ -286,8 +286,8 @@ def test_what_is_no_autoencoder_is_told_in_a_sentence(here, lightning, capsys, s
     assert said.strip().splitlines()[-1].startswith("lightning: ")
 
 
-def test_an_autoencoder_of_other_pictures_is_refused():
-    with pytest.raises(ValueError, match="made for pictures of 3 channels and 16 pixels"):
+def test_an_autoencoder_of_other_images_is_refused():
+    with pytest.raises(ValueError, match="made for images of 3 channels and 16 pixels"):
         LatentSpace(Autoencoder(3, 16, 4, 8), (1, 8, 8))
     with pytest.raises(ValueError, match="vae_precision is 'half'"):
         LatentSpace(Autoencoder(1, 8, 4, 8), (1, 8, 8), "half")
@@ -308,7 +308,7 @@ def test_a_dead_channel_cannot_be_standardised():
 
 
 def test_a_latent_step_costs_a_third_of_a_pixel_step_at_most():
-    """The same network on CIFAR-10-sized pictures and on their latents, by the processor time of training steps."""
+    """The same network on CIFAR-10-sized images and on their latents, by the processor time of training steps."""
 
     def seconds(channels, size):
         net = UNet(channels, size, 10, 32, (1, 2), 1, (8,), noise_embedding="fourier")
@@ -330,16 +330,16 @@ def test_every_config_runs(name, lightning, tmp_path):
     from helpers.configs_tools import DATA
 
     vae, latent = CONFIGS / f"vae_{name}.yaml", CONFIGS / f"latent_{name}.yaml"
-    data = DATA[yaml.safe_load(vae.read_text())["data"]["class_path"].rsplit(".", 1)[1]](tmp_path / "pictures")
+    data = DATA[yaml.safe_load(vae.read_text())["data"]["class_path"].rsplit(".", 1)[1]](tmp_path / "images")
     tiny = ["--data.init_args.batch_size=4", "--trainer.callbacks=[]", *data]
-    lightning("fit", "--config", vae, *TINY_VAE, *tiny, *NO_PICTURES, "--trainer.max_steps=1")
+    lightning("fit", "--config", vae, *TINY_VAE, *tiny, *NO_IMAGES, "--trainer.max_steps=1")
     if latent.exists():
         lightning("fit", "--config", latent, *TINY_LATENT, *tiny, "--trainer.fast_dev_run=1")
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(here, lightning):
-    run = ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_PICTURES, "--trainer.max_steps=3"]
+    run = ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_IMAGES, "--trainer.max_steps=3"]
     lightning(*run, "--name=one", "--model.init_args.cache_dir=one")
     lightning(
         *run, "--name=two", "--model.init_args.cache_dir=two", "--trainer.devices=2", "--trainer.strategy=ddp_fork"

@@ -1,4 +1,4 @@
-"""Distances of pictures; the likelihoods against their definition in double precision, and as distributions."""
+"""Distances of images; the likelihoods against their definition in double precision, and as distributions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The VAE: its loss from its definition, its figures, its pictures, and that it learns to give a batch back."""
+"""The VAE: its loss from its definition, its figures, its images, and that it learns to give a batch back."""
 
 import math
 
@@ -50,14 +50,14 @@ def test_the_divergence_is_warmed_up():
     assert tiny(kl_weight=2.0).current_kl_weight() == 2.0
 
 
-def test_psnr_is_torchmetrics_per_picture():
+def test_psnr_is_torchmetrics_per_image():
     x, x_hat = draw(3, 1, 8, 8).clamp(-1, 1), draw(3, 1, 8, 8, seed=1).clamp(-1, 1)
     theirs = [peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0)) for a, b in zip(x_hat, x, strict=True)]
     torch.testing.assert_close(psnr(x_hat, x), torch.stack(theirs))
     assert float(psnr(x, x).min()) == pytest.approx(100)
 
 
-def test_a_channel_is_active_where_its_mean_tells_pictures_apart():
+def test_a_channel_is_active_where_its_mean_tells_images_apart():
     means = torch.stack([draw(500, 3, 3), 0.05 * draw(500, 3, 3, seed=1), draw(1, 3, 3).expand(500, 3, 3)], dim=1)
     sums = torch.stack([torch.ones_like(means[0]) * 500, means.sum(0), means.square().sum(0)])
     assert int(active_channels(sums)) == 1
@@ -114,7 +114,7 @@ def test_its_one_way_to_draw_takes_no_options():
         module.sampling.but(num_steps=5)
 
 
-def test_a_run_leaves_its_pictures_and_figures(lightning, tmp_path):
+def test_a_run_leaves_its_images_and_figures(lightning, tmp_path):
     lightning(
         *["fit", "--config", VAE_DIGITS, *TINY_VAE, "--trainer.max_steps=3", "--sample_grid.columns=2"],
         "--trainer.callbacks=[{class_path: diffusion_lit.callbacks.Reconstructions},"

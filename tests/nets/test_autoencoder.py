@@ -76,7 +76,7 @@ def test_what_cannot_be_built_is_named(options, message):
         Autoencoder(**({"in_channels": 1, "image_size": 8, "model_channels": 8} | options))
 
 
-def test_pictures_and_latents_of_another_shape_are_named():
+def test_images_and_latents_of_another_shape_are_named():
     net = Autoencoder(1, 8, 4, 8, (1, 2))
     with pytest.raises(ValueError, match="1, H, W"):
         net.encode(draw(1, 3, 8, 8))

@@ -17,10 +17,10 @@ def image(n=2, height=16, width=16, seed=0):
 
 
 def smooth(height=128, width=128):
-    """A picture that interpolation reproduces well: a few low waves, dark at the border."""
+    """An image that interpolation reproduces well: a few low waves, dark at the border."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    picture = torch.sin(3 * x + 1) * torch.cos(4 * y) + x * y
-    return (picture * torch.exp(-9 * (x**2 + y**2)))[None, None]
+    image = torch.sin(3 * x + 1) * torch.cos(4 * y) + x * y
+    return (image * torch.exp(-9 * (x**2 + y**2)))[None, None]
 
 
 def label(n=2, **values):

@@ -60,7 +60,7 @@ def deep_floyd_2(tmp_path_factory):
 
 
 def last_state(pipeline, **arguments):
-    """What the pipeline's last step gave: its pictures before they are clamped to [0, 1], or its latents."""
+    """What the pipeline's last step gave: its images before they are clamped to [0, 1], or its latents."""
     states, step = [], pipeline.scheduler.step
 
     @functools.wraps(step)  # pipelines look at its signature
@@ -244,10 +244,10 @@ def test_stable_diffusion(stable_diffusion, tmp_path, kind, scale):
     ours = settings.generate(model.denoiser, model.x_shape, SEEDS, LABELS)
     assert_same(ours, latents)
     with torch.no_grad():
-        pictures = pipeline.vae.decode(latents / 0.3).sample
-        torch.testing.assert_close(model.generate(SEEDS, LABELS, settings), pictures, rtol=1e-3, atol=1e-4)
-        encoded = pipeline.vae.encode(pictures).latent_dist.mean * 0.3
-        torch.testing.assert_close(model.encode(pictures), encoded)
+        images = pipeline.vae.decode(latents / 0.3).sample
+        torch.testing.assert_close(model.generate(SEEDS, LABELS, settings), images, rtol=1e-3, atol=1e-4)
+        encoded = pipeline.vae.encode(images).latent_dist.mean * 0.3
+        torch.testing.assert_close(model.encode(images), encoded)
 
 
 def test_the_negative_prompt_is_the_null_class(stable_diffusion):

@@ -94,11 +94,11 @@ def test_a_folder_without_weights_and_a_bad_name_are_told(kl):
 
 
 def test_latent_diffusion_trains_on_it(kl, lightning, tmp_path):
-    from helpers.runs import LATENT_DIGITS, NO_PICTURES, TINY_LATENT
+    from helpers.runs import LATENT_DIGITS, NO_IMAGES, TINY_LATENT
 
     _, folder = kl
     lightning(
-        *["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_PICTURES, "--trainer.max_steps=2"],
+        *["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_IMAGES, "--trainer.max_steps=2"],
         f"--model.init_args.vae_ckpt={folder}",
     )
     shutil.rmtree(folder)

@@ -276,11 +276,11 @@ def test_a_study_of_ones_own(own, tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(runs._Children, "run", run)  # in this process
-    small = ["--sizes=[8, 16]", "--pictures=32", "--num_samples=20", "--extractor=pixels", "--device=cpu", *QUIET]
+    small = ["--sizes=[8, 16]", "--images=32", "--num_samples=20", "--extractor=pixels", "--device=cpu", *QUIET]
     monkeypatch.setattr(sys, "argv", ["batch_sizes.py", *small, "--model.init_args.sampling.num_steps=2"])
     runpy.run_module("experiments.batch_sizes", run_name="__main__")
     page = (own / "runs/studies/batch_sizes/index.html").read_text()
-    assert "After 32 pictures batches of" in page
+    assert "After 32 images batches of" in page
 
 
 @pytest.mark.slow

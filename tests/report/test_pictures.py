@@ -17,7 +17,7 @@ def test_bytes_are_rounded_and_clipped():
     assert torch.equal(to_uint8(every / 127.5 - 1), every.to(torch.uint8))
 
 
-def test_a_grid_holds_its_pictures_row_by_row():
+def test_a_grid_holds_its_images_row_by_row():
     images = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 4, 4)
     grid = np.asarray(grid_image(images, columns=3, scale=1))[..., 0]
     tiles = [

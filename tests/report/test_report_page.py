@@ -28,7 +28,7 @@ def test_all_text_comes_back_as_it_was_and_opens_no_tag():
     page.listing(NASTY + "\nline 2", NASTY)
     page.link(NASTY.replace("/", ""), "studies/a b#c/index.html")
     page.table([NASTY], [[NASTY]], caption=NASTY)
-    page.picture(curve(), NASTY)
+    page.image(curve(), NASTY)
     read = Reader(page.html())
     kept = NASTY.replace("\ud800", "\ufffd").replace("\x00", "\ufffd")
     # title, h1, subtitle, nav, heading, text, command, h3, listing, its summary, caption, header, cell, caption
@@ -42,39 +42,39 @@ def test_all_text_comes_back_as_it_was_and_opens_no_tag():
     assert [title["id"] for title in read.all("h2")] == ["section-1", "section-2", "section-3"]
 
 
-def test_pictures_of_every_kind_are_held_by_the_page_itself(tmp_path):
+def test_images_of_every_kind_are_held_by_the_page_itself(tmp_path):
     rng = np.random.default_rng(0)
     grey = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
     grey.save(tmp_path / "tiny.png")
     frames = [Image.fromarray(rng.integers(0, 256, (300, 250), dtype=np.uint8)) for _ in range(3)]
     save_gif(frames, tmp_path / "moving.gif")
-    page = Page("Pictures")
-    page.pictures([(tmp_path / "tiny.png", ""), (str(tmp_path / "moving.gif"), "moves"), (grey, "tiny")])
-    page.picture(curve(), "a curve")
-    pictures = list(Reader(page.html()).pictures())
-    assert [image.format for _, image in pictures] == ["PNG", "GIF", "PNG", "PNG"]
-    assert [attributes["alt"] for attributes, _ in pictures] == ["tiny.png", "moves", "tiny", "a curve"]
-    assert [attributes.get("class") for attributes, _ in pictures] == ["pixels", None, "pixels", None]
-    sizes = [(int(attributes["width"]), int(attributes["height"])) for attributes, _ in pictures]
+    page = Page("Images")
+    page.images([(tmp_path / "tiny.png", ""), (str(tmp_path / "moving.gif"), "moves"), (grey, "tiny")])
+    page.image(curve(), "a curve")
+    images = list(Reader(page.html()).images())
+    assert [image.format for _, image in images] == ["PNG", "GIF", "PNG", "PNG"]
+    assert [attributes["alt"] for attributes, _ in images] == ["tiny.png", "moves", "tiny", "a curve"]
+    assert [attributes.get("class") for attributes, _ in images] == ["pixels", None, "pixels", None]
+    sizes = [(int(attributes["width"]), int(attributes["height"])) for attributes, _ in images]
     assert sizes == [(256, 256), (250, 300), (256, 256), (384, 288)]  # 8 x 32; as it is; 4 by 3 inches of 96 pixels
-    assert pictures[1][1].n_frames == 3
-    assert np.array_equal(np.asarray(pictures[0][1]), np.asarray(grey))
+    assert images[1][1].n_frames == 3
+    assert np.array_equal(np.asarray(images[0][1]), np.asarray(grey))
 
 
-def test_a_picture_that_is_missing_or_damaged_is_a_sentence(tmp_path):
+def test_a_image_that_is_missing_or_damaged_is_a_sentence(tmp_path):
     Image.new("RGB", (300, 300), "red").save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-200])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.gif").touch()
     page = Page("Lost")
-    page.picture(tmp_path / "gone<b>.png", "a caption")
-    page.pictures([(tmp_path / name, "") for name in ("cut.png", "text.png", "empty.gif")])
+    page.image(tmp_path / "gone<b>.png", "a caption")
+    page.images([(tmp_path / name, "") for name in ("cut.png", "text.png", "empty.gif")])
     read = Reader(page.html())
     assert not read.all("img")
-    assert "The picture gone<b>.png is missing." in read.text
+    assert "The image gone<b>.png is missing." in read.text
     assert "a caption" in read.text
     for name in ("cut.png", "text.png", "empty.gif"):
-        assert f"The picture {name} cannot be read as a picture." in read.text
+        assert f"The image {name} cannot be read as an image." in read.text
 
 
 def test_tables_show_numbers_for_reading_and_refuse_ragged_rows():
@@ -102,7 +102,7 @@ def test_only_files_below_the_page_are_linked(target):
 def test_two_writes_give_the_same_bytes_and_a_failed_one_leaves_the_old_page(tmp_path):
     def build():
         page = Page("Same", "twice")
-        page.picture(curve(), "drawn anew")
+        page.image(curve(), "drawn anew")
         page.table(["a"], [[1.0]])
         return page
 

@@ -75,9 +75,9 @@ def test_a_run_that_is_over(lightning, run, tmp_path):
     assert "EDM with UNet on Digits; step 6 of 6" in text
     headings = {"Result", "Curves", "Samples over time", "Trajectory", "Evaluation", "Cost", "Configuration"}
     assert headings <= set(read.words)
-    pictures = list(read.pictures())
-    assert {image.format for _, image in pictures} == {"PNG", "GIF"}
-    alts = [attributes["alt"] for attributes, _ in pictures]
+    images = list(read.images())
+    assert {image.format for _, image in images} == {"PNG", "GIF"}
+    alts = [attributes["alt"] for attributes, _ in images]
     assert [alt for alt in alts if alt.startswith("step ")] == ["step 2", "step 4", "step 6"]
     assert all(attributes["src"].startswith("data:") for attributes in read.all("img"))
     assert "http" not in (run / "report.html").read_text().split("</style>")[1].split("config.yaml, whole")[0]
@@ -187,7 +187,7 @@ def test_a_run_that_just_began(lightning, run):
     text = page_of(lightning, run).text
     for sentence in (
         "The run has no checkpoint checkpoints/last.ckpt yet.",
-        "The run has logged no figures and drawn no pictures yet.",
+        "The run has logged no figures and drawn no images yet.",
         "Nothing was logged twice yet.",
         "step 0 of 6",
         "not recorded by this run",
@@ -204,7 +204,7 @@ def test_what_is_damaged_costs_its_own_part(lightning, run):
     text = page_of(lightning, run).text
     assert "config.yaml cannot be read." in text
     assert "last.ckpt is not a readable checkpoint" in text
-    assert "The picture step_0000006.png cannot be read as a picture." in text
+    assert "The image step_0000006.png cannot be read as an image." in text
     assert "val/loss" in text
     assert "No report of lightning evaluate was found" in text
     (run / "config.yaml").write_text("- a list")
@@ -232,12 +232,12 @@ def test_where_there_is_no_run(lightning, run, tmp_path, capsys):
 
 def test_autoencoders_latent_models_and_classifiers(lightning, tmp_path):
     two = ["--trainer.max_steps=2", "--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]
-    pictures = [
+    images = [
         '--trainer.callbacks=[{"class_path": "diffusion_lit.callbacks.Reconstructions"}, '
         '{"class_path": "diffusion_lit.callbacks.Interpolations"}]'
     ]
     narrow = ["--model.init_args.net.init_args.model_channels=16"]
-    lightning("fit", "--config", CONFIGS / "vae_digits.yaml", *SMALL, *narrow, *two, *pictures)
+    lightning("fit", "--config", CONFIGS / "vae_digits.yaml", *SMALL, *narrow, *two, *images)
     few = ["--model.init_args.sampling.num_steps=2", "--model.init_args.vae_ckpt=runs/vae_digits"]
     lightning("fit", "--config", CONFIGS / "latent_digits.yaml", *SMALL, *narrow, *few, *two, "--trajectory.every=1")
     idx = [f"--data.init_args.root={write_idx(tmp_path / 'idx')}", "--data.init_args.val_size=32"]
@@ -247,7 +247,7 @@ def test_autoencoders_latent_models_and_classifiers(lightning, tmp_path):
         "vae_digits": ("VAE with Autoencoder on Digits; step 2 of 2", "Reconstructions", "Interpolations", "val/psnr"),
         "latent_digits": (
             "LatentDiffusion with UNet on Digits; step 2 of 2",
-            "From noise to picture",
+            "From noise to image",
             "in the autoencoder, which is frozen",
         ),
         "classifier_mnist": ("Classifier with ConvClassifier on MNIST; step 2, epoch 1 of 1", "val/accuracy"),

@@ -50,7 +50,7 @@ def test_grids_are_float64():
 
 
 def test_samples_in_bf16_are_near_those_in_float32():
-    """The tolerance is that of docs/faults.md: 0.05 on average and 0.3 at the most, of pictures in [-1, 1]."""
+    """The tolerance is that of docs/faults.md: 0.05 on average and 0.3 at the most, of images in [-1, 1]."""
     torch.manual_seed(0)
     net = UNet(
         in_channels=1, image_size=8, model_channels=16, channel_mult=(1, 2), num_blocks=1, noise_embedding="fourier"

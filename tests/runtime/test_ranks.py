@@ -1,4 +1,4 @@
-"""Several ranks on the CPU: the same training, the same pictures, and an end when one of them dies."""
+"""Several ranks on the CPU: the same training, the same images, and an end when one of them dies."""
 
 import os
 import signal
@@ -107,7 +107,7 @@ def drawn(lightning, checkpoint, out, *options):
 )
 def test_samples_do_not_depend_on_ranks_or_batch_size(lightning, trained, sampler):
     whole, labels = drawn(lightning, trained, "whole", *sampler, "--num_steps=5")
-    assert whole.std() > 10  # they are no flat pictures
+    assert whole.std() > 10  # they are no flat images
     for ranks, batch in ((1, 1), (1, 7), (2, 7), (4, 20)):
         more = [] if ranks == 1 else [f"--devices={ranks}", "--strategy=ddp_fork"]
         again, same = drawn(

@@ -312,16 +312,16 @@ def test_a_file_chooses_no_place_to_write_to(here, monkeypatch):
         load_data(path).prepare_data()
     from PIL import Image
 
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     for index in range(12):
-        Image.fromarray(np.full((8, 8, 3), 20 * index, np.uint8)).save(f"pictures/{index}.png")
-    record = {"_class_path": "datamodules.ImageFolder", "root": "pictures", "batch_size": 2, "image_size": 8}
+        Image.fromarray(np.full((8, 8, 3), 20 * index, np.uint8)).save(f"images/{index}.png")
+    record = {"_class_path": "datamodules.ImageFolder", "root": "images", "batch_size": 2, "image_size": 8}
     record["cache_dir"] = "chosen/cache"
     data = load_data(write(here / "data.ckpt", checkpoint(datamodule_hyper_parameters=record)))
     assert isinstance(data, ImageFolder)
     data.prepare_data()
     assert not Path("chosen/cache").exists() and list(Path("cache").rglob("images.u8"))
-    assert ImageFolder("pictures", 2, 8, cache_dir="mine").cache_dir == Path("mine")
+    assert ImageFolder("images", 2, 8, cache_dir="mine").cache_dir == Path("mine")
     assert Subset(Digits(16), 3).writes_root
 
 

@@ -1,12 +1,12 @@
 """Editing: what a trained denoiser can do beyond sampling, a short function per task, for every model and sampler.
 
-Each function takes a model (a `PixelModel` or `LatentModel`, such as any `DiffusionModule`), pictures in [-1, 1], and
-by keyword labels, seeds and a `Sampling`, and gives pictures.
+Each function takes a model (a `PixelModel` or `LatentModel`, such as any `DiffusionModule`), images in [-1, 1], and
+by keyword labels, seeds and a `Sampling`, and gives images.
 """
 
 from diffusion_lit.diffusion.editing.common import device_of, need_pixels
 from diffusion_lit.diffusion.editing.composites import Anagram, Hybrid, anagram, gaussian_blur, hybrid
-from diffusion_lit.diffusion.editing.image_views import VIEWS, PictureView, make_view, permutation
+from diffusion_lit.diffusion.editing.image_views import VIEWS, ImageView, make_view, permutation
 from diffusion_lit.diffusion.editing.restoration import (
     Consistent,
     colorize,
@@ -36,8 +36,8 @@ __all__ = [
     "Anagram",
     "Consistent",
     "Hybrid",
+    "ImageView",
     "NoiseBetween",
-    "PictureView",
     "anagram",
     "colorize",
     "denoise",

@@ -1,6 +1,6 @@
 """What the tasks share: the checks of what they are given, and where a model's tensors are.
 
-The tasks take pictures and give pictures. A model of latents encodes and decodes; for a pixel model both are nothing. A
+The tasks take images and give images. A model of latents encodes and decodes; for a pixel model both are nothing. A
 model is to be in eval mode.
 """
 
@@ -25,7 +25,7 @@ def need_pixels(model: PixelModel, task: str) -> None:
     """
     if isinstance(model, LatentModel):
         raise ValueError(
-            f"{task} needs a model of pixels, since a latent turned round or blurred is not the latent of the picture "
+            f"{task} needs a model of pixels, since a latent turned round or blurred is not the latent of the image "
             "turned round or blurred; give a checkpoint of DDPM or EDM."
         )
 
@@ -56,32 +56,32 @@ def settings(model: PixelModel, sampling: Sampling | None) -> Sampling:
 
 
 def check_images(model: PixelModel, images: Tensor) -> Tensor:
-    """Pictures on the model's device.
+    """Images on the model's device.
 
     Args:
         model: The model.
-        images: Pictures (B, C, H, W) in [-1, 1].
+        images: Images (B, C, H, W) in [-1, 1].
 
     Returns:
         The same there.
 
     Raises:
-        ValueError: If they have another shape than the model's pictures.
+        ValueError: If they have another shape than the model's images.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(model.image_shape):
         raise ValueError(
-            f"Pictures of shape {tuple(images.shape)} were given to a model of pictures {tuple(model.image_shape)}; "
+            f"Images of shape {tuple(images.shape)} were given to a model of images {tuple(model.image_shape)}; "
             "fit them to (B, C, H, W) first."
         )
     return images.to(device_of(model))
 
 
 def check_seeds(seeds: Sequence[int] | None, count: int) -> Sequence[int]:
-    """One seed per picture: those given, or 0, 1, 2, ...
+    """One seed per image: those given, or 0, 1, 2, ...
 
     Args:
         seeds: The seeds, or None.
-        count: Number of pictures.
+        count: Number of images.
 
     Returns:
         The seeds.
@@ -92,7 +92,7 @@ def check_seeds(seeds: Sequence[int] | None, count: int) -> Sequence[int]:
     if seeds is None:
         return range(count)
     if len(seeds) != count:
-        raise ValueError(f"{count} pictures need {count} seeds, one each, but {len(seeds)} were given.")
+        raise ValueError(f"{count} images need {count} seeds, one each, but {len(seeds)} were given.")
     return seeds
 
 

@@ -1,4 +1,4 @@
-"""Pictures of several conditions at once: denoisers made of the estimates of one denoiser, for any sampler.
+"""Images of several conditions at once: denoisers made of the estimates of one denoiser, for any sampler.
 
     anagram   x0_hat = mean_v  v^-1 D(v x; sigma, label_v)                        over views v
     hybrid    x0_hat = B D(x; sigma, label_low) + (1 - B) D(x; sigma, label_high)   with a blur B
@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, pad
 
 from diffusion_lit.diffusion.denoiser import DenoiserLike
 from diffusion_lit.diffusion.editing.common import check_seeds, device_of, labels_for, need_pixels, settings
-from diffusion_lit.diffusion.editing.image_views import PictureView
+from diffusion_lit.diffusion.editing.image_views import ImageView
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
@@ -48,7 +48,7 @@ class Anagram(DenoiserWrapper):
 
     Args:
         denoiser: Any denoiser; it is called with V times the batch and labels (V * B,).
-        views: V orthogonal changes of a picture.
+        views: V orthogonal changes of an image.
 
     Raises:
         ValueError: If there is no view.
@@ -56,7 +56,7 @@ class Anagram(DenoiserWrapper):
     Source: Visual Anagrams, arXiv 2311.17919, equation 4.
     """
 
-    def __init__(self, denoiser: DenoiserLike, views: Sequence[PictureView]) -> None:
+    def __init__(self, denoiser: DenoiserLike, views: Sequence[ImageView]) -> None:
         super().__init__(denoiser)
         if not views:
             raise ValueError("An anagram needs at least one view; give two, such as identity and rotate_180.")
@@ -128,11 +128,11 @@ def _draw(
     sampling: Sampling,
     callback: StepCallback | None,
 ) -> Tensor:
-    """Draws pictures from a composite of the model's denoiser."""
+    """Draws images from a composite of the model's denoiser."""
     if labels is not None:
         if labels.shape != (count, conditions):
             raise ValueError(
-                f"{count} pictures of {conditions} conditions need labels of shape ({count}, {conditions}), not "
+                f"{count} images of {conditions} conditions need labels of shape ({count}, {conditions}), not "
                 f"{tuple(labels.shape)}."
             )
         flat = labels_for(model, labels.flatten(), labels.numel())
@@ -146,26 +146,26 @@ def _draw(
 
 def anagram(
     model: PixelModel,
-    views: Sequence[PictureView],
+    views: Sequence[ImageView],
     labels: Tensor | None,
     *,
     seeds: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Draws pictures that show something else under each view.
+    """Draws images that show something else under each view.
 
     Args:
         model: A model of pixels.
         views: V views, such as identity and a rotation.
-        labels: What each picture shows under each view, shape (B, V); or None for a model without classes, whose
-            pictures then look right under each view.
-        seeds: One seed per picture, 0, 1, ... by default; without labels they say how many pictures.
+        labels: What each image shows under each view, shape (B, V); or None for a model without classes, whose
+            images then look right under each view.
+        seeds: One seed per image, 0, 1, ... by default; without labels they say how many images.
         sampling: Sampler, grid and guidance; the model's own by default.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
     Returns:
-        Pictures (B, C, H, W); view v of them is `views[v].apply`.
+        Images (B, C, H, W); view v of them is `views[v].apply`.
 
     Raises:
         ValueError: If the model denoises latents, or labels, seeds or views do not fit.
@@ -176,7 +176,7 @@ def anagram(
     for view in views:
         if view.image_shape != tuple(model.image_shape):
             raise ValueError(
-                f"The view {view.name} was made for pictures {view.image_shape}, but the model's are "
+                f"The view {view.name} was made for images {view.image_shape}, but the model's are "
                 f"{tuple(model.image_shape)}; make it for these."
             )
     sampling = settings(model, sampling)
@@ -195,19 +195,19 @@ def hybrid(
     sampling: Sampling | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Draws pictures that show one thing from afar and another from near.
+    """Draws images that show one thing from afar and another from near.
 
     Args:
         model: A model of pixels.
-        labels: Conditions (low, high) of each picture, shape (B, 2): the first is seen from afar.
-        blur_sigma: Standard deviation of the low-pass in pixels; by default a 32nd of the picture's height.
+        labels: Conditions (low, high) of each image, shape (B, 2): the first is seen from afar.
+        blur_sigma: Standard deviation of the low-pass in pixels; by default a 32nd of the image's height.
         kernel_size: Side of its kernel, odd; by default as far as 4 sigma.
-        seeds: One seed per picture, 0, 1, ... by default.
+        seeds: One seed per image, 0, 1, ... by default.
         sampling: Sampler, grid and guidance; the model's own by default.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
     Returns:
-        Pictures (B, C, H, W).
+        Images (B, C, H, W).
 
     Raises:
         ValueError: If the model denoises latents or has no classes, or labels, seeds or the blur do not fit.
@@ -233,21 +233,21 @@ def gaussian_blur(images: Tensor, sigma: float, kernel_size: int | None = None) 
     Args:
         images: Shape (B, C, H, W).
         sigma: Standard deviation in pixels, above 0.
-        kernel_size: Side of the kernel in pixels, odd; by default it reaches out to 4 sigma, or as far as the picture
+        kernel_size: Side of the kernel in pixels, odd; by default it reaches out to 4 sigma, or as far as the image
             allows.
 
     Returns:
         Shape (B, C, H, W).
 
     Raises:
-        ValueError: If sigma or the kernel is out of range, or the kernel reaches further than the picture.
+        ValueError: If sigma or the kernel is out of range, or the kernel reaches further than the image.
     """
     if not 0 < sigma < float("inf"):
         raise ValueError(f"The blur's sigma is {sigma}; give a number of pixels above 0.")
     most = 2 * min(images.shape[-2:]) - 1
     size = min(2 * int(4 * sigma + 0.5) + 1, most) if kernel_size is None else kernel_size
     if size < 1 or size % 2 == 0 or size > most:
-        raise ValueError(f"The blur's kernel_size is {size}; give an odd number from 1 to {most} for these pictures.")
+        raise ValueError(f"The blur's kernel_size is {size}; give an odd number from 1 to {most} for these images.")
     places = torch.arange(size, device=images.device, dtype=images.dtype) - size // 2
     kernel = (-places.square() / (2 * sigma**2)).exp()
     kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, size)

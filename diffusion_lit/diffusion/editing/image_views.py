@@ -1,6 +1,6 @@
-"""Views of a picture for anagrams: orthogonal changes with an exact inverse, each checked when it is made.
+"""Views of an image for anagrams: orthogonal changes with an exact inverse, each checked when it is made.
 
-A denoiser is trained on x0 + sigma n with n ~ N(0, I). Under a view v the same picture is v x0 + sigma v n, and v n is
+A denoiser is trained on x0 + sigma n with n ~ N(0, I). Under a view v the same image is v x0 + sigma v n, and v n is
 N(0, I) again only if v is orthogonal; a change that scales, smears or drops noise shows the denoiser what it never saw.
 """
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from diffusion_lit.diffusion.rng import keyed_generator
 
 Change = Callable[[Tensor], Tensor]
-"""Changes pictures (B, C, H, W), keeping their shape."""
+"""Changes images (B, C, H, W), keeping their shape."""
 
 PROBES = 8
 TOLERANCE = 1e-6
 PIECES = 4  # of a jigsaw, along each side
 
 
-class PictureView:
-    """A linear, orthogonal change of pictures and its inverse.
+class ImageView:
+    """A linear, orthogonal change of images and its inverse.
 
     Args:
         name: What to call it.
-        apply: Changes pictures (B, C, H, W) in any floating precision.
+        apply: Changes images (B, C, H, W) in any floating precision.
         inverse: Changes them back.
-        image_shape: Shape (C, H, W) of the pictures.
+        image_shape: Shape (C, H, W) of the images.
 
     Raises:
         ValueError: If `inverse` does not undo `apply`, or `apply` changes shapes, is not linear or not orthogonal.
@@ -38,7 +38,7 @@ class PictureView:
         self._check()
 
     def _check(self) -> None:
-        """Tries the defining properties on random pictures, on which a change that lacks one has no chance."""
+        """Tries the defining properties on random images, on which a change that lacks one has no chance."""
         generator = keyed_generator("picture view")
         x = torch.randn(PROBES, *self.image_shape, generator=generator, dtype=torch.float64)
         try:
@@ -46,9 +46,9 @@ class PictureView:
             back = self.inverse(y) if y.shape == x.shape else None
             total = self.apply(x[:1] - 2 * x[1:2])
         except RuntimeError as error:
-            raise self._refusal(f"cannot be applied to pictures {self.image_shape}") from error
+            raise self._refusal(f"cannot be applied to images {self.image_shape}") from error
         if y.shape != x.shape:
-            raise self._refusal(f"turns pictures {self.image_shape} into {tuple(y.shape[1:])}")
+            raise self._refusal(f"turns images {self.image_shape} into {tuple(y.shape[1:])}")
         if back is None or back.shape != x.shape or not _alike(back, x):
             raise self._refusal("is not undone by its inverse")
         if not _alike(total, y[:1] - 2 * y[1:2]):
@@ -68,12 +68,12 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _products(x: Tensor) -> Tensor:
-    """The inner products of all pairs of pictures."""
+    """The inner products of all pairs of images."""
     return x.flatten(1) @ x.flatten(1).T
 
 
 def _places(image_shape: tuple[int, int, int]) -> Tensor:
-    """The numbers of a picture's pixels, shape (1, 1, H, W): what a view does to them says where each one goes."""
+    """The numbers of an image's pixels, shape (1, 1, H, W): what a view does to them says where each one goes."""
     _, height, width = image_shape
     return torch.arange(height * width).reshape(1, 1, height, width)
 
@@ -87,13 +87,13 @@ def _rearrange(order: Tensor) -> Change:
     return change
 
 
-def permutation(name: str, order: Tensor, image_shape: tuple[int, int, int]) -> PictureView:
+def permutation(name: str, order: Tensor, image_shape: tuple[int, int, int]) -> ImageView:
     """A rearrangement of pixels as a view.
 
     Args:
         name: What to call it.
         order: Place i shows pixel `order[i]`, both counted row by row, shape (H * W,).
-        image_shape: Shape (C, H, W) of the pictures.
+        image_shape: Shape (C, H, W) of the images.
 
     Returns:
         The view.
@@ -101,36 +101,36 @@ def permutation(name: str, order: Tensor, image_shape: tuple[int, int, int]) -> 
     Raises:
         ValueError: If a pixel is missing or comes twice.
     """
-    return PictureView(name, _rearrange(order), _rearrange(order.argsort()), image_shape)
+    return ImageView(name, _rearrange(order), _rearrange(order.argsort()), image_shape)
 
 
-def _turned(quarters: int) -> Callable[[str, tuple[int, int, int]], PictureView]:
-    def make(name: str, image_shape: tuple[int, int, int]) -> PictureView:
-        return PictureView(
+def _turned(quarters: int) -> Callable[[str, tuple[int, int, int]], ImageView]:
+    def make(name: str, image_shape: tuple[int, int, int]) -> ImageView:
+        return ImageView(
             name, lambda x: x.rot90(quarters, (-2, -1)), lambda x: x.rot90(-quarters, (-2, -1)), image_shape
         )
 
     return make
 
 
-def _flipped(dim: int) -> Callable[[str, tuple[int, int, int]], PictureView]:
-    return lambda name, image_shape: PictureView(name, lambda x: x.flip(dim), lambda x: x.flip(dim), image_shape)
+def _flipped(dim: int) -> Callable[[str, tuple[int, int, int]], ImageView]:
+    return lambda name, image_shape: ImageView(name, lambda x: x.flip(dim), lambda x: x.flip(dim), image_shape)
 
 
-def _identity(name: str, image_shape: tuple[int, int, int]) -> PictureView:
-    return PictureView(name, lambda x: x, lambda x: x, image_shape)
+def _identity(name: str, image_shape: tuple[int, int, int]) -> ImageView:
+    return ImageView(name, lambda x: x, lambda x: x, image_shape)
 
 
-def _negative(name: str, image_shape: tuple[int, int, int]) -> PictureView:
-    return PictureView(name, torch.neg, torch.neg, image_shape)
+def _negative(name: str, image_shape: tuple[int, int, int]) -> ImageView:
+    return ImageView(name, torch.neg, torch.neg, image_shape)
 
 
-def _permute(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+def _permute(name: str, image_shape: tuple[int, int, int]) -> ImageView:
     size = image_shape[1] * image_shape[2]
     return permutation(name, torch.randperm(size, generator=keyed_generator("permute", size)), image_shape)
 
 
-def _jigsaw(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+def _jigsaw(name: str, image_shape: tuple[int, int, int]) -> ImageView:
     """4x4 square pieces, each moved to another place and turned by a quarter, a half or three quarters."""
     _, height, width = image_shape
     if height != width or height % PIECES:
@@ -145,7 +145,7 @@ def _jigsaw(name: str, image_shape: tuple[int, int, int]) -> PictureView:
     return permutation(name, rows.flatten(), image_shape)
 
 
-VIEWS: dict[str, Callable[[str, tuple[int, int, int]], PictureView]] = {
+VIEWS: dict[str, Callable[[str, tuple[int, int, int]], ImageView]] = {
     "identity": _identity,
     "flip_horizontal": _flipped(-1),
     "flip_vertical": _flipped(-2),
@@ -158,19 +158,19 @@ VIEWS: dict[str, Callable[[str, tuple[int, int, int]], PictureView]] = {
 }
 
 
-def make_view(name: str, image_shape: tuple[int, int, int]) -> PictureView:
+def make_view(name: str, image_shape: tuple[int, int, int]) -> ImageView:
     """A view by its name.
 
     Args:
         name: A key of `VIEWS`. Rotations are counterclockwise; flip_horizontal swaps left and right; jigsaw moves and
             turns 4x4 square pieces and permute every pixel, each by a fixed random order.
-        image_shape: Shape (C, H, W) of the pictures.
+        image_shape: Shape (C, H, W) of the images.
 
     Returns:
         The view.
 
     Raises:
-        ValueError: If there is no such view, or it does not suit pictures of this shape.
+        ValueError: If there is no such view, or it does not suit images of this shape.
     """
     if name not in VIEWS:
         raise ValueError(f"There is no view {name!r}; choose among {', '.join(VIEWS)}.")

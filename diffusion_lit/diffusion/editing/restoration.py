@@ -1,6 +1,6 @@
-"""Pictures from a part of what they show: inpainting, colorization, super-resolution, by one projection.
+"""Images from a part of what they show: inpainting, colorization, super-resolution, by one projection.
 
-What is known of a picture is a linear measurement y = A x0: some pixels, their grey, their means over squares. After
+What is known of an image is a linear measurement y = A x0: some pixels, their grey, their means over squares. After
 each evaluation the estimate is replaced by one that agrees with it,
 
     x0_hat <- x0_hat + A+ (y - A x0_hat),    A A+ = 1
@@ -14,7 +14,7 @@ RePaint's resampling gives it more time: a window of steps is run, noised back u
 never revises what it laid down before; the default is therefore `ddpm`, whatever the model is sampled with.
 
 A model of latents is told what is known through its autoencoder: an inpainted region is what the shrunk mask leaves
-free, and the known pixels are pasted back; a grey or small picture is held by decoding, projecting and encoding.
+free, and the known pixels are pasted back; a grey or small image is held by decoding, projecting and encoding.
 
 Source: arXiv 2212.00490 (DDNM), equations 7 to 13; arXiv 2201.09865 (RePaint), algorithm 1 and section 4.2.
 """
@@ -75,7 +75,7 @@ class Consistent(DenoiserWrapper):
 
 
 def keep_known(images: Tensor, known: Tensor) -> Project:
-    """The projection of inpainting: known pixels are those of the picture, bit for bit.
+    """The projection of inpainting: known pixels are those of the image, bit for bit.
 
     Args:
         images: Shape (B, C, H, W).
@@ -88,7 +88,7 @@ def keep_known(images: Tensor, known: Tensor) -> Project:
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """The grey of colours by ITU-R BT.601, which is the mode L of picture files.
+    """The grey of colours by ITU-R BT.601, which is the mode L of image files.
 
     Args:
         images: Shape (B, 3, H, W).
@@ -101,7 +101,7 @@ def to_grey(images: Tensor) -> Tensor:
 
 
 def keep_grey(grey: Tensor) -> Project:
-    """The projection of colorization: a picture's grey is the given one, its hues are free.
+    """The projection of colorization: an image's grey is the given one, its hues are free.
 
     All channels move by the same amount, which keeps the hue; the weights of grey add up to 1.
 
@@ -115,7 +115,7 @@ def keep_grey(grey: Tensor) -> Project:
 
 
 def keep_small(small: Tensor, factor: int) -> Project:
-    """The projection of super-resolution: the means over squares are the pixels of the small picture.
+    """The projection of super-resolution: the means over squares are the pixels of the small image.
 
     Args:
         small: Shape (B, C, H / factor, W / factor).
@@ -131,7 +131,7 @@ def revising(sampling: Sampling) -> Sampling:
     """Settings with a sampler that draws noise: those given if theirs does, else with `ddpm` on the same grid.
 
     Args:
-        sampling: How pictures are drawn from the model.
+        sampling: How images are drawn from the model.
 
     Returns:
         How they are restored.
@@ -142,7 +142,7 @@ def revising(sampling: Sampling) -> Sampling:
 
 
 def through_autoencoder(model: PixelModel, project: Project) -> Project:
-    """A projection of pictures as one of what a model denoises."""
+    """A projection of images as one of what a model denoises."""
     if not isinstance(model, LatentModel):
         return project
     return lambda x: model.encode(project(model.decode(x)))
@@ -166,9 +166,9 @@ def restore(
     Args:
         model: The model.
         project: Acts on what the model denoises.
-        count: Number B of pictures.
+        count: Number B of images.
         labels: Class indices (B,), or None.
-        seeds: One seed per picture, 0, 1, ... by default.
+        seeds: One seed per image, 0, 1, ... by default.
         sampling: Sampler, grid and guidance; the model's own by default, `revising`.
         resamplings: How often each window of steps is run (RePaint's r); 1 is plain sampling. From 2 on, a sampler that
             remembers earlier steps forgets them at each window.
@@ -207,19 +207,19 @@ def inpaint(
     known: Tensor,
     **options: Unpack[Options],
 ) -> Tensor:
-    """Fills in the unknown part of pictures.
+    """Fills in the unknown part of images.
 
     Args:
         model: The model.
-        images: Pictures (B, C, H, W) in [-1, 1]; what they hold at unknown pixels has no influence.
+        images: Images (B, C, H, W) in [-1, 1]; what they hold at unknown pixels has no influence.
         known: True or 1 where a pixel is known, shape (B or 1, 1, H, W).
         options: As for `restore`.
 
     Returns:
-        Pictures (B, C, H, W), at known pixels those given, bit for bit.
+        Images (B, C, H, W), at known pixels those given, bit for bit.
 
     Raises:
-        ValueError: If all or none of a picture is known, shapes do not fit, or, for a model of latents, no latent is
+        ValueError: If all or none of an image is known, shapes do not fit, or, for a model of latents, no latent is
             known; or as `restore`.
     """
     images = check_images(model, images)
@@ -240,22 +240,22 @@ def inpaint(
 
 
 def check_known(known: Tensor, images: Tensor) -> Tensor:
-    """A mask of known pixels as numbers 1 and 0, one for each picture.
+    """A mask of known pixels as numbers 1 and 0, one for each image.
 
     Args:
         known: True or nonzero where a pixel is known, shape (B or 1, 1, H, W).
-        images: Pictures (B, C, H, W).
+        images: Images (B, C, H, W).
 
     Returns:
-        Shape (B, 1, H, W), of the pictures' dtype.
+        Shape (B, 1, H, W), of the images' dtype.
 
     Raises:
-        ValueError: If the shape does not fit, or all or nothing of a picture is known.
+        ValueError: If the shape does not fit, or all or nothing of an image is known.
     """
     batch, _, *size = images.shape
     if known.ndim != 4 or known.shape[0] not in (1, batch) or list(known.shape[1:]) != [1, *size]:
         raise ValueError(
-            f"The mask has shape {tuple(known.shape)} for pictures {tuple(images.shape)}; give ({batch}, 1, "
+            f"The mask has shape {tuple(known.shape)} for images {tuple(images.shape)}; give ({batch}, 1, "
             f"{size[0]}, {size[1]}), or one of 1 for all."
         )
     known = (known != 0).to(images).expand(batch, -1, -1, -1)
@@ -263,7 +263,7 @@ def check_known(known: Tensor, images: Tensor) -> Tensor:
     if bool((shares == 1).any()):
         raise ValueError("The mask is empty: every pixel is known and there is nothing to fill in; mark a part.")
     if bool((shares == 0).any()):
-        raise ValueError("The mask covers the whole picture: no pixel is known; mark a part, or draw a sample instead.")
+        raise ValueError("The mask covers the whole image: no pixel is known; mark a part, or draw a sample instead.")
     return known
 
 
@@ -272,22 +272,22 @@ def colorize(
     grey: Tensor,
     **options: Unpack[Options],
 ) -> Tensor:
-    """Gives grey pictures colours.
+    """Gives grey images colours.
 
     Args:
-        model: A model of RGB pictures.
-        grey: Grey pictures (B, 1, H, W) in [-1, 1].
+        model: A model of RGB images.
+        grey: Grey images (B, 1, H, W) in [-1, 1].
         options: As for `restore`.
 
     Returns:
-        Pictures (B, 3, H, W) with `to_grey(pictures)` equal to `grey` up to rounding; some may leave [-1, 1] for it.
+        Images (B, 3, H, W) with `to_grey(images)` equal to `grey` up to rounding; some may leave [-1, 1] for it.
 
     Raises:
-        ValueError: If the model's pictures have no colours, or shapes do not fit; or as `restore`.
+        ValueError: If the model's images have no colours, or shapes do not fit; or as `restore`.
     """
     if model.image_shape[0] != 3:
         raise ValueError(
-            f"Colorizing needs a model of RGB pictures, but this one's have {model.image_shape[0]} channel(s)."
+            f"Colorizing needs a model of RGB images, but this one's have {model.image_shape[0]} channel(s)."
         )
     check_images(model, grey.expand(-1, 3, -1, -1) if grey.ndim == 4 and grey.shape[1] == 1 else grey[:, :0])
     pixels = keep_grey(grey)
@@ -300,15 +300,15 @@ def super_resolve(
     small: Tensor,
     **options: Unpack[Options],
 ) -> Tensor:
-    """Gives small pictures detail.
+    """Gives small images detail.
 
     Args:
         model: The model.
-        small: Pictures (B, C, h, w) in [-1, 1], of a size that divides the model's by one whole factor of 2 or more.
+        small: Images (B, C, h, w) in [-1, 1], of a size that divides the model's by one whole factor of 2 or more.
         options: As for `restore`.
 
     Returns:
-        Pictures (B, C, H, W) whose means over squares are `small` up to rounding; some may leave [-1, 1] for it.
+        Images (B, C, H, W) whose means over squares are `small` up to rounding; some may leave [-1, 1] for it.
 
     Raises:
         ValueError: If the sizes do not fit; or as `restore`.
@@ -317,7 +317,7 @@ def super_resolve(
     factor = height // max(1, small.shape[-2])
     if factor < 2 or tuple(small.shape[1:]) != (channels, height / factor, width / factor):
         raise ValueError(
-            f"Small pictures of shape {tuple(small.shape)} cannot become {(channels, height, width)}; give ones that a "
+            f"Small images of shape {tuple(small.shape)} cannot become {(channels, height, width)}; give ones that a "
             "whole factor of 2 or more enlarges to that."
         )
     pixels = keep_small(small, factor)

@@ -72,15 +72,15 @@ def interpolate(
 
     Args:
         model: The model.
-        first: Seed of the picture at share 0, which is `generate`'s of that seed.
-        last: Seed of the picture at share 1.
+        first: Seed of the image at share 0, which is `generate`'s of that seed.
+        last: Seed of the image at share 1.
         shares: Places on the way, shape (S,).
         labels: Class indices (S,), or None.
         sampling: Sampler, grid and guidance; the model's own by default.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
     Returns:
-        Pictures (S, C, H, W).
+        Images (S, C, H, W).
 
     Raises:
         ValueError: If labels do not fit.
@@ -115,7 +115,7 @@ def guidance_sweep(
         sampling: Sampler and grid; the model's own by default.
 
     Returns:
-        Pictures (B, S, C, H, W).
+        Images (B, S, C, H, W).
 
     Raises:
         ValueError: If the model has no classes, or labels or seeds do not fit.

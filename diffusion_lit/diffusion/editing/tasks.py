@@ -1,9 +1,9 @@
-"""From a picture to noise and back: noising, denoising, image-to-image, inversion.
+"""From an image to noise and back: noising, denoising, image-to-image, inversion.
 
     forward   x = x0 + sigma n
     denoise   the sampler from x at sigma down the rest of its grid; in one step, D(x; sigma)
     img2img   forward, then denoise: the higher the level, the freer the result
-    invert    the probability-flow ODE upwards, from the picture to its noise; denoise brings it back
+    invert    the probability-flow ODE upwards, from the image to its noise; denoise brings it back
 
 A seed stands for one stream of noise, of which `forward` takes the first draw and a sampler the later ones.
 """
@@ -40,13 +40,13 @@ def strided(sampling: Sampling, scaling: Scaling) -> Sampling:
 
 @torch.no_grad()
 def forward(model: PixelModel, images: Tensor, sigma: float, seeds: Sequence[int] | None = None) -> Tensor:
-    """Noises pictures.
+    """Noises images.
 
     Args:
-        model: The model, whose pictures or latents are noised.
-        images: Pictures (B, C, H, W) in [-1, 1].
+        model: The model, whose images or latents are noised.
+        images: Images (B, C, H, W) in [-1, 1].
         sigma: Noise level, at least 0.
-        seeds: One seed per picture, 0, 1, ... by default; a seed is the same noise n at every level.
+        seeds: One seed per image, 0, 1, ... by default; a seed is the same noise n at every level.
 
     Returns:
         x = x0 + sigma n, shape (B, *x_shape); `visible` shows it.
@@ -61,7 +61,7 @@ def forward(model: PixelModel, images: Tensor, sigma: float, seeds: Sequence[int
 
 @torch.no_grad()
 def visible(model: PixelModel, x: Tensor, sigma: float) -> Tensor:
-    """Noisy pictures in the range of pictures, as a variance-preserving path has them.
+    """Noisy images in the range of images, as a variance-preserving path has them.
 
     Args:
         model: The model.
@@ -78,17 +78,17 @@ def visible(model: PixelModel, x: Tensor, sigma: float) -> Tensor:
 def denoise_once(
     model: PixelModel, x: Tensor, sigma: float, *, labels: Tensor | None = None, sampling: Sampling | None = None
 ) -> Tensor:
-    """Denoises in one step: the mean of all pictures that could be behind x.
+    """Denoises in one step: the mean of all images that could be behind x.
 
     Args:
         model: The model.
-        x: Noisy pictures x0 + sigma n (or latents), shape (B, *x_shape).
+        x: Noisy images x0 + sigma n (or latents), shape (B, *x_shape).
         sigma: Their noise level.
         labels: Class indices (B,), or None.
         sampling: Guidance and threshold; the model's own by default.
 
     Returns:
-        Pictures D(x; sigma), shape (B, C, H, W).
+        Images D(x; sigma), shape (B, C, H, W).
 
     Raises:
         ValueError: If the model does not know this level or these labels.
@@ -113,15 +113,15 @@ def denoise(
 
     Args:
         model: The model.
-        x: Noisy pictures x0 + sigma n (or latents), shape (B, *x_shape).
+        x: Noisy images x0 + sigma n (or latents), shape (B, *x_shape).
         sigma: Their noise level; on a level of the grid it goes on from there.
         labels: Class indices (B,), or None.
-        seeds: One seed per picture, 0, 1, ... by default. The noise is the one that follows `forward`'s of that seed.
+        seeds: One seed per image, 0, 1, ... by default. The noise is the one that follows `forward`'s of that seed.
         sampling: Sampler, grid and guidance; the model's own by default.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
     Returns:
-        Pictures (B, C, H, W).
+        Images (B, C, H, W).
 
     Raises:
         ValueError: If the model does not know this level or these labels.
@@ -148,19 +148,19 @@ def img2img(
     sampling: Sampling | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Noises pictures to a level of the grid and denoises them from there.
+    """Noises images to a level of the grid and denoises them from there.
 
     Args:
         model: The model.
-        images: Pictures (B, C, H, W) in [-1, 1].
-        start: Index of the level, from 0 (all noise) to num_steps - 1 (all but the picture itself).
+        images: Images (B, C, H, W) in [-1, 1].
+        start: Index of the level, from 0 (all noise) to num_steps - 1 (all but the image itself).
         labels: Class indices (B,) that the result shall have, or None.
-        seeds: One seed per picture, 0, 1, ... by default.
+        seeds: One seed per image, 0, 1, ... by default.
         sampling: Sampler, grid and guidance; by default the model's own on the `strided` grid.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
 
     Returns:
-        Pictures (B, C, H, W).
+        Images (B, C, H, W).
 
     Raises:
         ValueError: If there is no such level, or shapes, seeds or labels do not fit.
@@ -205,13 +205,13 @@ def invert(
     sampling: Sampling | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Takes pictures up the probability-flow ODE to the noise that they come from.
+    """Takes images up the probability-flow ODE to the noise that they come from.
 
     `denoise(model, x, sigma_max, ...)` with the same settings brings them back.
 
     Args:
         model: The model.
-        images: Pictures (B, C, H, W) in [-1, 1].
+        images: Images (B, C, H, W) in [-1, 1].
         labels: Class indices (B,), or None.
         sampling: A deterministic sampler, its grid and guidance; the model's own by default.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step, upwards.

@@ -28,7 +28,7 @@ from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.runs import LONGEST, check_name, claim_version, find_checkpoint
 
-DIGITS = Path(__file__).resolve().parent.parent / "configs/edm_digits.yaml"
+DIGITS = Path(__file__).resolve().parents[2] / "configs/edm_digits.yaml"
 FIT = [
     *["--config", str(DIGITS), "--name=run", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"],
     *["--trainer.callbacks=[]", "--model.init_args.net.init_args.model_channels=16", "--data.init_args.batch_size=16"],
@@ -227,7 +227,7 @@ def test_saving_and_drawing_happen_at_the_interval_and_at_the_end(lightning, sav
     assert (RUN / "checkpoints/best.ckpt").exists() == held_out
 
 
-def pictures(folder, count=40):
+def images(folder, count=40):
     for index in range(count):
         path = folder / str(index % 2) / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def pictures(folder, count=40):
 
 
 def test_a_folder_of_which_nothing_is_held_out_is_saved_drawn_and_measured(lightning, saves, tmp_path):
-    data = ["--data=datamodules.ImageFolder", f"--data.init_args.root={pictures(tmp_path / 'images')}"]
+    data = ["--data=datamodules.ImageFolder", f"--data.init_args.root={images(tmp_path / 'images')}"]
     data += ["--data.init_args.val_fraction=0", "--data.init_args.image_size=8", "--data.init_args.channels=1"]
     measure = "{class_path: diffusion_lit.evaluation.features.Pixels}"
     fid = f"[{{class_path: diffusion_lit.callbacks.FID, init_args: {{extractor: {measure}, num_samples: 4}}}}]"
