@@ -35,6 +35,8 @@ class ImageDataModule(LightningDataModule):
             than a quarter of its free memory.
     """
 
+    cache_dir: Any  # folder of the caches, of those that keep one
+
     def __init__(
         self,
         batch_size: int,
