@@ -22,7 +22,7 @@ from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
 
 SIDE = 12
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def write(path, seed):
