@@ -64,7 +64,7 @@ def coarse_first(
     if size % tiles:
         raise ValueError(f"{tiles} tiles do not divide images of {size} pixels; choose a divisor.")
     bands = min(most_bands, size // 2)
-    sampling = module.sampling.but(sampler="euler", num_steps=num_steps)
+    sampling = module.sampling.replace(sampler="euler", num_steps=num_steps)
     kept = study.keep(
         {
             "checkpoint": file_hash(path),

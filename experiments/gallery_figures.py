@@ -154,7 +154,7 @@ def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
 
 def each(model: Any, random: Any, draw: Callable[[Any, Sampling], Tensor]) -> list[tuple[str, Tensor]]:
     """Images of the trained and the untrained model under the same settings."""
-    sampling = model.sampling.but(**COMPOSED)
+    sampling = model.sampling.replace(**COMPOSED)
     return [("trained", draw(model, sampling)), ("untrained", draw(random, sampling).nan_to_num())]
 
 
@@ -179,7 +179,7 @@ def inverted(model: Any, data: Any, count: int = 4) -> dict[str, tuple[float, fl
     images = images_of(data, count)
     found = {}
     for name in ("heun", "ddim"):
-        sampling = model.sampling.but(sampler=name, num_steps=100)
+        sampling = model.sampling.replace(sampler=name, num_steps=100)
         x = editing.invert(model, images, sampling=sampling)
         back = editing.denoise(model, x, float(sampling.sigmas(model.denoiser.scaling)[0]), sampling=sampling)
         found[name] = mean_db(back.cpu(), images)
@@ -193,7 +193,7 @@ def filled(model: Any, data: Any, count: int = 4) -> dict[str, bool]:
     known[..., images.shape[2] // 2 :, :] = 0
     found = {}
     for name in ("heun", "ddim", "ddpm"):
-        made = editing.inpaint(model, images, known, sampling=model.sampling.but(sampler=name)).cpu()
+        made = editing.inpaint(model, images, known, sampling=model.sampling.replace(sampler=name)).cpu()
         found[name] = bool(((made == images) | (known == 0)).all())
     return found
 

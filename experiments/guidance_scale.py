@@ -114,14 +114,14 @@ def guidance_scale(
         reader = ClassifierFeatures()
         reader.load(gauge.data)
     labels = torch.arange(study.setup.num_samples) % module.num_classes
-    plain = module.sampling.but(cfg_scale=1.0, num_steps=num_steps)
+    plain = module.sampling.replace(cfg_scale=1.0, num_steps=num_steps)
     real = float((real_images(gauge) / 127.5 - 1).abs().mean())
 
-    ways = [Way(f"scale {scale:g}", plain.but(cfg_scale=scale), scale=scale) for scale in scales]
+    ways = [Way(f"scale {scale:g}", plain.replace(cfg_scale=scale), scale=scale) for scale in scales]
     ways.append(
         Way(
             f"scale {interval_scale:g} for {interval[0]:g} < sigma <= {interval[1]:g}",
-            plain.but(cfg_scale=interval_scale, guidance_interval=interval),
+            plain.replace(cfg_scale=interval_scale, guidance_interval=interval),
         )
     )
     worse: Any = load_module(guide).to(study.device)

@@ -42,12 +42,12 @@ def noise_cutoff(
     path = ckpt_path or str(study.fit({"ddpm": {}})["ddpm"].ckpt_path)
     cuts = until or sorted({round(num_steps * share) for share in (0, 0.1, 0.3, 0.6, 0.9, 0.95, 1)})
     module, gauge = load_module(path), study.gauge(path)
-    default = module.sampling.but(sampler="ddpm", num_steps=num_steps, grid="trailing")
+    default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
     real = real_images(gauge)
     scale = sharpness(real)
     rows, shown = [], {}
     for cut in cuts:
-        drawn = study.draw(path, gauge, default.but(sampler_options={"noise_until": cut}))
+        drawn = study.draw(path, gauge, default.replace(sampler_options={"noise_until": cut}))
         assert drawn.images is not None
         rows.append({"noise until": cut, **gauge.measure(drawn), "sharpness": sharpness(drawn.images) / scale})
         shown[f"k = {cut}"] = drawn.images[:12]

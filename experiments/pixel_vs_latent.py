@@ -237,7 +237,7 @@ def sample(
     labels = draw_labels(range(seed, seed + count), class_frequencies(data, module.num_classes))
     weights = weights_hash(module.state_dict())
     for steps in num_steps:
-        setting = module.sampling.but(num_steps=steps)
+        setting = module.sampling.replace(num_steps=steps)
         record = {"weights": weights, "extractor": measure.identity(), "sampling": setting.record()}
         job = Job(setting, count, seed, labels, record, folder / "parts", batch_size=100)
         generate_shards(job, module, measure)

@@ -73,7 +73,7 @@ def posthoc_ema(
     floor = real_against_real(reference, held_out, num_samples)
     seeds = range(seed, seed + num_samples)
     labels = draw_labels(seeds, class_frequencies(data, module.num_classes))
-    sampling = module.sampling.but(num_steps=num_steps)
+    sampling = module.sampling.replace(num_steps=num_steps)
 
     def distance(state: dict[str, torch.Tensor]) -> float:
         module.load_state_dict(state, strict=False)

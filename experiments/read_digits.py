@@ -41,7 +41,7 @@ def read_digits(
     data.prepare_data()
     data.setup()
     labels = torch.arange(10).repeat_interleave(per_class)
-    sampling = module.sampling.but(cfg_scale=1.0)
+    sampling = module.sampling.replace(cfg_scale=1.0)
     samples = torch.cat(
         [
             module.generate(range(seed + start, seed + start + per_class), labels[start : start + per_class], sampling)

@@ -129,10 +129,10 @@ def settings_of(default: Sampling, name: str, nfe: list[int], rtol: list[float])
     sampler = SAMPLERS[name]
     if sampler.nfe(1) is None:  # two steps: an adaptive one to sigma_min, and the last to 0
         return [
-            default.but(sampler=name, num_steps=2, sampler_options={"rtol": value, "atol": value}) for value in rtol
+            default.replace(sampler=name, num_steps=2, sampler_options={"rtol": value, "atol": value}) for value in rtol
         ]
     steps = [max((n for n in range(1, most + 1) if (sampler.nfe(n) or 0) <= most), default=0) for most in nfe]
-    return [default.but(sampler=name, num_steps=n) for n in dict.fromkeys(steps) if n]
+    return [default.replace(sampler=name, num_steps=n) for n in dict.fromkeys(steps) if n]
 
 
 def write(points: list[Point], floor: tuple[float, int] | None, metric: str, count: int, folder: Path) -> None:

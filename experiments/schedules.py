@@ -90,7 +90,7 @@ def schedules(
         schedule, _, steps = name.partition(", ")
         row = {"schedule": schedule, "steps": int(steps)}
         for way, count in ((f"{few} of them", few), ("all steps", int(steps))):
-            drawn = study.draw(run, gauge, module.sampling.but(num_steps=count))
+            drawn = study.draw(run, gauge, module.sampling.replace(num_steps=count))
             row |= {f"{key}, {way}": value for key, value in gauge.measure(drawn).items() if key != "precision"}
             shown[name] = drawn.images[:12]
         rows.append(row)

@@ -234,7 +234,7 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
             classes = module.num_classes
             labels = torch.arange(total) % classes if classes else None
             for scale in (1.0, cfg_scale) if classes else (1.0,):
-                drawn = study.draw(path, gauge, module.sampling.but(cfg_scale=scale), labels)
+                drawn = study.draw(path, gauge, module.sampling.replace(cfg_scale=scale), labels)
                 guided = scale if classes else None
                 rows.append({"told": name, "epochs": count, "guidance": guided, **gauge.measure(drawn)})
                 how = f", guidance {scale:g}, a row per class" if classes else ""

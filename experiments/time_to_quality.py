@@ -245,7 +245,7 @@ def _ours(settings: dict[str, Any], root: str, device: str) -> tuple[dict[str, T
     drawn, first = {}, 10**6 * settings["seed"]
     for title, scale in {OURS: module.sampling.cfg_scale, UNGUIDED: 1.0}.items():
         steps = settings["nfe"] if scale == 1 else max(1, settings["nfe"] // 2)
-        sampling = module.sampling.but(sampler="dpmpp_2m", num_steps=steps, cfg_scale=scale)
+        sampling = module.sampling.replace(sampler="dpmpp_2m", num_steps=steps, cfg_scale=scale)
         parts = []
         for start in range(0, settings["num_samples"], CHUNK):
             seeds = [first + row for row in range(start, min(start + CHUNK, settings["num_samples"]))]

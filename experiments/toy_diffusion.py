@@ -73,7 +73,7 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
 
     rows = []
     for count in num_steps:
-        drawn = study.draw(trained, gauge, module.sampling.but(num_steps=count))
+        drawn = study.draw(trained, gauge, module.sampling.replace(num_steps=count))
         rows.append({"steps": count, **gauge.measure(drawn)})
         if count == module.sampling.num_steps:
             study.images("samples", drawn.images[:80], f"Samples in {count} steps.")

@@ -48,7 +48,7 @@ def variance(
         }
         ckpt_path = str(study.fit({"learned variance": options})["learned variance"].ckpt_path)
     module, gauge = load_module(ckpt_path), study.gauge(ckpt_path)
-    default = module.sampling.but(sampler="ddpm", num_steps=num_steps, grid="trailing")
+    default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
     ways: dict[str, dict[str, Any]] = {
         f"posterior x {scale:g}": {"variance": "posterior", "variance_scale": scale} for scale in scales if scale < 1
     }
@@ -63,7 +63,7 @@ def variance(
     spread = diversity(gauge.reference.features.features, gauge.reference.labels)
     rows, shown = [], {}
     for name, options in ways.items():
-        drawn = study.draw(ckpt_path, gauge, default.but(sampler_options=options), labels)
+        drawn = study.draw(ckpt_path, gauge, default.replace(sampler_options=options), labels)
         assert drawn.images is not None
         rows.append(
             {

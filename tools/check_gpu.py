@@ -141,7 +141,7 @@ def samplers(check: Check) -> str:
     refused = []
     for name in SAMPLERS:
         try:
-            drawn = module.generate([0, 1, 2, 3], None, module.sampling.but(sampler=name, num_steps=4))
+            drawn = module.generate([0, 1, 2, 3], None, module.sampling.replace(sampler=name, num_steps=4))
         except ValueError as error:  # one that suits no model of this kind, and says so
             refused.append(f"{name}: {str(error).splitlines()[0]}")
             continue

@@ -304,8 +304,8 @@ def invert(options: ImageOptions) -> None:
     """
     model = options.load()
     own: Sampling = model.sampling
-    quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.but(sampler="heun")
-    sampling = options.sampling(model, quiet.but(num_steps=100))
+    quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.replace(sampler="heun")
+    sampling = options.sampling(model, quiet.replace(num_steps=100))
     image, labels = options.read(model), options.labels(model, 1)
     x = editing.invert(model, image, labels=labels, sampling=sampling)
     sigma = float(sampling.sigmas(model.denoiser.scaling)[0])
@@ -342,7 +342,7 @@ def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -
         raise ValueError("The model is unconditional, so that there is nothing to guide by; give a conditional one.")
     sampling = options.sampling(model, model.sampling)
     for scale in cfg_scales:
-        check_guidance(model, sampling.but(cfg_scale=scale), labelled=True, cfg_scale=scale)
+        check_guidance(model, sampling.replace(cfg_scale=scale), labelled=True, cfg_scale=scale)
     labels = torch.tensor(options.conditions(model) or list(range(min(10, model.num_classes))))
     seeds = [options.seed] * len(labels)
     made = editing.guidance_sweep(model, labels, cfg_scales, seeds=seeds, sampling=sampling).cpu()

@@ -138,7 +138,7 @@ class Options:
         Raises:
             ValueError: If guidance is asked for that does nothing.
         """
-        sampling = default.but(
+        sampling = default.replace(
             cfg_scale=self.cfg_scale,
             sampler=self.sampler,
             num_steps=self.num_steps,

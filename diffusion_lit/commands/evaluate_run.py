@@ -113,7 +113,7 @@ class Plan:
             _words("cfg_scale", self.cfg_scale, float),
         )
         return [
-            default.but(sampler=sampler, num_steps=num_steps, cfg_scale=cfg_scale, **same)
+            default.replace(sampler=sampler, num_steps=num_steps, cfg_scale=cfg_scale, **same)
             for sampler, num_steps, cfg_scale in product(*lists)
         ]
 

@@ -113,7 +113,7 @@ def sample(
     if prompt and num_samples < len(prompt):
         raise ValueError(f"num_samples is {num_samples} for {len(prompt)} prompts; draw at least one image for each.")
     labels = "all" if prompt else labels
-    settings: Sampling = module.sampling.but(
+    settings: Sampling = module.sampling.replace(
         cfg_scale=cfg_scale,
         sampler=sampler,
         num_steps=num_steps,

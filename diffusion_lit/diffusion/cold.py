@@ -111,7 +111,7 @@ class ColdSampling:
         """Calls of the restorer for an image; None where it is as many as the degradation has steps."""
         return self.num_steps
 
-    def but(self, **changes: Any) -> "ColdSampling":
+    def replace(self, **changes: Any) -> "ColdSampling":
         """The same settings with some replaced, None meaning unchanged.
 
         Args:

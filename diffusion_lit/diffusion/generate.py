@@ -89,7 +89,7 @@ class Sampling:
         _check_options(f"sampler {self.sampler!r}", self.sampler_options, known)
         _check_options(f"threshold {self.clip_x0!r}", self.clip_options, CLIP_OPTIONS[self.clip_x0])
 
-    def but(self, **changes: Any) -> "Sampling":
+    def replace(self, **changes: Any) -> "Sampling":
         """The same settings with some replaced, `None` meaning unchanged.
 
         Options of the sampler, the grid and the threshold belong to their name: they are dropped when the name changes.

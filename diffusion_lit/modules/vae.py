@@ -50,7 +50,7 @@ class PriorSampling:
         """Passes through the decoder."""
         return 1
 
-    def but(self, **changes: Any) -> "PriorSampling":
+    def replace(self, **changes: Any) -> "PriorSampling":
         """Itself; there is nothing to change.
 
         Args:

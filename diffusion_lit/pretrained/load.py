@@ -133,7 +133,7 @@ def load_upsampler(name: str, embeddings: Tensor, noise_level: int = 250, **chan
     scaling, learned = make_scaling(scheduler), _learned(config, channels, scheduler, model)
     own = make_sampling(scheduler, *IF_STAGE_2)
     try:
-        sampling = own.but(**changes)
+        sampling = own.replace(**changes)
     except TypeError as error:
         raise ValueError(f"stage_2_options: {str(error).rpartition(') ')[2] or error}.") from error
     for option, value in (("noise_level", noise_level), ("num_steps", sampling.num_steps)):

@@ -28,7 +28,7 @@ LOOSE = {"rk45": {"rtol": 1e-2, "atol": 1e-2}}
 
 
 def settings(name="heun", **changes):
-    return Sampling(sampler=name, num_steps=8, sampler_options=LOOSE.get(name, {})).but(**changes)
+    return Sampling(sampler=name, num_steps=8, sampler_options=LOOSE.get(name, {})).replace(**changes)
 
 
 class Exact(PixelModel):
@@ -186,7 +186,9 @@ def test_a_sweep_of_guidance_is_the_samples_of_each_scale():
     drawn = E.guidance_sweep(model, torch.tensor([0, 2]), [1.0, 4.0], seeds=[5, 6])
     assert drawn.shape == (2, 2, 1, 8, 8)
     for column, scale in enumerate((1.0, 4.0)):
-        alone = model.sampling.but(cfg_scale=scale).generate(model.denoiser, (1, 8, 8), [5, 6], torch.tensor([0, 2]))
+        alone = model.sampling.replace(cfg_scale=scale).generate(
+            model.denoiser, (1, 8, 8), [5, 6], torch.tensor([0, 2])
+        )
         assert torch.equal(drawn[:, column], alone)
     with pytest.raises(ValueError, match="unconditional"):
         E.guidance_sweep(tiny(num_classes=0), torch.tensor([0]))

@@ -80,18 +80,18 @@ def test_guidance_scales_one_and_zero_are_the_branches_alone():
     conditional = plain.generate(denoiser, (1, 4, 4), range(3), labels)
     calls = denoiser.net.calls
     assert calls == plain.nfe
-    unconditional = plain.but(cfg_scale=0.0).generate(denoiser, (1, 4, 4), range(3), labels)
+    unconditional = plain.replace(cfg_scale=0.0).generate(denoiser, (1, 4, 4), range(3), labels)
     assert torch.equal(unconditional, plain.generate(denoiser, (1, 4, 4), range(3)))
-    guided = plain.but(cfg_scale=3.0).generate(denoiser, (1, 4, 4), range(3), labels)
+    guided = plain.replace(cfg_scale=3.0).generate(denoiser, (1, 4, 4), range(3), labels)
     assert not torch.allclose(guided, conditional)
 
 
 def test_but_drops_the_options_of_another_sampler():
     churned = Sampling(sampler="heun", sampler_options={"S_churn": 3.0}, grid_options={"rho": 5.0})
-    assert churned.but(sampler="euler").sampler_options == {}
-    assert churned.but(sampler="euler").grid_options == {"rho": 5.0}
-    assert churned.but(num_steps=4).sampler_options == {"S_churn": 3.0}
-    assert churned.but(num_steps=None) == churned
+    assert churned.replace(sampler="euler").sampler_options == {}
+    assert churned.replace(sampler="euler").grid_options == {"rho": 5.0}
+    assert churned.replace(num_steps=4).sampler_options == {"S_churn": 3.0}
+    assert churned.replace(num_steps=None) == churned
     assert Sampling(**churned.record()) == churned
 
 
@@ -124,7 +124,7 @@ def test_options_of_the_threshold_reach_it_and_unknown_ones_are_refused():
     sampling = Sampling(clip_x0="dynamic", clip_options={"percentile": 0.9, "ceiling": 1.5})
     clip = sampling.guide(torch.nn.Identity(), labelled=False)
     assert (clip.dynamic, clip.percentile, clip.ceiling) == (True, 0.9, 1.5)
-    assert sampling.but(clip_x0="static").clip_options == {}
+    assert sampling.replace(clip_x0="static").clip_options == {}
     with pytest.raises(ValueError, match="threshold 'static' has no option 'ceiling'; it takes limit"):
         Sampling(clip_x0="static", clip_options={"ceiling": 2})
 

@@ -197,16 +197,16 @@ def test_direct_restoration_is_one_call_and_fewer_steps_jump():
 def test_settings_are_those_of_restorers():
     setting = tiny().sampling
     assert (setting.sampler, setting.num_steps, setting.nfe) == ("improved", 4, 4)
-    assert setting.but(sampler="direct").nfe == 1 and ColdSampling(**setting.record()) == setting
-    assert setting.but(sampler="direct").but(sampler="naive").num_steps is None
-    assert setting.but(sampler=None, grid=None) == setting
+    assert setting.replace(sampler="direct").nfe == 1 and ColdSampling(**setting.record()) == setting
+    assert setting.replace(sampler="direct").replace(sampler="naive").num_steps is None
+    assert setting.replace(sampler=None, grid=None) == setting
     for name, value in (("grid", "karras"), ("clip_x0", "static")):
         with pytest.raises(ValueError, match=f"Cold diffusion has no noise and so no {name}; leave --{name} out"):
-            setting.but(**{name: value})
+            setting.replace(**{name: value})
     with pytest.raises(ValueError, match="cold diffusion has no classes"):
-        setting.but(cfg_scale=2.0)
+        setting.replace(cfg_scale=2.0)
     with pytest.raises(ValueError, match="no sampler 'heun' here; choose one of improved, naive, direct"):
-        setting.but(sampler="heun")
+        setting.replace(sampler="heun")
 
 
 def test_principal_components_have_the_images_covariance():

@@ -204,8 +204,8 @@ def test_one_file_is_enough_to_sample(here, checkpoint, lightning):
     arrays = np.load(here / "o/samples.npz")
     assert arrays["arr_0"].shape == (12, 8, 8, 1)
     module = load_module("alone.ckpt")
-    made = module.generate([3, 4], torch.tensor([1, 2]), module.sampling.but(num_steps=2))
-    same = module.generate([4], torch.tensor([2]), module.sampling.but(num_steps=2))
+    made = module.generate([3, 4], torch.tensor([1, 2]), module.sampling.replace(num_steps=2))
+    same = module.generate([4], torch.tensor([2]), module.sampling.replace(num_steps=2))
     torch.testing.assert_close(made[1:], same, rtol=1e-3, atol=1e-4)
 
 
@@ -223,7 +223,7 @@ def test_trajectories_are_decoded(checkpoint):
     def callback(step, x, x0_hat, sigma):
         seen.append((x, x0_hat, sigma))
 
-    made = module.generate([0, 1], torch.tensor([3, 4]), module.sampling.but(num_steps=3), callback)
+    made = module.generate([0, 1], torch.tensor([3, 4]), module.sampling.replace(num_steps=3), callback)
     assert all(x.shape == x0_hat.shape == (2, 1, 8, 8) for x, x0_hat, _ in seen)
     torch.testing.assert_close(seen[-1][1], made, rtol=1e-4, atol=1e-4)  # the last prediction is the sample
 

@@ -119,9 +119,9 @@ def test_augmentation_reaches_the_loss_with_its_labels_and_is_keyed():
 
 def test_generating_leaves_the_module_in_the_mode_that_it_was_in():
     module = EDM(net(dropout=0.5)).train()
-    first = module.generate([0, 1], torch.tensor([0, 1]), module.sampling.but(num_steps=2))
+    first = module.generate([0, 1], torch.tensor([0, 1]), module.sampling.replace(num_steps=2))
     assert module.training
-    assert torch.equal(first, module.generate([0, 1], torch.tensor([0, 1]), module.sampling.but(num_steps=2)))
+    assert torch.equal(first, module.generate([0, 1], torch.tensor([0, 1]), module.sampling.replace(num_steps=2)))
     assert not first.requires_grad
 
 

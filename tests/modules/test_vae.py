@@ -109,9 +109,9 @@ def test_what_it_cannot_be_is_named(options, message):
 
 def test_its_one_way_to_draw_takes_no_options():
     module = tiny()
-    assert module.sampling.but(sampler=None, num_steps=None) is module.sampling
+    assert module.sampling.replace(sampler=None, num_steps=None) is module.sampling
     with pytest.raises(ValueError, match="no num_steps"):
-        module.sampling.but(num_steps=5)
+        module.sampling.replace(num_steps=5)
 
 
 def test_a_run_leaves_its_images_and_figures(lightning, tmp_path):

@@ -117,7 +117,7 @@ def test_ddpm_pipeline(tmp_path, case, prediction):
     pipeline = save_unet(tmp_path, diffusers.DDPMScheduler(**CASES[case], prediction_type=prediction))
     model = load_pretrained(str(tmp_path))
     assert model.sampling.sampler == "ddpm"
-    ours = model.generate(SEEDS, sampling=model.sampling.but(num_steps=STEPS))
+    ours = model.generate(SEEDS, sampling=model.sampling.replace(num_steps=STEPS))
     assert_same(ours, last_state(pipeline, batch_size=3))
 
 
@@ -137,7 +137,7 @@ def test_ddim_pipeline(tmp_path, case, prediction, eta):
     model = load_pretrained(str(tmp_path))
     assert model.sampling.sampler == "ddim"
     options = {**model.sampling.sampler_options, "eta": eta}
-    ours = model.generate(SEEDS, sampling=model.sampling.but(num_steps=STEPS, sampler_options=options))
+    ours = model.generate(SEEDS, sampling=model.sampling.replace(num_steps=STEPS, sampler_options=options))
     assert_same(ours, last_state(pipeline, batch_size=3, eta=eta))
 
 
@@ -147,7 +147,9 @@ def test_a_schedule_that_ends_in_pure_noise(tmp_path):
     )
     pipeline = save_unet(tmp_path / "v", scheduler)
     model = load_pretrained(str(tmp_path / "v"))
-    assert_same(model.generate(SEEDS, sampling=model.sampling.but(num_steps=STEPS)), last_state(pipeline, batch_size=3))
+    assert_same(
+        model.generate(SEEDS, sampling=model.sampling.replace(num_steps=STEPS)), last_state(pipeline, batch_size=3)
+    )
     save_unet(tmp_path / "eps", diffusers.DDPMScheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match="cannot start"):
         load_pretrained(str(tmp_path / "eps"))
@@ -158,10 +160,10 @@ def test_a_learned_variance(tmp_path):
     pipeline = save_unet(tmp_path, scheduler, unet_2d(out_channels=6))
     model = load_pretrained(str(tmp_path))
     assert isinstance(model.denoiser, LearnedVarianceDenoiser)
-    few = model.sampling.but(num_steps=STEPS)
+    few = model.sampling.replace(num_steps=STEPS)
     ours = model.generate(SEEDS, sampling=few)
     assert_same(ours, last_state(pipeline, batch_size=3))
-    fixed = few.but(sampler_options={"variance": "posterior"})
+    fixed = few.replace(sampler_options={"variance": "posterior"})
     assert not torch.allclose(ours, model.generate(SEEDS, sampling=fixed), atol=0.1)
 
 
@@ -169,7 +171,7 @@ def test_channels_of_a_variance_that_the_scheduler_does_not_read_are_left_out(tm
     save_unet(tmp_path, diffusers.DDPMScheduler(), unet_2d(out_channels=6))
     model = load_pretrained(str(tmp_path))
     assert not isinstance(model.denoiser, LearnedVarianceDenoiser)
-    assert model.generate([0], sampling=model.sampling.but(num_steps=2)).shape == (1, 3, 8, 8)
+    assert model.generate([0], sampling=model.sampling.replace(num_steps=2)).shape == (1, 3, 8, 8)
 
 
 def test_weights_beside_the_index_as_in_the_first_models_of_the_hub(tmp_path):
@@ -210,14 +212,14 @@ def test_classes_without_a_null_class(tmp_path):
         spread = (1 + sigma**2) ** 0.5
         x0_hat = model.denoiser(x * spread, sigma, labels)
     torch.testing.assert_close(x0_hat, x * spread - sigma * eps, rtol=1e-4, atol=1e-3)
-    few = model.sampling.but(num_steps=2)
+    few = model.sampling.replace(num_steps=2)
     for wrong in (lambda: model.generate([0], sampling=few), lambda: guided(model, few)):
         with pytest.raises(ValueError, match="no null class"):
             wrong()
 
 
 def guided(model, sampling):
-    return model.generate([0], torch.tensor([1]), sampling.but(cfg_scale=2.0))
+    return model.generate([0], torch.tensor([1]), sampling.replace(cfg_scale=2.0))
 
 
 # Text models
@@ -240,7 +242,7 @@ def test_stable_diffusion(stable_diffusion, tmp_path, kind, scale):
     )  # fmt: skip
     texts = [PROMPTS[label] for label in LABELS]
     latents = last_state(pipeline, prompt=texts, guidance_scale=scale)
-    settings = model.sampling.but(num_steps=STEPS, cfg_scale=scale)
+    settings = model.sampling.replace(num_steps=STEPS, cfg_scale=scale)
     ours = settings.generate(model.denoiser, model.x_shape, SEEDS, LABELS)
     assert_same(ours, latents)
     with torch.no_grad():
@@ -256,7 +258,7 @@ def test_the_negative_prompt_is_the_null_class(stable_diffusion):
     texts = [PROMPTS[label] for label in LABELS]
     pipeline.scheduler = diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, steps_offset=1)
     theirs = last_state(pipeline, prompt=texts, negative_prompt=[WORDS[3]] * 3, guidance_scale=3.0)
-    settings = model.sampling.but(num_steps=STEPS, cfg_scale=3.0)
+    settings = model.sampling.replace(num_steps=STEPS, cfg_scale=3.0)
     assert_same(settings.generate(model.denoiser, model.x_shape, SEEDS, LABELS), theirs)
     without = load_pretrained(str(folder))  # draws for the empty prompt
     assert without.num_classes == 0
@@ -282,7 +284,7 @@ def test_if_stage_1(deep_floyd, tmp_path, scheduler, scale):
     pipeline.scheduler = made
     made.register_to_config(variance_type=made.config.get("variance_type", "fixed_small"))
     theirs = last_state(pipeline, prompt=[PROMPTS[label] for label in LABELS], guidance_scale=scale)
-    ours = model.generate(SEEDS, LABELS, model.sampling.but(num_steps=STEPS, cfg_scale=scale))
+    ours = model.generate(SEEDS, LABELS, model.sampling.replace(num_steps=STEPS, cfg_scale=scale))
     assert_same(ours, theirs)
 
 
@@ -292,7 +294,9 @@ def test_if_stage_2(deep_floyd, deep_floyd_2, scale):
     options = {"num_steps": STEPS, "cfg_scale": scale, "noise_level": 100}
     model = load_pretrained(str(folder), PROMPTS, stage_2=str(folder_2), stage_2_options=options)
     assert (model.x_shape, model.image_shape) == ((3, 8, 8), (3, 16, 16))
-    small = load_pretrained(str(folder), PROMPTS).generate(SEEDS, LABELS, few := model.sampling.but(num_steps=STEPS))
+    small = load_pretrained(str(folder), PROMPTS).generate(
+        SEEDS, LABELS, few := model.sampling.replace(num_steps=STEPS)
+    )
     embeddings, negative = first.encode_prompt([PROMPTS[label] for label in LABELS])
     theirs = last_state(
         second,

@@ -143,7 +143,7 @@ def test_every_number_is_looked_at(case, name, whole, several):
         (lambda: callbacks.LastCheckpoint(-1), "every_n_train_steps is -1"),
         (lambda: Trapezoid(torch.optim.SGD(PARAMETER, 0.1), warmup_steps=-5), "warmup_steps is -5"),
         (lambda: Sampling(cfg_scale=math.nan), "cfg_scale is nan"),
-        (lambda: Sampling().but(cfg_scale=math.nan), "cfg_scale is nan"),
+        (lambda: Sampling().replace(cfg_scale=math.nan), "cfg_scale is nan"),
         (lambda: nets.UNet(1, 16, attention_resolutions=(3,)), "attention_resolutions has 3"),
         (lambda: nets.UNet(1, 16, linear_attention_resolutions=(32,)), "linear_attention_resolutions has 32"),
         (lambda: nets.UNet(1, 16, channel_mult=()), "channel_mult is empty"),

@@ -138,7 +138,7 @@ def revising(sampling: Sampling) -> Sampling:
     """
     options = sampling.sampler_options
     draws = SAMPLERS[sampling.sampler].stochastic or options.get("eta", 0) or options.get("S_churn", 0)
-    return sampling if draws else sampling.but(sampler="ddpm")
+    return sampling if draws else sampling.replace(sampler="ddpm")
 
 
 def through_autoencoder(model: PixelModel, project: Project) -> Project:

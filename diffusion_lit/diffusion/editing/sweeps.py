@@ -125,7 +125,7 @@ def guidance_sweep(
     sampling = settings(model, sampling)
     seeds = check_seeds(seeds, len(labels))
     drawn = [
-        model.decode(sampling.but(cfg_scale=scale).generate(model.denoiser, model.x_shape, seeds, labels))
+        model.decode(sampling.replace(cfg_scale=scale).generate(model.denoiser, model.x_shape, seeds, labels))
         for scale in cfg_scales
     ]
     return torch.stack(drawn, 1)

@@ -35,7 +35,7 @@ def strided(sampling: Sampling, scaling: Scaling) -> Sampling:
         The settings with the leading grid of 33 steps.
     """
     total = STRIDED_STEPS if scaling.schedule is None else scaling.schedule.num_steps
-    return sampling.but(grid="leading", num_steps=min(STRIDED_STEPS, total))
+    return sampling.replace(grid="leading", num_steps=min(STRIDED_STEPS, total))
 
 
 @torch.no_grad()
