@@ -181,6 +181,8 @@ class LastCheckpoint(ModelCheckpoint):
             except OSError:  # a file system without hard links
                 shutil.copyfile(last, temporary)
             os.replace(temporary, last.with_name(f"{name}.ckpt"))
+        with contextlib.suppress(OSError):  # two names of one file are not replaced, and both stay
+            temporary.unlink(missing_ok=True)
 
     def _improved(self, trainer: Trainer) -> bool:
         """Whether the validation that just ended gave the best figure so far; the same on all ranks."""

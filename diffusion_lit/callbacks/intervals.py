@@ -4,6 +4,8 @@ Lightning leaves validation out where there is nothing to validate on, and with 
 the checkpoint, the sample grid, FID.
 """
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -20,7 +22,8 @@ def ends(trainer: Trainer) -> bool:
         Whether it was the last step of `max_steps`, of the last epoch, or before an early stop.
     """
     loop = trainer.fit_loop
-    epochs = loop.epoch_progress.current.processed + loop.epoch_loop._num_ready_batches_reached()
+    progress: Any = loop.epoch_progress.current
+    epochs = progress.processed + loop.epoch_loop._num_ready_batches_reached()
     return (
         0 < trainer.max_steps <= trainer.global_step
         or 0 < (loop.max_epochs or -1) <= epochs

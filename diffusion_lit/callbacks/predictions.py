@@ -71,7 +71,7 @@ def gather(folder: Path) -> int:
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(whole.pop("index"), kind="stable")
     images = whole.pop("images")[order]
-    labels = {name: value[order] for name, value in whole.items()}
+    labels: dict[str, Any] = {name: value[order] for name, value in whole.items()}
     np.savez_compressed(folder / "samples.npz", arr_0=images, **labels)
     first = torch.from_numpy(images[:GRID]).permute(0, 3, 1, 2).float() / 127.5 - 1
     grid_image(first, min(8, len(first))).save(folder / "grid.png")

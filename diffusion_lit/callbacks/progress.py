@@ -203,7 +203,8 @@ def nothing_trained(trainer: Trainer) -> str:
     Returns:
         A sentence.
     """
-    step, epochs = trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    step, epochs = trainer.global_step, progress.processed
     if 0 <= trainer.max_steps <= step:
         why, more = f"step {step:,}, and trainer.max_steps is {trainer.max_steps:,}", "trainer.max_steps"
     elif 0 <= (trainer.max_epochs or -1) <= epochs:

@@ -50,7 +50,7 @@ from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
-from diffusion_lit.commands.place import Place, SaveRecipe, length_said_last
+from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length_said_last
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
 from diffusion_lit.modules.base import KeyedModule
 from diffusion_lit.runtime import watchdog
@@ -219,7 +219,7 @@ class CLI(LightningCLI):
         folder = run_of(path)
         if folder is not None and (subcommand != "fit" or str(path) != str(given)):
             self.place.continues(folder)
-            if subcommand == "fit":
+            if subcommand == "fit" and is_rank_zero():
                 lock_run(folder).release()  # so that it is told now; the trainer takes it again for the whole run
         self.recorded = {
             **(checkpoint.get("callbacks", {}).get("Resume", {}).get("settings") or {}),
@@ -243,7 +243,7 @@ class CLI(LightningCLI):
         """Makes the run's folder, and tells loggers of it."""
         config = self.config[self.subcommand]
         if not config.trainer.get("fast_dev_run"):
-            self.place.settle(config, self.subcommand)
+            self.place.settle(config, str(self.subcommand))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""

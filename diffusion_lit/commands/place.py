@@ -98,7 +98,7 @@ class Place:
         if command == "predict":  # which logs nothing
             config.trainer.logger = False
         for logger in _loggers(config.trainer):
-            init, known = logger.init_args, signature(_class(logger.class_path).__init__).parameters
+            init, known = logger.init_args, signature(_class(logger.class_path)).parameters
             if _makes_folders(logger):
                 fit = command == "fit"
                 init.save_dir, init.name = (str(self.root), self.name) if fit else (str(self.folder.parent), "")
@@ -114,7 +114,7 @@ class Place:
     def _fresh(self) -> Path:
         """The folder of a run that starts: the version that was asked for, or the next."""
         if self.version is None:
-            if rank_zero_only.rank:  # rank 0 tells it
+            if not is_rank_zero():  # rank 0 tells it
                 return self.run / "version_0"
             folder = claim_version(self.run)
             self._made.append(folder)
@@ -160,13 +160,18 @@ class SaveRecipe(SaveConfigCallback):
         (folder / self.config_filename).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, as far as it can be known before the trainer is built."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
 def keep_csv(path: Path) -> None:
     """Renames a table of figures, which Lightning's CSVLogger would delete when its run goes on.
 
     Args:
         path: Its metrics.csv; what was logged before is found in metrics_before_1.csv, metrics_before_2.csv, ...
     """
-    if path.is_file() and not rank_zero_only.rank:
+    if path.is_file() and is_rank_zero():
         count = len(list(path.parent.glob("metrics_before_*.csv"))) + 1
         path.rename(path.with_name(f"metrics_before_{count}.csv"))
 

@@ -79,9 +79,10 @@ def lock_run(folder: Path) -> ProcessLock:
     try:
         return ProcessLock(folder / ".lock")
     except BlockingIOError as error:
+        holder = str(error.strerror).removeprefix("held by ")
         raise ValueError(
-            f"{folder} is being trained by another process ({error.strerror.removeprefix('held by ')}); wait until it "
-            "ends or stop it, or start a run of your own without --ckpt_path."
+            f"{folder} is being trained by another process ({holder}); wait until it ends or stop it, or "
+            "start a run of your own without --ckpt_path."
         ) from error
 
 
