@@ -29,13 +29,25 @@ from torch import Tensor, nn
 
 from diffusion_lit.commands.fit import CLI as LightningFit
 from diffusion_lit.commands.fit import run
-from diffusion_lit.diffusion import ClassifierFreeGuidance, Denoiser, EDMScaling, EpsScaling, LinearSchedule, Sampling
+from diffusion_lit.diffusion import (
+    ClassifierFreeGuidance,
+    Denoiser,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    LinearSchedule,
+    Sampling,
+)
 from diffusion_lit.nets import UNet
 from diffusion_lit.runtime.hardware import hardware, keep_freed_memory
 from experiments.command import command
 
 WARM_UP = 3
-SAMPLERS = {"heun": EDMScaling(), "euler": EDMScaling(), "dpmpp_2m": EDMScaling(), "ddpm": EpsScaling(LinearSchedule())}
+SAMPLERS = {
+    "heun": EDMPreconditioning(),
+    "euler": EDMPreconditioning(),
+    "dpmpp_2m": EDMPreconditioning(),
+    "ddpm": EpsPreconditioning(LinearSchedule()),
+}
 TARGETS = {"Lightning": 0.02, "data": 0.01, "sampler": 0.005, "guidance": 2.05}
 
 
@@ -330,7 +342,7 @@ def beside_network(device: str, repeats: int, samples: int, steps: int, channels
             denoiser = Denoiser(one, scaling).to(device).eval()
             seconds.append(_timed(partial(sampling.generate, denoiser, (3, 32, 32), range(samples)), device, count))
         found[name] = seconds[1] / seconds[0]
-    denoiser = Denoiser(net, EDMScaling()).to(device).eval()
+    denoiser = Denoiser(net, EDMPreconditioning()).to(device).eval()
     guided = ClassifierFreeGuidance(denoiser, 2.0)
     x, sigma = torch.randn(samples, 3, 32, 32, device=device), torch.tensor(1.0)
     labels = torch.arange(samples, device=device) % 10

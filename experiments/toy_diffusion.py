@@ -9,8 +9,8 @@ moves the mix towards the prediction x0_hat, by 1/N of the way at first and all 
 
     x_{t'} = x0_hat + (t' / t) (x_t - x0_hat),        t = 1, 1 - 1/N, ..., 1/N, 0
 
-That is the flow path of the project's own core, `X0Scaling()` with `UniformT()` noise levels, and its sampler `euler`
-on the grid `trailing`; nothing here is made for the toy but the figures.
+That is the flow path of the project's own core: `X0Preconditioning()` with `UniformT()` noise levels, and the sampler
+`euler` on the grid `trailing`. Only the figures are made for the toy.
 
     python -m experiments.toy_diffusion
     python -m experiments.toy_diffusion --data.class_path datamodules.FashionMNIST --data.init_args.root FOLDER

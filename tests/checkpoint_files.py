@@ -28,7 +28,7 @@ RECORD = {
     "_instantiator": "lightning.pytorch.cli.instantiate_module",
     "net": {"class_path": "diffusion_lit.nets.UNet", "init_args": NET},
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
-    "lr_scheduler": {"class_path": "diffusion_lit.modules.Trapezoid", "init_args": {"warmup_steps": 5}},
+    "lr_scheduler": {"class_path": "diffusion_lit.modules.WarmupStableDecay", "init_args": {"warmup_steps": 5}},
 }
 DATA = {"_class_path": "datamodules.Digits", "batch_size": 16}
 

@@ -35,7 +35,7 @@ TESTS = {
         "test_samplers.py",
         "test_samplers_moments.py",
     ],
-    f"{CORE}/scaling.py": ["test_scaling.py", "test_samplers_moments.py"],
+    f"{CORE}/preconditioning.py": ["test_preconditioning.py", "test_samplers_moments.py"],
     f"{CORE}/grids.py": ["test_grids.py"],
     f"{CORE}/analytic.py": ["test_analytic.py"],
     f"{CORE}/likelihood.py": ["test_likelihood.py"],
@@ -43,7 +43,7 @@ TESTS = {
 SKIP = {
     "DormandPrince._attempt": "step control: how long the next step is, not what a step computes",
     "DormandPrince.__init__": "the length of the first step",
-    "Scaling.check": "the rounding that the refusal of noise levels allows",
+    "Preconditioning.check": "the rounding that the refusal of noise levels allows",
     "_principal_axes": "the rounding below which a variance counts as 0",
     "Likelihood.__post_init__": "refusals",
 }

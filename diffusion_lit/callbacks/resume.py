@@ -21,6 +21,19 @@ TRAINER = (  # settings of the trainer that the training depends on
     *("val_check_interval", "check_val_every_n_epoch", "limit_train_batches", "limit_val_batches", "overfit_batches"),
     *("devices", "num_nodes"),
 )
+RENAMED = {  # class paths of version 0.1.0
+    **{
+        f"diffusion_lit.diffusion.{old}{kind}Scaling": f"diffusion_lit.diffusion.{new}{kind}Preconditioning"
+        for old, new in (("", ""), ("scaling.", "preconditioning."))
+        for kind in ("EDM", "Eps", "Flow", "V", "X0")
+    },
+    **{
+        f"diffusion_lit.modules.{module}Trapezoid": f"diffusion_lit.modules.{module}WarmupStableDecay"
+        for module in ("", "optim.")
+    },
+    "diffusion_lit.diffusion.PaperWeight": "diffusion_lit.diffusion.PredictionWeight",
+    "diffusion_lit.diffusion.loss.PaperWeight": "diffusion_lit.diffusion.loss.PredictionWeight",
+}
 ABSENT = "nothing"
 
 
@@ -32,10 +45,10 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         prefix: What the keys begin with.
 
     Returns:
-        Values by keys that dots join, `init_args` left out.
+        Values by keys that dots join, `init_args` left out; a class that has a new name goes by that.
     """
     if not isinstance(values, dict) or (not values and prefix):
-        return {prefix.rstrip("."): values}
+        return {prefix.rstrip("."): RENAMED.get(values, values) if isinstance(values, str) else values}
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, prefix if key == "init_args" else f"{prefix}{key}.")

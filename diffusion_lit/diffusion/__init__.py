@@ -15,6 +15,7 @@ from diffusion_lit.diffusion.loss import (
     LossWeight,
     MinSNR,
     PaperWeight,
+    PredictionWeight,
     UnitWeight,
 )
 from diffusion_lit.diffusion.noise import (
@@ -30,6 +31,14 @@ from diffusion_lit.diffusion.noise import (
     Schedule,
     SigmoidSchedule,
     UniformT,
+)
+from diffusion_lit.diffusion.preconditioning import (
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
+    Preconditioning,
+    VPreconditioning,
+    X0Preconditioning,
 )
 from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator, keyed_seed
 from diffusion_lit.diffusion.samplers import (
@@ -69,9 +78,12 @@ __all__ = [
     "DenoiserWrapper",
     "DenoisingLoss",
     "DiscreteUniform",
+    "EDMPreconditioning",
     "EDMScaling",
     "EmpiricalDenoiser",
+    "EpsPreconditioning",
     "EpsScaling",
+    "FlowPreconditioning",
     "FlowScaling",
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
@@ -88,6 +100,8 @@ __all__ = [
     "NoiseLevels",
     "PaperWeight",
     "Pixelate",
+    "Preconditioning",
+    "PredictionWeight",
     "Sampler",
     "Sampling",
     "ScaledLinearSchedule",
@@ -98,7 +112,9 @@ __all__ = [
     "Snow",
     "UniformT",
     "UnitWeight",
+    "VPreconditioning",
     "VScaling",
+    "X0Preconditioning",
     "X0Scaling",
     "as_eps",
     "as_score",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion.conversions import widen
-from diffusion_lit.diffusion.scaling import Scaling
+from diffusion_lit.diffusion.preconditioning import Preconditioning
 
 DenoiserLike = Callable[..., Tensor]
 """Anything that is called as `denoiser(x, sigma, label) -> x0_hat`."""
@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
         scaling: The prediction type.
     """
 
-    def __init__(self, net: nn.Module, scaling: Scaling) -> None:
+    def __init__(self, net: nn.Module, scaling: Preconditioning) -> None:
         super().__init__()
         self.net = net
         self.scaling = scaling

@@ -19,10 +19,10 @@ from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
+from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.samplers.common import Noise
-from diffusion_lit.diffusion.scaling import Scaling
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
 
 CLIP_OPTIONS = {"none": set[str](), "static": {"limit"}, "dynamic": {"limit", "percentile", "ceiling"}}
@@ -106,7 +106,7 @@ class Sampling:
                 changes.setdefault(options, {})
         return replace(self, **changes)
 
-    def sigmas(self, scaling: Scaling) -> Tensor:
+    def sigmas(self, scaling: Preconditioning) -> Tensor:
         """The grid of noise levels for a model.
 
         Args:
@@ -193,7 +193,7 @@ class Sampling:
         x = self.start(denoiser.scaling, noise(torch.empty(len(seeds), *shape, device=device)))
         return self.finish(denoiser.scaling, self.run(self.wrap(denoiser, labels), x, noise=noise, callback=callback))
 
-    def start(self, scaling: Scaling, noise: Tensor) -> Tensor:
+    def start(self, scaling: Preconditioning, noise: Tensor) -> Tensor:
         """The state that sampling starts from.
 
         Args:
@@ -206,7 +206,7 @@ class Sampling:
         sigma_max = self.sigmas(scaling)[0]
         return noise * (sigma_max.square().add(1).sqrt() if scaling.variance_preserving else sigma_max).float()
 
-    def finish(self, scaling: Scaling, x: Tensor) -> Tensor:
+    def finish(self, scaling: Preconditioning, x: Tensor) -> Tensor:
         """The image in the state that sampling ends with.
 
         Args:
@@ -251,7 +251,7 @@ class Sampling:
         options = self._options(denoise.scaling, grid, sigmas)
         return SAMPLERS[self.sampler].function(denoise, x, sigmas, noise=noise, callback=callback, **options)
 
-    def _options(self, scaling: Scaling, grid: Tensor, sigmas: Tensor) -> dict[str, Any]:
+    def _options(self, scaling: Preconditioning, grid: Tensor, sigmas: Tensor) -> dict[str, Any]:
         """The sampler's options for some levels, churn kept below the largest trained one, which it would overstep."""
         options = dict(self.sampler_options)
         churn = options.get("S_churn", 0.0)

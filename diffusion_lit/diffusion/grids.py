@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
-from diffusion_lit.diffusion.scaling import FlowScaling, Scaling, X0Scaling
+from diffusion_lit.diffusion.preconditioning import FlowPreconditioning, Preconditioning, X0Preconditioning
 
 FLOW_STEPS = 1000
 ROUNDING = 1e-6  # of a step, when an end of the range is meant to be a whole one
@@ -48,14 +48,19 @@ class Grid(Protocol):
     """The type of a grid function."""
 
     def __call__(
-        self, num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+        self,
+        num_steps: int,
+        scaling: Preconditioning,
+        *,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
     ) -> Tensor:
         """N+1 noise levels, falling to 0."""
 
 
 def karras(
     num_steps: int,
-    scaling: Scaling,
+    scaling: Preconditioning,
     *,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -84,7 +89,7 @@ def karras(
 
 
 def exponential(
-    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+    num_steps: int, scaling: Preconditioning, *, sigma_min: float | None = None, sigma_max: float | None = None
 ) -> Tensor:
     """The grid on which log sigma, and with it the log-SNR, changes linearly.
 
@@ -110,7 +115,7 @@ log_snr = exponential
 
 
 def uniform_t(
-    num_steps: int, scaling: Scaling, *, sigma_min: float | None = None, sigma_max: float | None = None
+    num_steps: int, scaling: Preconditioning, *, sigma_min: float | None = None, sigma_max: float | None = None
 ) -> Tensor:
     """The grid on which the time of the model's path, of its schedule or its flow, falls linearly.
 
@@ -135,7 +140,7 @@ def uniform_t(
 
 def leading(
     num_steps: int,
-    scaling: Scaling,
+    scaling: Preconditioning,
     *,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -178,7 +183,7 @@ def leading(
 
 def linspace(
     num_steps: int,
-    scaling: Scaling,
+    scaling: Preconditioning,
     *,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -213,7 +218,7 @@ def linspace(
 
 def trailing(
     num_steps: int,
-    scaling: Scaling,
+    scaling: Preconditioning,
     *,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
@@ -287,11 +292,11 @@ def _flow_time(sigma: float) -> float:
     return sigma / (1 + sigma)
 
 
-def _path(scaling: Scaling, low: float, high: float) -> tuple[_SchedulePath | _FlowPath, float, float]:
+def _path(scaling: Preconditioning, low: float, high: float) -> tuple[_SchedulePath | _FlowPath, float, float]:
     """The model's path, and the part of [low, high] that it covers."""
     if scaling.schedule is not None:
         return _SchedulePath(scaling.schedule), low, high
-    if isinstance(scaling, FlowScaling | X0Scaling):
+    if isinstance(scaling, FlowPreconditioning | X0Preconditioning):
         return _FlowPath(*scaling.sampling_range), low, high
     schedule = LinearSchedule(1000)
     return _SchedulePath(schedule), max(low, schedule.sigma_min), min(high, schedule.sigma_max)
@@ -299,7 +304,7 @@ def _path(scaling: Scaling, low: float, high: float) -> tuple[_SchedulePath | _F
 
 def _strided(
     num_steps: int,
-    scaling: Scaling,
+    scaling: Preconditioning,
     sigma_min: float | None,
     sigma_max: float | None,
     spacing: Callable[[int], list[int]],
@@ -326,7 +331,9 @@ def _strided(
     return _to_zero(levels) if to_zero else levels
 
 
-def _range(num_steps: int, scaling: Scaling, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+def _range(
+    num_steps: int, scaling: Preconditioning, sigma_min: float | None, sigma_max: float | None
+) -> tuple[float, float]:
     """The checked range of a grid."""
     check_count(num_steps=num_steps)
     low = scaling.sampling_range[0] if sigma_min is None else sigma_min

@@ -15,13 +15,13 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser, per_sample
 from diffusion_lit.diffusion.normal import discretised_gaussian_nll, gaussian_kl
-from diffusion_lit.diffusion.scaling import Scaling
+from diffusion_lit.diffusion.preconditioning import Preconditioning
 
 
 class LossWeight(nn.Module):
     """How much the error at each noise level counts."""
 
-    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors.
 
         Args:
@@ -35,19 +35,22 @@ class LossWeight(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say how it weighs errors.")
 
 
-class PaperWeight(LossWeight):
+class PredictionWeight(LossWeight):
     """1 / c_out^2: the plain squared error of what the network predicts, which is each paper's own loss."""
 
-    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors; see `LossWeight.forward`."""
         c_out = scaling.coefficients(sigma)[1]
         return error / c_out**2
 
 
+PaperWeight = PredictionWeight  # its name in version 0.1.0, which checkpoints and configs give
+
+
 class UnitWeight(LossWeight):
     """1: the squared error of x0_hat itself."""
 
-    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors; see `LossWeight.forward`."""
         return error
 
@@ -71,7 +74,7 @@ class MinSNR(LossWeight):
         check_number(above=0, gamma=gamma, hint="; 5 is the usual one")
         self.gamma = gamma
 
-    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors; see `LossWeight.forward`."""
         return error * (sigma**-2).clamp(max=self.gamma)
 
@@ -112,7 +115,7 @@ class LearnedUncertainty(LossWeight):
         log_error: Tensor = (angles.cos() * self.coefficients).sum(-1) * math.sqrt(2 / len(self.coefficients))
         return log_error
 
-    def forward(self, error: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors; see `LossWeight.forward`."""
         u = self.log_error(sigma)
         return error / scaling.coefficients(sigma)[1] ** 2 * (-u).exp() + u
@@ -122,12 +125,12 @@ class DenoisingLoss(nn.Module):
     """Weighted squared error of the denoiser.
 
     Args:
-        weight: The weight on the squared error of x0_hat; none means `PaperWeight`.
+        weight: The weight on the squared error of x0_hat; none means `PredictionWeight`.
     """
 
     def __init__(self, weight: LossWeight | None = None) -> None:
         super().__init__()
-        self.weight = PaperWeight() if weight is None else weight
+        self.weight = PredictionWeight() if weight is None else weight
 
     def forward(
         self,
@@ -155,7 +158,7 @@ class DenoisingLoss(nn.Module):
         x0_hat = denoiser(x0 + per_sample(sigma, x0) * noise, sigma, label, augment=augment)
         return self.weigh(x0_hat, x0, sigma, denoiser.scaling)
 
-    def weigh(self, x0_hat: Tensor, x0: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def weigh(self, x0_hat: Tensor, x0: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """The weighted error of an estimate.
 
         Args:
@@ -179,7 +182,7 @@ def _beta_and_posterior(sigma: Tensor, previous: Tensor) -> tuple[Tensor, Tensor
     return beta, previous_noise / noise * beta
 
 
-def _reverse_step(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reverse_step(scaling: Preconditioning, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The true reverse step from a noise level to the one before, in variance-preserving coordinates and float64.
 
     Args:
@@ -193,7 +196,9 @@ def _reverse_step(scaling: Scaling, sigma: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     schedule = scaling.schedule
     if schedule is None:
-        raise ValueError(f"HybridLoss needs a schedule, and this {type(scaling).__name__} has none; use EpsScaling.")
+        raise ValueError(
+            f"HybridLoss needs a schedule, and this {type(scaling).__name__} has none; use EpsPreconditioning."
+        )
     sigma = widen(sigma)
     t = schedule.sigma_to_t(sigma)
     first = t < 0.5
@@ -213,7 +218,7 @@ class HybridLoss(DenoisingLoss):
     the variance only; the mean learns from L_simple. A sample stands for all T steps, hence its term times T.
 
     Args:
-        weight: The weight of L_simple on the squared error of x0_hat; none means `PaperWeight`.
+        weight: The weight of L_simple on the squared error of x0_hat; none means `PredictionWeight`.
         vlb_weight: The weight of L_vlb, 0 or more.
 
     Raises:
@@ -249,7 +254,7 @@ class HybridLoss(DenoisingLoss):
         bound = self.bound(x0_hat.detach(), v, x0, sigma, denoiser.scaling)
         return self.weigh(x0_hat, x0, sigma, denoiser.scaling) + self.vlb_weight * bound
 
-    def bound(self, x0_hat: Tensor, v: Tensor, x0: Tensor, sigma: Tensor, scaling: Scaling) -> Tensor:
+    def bound(self, x0_hat: Tensor, v: Tensor, x0: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """The estimate that each sample gives of the variational bound.
 
         Args:

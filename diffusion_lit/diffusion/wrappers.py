@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
-from diffusion_lit.diffusion.scaling import Scaling
+from diffusion_lit.diffusion.preconditioning import Preconditioning
 
 Evaluate = Callable[[Tensor, "Tensor | float", "Tensor | None"], tuple[Tensor, ...]]
 """One evaluation of a denoiser: (x, sigma, label) -> (x0_hat,) or (x0_hat, v)."""
@@ -49,9 +49,9 @@ class DenoiserWrapper(nn.Module):
         self.denoiser = denoiser
 
     @property
-    def scaling(self) -> Scaling:
+    def scaling(self) -> Preconditioning:
         """The prediction type of the wrapped denoiser."""
-        scaling: Scaling = self.denoiser.scaling  # type: ignore[attr-defined]
+        scaling: Preconditioning = self.denoiser.scaling  # type: ignore[attr-defined]
         return scaling
 
     @property

@@ -6,7 +6,7 @@ from diffusion_lit.modules.cold import ColdDiffusion
 from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
 from diffusion_lit.modules.latent import LatentDiffusion
-from diffusion_lit.modules.optim import Trapezoid
+from diffusion_lit.modules.optim import Trapezoid, WarmupStableDecay
 from diffusion_lit.modules.reconstruction import L1, L2, DiscretisedGaussian, DiscretisedLogistic
 from diffusion_lit.modules.vae import VAE
 
@@ -23,4 +23,5 @@ __all__ = [
     "DiscretisedLogistic",
     "LatentDiffusion",
     "Trapezoid",
+    "WarmupStableDecay",
 ]

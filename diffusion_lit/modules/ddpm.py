@@ -8,19 +8,19 @@ from diffusion_lit.diffusion import (
     Denoiser,
     DenoisingLoss,
     DiscreteUniform,
-    EpsScaling,
+    EpsPreconditioning,
     HybridLoss,
     LearnedVarianceDenoiser,
     LinearSchedule,
     NoiseLevels,
     Sampling,
     Schedule,
-    VScaling,
-    X0Scaling,
+    VPreconditioning,
+    X0Preconditioning,
 )
 from diffusion_lit.modules.base import DiffusionModule
 
-PREDICTIONS = {"eps": EpsScaling, "x0": X0Scaling, "v": VScaling}
+PREDICTIONS = {"eps": EpsPreconditioning, "x0": X0Preconditioning, "v": VPreconditioning}
 
 
 class DDPM(DiffusionModule):

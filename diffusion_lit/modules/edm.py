@@ -4,7 +4,15 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
+from diffusion_lit.diffusion import (
+    Denoiser,
+    DenoisingLoss,
+    EDMPreconditioning,
+    LogNormal,
+    NoiseLevels,
+    Preconditioning,
+    Sampling,
+)
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.nets.augment import Augment
 
@@ -27,7 +35,7 @@ class EDM(DiffusionModule):
     def __init__(
         self,
         net: nn.Module,
-        scaling: Scaling | None = None,
+        scaling: Preconditioning | None = None,
         noise_levels: NoiseLevels | None = None,
         loss: DenoisingLoss | None = None,
         sampling: Sampling | None = None,
@@ -37,7 +45,7 @@ class EDM(DiffusionModule):
         augment: Augment | None = None,
     ) -> None:
         super().__init__(
-            Denoiser(net, scaling or EDMScaling()),
+            Denoiser(net, scaling or EDMPreconditioning()),
             noise_levels or LogNormal(),
             loss or DenoisingLoss(),
             sampling or Sampling(),

@@ -13,7 +13,15 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, LogNormal, NoiseLevels, Sampling, Scaling
+from diffusion_lit.diffusion import (
+    Denoiser,
+    DenoisingLoss,
+    EDMPreconditioning,
+    LogNormal,
+    NoiseLevels,
+    Preconditioning,
+    Sampling,
+)
 from diffusion_lit.diffusion.generate import StepCallback, refuse_clipping
 from diffusion_lit.diffusion.models import LatentModel
 from diffusion_lit.modules.autoencoders import load_autoencoder
@@ -48,7 +56,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         self,
         net: nn.Module,
         vae_ckpt: str,
-        scaling: Scaling | None = None,
+        scaling: Preconditioning | None = None,
         noise_levels: NoiseLevels | None = None,
         loss: DenoisingLoss | None = None,
         sampling: Sampling | None = None,
@@ -60,7 +68,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         label_dropout: float = 0.1,
     ) -> None:
         super().__init__(
-            Denoiser(net, scaling or EDMScaling(sigma_data=1.0)),
+            Denoiser(net, scaling or EDMPreconditioning(sigma_data=1.0)),
             noise_levels or LogNormal(P_mean=-0.5, P_std=1.2),
             loss or DenoisingLoss(),
             sampling or Sampling(),

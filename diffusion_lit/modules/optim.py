@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 
-class Trapezoid(LambdaLR):
-    """Linear warm-up, a plateau, and a linear decay to 0 over the last part of the run.
+class WarmupStableDecay(LambdaLR):
+    """Linear warm-up, a constant learning rate, and a linear decay to 0 over the last part of the run (WSD).
 
     Args:
         optimizer: The optimizer whose learning rate it steers.
@@ -67,6 +67,9 @@ class Trapezoid(LambdaLR):
         self.__dict__.update({name: value for name, value in state_dict.items() if name != "total_steps"})
 
 
+Trapezoid = WarmupStableDecay  # its name in version 0.1.0, which checkpoints and configs give
+
+
 def configure_optimizers(
     module: "LightningModule", optimizer: "OptimizerCallable", lr_scheduler: "LRSchedulerCallable | None"
 ) -> Any:
@@ -86,7 +89,7 @@ def configure_optimizers(
     if lr_scheduler is None:
         return built
     scheduler = lr_scheduler(built)
-    if isinstance(scheduler, Trapezoid) and scheduler.total_steps is None:
+    if isinstance(scheduler, WarmupStableDecay) and scheduler.total_steps is None:
         steps = module.trainer.estimated_stepping_batches
         scheduler.total_steps = int(steps) if steps != float("inf") else None
         if scheduler.total_steps is None and scheduler.decay_fraction:

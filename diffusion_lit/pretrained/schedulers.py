@@ -12,16 +12,21 @@ from typing import Any
 from diffusion_lit.diffusion.conversions import alpha_bar_to_betas
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.noise import Schedule
-from diffusion_lit.diffusion.scaling import EpsScaling, Scaling, VScaling, X0Scaling
+from diffusion_lit.diffusion.preconditioning import (
+    EpsPreconditioning,
+    Preconditioning,
+    VPreconditioning,
+    X0Preconditioning,
+)
 from diffusion_lit.pretrained.files import library, part_of, read_json
 
 BETAS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
 )  # fmt: skip
-SCALINGS: dict[str, type[EpsScaling] | type[VScaling] | type[X0Scaling]] = {
-    "epsilon": EpsScaling,
-    "v_prediction": VScaling,
-    "sample": X0Scaling,
+SCALINGS: dict[str, type[EpsPreconditioning] | type[VPreconditioning] | type[X0Preconditioning]] = {
+    "epsilon": EpsPreconditioning,
+    "v_prediction": VPreconditioning,
+    "sample": X0Preconditioning,
 }
 SAMPLER_OF = {
     "DDPMScheduler": "ddpm",
@@ -108,7 +113,7 @@ def make_schedule(config: dict[str, Any]) -> Schedule:
     return Schedule(alpha_bar_to_betas(alpha_bar.clamp(min=LEAST_ALPHA_BAR)))
 
 
-def make_scaling(config: dict[str, Any]) -> Scaling:
+def make_scaling(config: dict[str, Any]) -> Preconditioning:
     """The prediction type of a network on its schedule.
 
     Args:

@@ -42,8 +42,8 @@ COMBINATIONS = {
         *["ddpm", "prediction=x0", "schedule=SigmoidSchedule", "loss.weight=UnitWeight", "noise_levels=LogitNormal"],
     ],
     "continuous VP, eps, learned uncertainty": ["ddpm", "schedule=ContinuousVP", "loss.weight=LearnedUncertainty"],
-    "flow, logit-normal": ["edm", "scaling=FlowScaling", "noise_levels=LogitNormal"],
-    "flow path, x0, uniform t": ["edm", "scaling=X0Scaling", "noise_levels=UniformT"],
+    "flow, logit-normal": ["edm", "scaling=FlowPreconditioning", "noise_levels=LogitNormal"],
+    "flow path, x0, uniform t": ["edm", "scaling=X0Preconditioning", "noise_levels=UniformT"],
     "learned variance": ["ddpm", "loss=HybridLoss", "net.init_args.out_channels=2"],
 }
 

@@ -8,18 +8,25 @@ from diffusion_lit.diffusion import (
     SAMPLERS,
     Conditioned,
     Denoiser,
-    EDMScaling,
-    EpsScaling,
-    FlowScaling,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
     LearnedVarianceDenoiser,
     LinearSchedule,
     SeededNoise,
-    VScaling,
-    X0Scaling,
+    VPreconditioning,
+    X0Preconditioning,
 )
 
 SCHEDULE = LinearSchedule()
-SCALINGS = [EDMScaling(), EpsScaling(SCHEDULE), X0Scaling(SCHEDULE), X0Scaling(), VScaling(SCHEDULE), FlowScaling()]
+SCALINGS = [
+    EDMPreconditioning(),
+    EpsPreconditioning(SCHEDULE),
+    X0Preconditioning(SCHEDULE),
+    X0Preconditioning(),
+    VPreconditioning(SCHEDULE),
+    FlowPreconditioning(),
+]
 EVERY = pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: type(s).__name__)
 
 
@@ -70,7 +77,7 @@ def test_precision_follows_the_image_but_not_below_single(scaling, dtype):
 
 
 def test_preconditioning_stays_single_under_autocast():
-    scaling = EDMScaling()
+    scaling = EDMPreconditioning()
     x, sigma = noisy()
     with torch.autocast("cpu", torch.bfloat16):
         x0_hat = Denoiser(TinyNet(), scaling)(x, sigma)
@@ -85,13 +92,13 @@ def test_a_network_in_half_precision_gets_half_images_and_exact_noise_levels():
     net = TinyNet().to(torch.bfloat16)
     x, _ = noisy()
     sigma = SCHEDULE.sigmas[[997, 998, 999, 1]].float()
-    x0_hat = Denoiser(net, EpsScaling(SCHEDULE))(x, sigma)
+    x0_hat = Denoiser(net, EpsPreconditioning(SCHEDULE))(x, sigma)
     assert x0_hat.dtype == torch.float32 and net.calls[0]["x"].dtype == torch.bfloat16
     torch.testing.assert_close(net.calls[0]["noise"], torch.tensor([997.0, 998.0, 999.0, 1.0]), rtol=0, atol=0.01)
 
 
 def test_no_label_is_the_null_class():
-    denoiser = Denoiser(TinyNet(num_classes=3), EDMScaling())
+    denoiser = Denoiser(TinyNet(num_classes=3), EDMPreconditioning())
     x, sigma = noisy()
     assert denoiser.num_classes == 3
     assert torch.equal(denoiser(x, sigma), denoiser(x, sigma, torch.full((4,), 3)))
@@ -100,7 +107,7 @@ def test_no_label_is_the_null_class():
 
 def test_augmentation_labels_travel_only_when_given():
     net = TinyNet()
-    denoiser = Denoiser(net, EDMScaling())
+    denoiser = Denoiser(net, EDMPreconditioning())
     x, sigma = noisy()
     augment = torch.ones(4, 9)
     plain, augmented = denoiser(x, sigma), denoiser(x, sigma, augment=augment)
@@ -109,7 +116,7 @@ def test_augmentation_labels_travel_only_when_given():
 
 
 def test_compiles_into_one_graph():
-    denoiser = Denoiser(TinyNet(num_classes=3), EDMScaling())
+    denoiser = Denoiser(TinyNet(num_classes=3), EDMPreconditioning())
     x, sigma = noisy()
     label = torch.tensor([0, 1, 2, 3])
     denoiser.net.calls = denoiser.net.calls[:0]
@@ -123,7 +130,7 @@ def test_compiles_into_one_graph():
     [
         (torch.ones(3), None, r"sigma has shape \(3,\) for a batch of 4"),
         (torch.ones(4, 1), None, r"sigma has shape \(4, 1\)"),
-        (torch.tensor(1000.0), None, "outside the noise levels that EpsScaling"),
+        (torch.tensor(1000.0), None, "outside the noise levels that EpsPreconditioning"),
         (1.0, torch.tensor([0, 1, 2, 4]), "Label 4 is outside the classes 0 to 2"),
         (1.0, torch.tensor([0, -1, 2, 0]), "Label -1 is outside the classes 0 to 2"),
         (1.0, torch.tensor([0, 1, 2]), "Labels must be 4 integers"),
@@ -131,26 +138,26 @@ def test_compiles_into_one_graph():
     ],
 )
 def test_bad_input_is_named(sigma, label, words):
-    denoiser = Denoiser(TinyNet(num_classes=3), EpsScaling(SCHEDULE))
+    denoiser = Denoiser(TinyNet(num_classes=3), EpsPreconditioning(SCHEDULE))
     with pytest.raises(ValueError, match=words):
         denoiser(noisy()[0], sigma, label)
 
 
 def test_a_label_for_an_unconditional_model_is_refused():
     with pytest.raises(ValueError, match="label was given to an unconditional model"):
-        Denoiser(TinyNet(), EDMScaling())(*noisy(), torch.zeros(4, dtype=torch.long))
+        Denoiser(TinyNet(), EDMPreconditioning())(*noisy(), torch.zeros(4, dtype=torch.long))
 
 
 def test_a_network_of_the_wrong_width_is_refused():
     with pytest.raises(ValueError, match="LearnedVarianceDenoiser"):
-        Denoiser(TinyNet(out_channels=4), EDMScaling())(*noisy())
+        Denoiser(TinyNet(out_channels=4), EDMPreconditioning())(*noisy())
     with pytest.raises(ValueError, match="out_channels 4"):
-        LearnedVarianceDenoiser(TinyNet(), EDMScaling())(*noisy())
+        LearnedVarianceDenoiser(TinyNet(), EDMPreconditioning())(*noisy())
 
 
 def test_learned_variance_is_the_second_half_of_one_forward():
     net = TinyNet(num_classes=3, out_channels=4).double()
-    scaling = VScaling(SCHEDULE)
+    scaling = VPreconditioning(SCHEDULE)
     denoiser = LearnedVarianceDenoiser(net, scaling)
     x, sigma = noisy(dtype=torch.float64)
     label = torch.tensor([0, 1, 2, 3])
@@ -168,7 +175,7 @@ def test_learned_variance_is_the_second_half_of_one_forward():
 def test_the_sampler_takes_the_extremes_of_a_learned_variance():
     """A network that says -1 samples with the posterior variance and one that says 1 with beta."""
     net = TinyNet(num_classes=3, out_channels=4).double()
-    denoiser = Conditioned(LearnedVarianceDenoiser(net, EpsScaling(SCHEDULE)), torch.tensor([0, 1, 2, 3]))
+    denoiser = Conditioned(LearnedVarianceDenoiser(net, EpsPreconditioning(SCHEDULE)), torch.tensor([0, 1, 2, 3]))
     start = noisy(dtype=torch.float64)[0] * 50
     sigmas = torch.cat([SCHEDULE.sigmas[[999, 700, 400, 100]], torch.zeros(1, dtype=torch.float64)])
 

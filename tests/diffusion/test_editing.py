@@ -10,9 +10,9 @@ from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 from diffusion_lit.diffusion import (
     SAMPLERS,
     Conditioned,
-    EDMScaling,
+    EDMPreconditioning,
     EmpiricalDenoiser,
-    EpsScaling,
+    EpsPreconditioning,
     GaussianDenoiser,
     LearnedVarianceDenoiser,
     LinearSchedule,
@@ -38,7 +38,7 @@ class Exact(PixelModel):
         super().__init__()
         self.denoiser, self.shape, self.sampling = denoiser, shape, sampling or settings()
         if not hasattr(denoiser, "scaling"):
-            denoiser.scaling = EDMScaling()
+            denoiser.scaling = EDMPreconditioning()
 
     @property
     def x_shape(self):
@@ -50,7 +50,7 @@ def make_images(count, channels=1, size=8, seed=0):
 
 
 def tiny(num_classes=3, channels=1, size=8, sampling=None, scaling=None):
-    denoiser = Denoiser(TinyNet(channels, num_classes), scaling or EDMScaling()).eval()
+    denoiser = Denoiser(TinyNet(channels, num_classes), scaling or EDMPreconditioning()).eval()
     return Exact(denoiser, (channels, size, size), sampling)
 
 
@@ -88,10 +88,10 @@ def test_a_run_in_two_parts_is_the_run_in_one(name, options):
 
 def test_the_strided_grid_is_every_thirtieth_of_a_thousand_steps():
     schedule = LinearSchedule(1000)
-    scaling = EpsScaling(schedule)
+    scaling = EpsPreconditioning(schedule)
     sigmas = E.strided(Sampling(), scaling).sigmas(scaling)
     assert torch.allclose(sigmas[:-1], schedule.t_to_sigma(torch.arange(960, -1, -30).double()), rtol=1e-9)
-    short = EpsScaling(LinearSchedule(25))
+    short = EpsPreconditioning(LinearSchedule(25))
     assert len(E.strided(Sampling(), short).sigmas(short)) == 26
 
 
@@ -269,7 +269,7 @@ def test_views_of_ones_own_are_welcome():
 
 
 def test_an_anagrams_noise_estimate_is_the_mean_over_its_views():
-    denoiser = Denoiser(TinyNet(1, 3), EDMScaling())
+    denoiser = Denoiser(TinyNet(1, 3), EDMPreconditioning())
     views = [E.make_view(name, (1, 8, 8)) for name in ("identity", "rotate_90", "negative")]
     x, labels = 3 * make_images(2), torch.tensor([[0, 1, 2], [2, 3, 0]])
     for sigma in (torch.tensor(1.5), torch.tensor([0.3, 1.5])):
@@ -319,7 +319,7 @@ def test_the_blur_is_torchvisions(sigma, size):
 
 
 def test_a_learned_variance_is_averaged_without_signs():
-    denoiser = LearnedVarianceDenoiser(TinyNet(1, 2, out_channels=2), EpsScaling(LinearSchedule()))
+    denoiser = LearnedVarianceDenoiser(TinyNet(1, 2, out_channels=2), EpsPreconditioning(LinearSchedule()))
     views = [E.make_view(name, (1, 8, 8)) for name in ("identity", "negative")]
     x, labels = make_images(1), torch.tensor([[0, 1]])
     v = E.Anagram(denoiser, views).learned_variance(x, 1.0, 0.5, labels)[1]
@@ -494,7 +494,7 @@ class Latents(LatentModel, Exact):
 
 
 def latent_model():
-    return Latents(Denoiser(TinyNet(1, 3), EDMScaling(1.0)).eval(), (1, 4, 4))
+    return Latents(Denoiser(TinyNet(1, 3), EDMPreconditioning(1.0)).eval(), (1, 4, 4))
 
 
 @pytest.mark.parametrize("name", ["heun", "ddim", "ddpm"])

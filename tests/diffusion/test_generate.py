@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_lit.diffusion import Denoiser, EDMScaling, EpsScaling, FlowScaling, LinearSchedule, Sampling
+from diffusion_lit.diffusion import (
+    Denoiser,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
+    LinearSchedule,
+    Sampling,
+)
 
 
 class Net(nn.Module):
@@ -27,7 +34,7 @@ class Net(nn.Module):
 
 
 def model(scaling=None, num_classes=3):
-    return Denoiser(Net(num_classes), scaling or EDMScaling())
+    return Denoiser(Net(num_classes), scaling or EDMPreconditioning())
 
 
 SETTINGS = [
@@ -38,7 +45,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.sampler)
-@pytest.mark.parametrize("scaling", [EDMScaling(), EpsScaling(LinearSchedule(100))], ids=["edm", "eps"])
+@pytest.mark.parametrize("scaling", [EDMPreconditioning(), EpsPreconditioning(LinearSchedule(100))], ids=["edm", "eps"])
 def test_a_sample_is_a_function_of_its_seed_whatever_the_batch(settings, scaling):
     denoiser = model(scaling)
     labels = torch.arange(7) % 3
@@ -56,10 +63,10 @@ def test_a_sample_is_a_function_of_its_seed_whatever_the_batch(settings, scaling
 @pytest.mark.parametrize(
     ("scaling", "expected"),
     [
-        (EDMScaling(), 80.0),
-        (FlowScaling(), 999.0),
+        (EDMPreconditioning(), 80.0),
+        (FlowPreconditioning(), 999.0),
         (
-            EpsScaling(LinearSchedule(1000)),
+            EpsPreconditioning(LinearSchedule(1000)),
             math.sqrt(1 / math.prod(1 - (1e-4 + i * (0.02 - 1e-4) / 999) for i in range(1000))),
         ),
     ],
@@ -130,7 +137,7 @@ def test_options_of_the_threshold_reach_it_and_unknown_ones_are_refused():
 
 
 def test_a_grid_that_ends_above_0_gives_the_image_of_the_variance_preserving_path():
-    scaling = EpsScaling(LinearSchedule())
+    scaling = EpsPreconditioning(LinearSchedule())
     sampling = Sampling("ddim", 10, "trailing", grid_options={"to_zero": False})
     x = torch.ones(1, 1, 2, 2)
     torch.testing.assert_close(sampling.finish(scaling, x), x * float(LinearSchedule().alpha_bar[0]) ** 0.5)

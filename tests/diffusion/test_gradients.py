@@ -10,7 +10,14 @@ from torch import nn
 
 from diffusion_lit.diffusion.degradations import Blur, Mask, Pixelate, Snow
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
-from diffusion_lit.diffusion.loss import DenoisingLoss, HybridLoss, LearnedUncertainty, MinSNR, PaperWeight, UnitWeight
+from diffusion_lit.diffusion.loss import (
+    DenoisingLoss,
+    HybridLoss,
+    LearnedUncertainty,
+    MinSNR,
+    PredictionWeight,
+    UnitWeight,
+)
 from diffusion_lit.diffusion.noise import (
     ContinuousVP,
     CosineSchedule,
@@ -19,11 +26,17 @@ from diffusion_lit.diffusion.noise import (
     SigmoidSchedule,
 )
 from diffusion_lit.diffusion.normal import discretised_gaussian_nll, log_cdf, log_normal_mass
-from diffusion_lit.diffusion.scaling import EDMScaling, EpsScaling, FlowScaling, VScaling, X0Scaling
+from diffusion_lit.diffusion.preconditioning import (
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
+    VPreconditioning,
+    X0Preconditioning,
+)
 from diffusion_lit.modules.reconstruction import DiscretisedGaussian, DiscretisedLogistic
 
 SCHEDULES = [LinearSchedule, ScaledLinearSchedule, CosineSchedule, SigmoidSchedule, ContinuousVP]
-PREDICTIONS = [EpsScaling, VScaling, X0Scaling]
+PREDICTIONS = [EpsPreconditioning, VPreconditioning, X0Preconditioning]
 
 
 class Outputs(nn.Module):
@@ -85,8 +98,8 @@ def test_the_hybrid_loss_has_finite_gradients_at_every_step(schedule, prediction
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weight", [PaperWeight, UnitWeight, MinSNR, LearnedUncertainty])
-@pytest.mark.parametrize("prediction", [*PREDICTIONS, FlowScaling, EDMScaling])
+@pytest.mark.parametrize("weight", [PredictionWeight, UnitWeight, MinSNR, LearnedUncertainty])
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, FlowPreconditioning, EDMPreconditioning])
 def test_every_weight_has_finite_gradients_at_every_step(prediction, weight, dtype):
     for schedule in SCHEDULES:
         table = schedule()

@@ -9,7 +9,13 @@ from helpers.exact import PREDICTIONS, cosine_betas, linear_betas, sigmas_of, vp
 
 from diffusion_lit.diffusion.grids import FLOW_STEPS, GRIDS
 from diffusion_lit.diffusion.noise import ContinuousVP, CosineSchedule, LinearSchedule
-from diffusion_lit.diffusion.scaling import EDMScaling, EpsScaling, FlowScaling, VScaling, X0Scaling
+from diffusion_lit.diffusion.preconditioning import (
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
+    VPreconditioning,
+    X0Preconditioning,
+)
 
 CONTINUOUS = ["karras", "exponential", "uniform_t", "log_snr"]
 STRIDED = ["leading", "linspace", "trailing"]
@@ -41,28 +47,28 @@ def test_a_grid_falls_within_the_range_and_ends_in_zero(grid, prediction, num_st
 
 
 def test_karras_is_equation_5():
-    sigmas = GRIDS["karras"](5, EDMScaling())
+    sigmas = GRIDS["karras"](5, EDMPreconditioning())
     expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
     np.testing.assert_allclose(sigmas[:-1], expected, rtol=1e-12)
-    np.testing.assert_allclose(GRIDS["karras"](3, EDMScaling(), rho=1, sigma_max=10)[:-1], [10, 5.001, 0.002])
+    np.testing.assert_allclose(GRIDS["karras"](3, EDMPreconditioning(), rho=1, sigma_max=10)[:-1], [10, 5.001, 0.002])
 
 
 @pytest.mark.parametrize("grid", ["exponential", "log_snr"])
 def test_exponential_is_even_in_log_snr(grid):
-    sigmas = GRIDS[grid](7, EDMScaling(), sigma_min=0.01, sigma_max=100)
+    sigmas = GRIDS[grid](7, EDMPreconditioning(), sigma_min=0.01, sigma_max=100)
     steps = np.diff(-2 * np.log(sigmas[:-1]))
     np.testing.assert_allclose(steps, 2 * math.log(1e4) / 6)
 
 
 def test_uniform_t_is_even_in_the_time_of_each_path():
-    cosine = GRIDS["uniform_t"](6, VScaling(CosineSchedule(251)))
+    cosine = GRIDS["uniform_t"](6, VPreconditioning(CosineSchedule(251)))
     np.testing.assert_allclose(cosine[:-1], sigmas_of(cosine_betas(251))[[250, 200, 150, 100, 50, 0]], rtol=1e-9)
-    flow = GRIDS["uniform_t"](6, FlowScaling())[:-1]
+    flow = GRIDS["uniform_t"](6, FlowPreconditioning())[:-1]
     np.testing.assert_allclose(flow / (1 + flow), np.linspace(0.999, 0.001, 6))
-    assert torch.equal(GRIDS["uniform_t"](6, X0Scaling())[:-1], flow)
-    vp = GRIDS["uniform_t"](6, EpsScaling(ContinuousVP()))[:-1]
+    assert torch.equal(GRIDS["uniform_t"](6, X0Preconditioning())[:-1], flow)
+    vp = GRIDS["uniform_t"](6, EpsPreconditioning(ContinuousVP()))[:-1]
     np.testing.assert_allclose(vp, vp_sigma(np.linspace(1, 1e-3, 6)), rtol=1e-9)
-    edm = GRIDS["uniform_t"](6, EDMScaling())[:-1]
+    edm = GRIDS["uniform_t"](6, EDMPreconditioning())[:-1]
     assert float(edm[0]) == pytest.approx(80)
     assert float(edm[-1]) == pytest.approx(sigmas_of(linear_betas())[0])
     steps = np.interp(np.log(edm), np.log(sigmas_of(linear_betas())), np.arange(1000))
@@ -82,7 +88,7 @@ def test_uniform_t_is_even_in_the_time_of_each_path():
     ],
 )
 def test_strided_grids_take_whole_steps(grid, num_steps, steps):
-    sigmas = GRIDS[grid](num_steps, EpsScaling(LinearSchedule(1000)))
+    sigmas = GRIDS[grid](num_steps, EpsPreconditioning(LinearSchedule(1000)))
     np.testing.assert_allclose(sigmas[:-1], sigmas_of(linear_betas())[steps], rtol=1e-9)
 
 
@@ -93,7 +99,7 @@ def test_strided_grids_take_the_steps_of_diffusers(grid, num_steps):
     scheduler = diffusers.DDPMScheduler(1000, timestep_spacing=grid)
     scheduler.set_timesteps(num_steps)
     schedule = LinearSchedule(1000)
-    steps = schedule.sigma_to_t(GRIDS[grid](num_steps, EpsScaling(schedule))[:-1])
+    steps = schedule.sigma_to_t(GRIDS[grid](num_steps, EpsPreconditioning(schedule))[:-1])
     np.testing.assert_allclose(steps, scheduler.timesteps, atol=1e-6)
 
 
@@ -101,20 +107,22 @@ def test_strided_grids_take_the_steps_of_diffusers(grid, num_steps):
 @pytest.mark.parametrize("T", [60, 300])
 def test_as_many_steps_as_the_schedule_has_is_the_whole_chain(grid, T):
     schedule = LinearSchedule(T)
-    torch.testing.assert_close(GRIDS[grid](T, EpsScaling(schedule))[:-1], schedule.sigmas.flip(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        GRIDS[grid](T, EpsPreconditioning(schedule))[:-1], schedule.sigmas.flip(0), rtol=1e-9, atol=0
+    )
     with pytest.raises(ValueError, match=f"num_steps is {T + 1}, but the schedule has {T} steps"):
-        GRIDS[grid](T + 1, EpsScaling(schedule))
+        GRIDS[grid](T + 1, EpsPreconditioning(schedule))
 
 
 @pytest.mark.parametrize("grid", STRIDED)
 def test_a_flow_has_a_thousand_steps(grid):
-    sigmas = GRIDS[grid](FLOW_STEPS, FlowScaling())[:-1]
+    sigmas = GRIDS[grid](FLOW_STEPS, FlowPreconditioning())[:-1]
     np.testing.assert_allclose(sigmas / (1 + sigmas), np.linspace(0.999, 0.001, 1000), rtol=1e-9)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_range_of_ones_own_is_kept(grid):
-    scaling = EpsScaling(LinearSchedule(1000))
+    scaling = EpsPreconditioning(LinearSchedule(1000))
     sigmas = GRIDS[grid](9, scaling, sigma_min=0.1, sigma_max=10.0)
     assert float(sigmas[0]) <= 10
     assert float(sigmas[-2]) >= 0.1
@@ -141,14 +149,14 @@ def test_a_range_of_ones_own_is_kept(grid):
 )
 def test_a_bad_range_is_refused_in_a_sentence(grid, arguments, message):
     with pytest.raises(ValueError, match=message):
-        GRIDS[grid](scaling=EDMScaling(), **arguments)
+        GRIDS[grid](scaling=EDMPreconditioning(), **arguments)
 
 
 def test_bad_options_are_refused_in_a_sentence():
     with pytest.raises(ValueError, match="rho is 0; give a finite number above 0"):
-        GRIDS["karras"](4, EDMScaling(), rho=0)
+        GRIDS["karras"](4, EDMPreconditioning(), rho=0)
     with pytest.raises(ValueError, match="would start at the lowest noise level; give 2 or more, or trailing"):
-        GRIDS["leading"](1, EDMScaling())
+        GRIDS["leading"](1, EDMPreconditioning())
 
 
 @pytest.mark.parametrize(
@@ -164,11 +172,11 @@ def test_bad_options_are_refused_in_a_sentence():
 def test_a_strided_grid_may_be_moved_up_and_end_at_the_lowest_level(grid, options, steps, end):
     levels = sigmas_of(linear_betas())
     expected = [*levels[steps], 0.0 if end is None else levels[end]]
-    np.testing.assert_allclose(GRIDS[grid](4, EpsScaling(LinearSchedule()), **options), expected, rtol=1e-9)
+    np.testing.assert_allclose(GRIDS[grid](4, EpsPreconditioning(LinearSchedule()), **options), expected, rtol=1e-9)
 
 
 def test_an_offset_beyond_the_schedule_is_refused():
     with pytest.raises(ValueError, match="first step would be 1000"):
-        GRIDS["leading"](1000, EpsScaling(LinearSchedule()), steps_offset=1)
+        GRIDS["leading"](1000, EpsPreconditioning(LinearSchedule()), steps_offset=1)
     with pytest.raises(ValueError, match="steps_offset is -1"):
-        GRIDS["leading"](10, EpsScaling(LinearSchedule()), steps_offset=-1)
+        GRIDS["leading"](10, EpsPreconditioning(LinearSchedule()), steps_offset=-1)

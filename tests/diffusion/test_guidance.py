@@ -11,8 +11,8 @@ from diffusion_lit.diffusion import (
     ClassifierGuidance,
     ClipX0,
     Denoiser,
-    EDMScaling,
-    EpsScaling,
+    EDMPreconditioning,
+    EpsPreconditioning,
     LearnedVarianceDenoiser,
     LinearSchedule,
 )
@@ -27,7 +27,7 @@ def noisy(dtype=torch.float32):
 
 
 def model(seed=0, num_classes=3):
-    return Denoiser(TinyNet(num_classes=num_classes, seed=seed), EDMScaling())
+    return Denoiser(TinyNet(num_classes=num_classes, seed=seed), EDMPreconditioning())
 
 
 def branches(denoiser, x, sigma):
@@ -151,7 +151,7 @@ def test_other_precisions(dtype):
 
 def test_the_variance_is_the_conditional_one():
     net = TinyNet(num_classes=3, out_channels=4)
-    denoiser = LearnedVarianceDenoiser(net, EpsScaling(LinearSchedule()))
+    denoiser = LearnedVarianceDenoiser(net, EpsPreconditioning(LinearSchedule()))
     x = noisy()
     scale = torch.tensor([0.0, 1.0, 3.0, 2.0, 0.0])
     x0_hat, v = ClassifierFreeGuidance(denoiser, scale).learned_variance(x, SIGMA, SIGMA / 2, LABEL)
@@ -200,7 +200,7 @@ def test_autoguidance_by_an_unconditional_guide_and_a_plain_function():
 
 
 def test_autoguidance_keeps_the_variance_of_the_good_model():
-    denoiser = LearnedVarianceDenoiser(TinyNet(out_channels=4), EpsScaling(LinearSchedule()))
+    denoiser = LearnedVarianceDenoiser(TinyNet(out_channels=4), EpsPreconditioning(LinearSchedule()))
     guided = Autoguidance(denoiser, model(1, num_classes=0), 2.0)
     x = noisy()
     x0_hat, v = guided.learned_variance(x, SIGMA, SIGMA / 2)
@@ -293,7 +293,7 @@ def test_classifier_guidance_finds_its_gradient_in_every_mode(mode):
 
 
 def test_classifier_guidance_keeps_the_variance():
-    denoiser = LearnedVarianceDenoiser(TinyNet(out_channels=4), EpsScaling(LinearSchedule()))
+    denoiser = LearnedVarianceDenoiser(TinyNet(out_channels=4), EpsPreconditioning(LinearSchedule()))
     guided = ClassifierGuidance(denoiser, lambda image: image.flatten(1)[:, :3])
     x0_hat, v = guided.learned_variance(noisy(), SIGMA, SIGMA / 2, LABEL)
     torch.testing.assert_close(v, denoiser.learned_variance(noisy(), SIGMA, SIGMA / 2)[1])

@@ -12,9 +12,9 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS, evenly
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
+from diffusion_lit.diffusion.preconditioning import EDMPreconditioning, EpsPreconditioning
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.samplers.common import ancestral_split
-from diffusion_lit.diffusion.scaling import EDMScaling, EpsScaling
 from diffusion_lit.evaluation.memorization import nearest
 
 STRIDED = ["leading", "linspace", "trailing"]
@@ -37,7 +37,7 @@ def jitter(monkeypatch):
 def test_a_strided_grid_has_the_same_steps_whatever_the_last_bit(grid, to_zero, jitter):
     """The lowest level comes once, and the steps are whole numbers computed here with integers."""
     for total in (1000, 50):
-        scaling = EpsScaling(LinearSchedule(total))
+        scaling = EpsPreconditioning(LinearSchedule(total))
         for count in range(2, 50):
             wanted = {
                 "leading": [i * (total // count) for i in range(count)],
@@ -106,11 +106,11 @@ class Plain(torch.nn.Module):
 
 def test_noise_ends_at_the_same_level_when_sampling_goes_on_from_one():
     sampling = Sampling("ddpm", 8, "exponential", sampler_options={"noise_until": 5})
-    grid = sampling.sigmas(EDMScaling())
+    grid = sampling.sigmas(EDMPreconditioning())
     for index in range(1, 5):
         for moved in (1, 1 + 1e-9, 1 - 1e-9):
             rest = torch.cat([grid[index : index + 1] * moved, grid[index + 1 :]])
-            assert sampling._options(EDMScaling(), grid, rest)["noise_until"] == 5 - index
+            assert sampling._options(EDMPreconditioning(), grid, rest)["noise_until"] == 5 - index
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

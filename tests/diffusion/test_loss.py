@@ -14,9 +14,9 @@ from diffusion_lit.diffusion import (
     CosineSchedule,
     Denoiser,
     DenoisingLoss,
-    EDMScaling,
-    EpsScaling,
-    FlowScaling,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
     HybridLoss,
     LearnedUncertainty,
     LearnedVarianceDenoiser,
@@ -25,11 +25,11 @@ from diffusion_lit.diffusion import (
     LossWeight,
     MinSNR,
     NoiseLevels,
-    PaperWeight,
-    Scaling,
+    Preconditioning,
+    PredictionWeight,
     UnitWeight,
-    VScaling,
-    X0Scaling,
+    VPreconditioning,
+    X0Preconditioning,
 )
 from diffusion_lit.diffusion.normal import discretised_gaussian_nll, gaussian_kl
 
@@ -97,12 +97,12 @@ def edm_loss(net, x0, n):  # arXiv 2206.00364, equation 2 and table 1, with sigm
 
 
 PAPERS = {
-    "eps": (EpsScaling(SCHEDULE), SCHEDULE.sigmas[STEPS], ho),
-    "x0": (X0Scaling(SCHEDULE), SCHEDULE.sigmas[STEPS], x0_loss),
-    "v": (VScaling(SCHEDULE), SCHEDULE.sigmas[STEPS], v_loss),
-    "flow": (FlowScaling(), FLOW_T / (1 - FLOW_T), flow_loss),
-    "x0 flow": (X0Scaling(), FLOW_T / (1 - FLOW_T), x0_flow_loss),
-    "edm": (EDMScaling(0.5), EDM_SIGMA, edm_loss),
+    "eps": (EpsPreconditioning(SCHEDULE), SCHEDULE.sigmas[STEPS], ho),
+    "x0": (X0Preconditioning(SCHEDULE), SCHEDULE.sigmas[STEPS], x0_loss),
+    "v": (VPreconditioning(SCHEDULE), SCHEDULE.sigmas[STEPS], v_loss),
+    "flow": (FlowPreconditioning(), FLOW_T / (1 - FLOW_T), flow_loss),
+    "x0 flow": (X0Preconditioning(), FLOW_T / (1 - FLOW_T), x0_flow_loss),
+    "edm": (EDMPreconditioning(0.5), EDM_SIGMA, edm_loss),
 }
 
 
@@ -154,7 +154,7 @@ def test_min_snr_follows_the_paper_s_table(name, table, gamma):
 
 def test_learned_uncertainty_starts_as_the_paper_s_loss():
     x0, n = tensors()
-    denoiser = Denoiser(TinyNet(num_classes=4).double(), EDMScaling())
+    denoiser = Denoiser(TinyNet(num_classes=4).double(), EDMPreconditioning())
     plain = DenoisingLoss()(denoiser, x0, EDM_SIGMA, n, LABEL)
     learned = DenoisingLoss(LearnedUncertainty().double())(denoiser, x0, EDM_SIGMA, n, LABEL)
     torch.testing.assert_close(learned, plain)
@@ -162,7 +162,7 @@ def test_learned_uncertainty_starts_as_the_paper_s_loss():
 
 def test_learned_uncertainty_has_its_formula_and_learns_the_error():
     torch.manual_seed(0)
-    weight, scaling = LearnedUncertainty(), EDMScaling()
+    weight, scaling = LearnedUncertainty(), EDMPreconditioning()
     sigma = torch.logspace(-2, 2, 64)
     weighted = 0.3 + 0.2 * (sigma.log() / 2).sin()  # error / c_out^2, a smooth function of sigma
     error = weighted * scaling(sigma)[1] ** 2
@@ -177,7 +177,7 @@ def test_learned_uncertainty_has_its_formula_and_learns_the_error():
     assert set(weight.state_dict()) == {"frequencies", "phases", "coefficients"}
 
 
-@pytest.mark.parametrize("weight", [PaperWeight(), UnitWeight(), MinSNR(), LearnedUncertainty()])
+@pytest.mark.parametrize("weight", [PredictionWeight(), UnitWeight(), MinSNR(), LearnedUncertainty()])
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_weight_goes_with_every_prediction(weight, name):
     scaling = PAPERS[name][0]
@@ -190,7 +190,7 @@ def test_every_weight_goes_with_every_prediction(weight, name):
 
 def test_levels_outside_the_support_move_to_its_edge():
     x0, n = tensors()
-    denoiser = Denoiser(TinyNet().double(), EpsScaling(SCHEDULE))
+    denoiser = Denoiser(TinyNet().double(), EpsPreconditioning(SCHEDULE))
     outside = torch.tensor([1e-6, 1.0, 2.0, 1e6], dtype=torch.float64)
     inside = torch.tensor([SCHEDULE.sigma_min, 1.0, 2.0, SCHEDULE.sigma_max], dtype=torch.float64)
     loss = DenoisingLoss()
@@ -200,7 +200,7 @@ def test_levels_outside_the_support_move_to_its_edge():
 def test_labels_and_augmentation_reach_the_network():
     x0, n = tensors(torch.float32)
     net = TinyNet(num_classes=4)
-    DenoisingLoss()(Denoiser(net, EDMScaling()), x0, EDM_SIGMA.float(), n, LABEL, torch.ones(4, 9))
+    DenoisingLoss()(Denoiser(net, EDMPreconditioning()), x0, EDM_SIGMA.float(), n, LABEL, torch.ones(4, 9))
     assert torch.equal(net.calls[0]["label"], LABEL) and net.calls[0]["augment"].shape == (4, 9)
 
 
@@ -208,8 +208,8 @@ def test_labels_and_augmentation_reach_the_network():
 def test_loss_is_single_precision_for_shorter_images(dtype):
     x0, n = tensors(dtype)
     exact_x0, exact_n = tensors()
-    loss = DenoisingLoss()(Denoiser(TinyNet(), EDMScaling()), x0, EDM_SIGMA.float(), n)
-    exact = DenoisingLoss()(Denoiser(TinyNet().double(), EDMScaling()), exact_x0, EDM_SIGMA, exact_n)
+    loss = DenoisingLoss()(Denoiser(TinyNet(), EDMPreconditioning()), x0, EDM_SIGMA.float(), n)
+    exact = DenoisingLoss()(Denoiser(TinyNet().double(), EDMPreconditioning()), exact_x0, EDM_SIGMA, exact_n)
     assert loss.dtype == torch.float32
     if dtype == torch.float32:
         torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=0)
@@ -249,7 +249,7 @@ def levels_of(x0):
     return grid
 
 
-@pytest.mark.parametrize("kind", [EpsScaling, VScaling, X0Scaling])
+@pytest.mark.parametrize("kind", [EpsPreconditioning, VPreconditioning, X0Preconditioning])
 def test_hybrid_loss_is_the_paper_s(kind):
     x0, n = tensors()
     x0 = levels_of(x0)
@@ -275,7 +275,7 @@ def test_hybrid_bound_of_the_first_step():
     x0_hat = x0 + 0.02 * tensors()[1]
     v = tensors()[0] / 2 + 0.5
     sigma = SCHEDULE.sigmas[torch.zeros(4, dtype=torch.long)]
-    bound = HybridLoss().bound(x0_hat, v, x0, sigma, EpsScaling(SCHEDULE))
+    bound = HybridLoss().bound(x0_hat, v, x0, sigma, EpsPreconditioning(SCHEDULE))
     expected = textbook_bound(x0_hat, v, x0, torch.zeros(4))
     torch.testing.assert_close(bound, expected, rtol=1e-6, atol=0)
 
@@ -283,9 +283,9 @@ def test_hybrid_bound_of_the_first_step():
 def test_a_perfect_reverse_step_costs_nothing():
     x0, _ = tensors()
     sigma = SCHEDULE.sigmas[torch.tensor([1, 7, 100, 299])]
-    bound = HybridLoss().bound(x0, torch.zeros_like(x0), x0, sigma, EpsScaling(SCHEDULE))
+    bound = HybridLoss().bound(x0, torch.zeros_like(x0), x0, sigma, EpsPreconditioning(SCHEDULE))
     torch.testing.assert_close(bound, torch.zeros_like(bound), rtol=0, atol=1e-9)
-    worse = HybridLoss().bound(x0, torch.full_like(x0, 0.5), x0, sigma, EpsScaling(SCHEDULE))
+    worse = HybridLoss().bound(x0, torch.full_like(x0, 0.5), x0, sigma, EpsPreconditioning(SCHEDULE))
     assert bool((worse > 0).all())
 
 
@@ -304,7 +304,7 @@ def test_the_bound_is_least_at_the_true_reverse_variance(step):
     assert 0 < best < 1
 
     def bound(v):
-        return HybridLoss().bound(x0_hat, torch.full_like(x0, v), x0, sigma[None], EpsScaling(SCHEDULE)).item()
+        return HybridLoss().bound(x0_hat, torch.full_like(x0, v), x0, sigma[None], EpsPreconditioning(SCHEDULE)).item()
 
     assert bound(best) < min(bound(best - 0.02), bound(best + 0.02))
 
@@ -313,7 +313,7 @@ def test_the_bound_reaches_the_variance_and_not_the_mean():
     x0, n = tensors()
     x0 = levels_of(x0)
     net = TinyNet(num_classes=4, out_channels=4).double()
-    denoiser = LearnedVarianceDenoiser(net, EpsScaling(SCHEDULE))
+    denoiser = LearnedVarianceDenoiser(net, EpsPreconditioning(SCHEDULE))
     sigma = SCHEDULE.sigmas[STEPS]
     hybrid = gradients(HybridLoss()(denoiser, x0, sigma, n, LABEL), net)
     simple = gradients(DenoisingLoss()(denoiser, x0, sigma, n, LABEL), net)
@@ -330,8 +330,8 @@ def test_hybrid_loss_in_single_precision(schedule):
     x0 = levels_of(x0)
     net = TinyNet(out_channels=4).double()
     sigma = schedule.sigmas[torch.tensor([0, 1, schedule.num_steps // 2, schedule.num_steps - 1])]
-    exact = HybridLoss()(LearnedVarianceDenoiser(net, VScaling(schedule)), x0, sigma, n)
-    single = LearnedVarianceDenoiser(TinyNet(out_channels=4), VScaling(schedule))
+    exact = HybridLoss()(LearnedVarianceDenoiser(net, VPreconditioning(schedule)), x0, sigma, n)
+    single = LearnedVarianceDenoiser(TinyNet(out_channels=4), VPreconditioning(schedule))
     loss = HybridLoss()(single, x0.float(), sigma.float(), n.float())
     torch.testing.assert_close(loss.double(), exact, rtol=2e-2, atol=1e-3)
 
@@ -374,22 +374,22 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="vlb_weight is -1"):
         HybridLoss(vlb_weight=-1)
     with pytest.raises(ValueError, match="use a LearnedVarianceDenoiser"):
-        HybridLoss()(Denoiser(TinyNet(), EpsScaling(SCHEDULE)), x0, EDM_SIGMA.float(), n)
-    with pytest.raises(ValueError, match="HybridLoss needs a schedule, and this EDMScaling has none"):
-        HybridLoss()(LearnedVarianceDenoiser(TinyNet(out_channels=4), EDMScaling()), x0, EDM_SIGMA.float(), n)
+        HybridLoss()(Denoiser(TinyNet(), EpsPreconditioning(SCHEDULE)), x0, EDM_SIGMA.float(), n)
+    with pytest.raises(ValueError, match="HybridLoss needs a schedule, and this EDMPreconditioning has none"):
+        HybridLoss()(LearnedVarianceDenoiser(TinyNet(out_channels=4), EDMPreconditioning()), x0, EDM_SIGMA.float(), n)
     with pytest.raises(NotImplementedError):
-        LossWeight()(x0, x0, EDMScaling())
+        LossWeight()(x0, x0, EDMPreconditioning())
 
 
 SCHEDULE_YAML = "schedule: {class_path: diffusion_lit.diffusion.CosineSchedule, init_args: {num_steps: 300}}"
 FROM_YAML = {
     "scaling": [
-        ("EDMScaling", "sigma_data: 0.6"),
-        ("EpsScaling", SCHEDULE_YAML),
-        ("X0Scaling", ""),
-        ("X0Scaling", SCHEDULE_YAML),
-        ("VScaling", SCHEDULE_YAML),
-        ("FlowScaling", ""),
+        ("EDMPreconditioning", "sigma_data: 0.6"),
+        ("EpsPreconditioning", SCHEDULE_YAML),
+        ("X0Preconditioning", ""),
+        ("X0Preconditioning", SCHEDULE_YAML),
+        ("VPreconditioning", SCHEDULE_YAML),
+        ("FlowPreconditioning", ""),
     ],
     "levels": [
         ("DiscreteUniform", SCHEDULE_YAML),
@@ -399,7 +399,7 @@ FROM_YAML = {
         ("LogitNormal", "mean: 0.1"),
         ("Constant", "sigma: 0.5"),
     ],
-    "weight": [("PaperWeight", ""), ("UnitWeight", ""), ("MinSNR", "gamma: 3.0"), ("LearnedUncertainty", "")],
+    "weight": [("PredictionWeight", ""), ("UnitWeight", ""), ("MinSNR", "gamma: 3.0"), ("LearnedUncertainty", "")],
 }
 
 
@@ -413,7 +413,7 @@ def from_yaml(base, name, arguments):
 
 
 def test_any_combination_comes_from_yaml():
-    bases = {"scaling": Scaling, "levels": NoiseLevels, "weight": LossWeight}
+    bases = {"scaling": Preconditioning, "levels": NoiseLevels, "weight": LossWeight}
     choices = [[from_yaml(bases[key], *option) for option in options] for key, options in FROM_YAML.items()]
     x0, n = tensors(torch.float32)
     for scaling, levels, weight in itertools.product(*choices):

@@ -9,8 +9,8 @@ from helpers.textbook import ddim, ddpm, dpmpp_2m, dpmpp_2s, edm, flow_euler, un
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.noise import LinearSchedule
+from diffusion_lit.diffusion.preconditioning import EpsPreconditioning
 from diffusion_lit.diffusion.samplers import SAMPLERS
-from diffusion_lit.diffusion.scaling import EpsScaling
 
 SHAPE = (2, 3, 5, 5)
 KERNEL = torch.randn(3, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) / 5
@@ -162,7 +162,7 @@ def test_the_whole_chain_is_ancestral_sampling_of_ho_2020(grid, variance):
         z = queue(x_t) if t else 0.0
         x_t = mean + np.sqrt(betas[t] if variance == "beta" else beta_tilde) * z
         chain.append(x_t)
-    denoiser = Denoiser(net, EpsScaling(LinearSchedule(T)))
+    denoiser = Denoiser(net, EpsPreconditioning(LinearSchedule(T)))
     sigmas = GRIDS[grid](T, denoiser.scaling)
     np.testing.assert_allclose(sigmas[:-1].flip(0), sigmas_of(betas), rtol=1e-10)
     scale = lambda s: torch.sqrt(1 + torch.as_tensor(s, dtype=torch.float64) ** 2)  # noqa: E731

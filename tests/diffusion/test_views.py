@@ -7,12 +7,12 @@ from helpers.tiny_net import TinyNet
 from diffusion_lit.diffusion import (
     ContinuousVP,
     Denoiser,
-    EDMScaling,
-    EpsScaling,
-    FlowScaling,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
     LinearSchedule,
-    VScaling,
-    X0Scaling,
+    VPreconditioning,
+    X0Preconditioning,
     as_eps,
     as_score,
     as_v,
@@ -32,12 +32,12 @@ def image():
 @pytest.mark.parametrize(
     ("view", "scaling", "path", "time"),
     [
-        (as_eps, EpsScaling(SCHEDULE), "vp", torch.tensor([0, 3, 150, 299])),
-        (as_v, VScaling(SCHEDULE), "vp", torch.tensor([0, 3, 150, 299])),
-        (as_x0, X0Scaling(SCHEDULE), "vp", torch.tensor([0, 3, 150, 299])),
-        (as_eps, EpsScaling(ContinuousVP()), "vp", torch.tensor([1.5, 3.0, 150.0, 299.0])),
-        (as_velocity, FlowScaling(), "flow", torch.tensor([0.002, 0.3, 0.5, 0.99])),
-        (as_x0, X0Scaling(), "flow", torch.tensor([0.002, 0.3, 0.5, 0.99])),
+        (as_eps, EpsPreconditioning(SCHEDULE), "vp", torch.tensor([0, 3, 150, 299])),
+        (as_v, VPreconditioning(SCHEDULE), "vp", torch.tensor([0, 3, 150, 299])),
+        (as_x0, X0Preconditioning(SCHEDULE), "vp", torch.tensor([0, 3, 150, 299])),
+        (as_eps, EpsPreconditioning(ContinuousVP()), "vp", torch.tensor([1.5, 3.0, 150.0, 299.0])),
+        (as_velocity, FlowPreconditioning(), "flow", torch.tensor([0.002, 0.3, 0.5, 0.99])),
+        (as_x0, X0Preconditioning(), "flow", torch.tensor([0.002, 0.3, 0.5, 0.99])),
     ],
 )
 def test_the_view_of_its_own_type_is_the_network_itself(view, scaling, path, time):
@@ -48,7 +48,7 @@ def test_the_view_of_its_own_type_is_the_network_itself(view, scaling, path, tim
 
 
 def test_definitions():
-    denoiser = Denoiser(TinyNet().double(), EDMScaling())
+    denoiser = Denoiser(TinyNet().double(), EDMPreconditioning())
     x = image()
     sigma = torch.tensor([0.1, 0.7, 3.0, 30.0], dtype=torch.float64)
     s = sigma[:, None, None, None]
@@ -64,7 +64,7 @@ def test_definitions():
 
 @pytest.mark.parametrize("view", [as_x0, as_eps, as_v, as_velocity])
 def test_paths_agree_on_what_does_not_depend_on_them(view):
-    denoiser = Denoiser(TinyNet(num_classes=4).double(), EDMScaling())
+    denoiser = Denoiser(TinyNet(num_classes=4).double(), EDMPreconditioning())
     x = image()
     t = torch.tensor([10, 50, 150, 299])
     sigma = SCHEDULE.sigmas[t]
@@ -97,7 +97,7 @@ def test_score_is_the_gradient_of_a_gaussian_s_log_density(path):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_single_half_and_scalar_times(view):
-    denoiser = Denoiser(TinyNet(), EpsScaling(SCHEDULE))
+    denoiser = Denoiser(TinyNet(), EpsPreconditioning(SCHEDULE))
     for dtype in (torch.float32, torch.bfloat16):
         result = view(denoiser, "vp")(image().to(dtype), 7)
         assert result.dtype == torch.float32 and result.shape == (4, 2, 5, 7)
@@ -105,7 +105,7 @@ def test_single_half_and_scalar_times(view):
 
 
 def test_bad_input_is_named():
-    denoiser = Denoiser(TinyNet(), EDMScaling())
+    denoiser = Denoiser(TinyNet(), EDMPreconditioning())
     with pytest.raises(ValueError, match="no path 'vpx'; choose one of ve, vp, flow"):
         as_eps(denoiser, "vpx")
     with pytest.raises(ValueError, match="no schedule"):

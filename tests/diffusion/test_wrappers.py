@@ -10,8 +10,8 @@ from diffusion_lit.diffusion import (
     Conditioned,
     Denoiser,
     DenoiserWrapper,
-    EDMScaling,
-    EpsScaling,
+    EDMPreconditioning,
+    EpsPreconditioning,
     LearnedVarianceDenoiser,
     LinearSchedule,
 )
@@ -24,7 +24,7 @@ def noisy(scale=3.0):
 
 
 def test_bound_labels_make_the_callable_that_samplers_take():
-    denoiser = Denoiser(TinyNet(num_classes=3), EDMScaling())
+    denoiser = Denoiser(TinyNet(num_classes=3), EDMPreconditioning())
     x, sigma = noisy()
     bound = Conditioned(denoiser, LABEL)
     assert torch.equal(bound(x, sigma), denoiser(x, sigma, LABEL))
@@ -73,7 +73,7 @@ def test_images_in_range_pass_unchanged(dynamic):
 
 def test_the_variance_is_passed_on_through_all_wrappers():
     net = TinyNet(num_classes=3, out_channels=4)
-    denoiser = LearnedVarianceDenoiser(net, EpsScaling(LinearSchedule()))
+    denoiser = LearnedVarianceDenoiser(net, EpsPreconditioning(LinearSchedule()))
     x, sigma = noisy()
     wrapped = Conditioned(ClipX0(ClassifierFreeGuidance(denoiser, 2.0)), LABEL)
     x0_hat, v = wrapped.learned_variance(x, sigma, sigma / 2)
@@ -84,10 +84,10 @@ def test_the_variance_is_passed_on_through_all_wrappers():
 
 
 def test_a_wrapper_has_a_variance_only_where_the_denoiser_has():
-    plain = Denoiser(TinyNet(num_classes=3), EpsScaling(LinearSchedule()))
+    plain = Denoiser(TinyNet(num_classes=3), EpsPreconditioning(LinearSchedule()))
     for wrapped in (Conditioned(plain, LABEL), ClipX0(plain), ClassifierFreeGuidance(Conditioned(plain))):
         assert not hasattr(wrapped, "learned_variance")
-    learned = LearnedVarianceDenoiser(TinyNet(out_channels=4), EpsScaling(LinearSchedule()))
+    learned = LearnedVarianceDenoiser(TinyNet(out_channels=4), EpsPreconditioning(LinearSchedule()))
     assert hasattr(ClipX0(Conditioned(learned)), "learned_variance")
 
 
@@ -110,7 +110,7 @@ def test_a_dynamic_threshold_has_a_ceiling():
 
 def test_the_estimate_before_the_threshold_is_told_through_bound_labels():
     net = TinyNet(num_classes=3)
-    guided = ClassifierFreeGuidance(Denoiser(net, EDMScaling()), 4.0)
+    guided = ClassifierFreeGuidance(Denoiser(net, EDMPreconditioning()), 4.0)
     x, sigma = noisy()
     clipped, free = Conditioned(ClipX0(guided), LABEL).unclipped(x, sigma)
     assert len(net.calls) == 1

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.diffusion.scaling import X0Scaling
+from diffusion_lit.diffusion.preconditioning import X0Preconditioning
 from experiments import runs, studies, sweep
 from experiments.learning_rates import learning_rates, scheduler
 from experiments.noise_cutoff import noise_cutoff, sharpness
@@ -252,7 +252,7 @@ def test_toy_diffusion(here):
 
 def test_five_steps_of_the_toy_are_those_of_its_plain_loop():
     net = torch.nn.Conv2d(1, 1, 3, padding=1).double()
-    scaling = X0Scaling()
+    scaling = X0Preconditioning()
     sigmas = Sampling(sampler="euler", num_steps=5, grid="trailing").sigmas(scaling)
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     state, mixed = sigmas[0] * x, x * sigmas[0] / (1 + sigmas[0])

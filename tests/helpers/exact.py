@@ -9,7 +9,13 @@ import torch
 
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.noise import ContinuousVP, CosineSchedule, LinearSchedule, ScaledLinearSchedule
-from diffusion_lit.diffusion.scaling import EDMScaling, EpsScaling, FlowScaling, VScaling, X0Scaling
+from diffusion_lit.diffusion.preconditioning import (
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
+    VPreconditioning,
+    X0Preconditioning,
+)
 
 SIGMA_DATA = 0.6
 
@@ -90,20 +96,20 @@ def edm_target(x, x0, s):
 
 
 PREDICTIONS = {
-    "eps, linear": (lambda: EpsScaling(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, eps_target),
-    "eps, continuous VP": (lambda: EpsScaling(ContinuousVP()), of_continuous_vp, vp_input, eps_target),
-    "x0, linear": (lambda: X0Scaling(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, x0_target),
-    "x0, flow": (lambda: X0Scaling(), of_flow, flow_input, x0_target),
-    "v, linear": (lambda: VScaling(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, v_target),
-    "v, cosine": (lambda: VScaling(CosineSchedule(300)), of_steps(cosine_betas(300)), vp_input, v_target),
+    "eps, linear": (lambda: EpsPreconditioning(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, eps_target),
+    "eps, continuous VP": (lambda: EpsPreconditioning(ContinuousVP()), of_continuous_vp, vp_input, eps_target),
+    "x0, linear": (lambda: X0Preconditioning(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, x0_target),
+    "x0, flow": (lambda: X0Preconditioning(), of_flow, flow_input, x0_target),
+    "v, linear": (lambda: VPreconditioning(LinearSchedule(1000)), of_steps(linear_betas()), vp_input, v_target),
+    "v, cosine": (lambda: VPreconditioning(CosineSchedule(300)), of_steps(cosine_betas(300)), vp_input, v_target),
     "v, scaled linear": (
-        lambda: VScaling(ScaledLinearSchedule(1000)),
+        lambda: VPreconditioning(ScaledLinearSchedule(1000)),
         of_steps(scaled_linear_betas()),
         vp_input,
         v_target,
     ),
-    "flow": (lambda: FlowScaling(), of_flow, flow_input, velocity_target),
-    "edm": (lambda: EDMScaling(SIGMA_DATA), of_edm, edm_input, edm_target),
+    "flow": (lambda: FlowPreconditioning(), of_flow, flow_input, velocity_target),
+    "edm": (lambda: EDMPreconditioning(SIGMA_DATA), of_edm, edm_input, edm_target),
 }
 
 

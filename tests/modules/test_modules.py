@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusion_lit.diffusion import Constant, CosineSchedule, DenoisingLoss, LinearSchedule, UnitWeight
-from diffusion_lit.modules import DDPM, EDM, Trapezoid
+from diffusion_lit.modules import DDPM, EDM, WarmupStableDecay
 from diffusion_lit.nets import UNet
 from diffusion_lit.storage.checkpoints import read_checkpoint
 
@@ -128,7 +128,7 @@ def test_generating_leaves_the_module_in_the_mode_that_it_was_in():
 def rates(steps, **options):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2.0)
-    schedule = Trapezoid(optimizer, **options)
+    schedule = WarmupStableDecay(optimizer, **options)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])

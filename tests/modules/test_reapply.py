@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
-from diffusion_lit.modules import Trapezoid
+from diffusion_lit.modules import WarmupStableDecay
 from diffusion_lit.modules.reapply import reapply
 
 STEPS = 7
@@ -65,7 +65,7 @@ SCHEDULES = {
     "none": None,
     "cosine of 20": of(CosineAnnealingLR, T_max=20),
     "cosine of 40": of(CosineAnnealingLR, T_max=40),
-    "trapezoid": of(Trapezoid, warmup_steps=3, decay_fraction=0.5, total_steps=16),
+    "trapezoid": of(WarmupStableDecay, warmup_steps=3, decay_fraction=0.5, total_steps=16),
     "one cycle": of(OneCycleLR, max_lr=0.5, total_steps=30),
     "in turn": in_turn,
 }

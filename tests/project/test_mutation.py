@@ -25,15 +25,23 @@ def test_every_sampler_and_every_prediction_type_is_covered():
     functions = {mutant.function.split(".")[0] for path in mutation.TESTS for mutant in mutation.mutants(path)}
     assert {"ddpm", "_first_order", "euler", "heun", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde"} <= functions
     assert {"unipc", "_unified_step", "_unified_weights", "STAGES", "rk45", "ancestral_split"} <= functions
-    assert {"EDMScaling", "EpsScaling", "VScaling", "X0Scaling", "FlowScaling"} <= functions
+    assert {
+        "EDMPreconditioning",
+        "EpsPreconditioning",
+        "VPreconditioning",
+        "X0Preconditioning",
+        "FlowPreconditioning",
+    } <= functions
 
 
 def test_a_survivor_is_reported(capsys):
-    mutant = mutation.Mutant(f"{mutation.CORE}/scaling.py", "VScaling.coefficients", 3, "a + b", "a - b", "")
+    mutant = mutation.Mutant(
+        f"{mutation.CORE}/preconditioning.py", "VPreconditioning.coefficients", 3, "a + b", "a - b", ""
+    )
     assert mutation.report([(mutant, "caught"), (mutant, "hangs")])
     assert not mutation.report([(mutant, "caught"), (mutant, "survived")])
     assert (
-        "survived: diffusion_lit/diffusion/scaling.py:3 VScaling.coefficients: a + b  ->  a - b"
+        "survived: diffusion_lit/diffusion/preconditioning.py:3 VPreconditioning.coefficients: a + b  ->  a - b"
         in capsys.readouterr().out
     )
 

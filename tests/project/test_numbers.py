@@ -20,11 +20,11 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
 from diffusion_lit.diffusion.likelihood import Likelihood
+from diffusion_lit.diffusion.preconditioning import EDMPreconditioning
 from diffusion_lit.diffusion.samplers import SAMPLERS
-from diffusion_lit.diffusion.scaling import EDMScaling
 from diffusion_lit.diffusion.wrappers import ClipX0
 from diffusion_lit.modules import DDPM, EDM, VAE, Classifier
-from diffusion_lit.modules.optim import Trapezoid
+from diffusion_lit.modules.optim import WarmupStableDecay
 from diffusion_lit.modules.reconstruction import DiscretisedGaussian, DiscretisedLogistic
 
 
@@ -53,7 +53,7 @@ GIVEN = {  # what has no default
     "num_steps": 4,
     "num_classes": 2,
     "batch_size": 4,
-    "scaling": EDMScaling(),
+    "scaling": EDMPreconditioning(),
     "schedule": noise.LinearSchedule(),
     "extractor": None,
     "size": 16,
@@ -79,17 +79,17 @@ def cases():
     found = [
         *public(noise, noise.Schedule),
         *public(noise, noise.NoiseLevels),
-        *public(scaling, scaling.Scaling),
+        *public(scaling, scaling.Preconditioning),
         *public(loss, torch.nn.Module),
         *public(degradations, degradations.Degradation),
         *(getattr(callbacks, name) for name in callbacks.__all__),
         *(ClipX0, ClassifierFreeGuidance, Autoguidance, ClassifierGuidance, Sampling, ColdSampling, Likelihood),
-        *(Trapezoid, DiscretisedGaussian, DiscretisedLogistic, Watchdog, Transform),
+        *(WarmupStableDecay, DiscretisedGaussian, DiscretisedLogistic, Watchdog, Transform),
         *(nets.UNet, nets.DiT, nets.Autoencoder, nets.ConvClassifier, nets.Augment),
         *(getattr(datamodules, name) for name in datamodules.__all__ if name != "Subset"),
     ]
     for one in dict.fromkeys(found):
-        if not inspect.isabstract(one) and one not in (noise.Schedule, scaling.Scaling):
+        if not inspect.isabstract(one) and one not in (noise.Schedule, scaling.Preconditioning):
             yield Case(one, one.__name__, {})
     for name, grid in GRIDS.items():
         yield Case(grid, name, {})
@@ -141,7 +141,7 @@ def test_every_number_is_looked_at(case, name, whole, several):
         (lambda: callbacks.EMA(ramp_up=-5), "ramp_up is -5"),
         (lambda: callbacks.LossByNoiseLevel(sigmas=(-1,)), "sigmas is -1"),
         (lambda: callbacks.LastCheckpoint(-1), "every_n_train_steps is -1"),
-        (lambda: Trapezoid(torch.optim.SGD(PARAMETER, 0.1), warmup_steps=-5), "warmup_steps is -5"),
+        (lambda: WarmupStableDecay(torch.optim.SGD(PARAMETER, 0.1), warmup_steps=-5), "warmup_steps is -5"),
         (lambda: Sampling(cfg_scale=math.nan), "cfg_scale is nan"),
         (lambda: Sampling().replace(cfg_scale=math.nan), "cfg_scale is nan"),
         (lambda: nets.UNet(1, 16, attention_resolutions=(3,)), "attention_resolutions has 3"),

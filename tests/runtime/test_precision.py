@@ -5,7 +5,14 @@ import pytest
 import torch
 from helpers.runs import FIT, LAST, logged, read
 
-from diffusion_lit.diffusion import Denoiser, DenoisingLoss, EDMScaling, EpsScaling, LinearSchedule, Sampling
+from diffusion_lit.diffusion import (
+    Denoiser,
+    DenoisingLoss,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    LinearSchedule,
+    Sampling,
+)
 from diffusion_lit.modules import EDM
 from diffusion_lit.nets import UNet
 
@@ -26,7 +33,7 @@ class Watched(torch.nn.Module):
         return out
 
 
-@pytest.mark.parametrize("scaling", [EDMScaling(), EpsScaling(LinearSchedule(100))], ids=["edm", "eps"])
+@pytest.mark.parametrize("scaling", [EDMPreconditioning(), EpsPreconditioning(LinearSchedule(100))], ids=["edm", "eps"])
 def test_under_autocast_only_the_network_is_in_bf16(scaling):
     denoiser = Denoiser(Watched(), scaling)
     x0, noise = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
@@ -46,7 +53,7 @@ def test_under_autocast_only_the_network_is_in_bf16(scaling):
 
 
 def test_grids_are_float64():
-    assert Sampling(num_steps=5).sigmas(EDMScaling()).dtype == torch.float64
+    assert Sampling(num_steps=5).sigmas(EDMPreconditioning()).dtype == torch.float64
 
 
 def test_samples_in_bf16_are_near_those_in_float32():

@@ -18,13 +18,13 @@ from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.editing.common import check_images, check_seeds, device_of, labels_for, settings
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import SeededNoise
-from diffusion_lit.diffusion.scaling import Scaling
 
 STRIDED_STEPS = 33  # every 30th of 1,000
 
 
-def strided(sampling: Sampling, scaling: Scaling) -> Sampling:
+def strided(sampling: Sampling, scaling: Preconditioning) -> Sampling:
     """Settings whose grid is every 30th of 1,000 steps, 960, 930, ..., 0, on which editing counts its start levels.
 
     Args:
@@ -173,7 +173,7 @@ def img2img(
     return denoise(model, x, sigma, labels=labels, seeds=seeds, sampling=sampling, callback=callback)
 
 
-def start_level(sampling: Sampling, scaling: Scaling, start: int) -> float:
+def start_level(sampling: Sampling, scaling: Preconditioning, start: int) -> float:
     """The noise level that a start index means.
 
     Args:

@@ -8,13 +8,13 @@ import torch
 from diffusion_lit.diffusion import (
     ContinuousVP,
     CosineSchedule,
-    EDMScaling,
-    EpsScaling,
-    FlowScaling,
+    EDMPreconditioning,
+    EpsPreconditioning,
+    FlowPreconditioning,
     LinearSchedule,
-    Scaling,
-    VScaling,
-    X0Scaling,
+    Preconditioning,
+    VPreconditioning,
+    X0Preconditioning,
 )
 
 SCHEDULE = LinearSchedule()
@@ -23,7 +23,7 @@ SIGMAS = torch.logspace(-1.9, 2.1, 50, dtype=torch.float64)
 # Each formula as the papers write it, in Python's floats: (c_skip, c_out, c_in, c_noise) of one sigma s.
 TABLE = {
     "edm": (
-        EDMScaling(0.7),
+        EDMPreconditioning(0.7),
         lambda s: (
             0.49 / (s * s + 0.49),
             s * 0.7 / math.sqrt(s * s + 0.49),
@@ -31,14 +31,14 @@ TABLE = {
             math.log(s) / 4,
         ),
     ),
-    "eps": (EpsScaling(SCHEDULE), lambda s: (1, -s, 1 / math.sqrt(1 + s * s), None)),
-    "x0": (X0Scaling(SCHEDULE), lambda s: (0, 1, 1 / math.sqrt(1 + s * s), None)),
-    "x0 flow": (X0Scaling(), lambda s: (0, 1, 1 / (1 + s), s / (1 + s))),
+    "eps": (EpsPreconditioning(SCHEDULE), lambda s: (1, -s, 1 / math.sqrt(1 + s * s), None)),
+    "x0": (X0Preconditioning(SCHEDULE), lambda s: (0, 1, 1 / math.sqrt(1 + s * s), None)),
+    "x0 flow": (X0Preconditioning(), lambda s: (0, 1, 1 / (1 + s), s / (1 + s))),
     "v": (
-        VScaling(SCHEDULE),
+        VPreconditioning(SCHEDULE),
         lambda s: (1 / (1 + s * s), -s / math.sqrt(1 + s * s), 1 / math.sqrt(1 + s * s), None),
     ),
-    "flow": (FlowScaling(), lambda s: (1 / (1 + s), -s / (1 + s), 1 / (1 + s), s / (1 + s))),
+    "flow": (FlowPreconditioning(), lambda s: (1 / (1 + s), -s / (1 + s), 1 / (1 + s), s / (1 + s))),
 }
 EVERY = pytest.mark.parametrize("name", TABLE)
 
@@ -87,7 +87,7 @@ def test_the_network_sees_the_image_of_its_path(name):
 
 
 def test_edm_target_has_unit_variance_and_least_amplification():
-    scaling = EDMScaling(0.7)
+    scaling = EDMPreconditioning(0.7)
     c_skip, c_out, _, _ = scaling(SIGMAS)
 
     def target_scale(skip):  # standard deviation of x0 - skip (x0 + s n), which c_out has to undo
@@ -98,7 +98,7 @@ def test_edm_target_has_unit_variance_and_least_amplification():
     assert bool((target_scale(c_skip) < target_scale(c_skip - 1e-3)).all())
 
 
-@pytest.mark.parametrize("kind", [EpsScaling, VScaling, X0Scaling])
+@pytest.mark.parametrize("kind", [EpsPreconditioning, VPreconditioning, X0Preconditioning])
 @pytest.mark.parametrize("T", [300, 4000])
 def test_networks_on_a_schedule_are_told_the_step(kind, T):
     schedule = CosineSchedule(T)
@@ -128,7 +128,7 @@ def test_single_precision_loses_only_rounding(name, sigma):
 
 
 def test_single_precision_at_the_end_of_a_cosine_chain():
-    scaling = VScaling(CosineSchedule(4000))
+    scaling = VPreconditioning(CosineSchedule(4000))
     single = torch.tensor(scaling.sigma_max).float()
     c_skip, c_out, c_in, _ = scaling(single)
     assert float(c_skip) == pytest.approx(1 / (1 + float(single) ** 2), rel=1e-6)
@@ -137,23 +137,25 @@ def test_single_precision_at_the_end_of_a_cosine_chain():
 
 
 def test_supports_and_paths():
-    assert (EDMScaling().sigma_min, EDMScaling().sigma_max) == (0, math.inf)
-    assert EDMScaling().sampling_range == (0.002, 80)
-    for scaling in (EpsScaling(SCHEDULE), VScaling(SCHEDULE), X0Scaling(SCHEDULE)):
+    assert (EDMPreconditioning().sigma_min, EDMPreconditioning().sigma_max) == (0, math.inf)
+    assert EDMPreconditioning().sampling_range == (0.002, 80)
+    for scaling in (EpsPreconditioning(SCHEDULE), VPreconditioning(SCHEDULE), X0Preconditioning(SCHEDULE)):
         assert (scaling.sigma_min, scaling.sigma_max) == (SCHEDULE.sigma_min, SCHEDULE.sigma_max)
         assert scaling.variance_preserving and scaling.schedule is SCHEDULE
-    for scaling in (FlowScaling(), X0Scaling()):
+    for scaling in (FlowPreconditioning(), X0Preconditioning()):
         assert scaling.sigma_min == pytest.approx(1 / 999) and scaling.sigma_max == pytest.approx(999)
         assert not scaling.variance_preserving and scaling.schedule is None
-    assert not EDMScaling().variance_preserving
-    continuous = EpsScaling(ContinuousVP())
+    assert not EDMPreconditioning().variance_preserving
+    continuous = EpsPreconditioning(ContinuousVP())
     assert continuous.sampling_range[0] > continuous.sigma_min
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan, 1e-3, 200.0])
 def test_a_sigma_outside_the_support_is_refused(sigma):
-    scaling = EpsScaling(SCHEDULE)
-    with pytest.raises(ValueError, match=r"outside the noise levels that EpsScaling is trained on, 0\.01.* to 157"):
+    scaling = EpsPreconditioning(SCHEDULE)
+    with pytest.raises(
+        ValueError, match=r"outside the noise levels that EpsPreconditioning is trained on, 0\.01.* to 157"
+    ):
         scaling(torch.tensor([1.0, sigma]))
     with pytest.raises(ValueError, match="outside"):
         scaling(sigma)
@@ -162,27 +164,27 @@ def test_a_sigma_outside_the_support_is_refused(sigma):
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
 def test_open_ends_of_a_support_are_refused(sigma):
     with pytest.raises(ValueError, match="outside"):
-        EDMScaling()(torch.tensor(sigma))
+        EDMPreconditioning()(torch.tensor(sigma))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_edges_of_a_support_survive_rounding(dtype):
-    for scaling in (EpsScaling(SCHEDULE), FlowScaling()):
+    for scaling in (EpsPreconditioning(SCHEDULE), FlowPreconditioning()):
         c = scaling(torch.tensor([scaling.sigma_min, scaling.sigma_max], dtype=dtype))
         assert all(bool(part.isfinite().all()) for part in c)
 
 
 def test_clamp_moves_to_the_edges():
-    scaling = EpsScaling(SCHEDULE)
+    scaling = EpsPreconditioning(SCHEDULE)
     moved = scaling.clamp(torch.tensor([1e-5, 1.0, 1e5]))
     torch.testing.assert_close(moved, torch.tensor([SCHEDULE.sigma_min, 1.0, SCHEDULE.sigma_max]))
     scaling(moved)
     levels = torch.tensor([1e-5, 1e5])
-    assert torch.equal(EDMScaling().clamp(levels), levels)
+    assert torch.equal(EDMPreconditioning().clamp(levels), levels)
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="sigma_data is 0"):
-        EDMScaling(0.0)
+        EDMPreconditioning(0.0)
     with pytest.raises(NotImplementedError):
-        Scaling((0.1, 1.0))(0.5)
+        Preconditioning((0.1, 1.0))(0.5)
