@@ -59,7 +59,7 @@ from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
 from diffusion_lit.runtime.stopping import RunStopped, explain
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
-from diffusion_lit.storage.checkpoints import check_training_state, read_checkpoint
+from diffusion_lit.storage.checkpoints import check_training_state, read_training_state
 from diffusion_lit.storage.exports import is_export
 from diffusion_lit.storage.runs import find_checkpoint, run_of
 from diffusion_lit.storage.trust import TRUST_HELP, trust
@@ -213,7 +213,7 @@ class CLI(LightningCLI):
             print(f"{'Continuing from' if subcommand == 'fit' else 'Using'} {path}")
         if subcommand == "fit" and is_export(path):
             raise UserError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_training_state(path, keep=True)
         if subcommand == "fit":
             check_training_state(checkpoint, path)
         folder = run_of(path)

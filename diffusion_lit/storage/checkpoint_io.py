@@ -60,11 +60,11 @@ class SafeCheckpointIO(CheckpointIO):
         Returns:
             Its contents.
         """
-        from diffusion_lit.storage.checkpoints import read_checkpoint
+        from diffusion_lit.storage.checkpoints import read_training_state
 
         if Path(path).name == ".temp.ckpt":  # bare weights, handed back by forked ranks
             return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
-        return read_checkpoint(path)
+        return read_training_state(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint that a newer one replaces, unless the newer one could not be written.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lit.storage.exports import is_export, read_export
+from diffusion_lit.storage.once import Unchanged
 from diffusion_lit.storage.pickled import Damaged, HoldsCode, read_pickled
 
 TRAINING = {  # what training goes on from, and what each must be
@@ -20,6 +21,9 @@ TRAINING = {  # what training goes on from, and what each must be
     "global_step": int,
     "pytorch-lightning_version": str,
 }
+OPTIMIZER = ("optimizer_states",)
+_CONTENTS: Unchanged[dict[str, Any]] = Unchanged(2)  # of a command: the model's, and its autoencoder's or guide's
+_STATES: Unchanged[dict[str, Any]] = Unchanged(1)
 FIELDS: dict[str, type] = {
     **TRAINING,
     "state_dict": dict,
@@ -33,17 +37,39 @@ FIELDS: dict[str, type] = {
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's contents to the CPU, refusing anything but tensors and plain values.
 
+    A file that has not changed is read once per process; its tensors are not to be changed.
+
     Args:
         path: The file, or a folder of `lightning export`.
 
     Returns:
-        Lightning's checkpoint dictionary.
+        Lightning's checkpoint dictionary without the optimizer's state; see `read_training_state`.
 
     Raises:
         ValueError: If the file is missing, unreadable, truncated, not a checkpoint, or holds objects that only an
             unsafe load would make.
     """
-    path = Path(path)
+    return dict(_CONTENTS.get(Path(path), lambda: _read(Path(path), OPTIMIZER)))
+
+
+def read_training_state(path: str | Path, keep: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint as `read_checkpoint`, with the optimizer's state.
+
+    Args:
+        path: The file.
+        keep: Whether the next call gets what this one has read. That call's contents belong to the caller alone, since
+            an optimizer goes on in the very tensors that it is given.
+
+    Returns:
+        Lightning's checkpoint dictionary.
+    """
+    content = dict(_STATES.get(Path(path), lambda: _read(Path(path))))
+    if not keep:
+        _STATES.clear()
+    return content
+
+
+def _read(path: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
     if is_export(path):
         return read_export(path)
     if path.is_dir():
@@ -55,7 +81,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"There is no checkpoint {path}; `lightning fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
         )
     try:
-        checkpoint = read_pickled(path)
+        checkpoint = read_pickled(path, without=without)
     except PermissionError as error:
         raise ValueError(f"The checkpoint {path} cannot be read: no permission.") from error
     except HoldsCode as error:

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lit.storage.once import Unchanged
+
+_HASHES: Unchanged[str] = Unchanged(64)
+
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """A hash of weights that does not depend on how they were stored.
@@ -53,7 +57,7 @@ def canonical(record: dict[str, Any]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The hash of a file's bytes.
+    """The hash of a file's bytes, taken once per process while the file does not change.
 
     Args:
         path: The file, or a folder of `lightning export`, whose weights count.
@@ -62,6 +66,10 @@ def file_hash(path: Path) -> str:
         Hexadecimal SHA-256.
     """
     path = path / "model.safetensors" if path.is_dir() else path
+    return _HASHES.get(path, lambda: _hash(path))
+
+
+def _hash(path: Path) -> str:
     digest = sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

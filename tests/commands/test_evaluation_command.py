@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -195,8 +196,22 @@ def test_killed_and_started_again_it_gives_the_same_report(evaluate, trained, tm
     assert not (tmp_path / "cut.parts").exists()
 
 
-def test_several_settings_give_a_table_and_a_plot(evaluate, tmp_path):
-    report = evaluate("--extractor=pixels", "--sampler=heun,ddim", "--num_steps=2,3", "--cfg_scale=1,2", "--labels=all")
+def test_several_settings_give_a_table_and_a_plot(evaluate, tmp_path, trained, monkeypatch):
+    opened, before = [], Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *mode, **more: opened.append(path.name) or before(path, *mode, **more)
+    )
+    shutil.copy(trained / "model.ckpt", tmp_path / "once.ckpt")
+    time.sleep(0.11)  # a file that changed just now is read again
+    report = evaluate(
+        "--extractor=pixels",
+        "--sampler=heun,ddim",
+        "--num_steps=2,3",
+        "--cfg_scale=1,2",
+        "--labels=all",
+        ckpt=tmp_path / "once.ckpt",
+    )
+    assert opened.count("once.ckpt") == 2  # read once, hashed once
     assert len(report["results"]) == 8
     found = {
         (one["sampling"]["sampler"], one["sampling"]["num_steps"], one["sampling"]["cfg_scale"]): one
