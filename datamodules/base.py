@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.feed import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
+from datamodules.loaders import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
 from diffusion_lit.checks import check_count
 
 SPLITS = ("train", "val", "test")
@@ -273,14 +273,14 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: If the batch does not divide over the ranks, or is larger than the split.
         """
-        feed = self._feed("train")
-        count = len(feed["split"].images)
+        arguments = self._loader_arguments("train")
+        count = len(arguments["split"].images)
         if count < self.batch_size:
             raise ValueError(
                 f"batch_size is {self.batch_size}, but the training split has {count} images, so that no whole batch "
                 f"fits; choose at most {count}."
             )
-        loader = TrainLoader(augment=self._augment, **feed)
+        loader = TrainLoader(augment=self._augment, **arguments)
         loader.trainer = self.trainer
         return loader
 
@@ -352,9 +352,9 @@ class ImageDataModule(LightningDataModule):
             return []
         if count < world:
             raise ValueError(f"The {name} split has {count} images for {world} ranks; use at most {count} ranks.")
-        return EvalLoader(**self._feed(name))
+        return EvalLoader(**self._loader_arguments(name))
 
-    def _feed(self, name: str) -> dict[str, Any]:
+    def _loader_arguments(self, name: str) -> dict[str, Any]:
         """The arguments of a loader over a split."""
         world, rank = self._ranks()
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

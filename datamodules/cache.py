@@ -27,7 +27,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from datamodules.decode import BadImageError, Transform, significant_bits
-from datamodules.decoding import decode_all
+from datamodules.decode_pool import decode_all
 from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep

@@ -20,9 +20,9 @@ from torch import Tensor
 from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
 from datamodules.decode import Transform
-from datamodules.feed import Split
 from datamodules.files import may_not_read
 from datamodules.folder import describe_classes
+from datamodules.loaders import Split
 from datamodules.sources import Listing, Skip, list_images
 from diffusion_lit.checks import check_count
 

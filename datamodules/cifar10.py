@@ -16,9 +16,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from datamodules.base import NOT_THERE, ImageDataModule, held_out
-from datamodules.feed import Split
 from datamodules.files import download, first_line, may_not_read
 from datamodules.folder import ImageFolder, hash_at
+from datamodules.loaders import Split
 from datamodules.pickles import read_pickle
 from diffusion_lit.checks import check_count
 

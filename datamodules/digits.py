@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from datamodules.base import ImageDataModule
-from datamodules.feed import Split
+from datamodules.loaders import Split
 
 HELD_OUT = 360
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
 from datamodules.decode import ENDINGS, Transform
-from datamodules.feed import Split
+from datamodules.loaders import Split
 from datamodules.sources import Image, Listing, Skip, list_images, printable
 from diffusion_lit.checks import check_count, check_number
 

@@ -8,9 +8,9 @@ from torch.nn.functional import pad
 from torchvision import datasets
 
 from datamodules.base import NOT_THERE, ImageDataModule, held_out
-from datamodules.feed import Split
 from datamodules.files import download, first_line
 from datamodules.idx import find_idx, read_idx
+from datamodules.loaders import Split
 from diffusion_lit.checks import check_count
 
 FILES = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from datamodules.base import ImageDataModule
 from datamodules.decode import BadImageError, Transform, decode
-from datamodules.feed import Split, keyed_generator
 from datamodules.files import may_not_read
+from datamodules.loaders import Split, keyed_generator
 from diffusion_lit.checks import check_count
 
 SAMPLES = ("flower", "china")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
-from datamodules.feed import Split
+from datamodules.loaders import Split
 from diffusion_lit.checks import check_count
 
 EPOCH = 4096  # images that an epoch has at least, fewer being repeated
@@ -90,11 +90,11 @@ class Subset(ImageDataModule):
         kept = images[rows] if isinstance(images, Tensor) else torch.from_numpy(images[rows.numpy()])
         return Split(kept, None if labels is None else labels[rows])
 
-    def _feed(self, name: str) -> dict[str, object]:
+    def _loader_arguments(self, name: str) -> dict[str, object]:
         """The arguments of a loader, of training images repeated."""
-        fed = super()._feed(name)
+        arguments = super()._loader_arguments(name)
         if name == "train":
-            images, labels = fed["split"]
+            images, labels = arguments["split"]
             rows = torch.arange(self.count, device=images.device).repeat(-(-max(EPOCH, self.batch_size) // self.count))
-            fed["split"] = Split(images[rows], None if labels is None else labels[rows.cpu()])
-        return fed
+            arguments["split"] = Split(images[rows], None if labels is None else labels[rows.cpu()])
+        return arguments

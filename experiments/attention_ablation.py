@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from diffusion_lit.modules.load import load_module
-from experiments.gauge import Gauge
+from experiments.evaluator import Evaluator
 from experiments.networks import build, parameters, step_cost
 from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
@@ -48,17 +48,17 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
         f"full at {places[0]} and {places[1]}, more heads": _attention([large, small], head_channels=8),
     }
     trained = study.fit(variants)
-    gauge = study.gauge(trained)
+    evaluator = study.evaluator(trained)
     batch_size = int(study.value("data.init_args.batch_size"))
     rows, shown = [], {}
     for name, run in trained.items():
         net = load_module(run.ckpt_path).to(study.device).net
-        drawn = study.draw(run, gauge)
+        drawn = study.draw(run, evaluator)
         assert drawn.images is not None
         rows.append(
             {
                 "attention": name,
-                **gauge.measure(drawn),
+                **evaluator.measure(drawn),
                 "val/loss": run.metrics["val/loss"],
                 "parameters M": parameters(net),
                 **step_cost(net, batch_size, seconds),
@@ -68,17 +68,18 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
         shown[name] = drawn.images[:12]
     count, steps = study.setup.num_samples, int(study.value("trainer.max_steps"))
     study.table("quality", rows, f"{count:,} samples after {steps:,} steps of batches of {batch_size}.")
-    study.figure("quality", draw(rows, gauge), "Quality against what a training step costs.")
+    study.figure("quality", draw(rows, evaluator), "Quality against what a training step costs.")
     study.figure("samples", image_rows(shown), "Samples of the same seeds.")
     none, *others = rows
-    best, worst = (choose(others, key=lambda row: row[gauge.metric]) for choose in (min, max))
+    best, worst = (choose(others, key=lambda row: row[evaluator.metric]) for choose in (min, max))
     dearest = max(others, key=lambda row: row["activations MB"])
     study.finding(
-        f"After {steps:,} steps {gauge.metric} is {none[gauge.metric]:.3g} without attention, and with it between "
-        f"{best[gauge.metric]:.3g} ({best['attention']}) and {worst[gauge.metric]:.3g} ({worst['attention']}); a step "
-        f"of the former takes {best['ms per step'] / none['ms per step']:.2f} times the time and "
-        f"{best['parameters M'] / none['parameters M']:.2f} times the parameters, and '{dearest['attention']}' keeps "
-        f"{dearest['activations MB'] / none['activations MB']:.2f} times the activations."
+        f"After {steps:,} steps {evaluator.metric} is {none[evaluator.metric]:.3g} without attention, and with it "
+        f"between {best[evaluator.metric]:.3g} ({best['attention']}) and {worst[evaluator.metric]:.3g} "
+        f"({worst['attention']}); a step of the former takes {best['ms per step'] / none['ms per step']:.2f} times the "
+        f"time and {best['parameters M'] / none['parameters M']:.2f} times the parameters, and "
+        f"'{dearest['attention']}' keeps {dearest['activations MB'] / none['activations MB']:.2f} times the "
+        "activations."
     )
 
 
@@ -91,12 +92,12 @@ def _attention(full: list[int] | None = None, linear: list[int] | None = None, h
     }
 
 
-def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+def draw(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """Quality against time, memory and parameters.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         A figure of three panels.
@@ -110,12 +111,14 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for index, row in enumerate(rows):
             marker = "osD^vP*X"[index % 8]
-            axes.plot(row[column], row[gauge.metric], marker, markersize=9, color=f"C{index}", label=row["attention"])
+            axes.plot(
+                row[column], row[evaluator.metric], marker, markersize=9, color=f"C{index}", label=row["attention"]
+            )
         axes.set_xlabel(label)
         axes.margins(0.15)
         axes.grid(True, alpha=0.3)
-    gauge.draw_floor(panels[0])
-    panels[0].set_ylabel(gauge.metric)
+    evaluator.draw_floor(panels[0])
+    panels[0].set_ylabel(evaluator.metric)
     panels[0].set_ylim(bottom=0)
     panels[0].legend(fontsize=7)
     return figure

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from diffusion_lit.modules.load import load_module
-from experiments.gauge import Gauge
+from experiments.evaluator import Evaluator
 from experiments.networks import build, flops, parameters, step_cost
 from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
@@ -64,19 +64,19 @@ def capacity(
             for width in widths
         }
     )
-    gauge = study.gauge(trained)
+    evaluator = study.evaluator(trained)
     rows, shown = [], {}
     for planned in plan:
         run = trained.get(f"{planned['channels']} channels")
         if run is None:
             continue
-        drawn = study.draw(run, gauge)
+        drawn = study.draw(run, evaluator)
         assert drawn.images is not None
         net = load_module(run.ckpt_path).to(study.device).net
         rows.append(
             {
                 **planned,
-                **gauge.measure(drawn),
+                **evaluator.measure(drawn),
                 "val/loss": run.metrics["val/loss"],
                 **step_cost(net, batch_size, seconds),
                 "ms per sample": 1000 * drawn.seconds / len(drawn.features),
@@ -84,26 +84,26 @@ def capacity(
         )
         shown[f"{planned['parameters M']:.3g}M"] = drawn.images[:12]
     study.table("quality", rows, f"{study.setup.num_samples:,} samples of each network, against the training images.")
-    study.figure("quality", draw(rows, gauge), "Quality and speed against size, at equal compute.")
+    study.figure("quality", draw(rows, evaluator), "Quality and speed against size, at equal compute.")
     study.figure("samples", image_rows(shown), "Samples of the same seeds, by the number of parameters.")
-    best = min(rows, key=lambda row: row[gauge.metric])
+    best = min(rows, key=lambda row: row[evaluator.metric])
     others = ", ".join(
-        f"{row['parameters M']:.3g}M ({row['steps']:,} steps) {row[gauge.metric]:.3g}"
+        f"{row['parameters M']:.3g}M ({row['steps']:,} steps) {row[evaluator.metric]:.3g}"
         for row in rows
         if row is not best
     )
     study.finding(
         f"At {rows[0]['TFLOP in all']:.3g} TFLOP of training {best['parameters M']:.3g}M parameters ({best['steps']:,} "
-        f"steps) are best with {gauge.metric} {best[gauge.metric]:.3g}; {others}."
+        f"steps) are best with {evaluator.metric} {best[evaluator.metric]:.3g}; {others}."
     )
 
 
-def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+def draw(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """Quality and speed against the number of parameters.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         A figure of three panels.
@@ -111,7 +111,7 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     size = [row["parameters M"] for row in rows]
     for axes, column, label in (
-        (panels[0], gauge.metric, gauge.metric),
+        (panels[0], evaluator.metric, evaluator.metric),
         (panels[1], "val/loss", "validation loss"),
         (panels[2], "ms per step", "milliseconds of a training step"),
     ):
@@ -120,7 +120,7 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
         axes.set_xticks(size, [f"{value:.3g}" for value in size], minor=False)
         axes.set_xticks([], minor=True)
         axes.grid(True, alpha=0.3)
-    gauge.draw_floor(panels[0])
+    evaluator.draw_floor(panels[0])
     panels[0].set_ylim(bottom=0)
     panels[0].legend(fontsize=8)
     panels[2].set_ylim(bottom=0)

@@ -25,7 +25,7 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.modules.vae import psnr, ssim
 from diffusion_lit.storage.hashing import file_hash
-from experiments.gauge import Gauge
+from experiments.evaluator import Evaluator
 from experiments.runs import Trained
 from experiments.show import image_rows
 from experiments.study import QUIET, Study, main
@@ -47,17 +47,17 @@ def cold_diffusion(
         blurred_steps: Numbers of steps of the first, beside 1 and all.
     """
     trained = study.fit(dict(variant(words.strip()) for words in degradations.split(",")))
-    gauge = study.gauge(trained)
-    images = gauge.data.reference_images("test")
+    evaluator = study.evaluator(trained)
+    images = evaluator.data.reference_images("test")
     count = min(study.setup.num_samples, len(images))
     originals = take(images, torch.arange(count) * len(images) // count)
-    goal = Statistics.of(gauge.extractor.extract(originals, 250).features)
+    goal = Statistics.of(evaluator.extractor.extract(originals, 250).features)
 
     def measure(made: Tensor) -> dict[str, float]:
         restored, real = made / 127.5 - 1, originals / 127.5 - 1
-        distance = frechet_distance(Statistics.of(gauge.extractor.extract(made, 250).features), goal)
+        distance = frechet_distance(Statistics.of(evaluator.extractor.extract(made, 250).features), goal)
         figures = {"psnr": float(psnr(restored, real).mean()), "ssim": float(ssim(restored, real))}
-        return {gauge.metric: distance, **figures}
+        return {evaluator.metric: distance, **figures}
 
     rows, drawn = [], []
     for name, run in trained.items():
@@ -66,9 +66,9 @@ def cold_diffusion(
         shown = {"test image": originals[:SHOWN], **{way: some[:SHOWN] for way, some in made.items()}}
         for way, some in made.items():
             rows.append({"degradation": name, "restored": way, **measure(some)})
-        samples = study.draw(run, gauge)
+        samples = study.draw(run, evaluator)
         assert samples.images is not None
-        drawn.append({"degradation": name, "samples": len(samples.features), **gauge.measure(samples)})
+        drawn.append({"degradation": name, "samples": len(samples.features), **evaluator.measure(samples)})
         shown["drawn anew"] = samples.images[:SHOWN]
         study.figure(
             name.lower(),
@@ -77,7 +77,7 @@ def cold_diffusion(
         )
     study.table("restored", rows, f"{count:,} test images against themselves, restored.")
     study.table("drawn", drawn, "Images drawn anew by the improved sampler, against the training images.")
-    study.figure("restored", draw_bars(rows, gauge), "Distance of restored test images from the images themselves.")
+    study.figure("restored", draw_bars(rows, evaluator), "Distance of restored test images from the images themselves.")
 
     first, run = next(iter(trained.items()))
     total = load_module(run.ckpt_path).degradation.num_steps
@@ -88,15 +88,15 @@ def cold_diffusion(
         for way in ways
     ]
     study.table("steps", over, f"{first} over the number of steps; one naive step is direct restoration.")
-    study.figure("steps", draw_steps(over, gauge, first), f"{first}: distance over the number of steps.")
+    study.figure("steps", draw_steps(over, evaluator, first), f"{first}: distance over the number of steps.")
 
     def of(name: str, way: str) -> Any:
-        return next(row[gauge.metric] for row in rows if (row["degradation"], row["restored"]) == (name, way))
+        return next(row[evaluator.metric] for row in rows if (row["degradation"], row["restored"]) == (name, way))
 
     better = [name.lower() for name in trained if of(name, "improved") < of(name, "direct")]
     named = f" ({', '.join(better)})" if better else ""
     study.finding(
-        f"Of {count:,} test images under {first.lower()}, the improved sampler's restorations have {gauge.metric} "
+        f"Of {count:,} test images under {first.lower()}, the improved sampler's restorations have {evaluator.metric} "
         f"{of(first, 'improved'):.3g}, those in one go {of(first, 'direct'):.3g} and the naive sampler's "
         f"{of(first, 'naive'):.3g}; improved beats direct on {len(better)} of {len(trained)} degradations{named}."
     )
@@ -160,12 +160,12 @@ def restored(study: Study, run: Trained, originals: Tensor, sampling: ColdSampli
     return study.keep(record, make)["images"]
 
 
-def draw_bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+def draw_bars(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """The distance of each way of restoring under each degradation.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         The figure.
@@ -173,7 +173,7 @@ def draw_bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
     names = list(dict.fromkeys(row["degradation"] for row in rows))
     ways = list(dict.fromkeys(row["restored"] for row in rows))
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    labels = {gauge.metric: f"{gauge.metric} to the images themselves", "psnr": "PSNR in dB"}
+    labels = {evaluator.metric: f"{evaluator.metric} to the images themselves", "psnr": "PSNR in dB"}
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for index, way in enumerate(ways):
             places = [place + (index - (len(ways) - 1) / 2) * 0.2 for place in range(len(names))]
@@ -187,12 +187,12 @@ def draw_bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
     return figure
 
 
-def draw_steps(rows: list[dict[str, Any]], gauge: Gauge, name: str) -> plt.Figure:
+def draw_steps(rows: list[dict[str, Any]], evaluator: Evaluator, name: str) -> plt.Figure:
     """The distance over the number of steps.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
         name: The degradation.
 
     Returns:
@@ -201,11 +201,11 @@ def draw_steps(rows: list[dict[str, Any]], gauge: Gauge, name: str) -> plt.Figur
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for way in dict.fromkeys(row["restored"] for row in rows):
         own = [row for row in rows if row["restored"] == way]
-        axes.plot([row["steps"] for row in own], [row[gauge.metric] for row in own], marker="o", label=way)
+        axes.plot([row["steps"] for row in own], [row[evaluator.metric] for row in own], marker="o", label=way)
     axes.set(
         xscale="log",
         xlabel="steps of restoration; one naive step is direct restoration",
-        ylabel=f"{gauge.metric} to the images",
+        ylabel=f"{evaluator.metric} to the images",
     )
     steps = sorted({row["steps"] for row in rows})
     axes.set_xticks(steps, [str(step) for step in steps])

@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules import ImageDataModule
-from datamodules.feed import Split
+from datamodules.loaders import Split
 
 OURS = "diffusion-lit"
 MODULES = {
@@ -158,8 +158,8 @@ def nearest(name: str, gflops: float, channels: int, size: int) -> Cost:
 
 
 @dataclass
-class Job:
-    """What a contender's process is to do.
+class BenchmarkJob:
+    """What the process of a contender runs.
 
     Args:
         name: The contender.
@@ -229,7 +229,7 @@ def memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def autocast(job: Job) -> AbstractContextManager[Any]:
+def autocast(job: BenchmarkJob) -> AbstractContextManager[Any]:
     """bf16 autocast where the job is in bf16."""
     return torch.autocast(job.device, torch.bfloat16) if job.precision == "bf16-mixed" else nullcontext()
 
@@ -238,7 +238,7 @@ Step = Callable[[Tensor], None]
 Draw = Callable[[int], Tensor]
 
 
-def peer(job: Job) -> tuple[Step, Draw]:
+def peer(job: BenchmarkJob) -> tuple[Step, Draw]:
     """A peer's training step on a batch in [-1, 1], and its sampler.
 
     Args:
@@ -257,7 +257,7 @@ def peer(job: Job) -> tuple[Step, Draw]:
     return makers.get(job.name, _denoising_diffusion_pytorch)(job, net, accelerator)
 
 
-def _diffusers(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
+def _diffusers(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Draw]:
     """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py, at its defaults."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -292,7 +292,7 @@ def _diffusers(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
     return step, draw
 
 
-def _denoising_diffusion_pytorch(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
+def _denoising_diffusion_pytorch(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Draw]:
     """The loop of denoising_diffusion_pytorch.Trainer.train, at its defaults or its README's learning rate."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
@@ -325,7 +325,7 @@ def _denoising_diffusion_pytorch(job: Job, net: Any, accelerator: Any) -> tuple[
     return step, draw
 
 
-def _smalldiffusion(job: Job, net: Any, accelerator: Any) -> tuple[Step, Draw]:
+def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Draw]:
     """The training_loop and samples of smalldiffusion, with the schedule of its FashionMNIST and CIFAR-10 examples."""
     import smalldiffusion
 
@@ -402,7 +402,7 @@ class RandomImages(ImageDataModule):
         return Split(torch.randint(0, 256, (count, *self.shape), dtype=torch.uint8, generator=generator), None)
 
 
-class Paced(Callback):
+class TrainOnRequest(Callback):
     """Lets `lightning fit` train as many steps at a time as the other end of a pipe asks for.
 
     The time of a slice runs from the start of its first step to the start of the step after its last: data, callbacks,
@@ -410,7 +410,7 @@ class Paced(Callback):
     """
 
     pipe: Any = None
-    job: Job
+    job: BenchmarkJob
 
     def __init__(self) -> None:
         self._left = 0
@@ -440,7 +440,7 @@ class Paced(Callback):
         return draw
 
 
-def serve(pipe: Any, job: Job, draw: Draw) -> int:
+def serve(pipe: Any, job: BenchmarkJob, draw: Draw) -> int:
     """Answers the other end's questions until it asks for training.
 
     Args:
@@ -463,7 +463,7 @@ def serve(pipe: Any, job: Job, draw: Draw) -> int:
             pipe.send(memory(job.device))
 
 
-def work(pipe: Any, job: Job, folder: str) -> None:
+def work(pipe: Any, job: BenchmarkJob, folder: str) -> None:
     """A contender's process, which ends by being killed.
 
     Args:
@@ -487,18 +487,18 @@ def work(pipe: Any, job: Job, folder: str) -> None:
         pipe.send(watch.read(steps * job.batch_size))
 
 
-def _fit(pipe: Any, job: Job, folder: str) -> None:
+def _fit(pipe: Any, job: BenchmarkJob, folder: str) -> None:
     """`lightning fit`, paced."""
     from diffusion_lit.commands.main import main
 
-    Paced.pipe, Paced.job = pipe, job
+    TrainOnRequest.pipe, TrainOnRequest.job = pipe, job
     net = {name: list(v) if isinstance(v, tuple) else v for name, v in our_net(job.width, job.size).items()}
     main(
         [
             *["fit", "--name=throughput", f"--trainer.logger.init_args.save_dir={folder}"],
             *["--trainer.max_steps=1000000", "--trainer.val_check_interval=1000000"],
             *["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"],
-            *[f"--trainer.callbacks={__name__}.Paced", f"--trainer.precision={job.precision}"],
+            *[f"--trainer.callbacks={__name__}.TrainOnRequest", f"--trainer.precision={job.precision}"],
             f"--trainer.accelerator={'gpu' if job.device == 'cuda' else 'cpu'}",
             f"--data={__name__}.RandomImages",
             *[f"--data.batch_size={job.batch_size}", f"--data.channels={job.channels}", f"--data.size={job.size}"],
@@ -515,7 +515,7 @@ class Contender:
         job: What it does.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BenchmarkJob) -> None:
         self.job = job
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")

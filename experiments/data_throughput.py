@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
 from datamodules import ImageDataModule, ImageFolder
-from datamodules.feed import Split
+from datamodules.loaders import Split
 
 BATCH = 128
 SLICES = 8

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from diffusion_lit.diffusion import Autoguidance, ClassifierFreeGuidance, Sampling
 from diffusion_lit.evaluation import ClassifierFeatures
-from diffusion_lit.evaluation.generation import Job, Samples, gather_shards, generate_shards
+from diffusion_lit.evaluation.generation import GenerationJob, Samples, gather_shards, generate_shards
 from diffusion_lit.evaluation.metrics import kernel_distance
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.hashing import file_hash
-from experiments.gauge import Gauge
+from experiments.evaluator import Evaluator
 from experiments.noise_cutoff import real_images
 from experiments.study import QUIET, Study, main
 
@@ -108,14 +108,14 @@ def guidance_scale(
     module: Any = load_module(model).to(study.device)
     if module.num_classes == 0:
         raise ValueError(f"{model} is unconditional, and guidance needs classes; leave use_labels true.")
-    gauge = study.gauge(model)
-    reader = gauge.extractor
+    evaluator = study.evaluator(model)
+    reader = evaluator.extractor
     if not isinstance(reader, ClassifierFeatures):
         reader = ClassifierFeatures()
-        reader.load(gauge.data)
+        reader.load(evaluator.data)
     labels = torch.arange(study.setup.num_samples) % module.num_classes
     plain = module.sampling.replace(cfg_scale=1.0, num_steps=num_steps)
-    real = float((real_images(gauge) / 127.5 - 1).abs().mean())
+    real = float((real_images(evaluator) / 127.5 - 1).abs().mean())
 
     ways = [Way(f"scale {scale:g}", plain.replace(cfg_scale=scale), scale=scale) for scale in scales]
     ways.append(
@@ -134,9 +134,9 @@ def guidance_scale(
             extra_forwards=1,
         )
     )
-    drawn = {way.name: draw(study, gauge, model, module, way, labels) for way in ways}
+    drawn = {way.name: draw(study, evaluator, model, module, way, labels) for way in ways}
 
-    best = best_scales(gauge, {way.scale: drawn[way.name] for way in ways if way.scale is not None}, labels)
+    best = best_scales(evaluator, {way.scale: drawn[way.name] for way in ways if way.scale is not None}, labels)
     ways.append(
         Way(
             "scale per class",
@@ -146,7 +146,7 @@ def guidance_scale(
             later=True,
         )
     )
-    drawn[ways[-1].name] = draw(study, gauge, model, module, ways[-1], labels)
+    drawn[ways[-1].name] = draw(study, evaluator, model, module, ways[-1], labels)
 
     rows: list[dict[str, Any]] = []
     for way in ways:
@@ -157,7 +157,7 @@ def guidance_scale(
         rows.append(
             {
                 "guidance": way.name,
-                **gauge.measure(samples),
+                **evaluator.measure(samples),
                 "accuracy": float((logits.argmax(1) == labels).double().mean()),
                 "mean |x|, real = 1": float((samples.images / 127.5 - 1).abs().mean()) / real,
                 "clipped": samples.clipped,
@@ -172,17 +172,17 @@ def guidance_scale(
     )
     lines = [row for row, way in zip(rows, ways, strict=True) if way.scale is not None]
     points = [row for row, way in zip(rows, ways, strict=True) if way.scale is None]
-    figure = draw_figures(scales, lines, points, gauge)
+    figure = draw_figures(scales, lines, points, evaluator)
     study.figure("quality", figure, "Quality, variety, accuracy and saturation against the scale of guidance.")
     images = {name: some.images for name, some in drawn.items() if some.images is not None}
     study.figure("classes", draw_grids(images, module.class_names), "Every class under each guidance; the same seeds.")
 
-    winner = min(rows, key=lambda row: row[gauge.metric])
+    winner = min(rows, key=lambda row: row[evaluator.metric])
     weak, strong = lines[0], lines[-1]
     study.finding(
-        f"Lowest {gauge.metric} {winner[gauge.metric]:.3g} with {winner['guidance']}; from {weak['guidance']} to "
-        f"{strong['guidance']} it goes from {weak[gauge.metric]:.3g} to {strong[gauge.metric]:.3g}, precision from "
-        f"{weak['precision']:.0%} to {strong['precision']:.0%}, recall from {weak['recall']:.0%} to "
+        f"Lowest {evaluator.metric} {winner[evaluator.metric]:.3g} with {winner['guidance']}; from {weak['guidance']} "
+        f"to {strong['guidance']} it goes from {weak[evaluator.metric]:.3g} to {strong[evaluator.metric]:.3g}, "
+        f"precision from {weak['precision']:.0%} to {strong['precision']:.0%}, recall from {weak['recall']:.0%} to "
         f"{strong['recall']:.0%}, accuracy from {weak['accuracy']:.0%} to {strong['accuracy']:.0%} and the share of "
         f"clipped values from {weak['clipped']:.0%} to {strong['clipped']:.0%}."
     )
@@ -209,12 +209,12 @@ def checkpoints(study: Study, ckpt_path: str | None, guide_path: str | None) -> 
     return model, Path(guide_path) if guide_path else trained["guide"].ckpt_path
 
 
-def draw(study: Study, gauge: Gauge, path: Path, module: Any, way: Way, labels: Tensor) -> Samples:
+def draw(study: Study, evaluator: Evaluator, path: Path, module: Any, way: Way, labels: Tensor) -> Samples:
     """Draws samples, those that are there already left alone.
 
     Args:
         study: Where it works.
-        gauge: What they will be measured by.
+        evaluator: What they will be measured by.
         path: The model's checkpoint.
         module: The model.
         way: How it is guided.
@@ -229,21 +229,21 @@ def draw(study: Study, gauge: Gauge, path: Path, module: Any, way: Way, labels: 
         "sampling": way.sampling.record(),
         "guidance": way.record,
         "classes": module.num_classes,
-        "extractor": gauge.extractor.identity(),
+        "extractor": evaluator.extractor.identity(),
     }
     seed = setup.seed + (len(labels) if way.later else 0)
     folder = study.folder / "samples"
-    job = Job(way.sampling, len(labels), seed, labels, record, folder, setup.batch_size, True)
+    job = GenerationJob(way.sampling, len(labels), seed, labels, record, folder, setup.batch_size, True)
     study.tell(way.name)
-    generate_shards(job, module if way.denoiser is None else Guided(module, way.denoiser), gauge.extractor)
+    generate_shards(job, module if way.denoiser is None else Guided(module, way.denoiser), evaluator.extractor)
     return gather_shards(job)
 
 
-def best_scales(gauge: Gauge, drawn: dict[float, Samples], labels: Tensor) -> list[float]:
+def best_scales(evaluator: Evaluator, drawn: dict[float, Samples], labels: Tensor) -> list[float]:
     """The scale of each class whose samples are nearest to the class's training images, by kernel distance.
 
     Args:
-        gauge: Has the features of the training images.
+        evaluator: Has the features of the training images.
         drawn: Samples by scale.
         labels: Their classes, each there as often as another.
 
@@ -253,7 +253,7 @@ def best_scales(gauge: Gauge, drawn: dict[float, Samples], labels: Tensor) -> li
     Raises:
         ValueError: If the training images have no classes.
     """
-    features, classes = gauge.reference.features, gauge.reference.labels
+    features, classes = evaluator.reference.features, evaluator.reference.labels
     if features is None or classes is None:
         raise ValueError("The training images have no classes to guide by; leave use_labels true.")
     best = []
@@ -267,7 +267,7 @@ def best_scales(gauge: Gauge, drawn: dict[float, Samples], labels: Tensor) -> li
 
 
 def draw_figures(
-    scales: list[float], lines: list[dict[str, Any]], points: list[dict[str, Any]], gauge: Gauge
+    scales: list[float], lines: list[dict[str, Any]], points: list[dict[str, Any]], evaluator: Evaluator
 ) -> plt.Figure:
     """What is measured against the scale; other ways of guiding as horizontal lines.
 
@@ -275,13 +275,13 @@ def draw_figures(
         scales: The plain scales.
         lines: Their measurements.
         points: Those of the other ways.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         A figure of six panels.
     """
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    columns = [gauge.metric, "precision", "recall", "accuracy", "mean |x|, real = 1", "clipped"]
+    columns = [evaluator.metric, "precision", "recall", "accuracy", "mean |x|, real = 1", "clipped"]
     for axes, column in zip(panels.flat, columns, strict=True):
         axes.plot(scales, [row[column] for row in lines], marker="o", color="black", label="classifier-free guidance")
         for index, row in enumerate(points):
@@ -290,7 +290,7 @@ def draw_figures(
             xlabel="cfg_scale (1: no guidance)", ylabel="share of values beyond 1.1" if column == "clipped" else column
         )
         axes.grid(True, alpha=0.3)
-    gauge.draw_floor(panels[0, 0])
+    evaluator.draw_floor(panels[0, 0])
     panels[0, 0].set_ylim(bottom=0)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
     return figure

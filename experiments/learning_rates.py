@@ -18,7 +18,7 @@ from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
 from experiments.runs import Trained
-from experiments.study import QUIET, Gauge, Study, image_rows, main
+from experiments.study import QUIET, Evaluator, Study, image_rows, main
 
 DECAYS = ("none", "plateau", "exponential", "cosine")
 
@@ -48,23 +48,23 @@ def learning_rates(
         for decay in decays
     }
     trained = study.fit(variants)
-    gauge = study.gauge(trained)
+    evaluator = study.evaluator(trained)
     study.figure("loss", losses(trained), "Loss on held-out images and learning rate along the training.")
     rows = []
     for name, run in trained.items():
-        drawn = study.draw(run, gauge)
+        drawn = study.draw(run, evaluator)
         loss = run.metrics["val/loss"]
-        rows.append({"learning rate": name, "val/loss": loss, **gauge.measure(drawn), "seconds": run.seconds})
+        rows.append({"learning rate": name, "val/loss": loss, **evaluator.measure(drawn), "seconds": run.seconds})
         study.images(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")
         figure = detailed(study, run)
         study.figure(f"detailed_{name}", figure, f"From noise to image at learning rate {name}: x above x0_hat.")
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images, {steps:,} steps.")
-    study.figure("quality", bars(rows, gauge), "The same as a figure.")
-    best, worst = (pick(rows, key=lambda row: row[gauge.metric]) for pick in (min, max))
+    study.figure("quality", bars(rows, evaluator), "The same as a figure.")
+    best, worst = (pick(rows, key=lambda row: row[evaluator.metric]) for pick in (min, max))
     study.finding(
-        f"After {steps:,} steps a learning rate of {best['learning rate']} is best with {gauge.metric} "
-        f"{best[gauge.metric]:.3g} and a held-out loss of {best['val/loss']:.3g}; {worst['learning rate']} gives "
-        f"{worst[gauge.metric]:.3g} and {worst['val/loss']:.3g}."
+        f"After {steps:,} steps a learning rate of {best['learning rate']} is best with {evaluator.metric} "
+        f"{best[evaluator.metric]:.3g} and a held-out loss of {best['val/loss']:.3g}; {worst['learning rate']} gives "
+        f"{worst[evaluator.metric]:.3g} and {worst['val/loss']:.3g}."
     )
 
 
@@ -146,22 +146,22 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
     return figure
 
 
-def bars(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+def bars(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """The Fréchet distance of each training.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         The figure.
     """
     figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(rows), 4), layout="constrained")
-    heights = axes.bar([row["learning rate"] for row in rows], [row[gauge.metric] for row in rows])
+    heights = axes.bar([row["learning rate"] for row in rows], [row[evaluator.metric] for row in rows])
     axes.bar_label(heights, fmt="%.3g")
-    gauge.draw_floor(axes)
-    axes.set(xlabel="learning rate", ylabel=gauge.metric, yscale="log")
-    if gauge.floor is not None:
+    evaluator.draw_floor(axes)
+    axes.set(xlabel="learning rate", ylabel=evaluator.metric, yscale="log")
+    if evaluator.floor is not None:
         axes.legend()
     return figure
 

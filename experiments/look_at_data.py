@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from datamodules import ImageDataModule
-from datamodules.feed import Array, normalise
+from datamodules.loaders import Array, normalise
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.images import grid_image
 

@@ -20,7 +20,7 @@ from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw
 from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_triples
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.memorization import pairs_image
-from experiments.gauge import Gauge
+from experiments.evaluator import Evaluator
 from experiments.runs import Trained
 from experiments.study import QUIET, Study, main
 
@@ -46,13 +46,13 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
         }
     )
     first: Any = load_data(next(iter(trained.values())).ckpt_path)
-    gauge = study.gauge_on(first.data if isinstance(first, Subset) else first)
+    evaluator = study.evaluator_on(first.data if isinstance(first, Subset) else first)
     rows = []
     for name, run in trained.items():
         own: Any = load_data(run.ckpt_path)
         own.prepare_data()
         own.setup()
-        samples = draw(study, gauge, run, own)
+        samples = draw(study, evaluator, run, own)
         assert samples.images is not None
         training, held_out = own.reference_images("train"), own.reference_images("test")
         found = compare(samples.images, training, held_out, bool(own.random_flip), study.device)
@@ -66,7 +66,7 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
                 "extracted": extracted,
                 "share extracted": extracted / len(training),
                 "median distance ratio": found.record["median_ratio"],
-                **gauge.measure(samples),
+                **evaluator.measure(samples),
                 "train/loss": last_values(run, "train/loss"),
                 "val/loss": last_values(run, "val/loss", 1),
             }
@@ -103,12 +103,12 @@ def whole_data(study: Study) -> dict[str, Any]:
     return whole
 
 
-def draw(study: Study, gauge: Gauge, run: Trained, data: Any) -> Samples:
+def draw(study: Study, evaluator: Evaluator, run: Trained, data: Any) -> Samples:
     """Samples of a training, of the classes that it saw.
 
     Args:
         study: Where it works.
-        gauge: What they will be measured by.
+        evaluator: What they will be measured by.
         run: The training.
         data: Its data.
 
@@ -118,7 +118,7 @@ def draw(study: Study, gauge: Gauge, run: Trained, data: Any) -> Samples:
     seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
     module: Any = load_module(run.ckpt_path)
     labels: Tensor | None = draw_labels(seeds, class_frequencies(data, module.num_classes))
-    return study.draw(run, gauge, labels=labels)
+    return study.draw(run, evaluator, labels=labels)
 
 
 def last_values(run: Trained, name: str, count: int = 10) -> float:

@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
-from experiments.study import QUIET, Gauge, Study, image_rows, main
+from experiments.study import QUIET, Evaluator, Study, image_rows, main
 
 MOST = 2000  # real images that sharpness is taken over
 
@@ -41,33 +41,34 @@ def noise_cutoff(
     """
     path = ckpt_path or str(study.fit({"ddpm": {}})["ddpm"].ckpt_path)
     cuts = until or sorted({round(num_steps * share) for share in (0, 0.1, 0.3, 0.6, 0.9, 0.95, 1)})
-    module, gauge = load_module(path), study.gauge(path)
+    module, evaluator = load_module(path), study.evaluator(path)
     default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
-    real = real_images(gauge)
+    real = real_images(evaluator)
     scale = sharpness(real)
     rows, shown = [], {}
     for cut in cuts:
-        drawn = study.draw(path, gauge, default.replace(sampler_options={"noise_until": cut}))
+        drawn = study.draw(path, evaluator, default.replace(sampler_options={"noise_until": cut}))
         assert drawn.images is not None
-        rows.append({"noise until": cut, **gauge.measure(drawn), "sharpness": sharpness(drawn.images) / scale})
+        rows.append({"noise until": cut, **evaluator.measure(drawn), "sharpness": sharpness(drawn.images) / scale})
         shown[f"k = {cut}"] = drawn.images[:12]
     shown["real"] = real[:12]
     caption = f"{study.setup.num_samples:,} samples against the training images, {num_steps:,} steps."
     study.table("quality", rows, caption)
-    study.figure("quality", draw(rows, gauge, num_steps), "Quality and sharpness against where the noise stops.")
+    study.figure("quality", draw(rows, evaluator, num_steps), "Quality and sharpness against where the noise stops.")
     study.figure(
         "samples",
         image_rows(shown),
         f"Samples of the same seeds: the first k of {num_steps:,} steps add noise, the others take the mean.",
     )
-    best, none, full = min(rows, key=lambda row: row[gauge.metric]), rows[0], rows[-1]
+    best, none, full = min(rows, key=lambda row: row[evaluator.metric]), rows[0], rows[-1]
     told = [
-        f"{row[gauge.metric]:.3g} (recall {row['recall']:.2f}, {row['sharpness']:.0%} of real sharpness)"
+        f"{row[evaluator.metric]:.3g} (recall {row['recall']:.2f}, {row['sharpness']:.0%} of real sharpness)"
         for row in (best, none, full)
     ]
     study.finding(
-        f"Noise in the first {best['noise until']:,} of {num_steps:,} steps is best, with {gauge.metric} {told[0]}; "
-        f"noise in the first {none['noise until']:,} gives {told[1]}, in the first {full['noise until']:,} {told[2]}."
+        f"Noise in the first {best['noise until']:,} of {num_steps:,} steps is best, with {evaluator.metric} "
+        f"{told[0]}; noise in the first {none['noise until']:,} gives {told[1]}, in the first {full['noise until']:,} "
+        f"{told[2]}."
     )
 
 
@@ -85,26 +86,26 @@ def sharpness(images: Tensor) -> float:
     return float(conv2d(pixels, kernel).square().mean())
 
 
-def real_images(gauge: Gauge) -> Tensor:
+def real_images(evaluator: Evaluator) -> Tensor:
     """Training images to compare with.
 
     Args:
-        gauge: Knows the data.
+        evaluator: Knows the data.
 
     Returns:
         At most `MOST` of them, evenly spread, uint8 (N, C, H, W).
     """
-    images = gauge.data.reference_images("train")
+    images = evaluator.data.reference_images("train")
     count = min(MOST, len(images))
     return take(images, torch.arange(count) * len(images) // count)
 
 
-def draw(rows: list[dict[str, Any]], gauge: Gauge, num_steps: int) -> plt.Figure:
+def draw(rows: list[dict[str, Any]], evaluator: Evaluator, num_steps: int) -> plt.Figure:
     """Fréchet distance, sharpness, precision and recall against the number of steps that add noise.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
         num_steps: Steps of the sampler.
 
     Returns:
@@ -112,9 +113,9 @@ def draw(rows: list[dict[str, Any]], gauge: Gauge, num_steps: int) -> plt.Figure
     """
     figure, (distance, sharp, shares) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     cuts = [row["noise until"] for row in rows]
-    distance.plot(cuts, [row[gauge.metric] for row in rows], marker="o", label="samples")
-    gauge.draw_floor(distance)
-    distance.set(ylabel=gauge.metric, yscale="log")
+    distance.plot(cuts, [row[evaluator.metric] for row in rows], marker="o", label="samples")
+    evaluator.draw_floor(distance)
+    distance.set(ylabel=evaluator.metric, yscale="log")
     distance.legend()
     sharp.plot(cuts, [row["sharpness"] for row in rows], marker="o", label="samples")
     sharp.axhline(1, color="grey", linestyle="--", label="training images")

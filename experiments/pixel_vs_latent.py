@@ -28,7 +28,13 @@ from diffusion_lit.callbacks.reconstructions import real_images
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
-from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
+from diffusion_lit.evaluation.generation import (
+    GenerationJob,
+    class_frequencies,
+    draw_labels,
+    gather_shards,
+    generate_shards,
+)
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules import EDM, VAE, LatentDiffusion
@@ -239,7 +245,7 @@ def sample(
     for steps in num_steps:
         setting = module.sampling.replace(num_steps=steps)
         record = {"weights": weights, "extractor": measure.identity(), "sampling": setting.record()}
-        job = Job(setting, count, seed, labels, record, folder / "parts", batch_size=100)
+        job = GenerationJob(setting, count, seed, labels, record, folder / "parts", batch_size=100)
         generate_shards(job, module, measure)
         drawn = gather_shards(job)
         distance = frechet_distance(Statistics.of(drawn.features.features), reference.statistics)

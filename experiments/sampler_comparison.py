@@ -22,7 +22,13 @@ from tqdm import tqdm
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
+from diffusion_lit.evaluation.generation import (
+    GenerationJob,
+    class_frequencies,
+    draw_labels,
+    gather_shards,
+    generate_shards,
+)
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import real_against_real, reference_of
 from diffusion_lit.modules.load import load_data, load_module
@@ -95,7 +101,7 @@ def sampler_comparison(
     points = []
     with tqdm(total=len(settings) * num_samples, unit="img") as bar:
         for setting in settings:
-            job = Job(
+            job = GenerationJob(
                 setting,
                 num_samples,
                 seed,

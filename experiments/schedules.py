@@ -25,7 +25,7 @@ from diffusion_lit.diffusion.noise import (
 )
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets.layers import Conditioning
-from experiments.study import QUIET, Gauge, Study, image_rows, main
+from experiments.study import QUIET, Evaluator, Study, image_rows, main
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "linear": LinearSchedule,
@@ -83,21 +83,21 @@ def schedules(
         for steps in num_steps
     }
     trained = study.fit(variants)
-    gauge = study.gauge(trained)
+    evaluator = study.evaluator(trained)
     rows, shown = [], {}
     for name, run in trained.items():
         module = load_module(run.ckpt_path)
         schedule, _, steps = name.partition(", ")
         row = {"schedule": schedule, "steps": int(steps)}
         for way, count in ((f"{few} of them", few), ("all steps", int(steps))):
-            drawn = study.draw(run, gauge, module.sampling.replace(num_steps=count))
-            row |= {f"{key}, {way}": value for key, value in gauge.measure(drawn).items() if key != "precision"}
+            drawn = study.draw(run, evaluator, module.sampling.replace(num_steps=count))
+            row |= {f"{key}, {way}": value for key, value in evaluator.measure(drawn).items() if key != "precision"}
             shown[name] = drawn.images[:12]
         rows.append(row)
     study.table("quality", rows, f"{study.setup.num_samples:,} samples of each against the training images.")
-    study.figure("quality", quality(rows, gauge, few), "Quality against the number of steps that a schedule has.")
+    study.figure("quality", quality(rows, evaluator, few), "Quality against the number of steps that a schedule has.")
     study.figure("samples", image_rows(shown), "Samples of the same seeds, over all steps of each schedule.")
-    metric = f"{gauge.metric}, all steps"
+    metric = f"{evaluator.metric}, all steps"
     best, worst = (pick(rows, key=lambda row: row[metric]) for pick in (min, max))
     means = {
         name: sum(values) / len(values)
@@ -106,8 +106,9 @@ def schedules(
     }
     means_told = " and ".join(f"{value:.3g} with the {name} schedule" for name, value in means.items())
     study.finding(
-        f"Over all steps {gauge.metric} is {means_told} on average, between {best[metric]:.3g} ({best['schedule']}, "
-        f"{best['steps']:,} steps) and {worst[metric]:.3g} ({worst['schedule']}, {worst['steps']:,} steps)."
+        f"Over all steps {evaluator.metric} is {means_told} on average, between {best[metric]:.3g} "
+        f"({best['schedule']}, {best['steps']:,} steps) and {worst[metric]:.3g} ({worst['schedule']}, "
+        f"{worst['steps']:,} steps)."
     )
 
 
@@ -164,19 +165,19 @@ def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
     return figure
 
 
-def quality(rows: list[dict[str, float]], gauge: Gauge, few: int) -> plt.Figure:
+def quality(rows: list[dict[str, float]], evaluator: Evaluator, few: int) -> plt.Figure:
     """The Fréchet distance and recall against the number of steps, a line for each schedule and way of sampling.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
         few: Steps of the shorter way.
 
     Returns:
         The figure, of two panels.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, measure in zip(panels, (gauge.metric, "recall"), strict=True):
+    for axes, measure in zip(panels, (evaluator.metric, "recall"), strict=True):
         for index, name in enumerate(dict.fromkeys(row["schedule"] for row in rows)):
             own = [row for row in rows if row["schedule"] == name]
             for way, style in (("all steps", "-"), (f"{few} of them", ":")):
@@ -187,7 +188,7 @@ def quality(rows: list[dict[str, float]], gauge: Gauge, few: int) -> plt.Figure:
         axes.set_ylim(bottom=0)
         axes.grid(True, alpha=0.3)
     panels[1].set_ylim(top=1.02)
-    gauge.draw_floor(panels[0])
+    evaluator.draw_floor(panels[0])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

@@ -225,7 +225,7 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
     Returns:
         The measurements.
     """
-    gauge = study.gauge(told["time and class"].ckpt_path)
+    evaluator = study.evaluator(told["time and class"].ckpt_path)
     rows, total = [], study.setup.num_samples
     for name, run in told.items():
         for count in epochs:
@@ -234,9 +234,9 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
             classes = module.num_classes
             labels = torch.arange(total) % classes if classes else None
             for scale in (1.0, cfg_scale) if classes else (1.0,):
-                drawn = study.draw(path, gauge, module.sampling.replace(cfg_scale=scale), labels)
+                drawn = study.draw(path, evaluator, module.sampling.replace(cfg_scale=scale), labels)
                 guided = scale if classes else None
-                rows.append({"told": name, "epochs": count, "guidance": guided, **gauge.measure(drawn)})
+                rows.append({"told": name, "epochs": count, "guidance": guided, **evaluator.measure(drawn)})
                 how = f", guidance {scale:g}, a row per class" if classes else ""
                 caption = f"Told the {name}, after {count} epochs{how}."
                 columns = min(10, total // classes) if classes else 10

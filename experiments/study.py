@@ -1,17 +1,17 @@
 """What every study stands on: trainings, samples and their measures, and what is left of them to read.
 
 A study is a function that takes a `Study` and asks it for trained models (`fit`: each is a run of `lightning fit`, see
-`runs`), for samples of them (`draw`) and for their quality (`gauge`), and hands it figures, tables and one finding.
+`runs`), for samples of them (`draw`) and for their quality (`evaluator`), and hands it figures, tables and one finding.
 Under `runs/studies/NAME/` it leaves them as PNG, CSV and Markdown, together on a page (`index.html`), and as a record
 (`study.json`). Interrupted and started again it goes on: trainings and samples that are there are not made again.
 
     def rates(study: Study, values: list[float] = [1e-3, 1e-4]) -> None:
         '''Which learning rate is best?'''
         trained = study.fit({f"{value:g}": {"model.init_args.optimizer.init_args.lr": value} for value in values})
-        gauge = study.gauge(trained)
-        rows = [{"lr": name, **gauge.measure(study.draw(run, gauge))} for name, run in trained.items()]
+        evaluator = study.evaluator(trained)
+        rows = [{"lr": name, **evaluator.measure(study.draw(run, evaluator))} for name, run in trained.items()]
         study.table("rates", rows)
-        study.finding(f"The best learning rate is {min(rows, key=lambda row: row[gauge.metric])['lr']}.")
+        study.finding(f"The best learning rate is {min(rows, key=lambda row: row[evaluator.metric])['lr']}.")
 
     if __name__ == "__main__":
         main(rates, "configs/ddpm_digits.yaml", {"trainer.max_steps": 400})
@@ -46,7 +46,7 @@ from torch import Tensor
 from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.generation import (
-    Job,
+    GenerationJob,
     Samples,
     class_frequencies,
     draw_labels,
@@ -60,11 +60,11 @@ from diffusion_lit.runtime.hardware import hardware, pick_device
 from diffusion_lit.runtime.versions import commit
 from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
-from experiments.gauge import Gauge, choose_extractor
+from experiments.evaluator import Evaluator, choose_extractor
 from experiments.runs import Failed, Run, Trained, fit
 from experiments.show import image_rows, markdown
 
-__all__ = ["QUIET", "Gauge", "Setup", "Study", "StudyFailed", "image_rows", "main", "markdown", "split"]
+__all__ = ["QUIET", "Evaluator", "Setup", "Study", "StudyFailed", "image_rows", "main", "markdown", "split"]
 
 ROOT = Path("runs/studies")
 DPI = 130  # of figures
@@ -187,7 +187,7 @@ class Study:
                 return found
         return None
 
-    def gauge(self, trained: "dict[str, Trained] | Path | str") -> Gauge:
+    def evaluator(self, trained: "dict[str, Trained] | Path | str") -> Evaluator:
         """What samples are measured by.
 
         Args:
@@ -197,26 +197,26 @@ class Study:
             The extractor with its reference, from the cache or computed now.
         """
         path = next(iter(trained.values())).ckpt_path if isinstance(trained, dict) else trained
-        return self.gauge_on(load_data(path))
+        return self.evaluator_on(load_data(path))
 
-    def gauge_on(self, data: Any) -> Gauge:
+    def evaluator_on(self, data: Any) -> Evaluator:
         """What samples are measured by, beside a data set.
 
         Args:
             data: An ImageDataModule.
 
         Returns:
-            As `gauge`.
+            As `evaluator`.
         """
         data.prepare_data()
         data.setup()
         extractor = choose_extractor(data, self.setup.extractor, self.setup.extractor_weights, self.tell)
-        return Gauge.of(data, extractor.to(self.device), self.setup.num_samples)
+        return Evaluator.of(data, extractor.to(self.device), self.setup.num_samples)
 
     def draw(
         self,
         trained: "Trained | Path | str",
-        gauge: Gauge,
+        evaluator: Evaluator,
         sampling: Sampling | None = None,
         labels: Tensor | None = None,
         count: int | None = None,
@@ -225,7 +225,7 @@ class Study:
 
         Args:
             trained: A training, or a checkpoint.
-            gauge: What they will be measured by.
+            evaluator: What they will be measured by.
             sampling: How they are drawn; as the model was trained to be when omitted.
             labels: Class of each sample, int64 (count,); by default drawn by the training set's frequencies.
             count: Number of samples; that of the setup when omitted.
@@ -238,15 +238,15 @@ class Study:
         setting = sampling or module.sampling
         count, seed = count or self.setup.num_samples, self.setup.seed
         if labels is None:
-            labels = draw_labels(range(seed, seed + count), class_frequencies(gauge.data, module.num_classes))
+            labels = draw_labels(range(seed, seed + count), class_frequencies(evaluator.data, module.num_classes))
         record = {
             "checkpoint": file_hash(path),
             "sampling": setting.record(),
             "labels": None if labels is None else labels.tolist(),
-            "extractor": gauge.extractor.identity(),
+            "extractor": evaluator.extractor.identity(),
         }
-        job = Job(setting, count, seed, labels, record, self.folder / "samples", self.setup.batch_size, True)
-        generate_shards(job, module, gauge.extractor)
+        job = GenerationJob(setting, count, seed, labels, record, self.folder / "samples", self.setup.batch_size, True)
+        generate_shards(job, module, evaluator.extractor)
         return gather_shards(job)
 
     def keep(self, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

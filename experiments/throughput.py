@@ -27,7 +27,7 @@ from tqdm import tqdm
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from diffusion_lit.runtime.versions import versions
 from experiments.command import command
-from experiments.contenders import OURS, Contender, Job, Slice, Stopwatch, installed, nearest
+from experiments.contenders import OURS, BenchmarkJob, Contender, Slice, Stopwatch, installed, nearest
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
@@ -83,7 +83,7 @@ def throughput(
     default = default if default in precisions else precisions[0]
     costs = {name: nearest(name, gflops, channels, size) for name in [OURS, *(peers or installed()[1:])]}
     jobs = [
-        Job(name, precision, found.width, channels, size, batch_size, nfe, device, threads)
+        BenchmarkJob(name, precision, found.width, channels, size, batch_size, nfe, device, threads)
         for name, found in costs.items()
         for precision in precisions
     ]
@@ -124,7 +124,7 @@ def throughput(
 
 
 def title_of(name: str, precision: str) -> str:
-    """A contender's title; see `Job.title`."""
+    """A contender's title; see `BenchmarkJob.title`."""
     return f"{name}, {'bf16' if precision == 'bf16-mixed' else 'float32'}"
 
 
@@ -132,7 +132,7 @@ Taken = dict[tuple[str, str], list[Slice]]
 
 
 def measure(
-    jobs: list[Job], rounds: int, steps: int, samples: int
+    jobs: list[BenchmarkJob], rounds: int, steps: int, samples: int
 ) -> tuple[Taken, dict[tuple[str, str], list[float]], dict[str, dict[str, int]]]:
     """Lets the contenders take turns.
 

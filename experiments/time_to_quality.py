@@ -50,7 +50,7 @@ from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, use_threads
 from diffusion_lit.storage.atomic import atomic
 from experiments.command import command
-from experiments.contenders import MULTIPLES, OURS, Job, installed, peer
+from experiments.contenders import MULTIPLES, OURS, BenchmarkJob, installed, peer
 from experiments.study import DPI, image_rows
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/edm_fashion_mnist.yaml"
@@ -267,7 +267,9 @@ def _theirs(settings: dict[str, Any], root: str, device: str) -> tuple[dict[str,
     name, batch = settings["contender"], settings["batch_size"]
     width = max(PEERS[name], MULTIPLES[name])
     threads = settings["hardware"]["threads"]
-    job = Job(name, settings["precision"], width, 1, 32, batch, settings["nfe"], device, threads, documented=True)
+    job = BenchmarkJob(
+        name, settings["precision"], width, 1, 32, batch, settings["nfe"], device, threads, documented=True
+    )
     step, draw = peer(job)
     images = torch.as_tensor(np.array(_data(root, batch).reference_images("train")))
     generator = torch.Generator().manual_seed(settings["seed"])

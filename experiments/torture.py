@@ -297,7 +297,7 @@ def take_out(what: str | None) -> None:
     base: Any = module
     if what == "keys":
         base.keyed_generator = unkeyed
-        base.KeyedModule.on_train_batch_start = lambda *args: None
+        base.BaseModule.on_train_batch_start = lambda *args: None
     if what == "position":
         del RunLoop.load_state_dict
 

@@ -24,7 +24,7 @@ from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
-from experiments.study import Gauge, Study, image_rows, main
+from experiments.study import Evaluator, Study, image_rows, main
 
 AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]
 
@@ -41,8 +41,8 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
     """
     trained = study.fit({"toy": {}})["toy"]
     module = load_module(trained.ckpt_path)
-    gauge = study.gauge(trained.ckpt_path)
-    real = held_out(gauge, 9)
+    evaluator = study.evaluator(trained.ckpt_path)
+    real = held_out(evaluator, 9)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(study.setup.seed))
 
     names = [f"{amount:.2f}" for amount in AMOUNTS.tolist()]
@@ -73,33 +73,33 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
 
     rows = []
     for count in num_steps:
-        drawn = study.draw(trained, gauge, module.sampling.replace(num_steps=count))
-        rows.append({"steps": count, **gauge.measure(drawn)})
+        drawn = study.draw(trained, evaluator, module.sampling.replace(num_steps=count))
+        rows.append({"steps": count, **evaluator.measure(drawn)})
         if count == module.sampling.num_steps:
             study.images("samples", drawn.images[:80], f"Samples in {count} steps.")
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images.")
-    study.figure("quality", quality(rows, gauge), "The Fréchet distance to the training images against the steps.")
-    best = min(rows, key=lambda row: row[gauge.metric])
+    study.figure("quality", quality(rows, evaluator), "The Fréchet distance to the training images against the steps.")
+    best = min(rows, key=lambda row: row[evaluator.metric])
     asked = next((row for row in rows if row["steps"] == module.sampling.num_steps), best)
-    floor = "" if gauge.floor is None else f" (real images get {gauge.floor[0]:.3g})"
+    floor = "" if evaluator.floor is None else f" (real images get {evaluator.floor[0]:.3g})"
     study.finding(
-        f"A network that is not told the noise draws with {gauge.metric} {asked[gauge.metric]:.3g} in {asked['steps']} "
-        f"steps and at best {best[gauge.metric]:.3g}, in {best['steps']}{floor}; its squared error is "
-        f"{errors[0]:.2g} on a clean image and {errors[-1]:.2g} on pure noise."
+        f"A network that is not told the noise draws with {evaluator.metric} {asked[evaluator.metric]:.3g} in "
+        f"{asked['steps']} steps and at best {best[evaluator.metric]:.3g}, in {best['steps']}{floor}; its squared "
+        f"error is {errors[0]:.2g} on a clean image and {errors[-1]:.2g} on pure noise."
     )
 
 
-def held_out(gauge: Gauge, count: int) -> Tensor:
+def held_out(evaluator: Evaluator, count: int) -> Tensor:
     """Images that were not trained on.
 
     Args:
-        gauge: Knows the data.
+        evaluator: Knows the data.
         count: How many.
 
     Returns:
         The first of the validation split, (count, C, H, W) in [-1, 1].
     """
-    images = gauge.data.reference_images("val")
+    images = evaluator.data.reference_images("val")
     return take(images, torch.arange(min(count, len(images)))).float() / 127.5 - 1
 
 
@@ -118,21 +118,21 @@ def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
-def quality(rows: list[dict[str, float]], gauge: Gauge) -> plt.Figure:
+def quality(rows: list[dict[str, float]], evaluator: Evaluator) -> plt.Figure:
     """The Fréchet distance against the number of steps.
 
     Args:
         rows: The measurements.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         The figure.
     """
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     steps = [row["steps"] for row in rows]
-    axes.plot(steps, [row[gauge.metric] for row in rows], marker="o", label="samples")
-    gauge.draw_floor(axes)
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=gauge.metric)
+    axes.plot(steps, [row[evaluator.metric] for row in rows], marker="o", label="samples")
+    evaluator.draw_floor(axes)
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=evaluator.metric)
     axes.set_xticks(steps, [str(step) for step in steps])
     axes.minorticks_off()
     axes.grid(True, alpha=0.3)

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_module
 from experiments.noise_cutoff import real_images, sharpness
-from experiments.study import QUIET, Gauge, Study, image_rows, main
+from experiments.study import QUIET, Evaluator, Study, image_rows, main
 
 
 def variance(
@@ -47,7 +47,7 @@ def variance(
             "model.init_args.sampling.sampler_options": {"variance": "learned"},
         }
         ckpt_path = str(study.fit({"learned variance": options})["learned variance"].ckpt_path)
-    module, gauge = load_module(ckpt_path), study.gauge(ckpt_path)
+    module, evaluator = load_module(ckpt_path), study.evaluator(ckpt_path)
     default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
     ways: dict[str, dict[str, Any]] = {
         f"posterior x {scale:g}": {"variance": "posterior", "variance_scale": scale} for scale in scales if scale < 1
@@ -57,18 +57,18 @@ def variance(
         f"posterior x {scale:g}": {"variance": "posterior", "variance_scale": scale} for scale in scales if scale > 1
     }
     seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
-    labels = draw_labels(seeds, class_frequencies(gauge.data, module.num_classes))
-    real = real_images(gauge)
-    assert gauge.reference.features is not None
-    spread = diversity(gauge.reference.features.features, gauge.reference.labels)
+    labels = draw_labels(seeds, class_frequencies(evaluator.data, module.num_classes))
+    real = real_images(evaluator)
+    assert evaluator.reference.features is not None
+    spread = diversity(evaluator.reference.features.features, evaluator.reference.labels)
     rows, shown = [], {}
     for name, options in ways.items():
-        drawn = study.draw(ckpt_path, gauge, default.replace(sampler_options=options), labels)
+        drawn = study.draw(ckpt_path, evaluator, default.replace(sampler_options=options), labels)
         assert drawn.images is not None
         rows.append(
             {
                 "variance": name,
-                **gauge.measure(drawn),
+                **evaluator.measure(drawn),
                 "diversity": diversity(drawn.features.features, labels) / spread,
                 "sharpness": sharpness(drawn.images) / sharpness(real),
             }
@@ -78,16 +78,16 @@ def variance(
     caption = f"{study.setup.num_samples:,} samples against the training images, {num_steps:,} steps."
     study.table("quality", rows, caption)
     study.figure(
-        "quality", draw(rows, gauge), "Quality, diversity and sharpness of each variance, from small to large."
+        "quality", draw(rows, evaluator), "Quality, diversity and sharpness of each variance, from small to large."
     )
     study.figure("samples", image_rows(shown), f"Samples of the same seeds and classes in {num_steps:,} steps.")
     least, most = rows[0], rows[-1]
-    best = min(rows, key=lambda row: row[gauge.metric])
+    best = min(rows, key=lambda row: row[evaluator.metric])
     study.finding(
-        f"In {num_steps:,} steps the variance '{best['variance']}' is best with {gauge.metric} "
-        f"{best[gauge.metric]:.3g}; '{least['variance']}' has {least['diversity']:.0%} of real diversity and a recall "
-        f"of {least['recall']:.2f}, '{most['variance']}' {most['sharpness']:.1f} times the real sharpness, which is "
-        f"noise, and a precision of {most['precision']:.2f}."
+        f"In {num_steps:,} steps the variance '{best['variance']}' is best with {evaluator.metric} "
+        f"{best[evaluator.metric]:.3g}; '{least['variance']}' has {least['diversity']:.0%} of real diversity and a "
+        f"recall of {least['recall']:.2f}, '{most['variance']}' {most['sharpness']:.1f} times the real sharpness, "
+        f"which is noise, and a precision of {most['precision']:.2f}."
     )
 
 
@@ -123,21 +123,21 @@ def diversity(features: Tensor, labels: Tensor | None) -> float:
     return (squared / len(features)) ** 0.5
 
 
-def draw(rows: list[dict[str, Any]], gauge: Gauge) -> plt.Figure:
+def draw(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """The measures of each variance.
 
     Args:
         rows: The measurements, from small variance to large.
-        gauge: What they were measured by.
+        evaluator: What they were measured by.
 
     Returns:
         The figure, of three panels.
     """
     figure, (distance, shares, ratios) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
     names = [row["variance"] for row in rows]
-    distance.plot(names, [row[gauge.metric] for row in rows], marker="o", label="samples")
-    gauge.draw_floor(distance)
-    distance.set(ylabel=gauge.metric, yscale="log")
+    distance.plot(names, [row[evaluator.metric] for row in rows], marker="o", label="samples")
+    evaluator.draw_floor(distance)
+    distance.set(ylabel=evaluator.metric, yscale="log")
     for name in ("precision", "recall"):
         shares.plot(names, [row[name] for row in rows], marker="o", label=name)
     shares.set(ylabel="share of images", ylim=(0, 1.02))

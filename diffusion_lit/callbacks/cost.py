@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_lit.nets.layers import no_autocast
 from diffusion_lit.report.facts import duration, magnitude
-from diffusion_lit.runtime.hardware import crowded
+from diffusion_lit.runtime.hardware import cpu_contention
 from diffusion_lit.runtime.ranks import images_of
 
 WARM_UP, MEASURED = 5, 20  # steps that are left out of the pace, and after which it is told
@@ -151,7 +151,7 @@ class Cost(Callback):
         if self._steps != MEASURED or not trainer.is_global_zero:
             return
         seconds = (time.perf_counter() - self._since) / (MEASURED - WARM_UP)
-        if pl_module.device.type == "cpu" and (hint := crowded()):
+        if pl_module.device.type == "cpu" and (hint := cpu_contention()):
             print(hint)
         images = images_of(batch, trainer)
         pace = f"{images / seconds:,.3g} images/s"

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID
-from diffusion_lit.callbacks.samples import MOST, Images
+from diffusion_lit.callbacks.samples import MOST, DrawingCallback
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
@@ -16,7 +16,7 @@ from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.ranks import rank_zero_alone
 
 
-class Reconstructions(Images):
+class Reconstructions(DrawingCallback):
     """Held-out images above their reconstructions.
 
     Args:
@@ -49,7 +49,7 @@ class Reconstructions(Images):
         self.write(trainer, "reconstructions", "reconstructions", grid_image(torch.cat(rows), columns))
 
 
-class Interpolations(Images):
+class Interpolations(DrawingCallback):
     """The straight ways in latent space between pairs of held-out images, decoded.
 
     Args:

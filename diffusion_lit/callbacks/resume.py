@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from diffusion_lit.modules.base import KeyedModule
+from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.reapply import reapply, reapply_implementation
 
 FREE = (  # how and where, not what, a run computes
@@ -118,9 +118,9 @@ class Resume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies what differs."""
         changed, self._changed = self._changed, None
-        if changed is None or not isinstance(pl_module, KeyedModule):
+        if changed is None or not isinstance(pl_module, BaseModule):
             return
-        if type(pl_module).configure_optimizers is not KeyedModule.configure_optimizers:
+        if type(pl_module).configure_optimizers is not BaseModule.configure_optimizers:
             return
         optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
         scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None

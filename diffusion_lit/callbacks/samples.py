@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 MOST = 1024  # images that a callback draws at once: more are a slip of the keyboard
 
 
-class Images(WritesToRunFolder):
-    """Draws samples with fixed seeds after validation; subclasses say which and how they are shown.
+class DrawingCallback(WritesToRunFolder):
+    """Base of callbacks that draw images with fixed seeds after validation.
 
     Args:
         every: Draws at every n-th validation and at the end of the run; 0 for never.
@@ -127,7 +127,7 @@ class Images(WritesToRunFolder):
             rank_zero_warn(f"An image of {name} could not be written: {error}. Training goes on.")
 
 
-class SampleGrid(Images):
+class SampleGrid(DrawingCallback):
     """A grid of samples: one row per class where there are classes.
 
     Args:
@@ -158,7 +158,7 @@ class SampleGrid(Images):
         self.write(trainer, "samples", "samples", grid)
 
 
-class Trajectory(Images):
+class Trajectory(DrawingCallback):
     """The way from noise to image: a strip of x above x0_hat along the steps, and an animation.
 
     Args:

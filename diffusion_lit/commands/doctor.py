@@ -115,7 +115,7 @@ def caches() -> list[tuple[str, str]]:
 
 def notes() -> list[tuple[str, str]]:
     """What stands in the way of something."""
-    from diffusion_lit.runtime.hardware import crowded
+    from diffusion_lit.runtime.hardware import cpu_contention
 
     owners = sorted(
         one.metadata["Name"]
@@ -124,7 +124,7 @@ def notes() -> list[tuple[str, str]]:
         and any(entry.group == "console_scripts" and entry.name == "lightning" for entry in one.entry_points)
     )
     claimed = f"{', '.join(owners)} declares a command `lightning` too: write diffusion-lit." if owners else None
-    return [("-", note) for note in (foreign_lightning() or claimed, crowded()) if note]
+    return [("-", note) for note in (foreign_lightning() or claimed, cpu_contention()) if note]
 
 
 def _version(name: str) -> str | None:

@@ -19,8 +19,14 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
-from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
-from diffusion_lit.evaluation.measure import Against, measure, read_references
+from diffusion_lit.evaluation.generation import (
+    GenerationJob,
+    class_frequencies,
+    draw_labels,
+    gather_shards,
+    generate_shards,
+)
+from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
 from diffusion_lit.evaluation.single_image import is_single
 from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import load_data, load_module
@@ -189,9 +195,9 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
 
     single = is_single(data.reference_images("train"))
     jobs = [make_job(plan, module, data, extractor, setting, len(settings), single) for setting in settings]
-    against: dict[str, Against] = {}
+    references: dict[str, ReportedReference] = {}
     if fabric.is_global_zero and not single:
-        against = read_references(plan, data, extractor, module.image_shape)
+        references = read_references(plan, data, extractor, module.image_shape)
     share = sum(len(rows) for job in jobs for rows in job.shards()[fabric.global_rank :: fabric.world_size])
     with tqdm(total=share, desc="sampling", unit="img", disable=not fabric.is_global_zero) as bar:
         for job in jobs:
@@ -202,12 +208,12 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     if not fabric.is_global_zero:
         return []
 
-    report = header(plan, module, data, extractor, against)
+    report = header(plan, module, data, extractor, references)
     seconds = 0.0
     for job in jobs:
         samples = gather_shards(job)
         seconds += samples.seconds
-        result, warnings, images = measure(plan, job, samples, module, data, extractor, against, fabric.device)
+        result, warnings, images = measure(plan, job, samples, module, data, extractor, references, fabric.device)
         report["results"].append(result)
         report["warnings"] += [warning for warning in warnings if warning not in report["warnings"]]
         for name, triples in images.items():
@@ -260,7 +266,7 @@ def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
 
 def make_job(
     plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, setting: Sampling, settings: int, single: bool
-) -> Job:
+) -> GenerationJob:
     """What one setting draws.
 
     Args:
@@ -289,7 +295,7 @@ def make_job(
         name = f"{setting.sampler}_{setting.num_steps}_cfg{setting.cfg_scale:g}"
         save_to = Path(plan.save_samples) / (name if settings > 1 else "")
     keep = plan.memorization or single
-    return Job(setting, plan.total, plan.seed, labels, record, plan.folder, plan.batch_size, keep, save_to)
+    return GenerationJob(setting, plan.total, plan.seed, labels, record, plan.folder, plan.batch_size, keep, save_to)
 
 
 def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, str]:
@@ -316,7 +322,7 @@ def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, st
 
 
 def header(
-    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, against: dict[str, Against]
+    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, references: dict[str, ReportedReference]
 ) -> dict[str, Any]:
     """The report without its results.
 
@@ -325,14 +331,14 @@ def header(
         module: The model.
         data: The data.
         extractor: The loaded extractor.
-        against: The references by name.
+        references: The references by name.
 
     Returns:
         Plain values: all that would change a figure.
     """
     checkpoint = read_checkpoint(plan.ckpt_path)
     averaged = "current_model_state" in checkpoint or checkpoint.get("weights", "").startswith("average")
-    warnings = [warning for reference in against.values() for warning in reference.warnings]
+    warnings = [warning for reference in references.values() for warning in reference.warnings]
     if plan.num_blocks < 3:
         warnings.append(f"{plan.num_blocks} block(s) of samples: error bars need at least 3.")
     parameters = {name: value for name, value in dict(getattr(data, "hparams", {})).items() if not name.startswith("_")}
@@ -356,7 +362,7 @@ def header(
             "float32": float32_arithmetic(),
         },
         "versions": versions(),
-        "references": {name: reference.summary for name, reference in against.items()},
+        "references": {name: reference.summary for name, reference in references.items()},
         "results": [],
         "warnings": warnings,
     }

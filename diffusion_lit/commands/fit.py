@@ -52,7 +52,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length_said_last
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
-from diffusion_lit.modules.base import KeyedModule
+from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
@@ -310,7 +310,7 @@ class CLI(LightningCLI):
         chosen = self.config[self.subcommand].get("channels_last")
         if chosen is None:
             device = self.trainer.strategy.root_device.type
-            ours = isinstance(self.model, KeyedModule) and hasattr(self.model, "net")
+            ours = isinstance(self.model, BaseModule) and hasattr(self.model, "net")
             chosen = ours and channels_last_pays(device, self.trainer.precision)
         if chosen:
             self.model.net.to(memory_format=torch.channels_last)

@@ -130,7 +130,7 @@ def sample(
     check_guidance(module, settings, classes is not None, cfg_scale, guidance_interval, guidance_rescale)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
-    job = Job(module, settings, classes, num_samples, seed, batch_size, trajectory, Path(out))
+    job = SampleJob(module, settings, classes, num_samples, seed, batch_size, trajectory, Path(out))
     if several(devices):
         fabric(devices, device, strategy).launch(lambda ranks: job.run(ranks))
     else:
@@ -139,8 +139,8 @@ def sample(
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be drawn, and where it goes.
+class SampleJob:
+    """The samples to draw, and the folder to write them to.
 
     Args:
         module: The model.

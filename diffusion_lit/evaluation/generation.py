@@ -28,7 +28,7 @@ SHARDS = 32  # at least so many where there are samples enough, so that ranks sh
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """Samples of one setting.
 
     Args:
@@ -105,7 +105,7 @@ class Samples:
 
 
 def generate_shards(
-    job: Job,
+    job: GenerationJob,
     module: Any,
     extractor: FeatureExtractor,
     rank: int = 0,
@@ -130,7 +130,7 @@ def generate_shards(
             progress(len(rows))
 
 
-def gather_shards(job: Job) -> Samples:
+def gather_shards(job: GenerationJob) -> Samples:
     """Puts the shards of all ranks together.
 
     Args:
@@ -163,7 +163,7 @@ def gather_shards(job: Job) -> Samples:
 
 
 def _make_shard(
-    job: Job, rows: range, module: Any, extractor: FeatureExtractor, progress: Callable[[int], object] | None
+    job: GenerationJob, rows: range, module: Any, extractor: FeatureExtractor, progress: Callable[[int], object] | None
 ) -> dict[str, Tensor]:
     """Generates a shard's samples and their features, in batches."""
     started = time.perf_counter()

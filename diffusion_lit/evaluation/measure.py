@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
-from diffusion_lit.evaluation.generation import Job, Samples
+from diffusion_lit.evaluation.generation import GenerationJob, Samples
 from diffusion_lit.evaluation.memorization import compare, worst_triples
 from diffusion_lit.evaluation.metrics import (
     ISC_SPLITS,
@@ -30,7 +30,7 @@ MOST_COMPARED = 5000  # samples whose neighbours are looked for
 
 
 @dataclass(frozen=True)
-class Against:
+class ReportedReference:
     """One reference of a report.
 
     Args:
@@ -46,7 +46,7 @@ class Against:
 
 def read_references(
     plan: Any, data: Any, extractor: FeatureExtractor, image_shape: tuple[int, int, int]
-) -> dict[str, Against]:
+) -> dict[str, ReportedReference]:
     """All references of a report with their floors.
 
     Args:
@@ -72,7 +72,7 @@ def read_references(
             held_out = None
             if other is not None:
                 held_out = reference_of(data, other, extractor, plan.batch_size, plan.total, bar.update).features
-            found[name] = _against(plan, extractor, reference, held_out, other)
+            found[name] = _reported(plan, extractor, reference, held_out, other)
     return found
 
 
@@ -94,9 +94,9 @@ def other_split(data: Any, name: str) -> str | None:
     return None
 
 
-def _against(
+def _reported(
     plan: Any, extractor: FeatureExtractor, reference: Reference, held_out: Features | None, other: str | None
-) -> Against:
+) -> ReportedReference:
     """A reference with its floor and what is to be said of it."""
     summary: dict[str, Any] = {"record": reference.record}
     size = None if reference.features is None else kid_subset_size(plan.num_samples, len(reference.features))
@@ -123,17 +123,17 @@ def _against(
             )
     else:
         warnings.append("There are too few real images outside the reference for a floor.")
-    return Against(reference, summary, warnings)
+    return ReportedReference(reference, summary, warnings)
 
 
 def measure(
     plan: Any,
-    job: Job,
+    job: GenerationJob,
     samples: Samples,
     module: Any,
     data: Any,
     extractor: FeatureExtractor,
-    against: dict[str, Against],
+    references: dict[str, ReportedReference],
     device: torch.device,
 ) -> tuple[dict[str, Any], list[str], dict[str, Tensor]]:
     """The figures of one setting.
@@ -145,7 +145,7 @@ def measure(
         module: The model.
         data: The data.
         extractor: The loaded extractor.
-        against: The references by name; none for a model of a single image.
+        references: The references by name; none for a model of a single image.
         device: Where to look for neighbours.
 
     Returns:
@@ -167,15 +167,15 @@ def measure(
     blocks = [
         samples.features[block * plan.num_samples : (block + 1) * plan.num_samples] for block in range(plan.num_blocks)
     ]
-    for name, one in against.items():
+    for name, one in references.items():
         reference = one.reference
         figures = [compute_metrics(extractor, block, reference.features, reference.statistics) for block in blocks]
         result["references"][name] = {"figures": summarise(figures)}
     if plan.per_class:
-        result["per_class"], said = per_class(samples, module, extractor, against)
+        result["per_class"], said = per_class(samples, module, extractor, references)
         warnings += said
     images: dict[str, Tensor] = {}
-    if not against:
+    if not references:
         image = torch.as_tensor(data.reference_images("train")[0])
         result["single_image"] = single_image_metrics(samples.images, image)  # type: ignore[arg-type]
     elif plan.memorization:
@@ -184,7 +184,7 @@ def measure(
 
 
 def per_class(
-    samples: Samples, module: Any, extractor: FeatureExtractor, against: dict[str, Against]
+    samples: Samples, module: Any, extractor: FeatureExtractor, references: dict[str, ReportedReference]
 ) -> tuple[dict[str, Any], list[str]]:
     """The Fréchet distance of each class, all blocks together.
 
@@ -192,7 +192,7 @@ def per_class(
         samples: The samples.
         module: The model, which names its classes.
         extractor: The loaded extractor.
-        against: The references by name.
+        references: The references by name.
 
     Returns:
         For each reference and class the distance and both numbers of images, and what to warn of.
@@ -204,7 +204,7 @@ def per_class(
         raise ValueError("The model is unconditional, so that there are no classes for --per_class; leave it out.")
     found: dict[str, Any] = {}
     warnings = []
-    for name, one in against.items():
+    for name, one in references.items():
         features, labels = one.reference.features, one.reference.labels
         if features is None or labels is None:
             warnings.append(f"The reference {name} has no labels, so that there is no figure per class against it.")
@@ -226,7 +226,7 @@ def per_class(
 
 
 def memorization(
-    plan: Any, job: Job, samples: Samples, data: Any, extractor: FeatureExtractor, device: torch.device
+    plan: Any, job: GenerationJob, samples: Samples, data: Any, extractor: FeatureExtractor, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Whether the samples are nearer to training images than chance allows.
 

@@ -35,8 +35,8 @@ class Draws(NamedTuple):
     label: Tensor | None
 
 
-class KeyedModule(LightningModule):
-    """A module whose training draws are functions of keys, and whose checkpoints describe themselves.
+class BaseModule(LightningModule):
+    """Base of all modules: random draws of training are keyed, and a checkpoint describes its module.
 
     Args:
         optimizer: Makes the optimizer from the parameters.
@@ -45,8 +45,8 @@ class KeyedModule(LightningModule):
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
         super().__init__()
-        # Behind a function, which a copy of the module (the average) shares: those of a command hold on to the command
-        # itself, and so to the trainer, the data and the processes of further ranks, which cannot be copied.
+        # Kept in a closure, which the EMA's deepcopy shares: the command's factories reference the command, and so the
+        # trainer, the data and the processes of other ranks, which cannot be copied.
         self._makers: Callable[[], tuple[OptimizerCallable, LRSchedulerCallable | None]]
         self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names: list[str] = []
@@ -168,7 +168,7 @@ class KeyedModule(LightningModule):
         return bool(getattr(self, "num_classes", True))
 
 
-class DiffusionModule(PixelModel, KeyedModule):
+class DiffusionModule(PixelModel, BaseModule):
     """Trains a denoiser on images and samples from it, as `PixelModel` says.
 
     Args:

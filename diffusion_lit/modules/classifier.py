@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.rng import keyed_generator
-from diffusion_lit.modules.base import KeyedModule, run_seed
+from diffusion_lit.modules.base import BaseModule, run_seed
 from diffusion_lit.nets.classifier import ConvClassifier
 
 
-class Classifier(KeyedModule):
+class Classifier(BaseModule):
     """Trains a classifier by cross-entropy; its checkpoint is an extractor for `evaluate` and for the FID callback.
 
     Args:

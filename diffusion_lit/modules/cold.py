@@ -21,14 +21,14 @@ from diffusion_lit.diffusion.degradations import Blur, Degradation
 from diffusion_lit.diffusion.generate import StepCallback, check_labels
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keyed_generator
-from diffusion_lit.modules.base import KeyedModule, run_seed
+from diffusion_lit.modules.base import BaseModule, run_seed
 
 COMPONENTS = 64
 MOST_IMAGES = 500  # that the components are taken of
 SYMMETRY_NOISE = 0.002  # standard deviation
 
 
-class ColdDiffusion(KeyedModule):
+class ColdDiffusion(BaseModule):
     """Diffusion without noise: restoration of a deterministic degradation.
 
     Args:

@@ -86,7 +86,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
 
     @classmethod
     def net_input(cls, image_shape: tuple[int, int, int], **init_args: Any) -> tuple[int, int, int]:
-        """Shape of the latents of the autoencoder that `vae_ckpt` names; see `KeyedModule.net_input`."""
+        """Shape of the latents of the autoencoder that `vae_ckpt` names; see `BaseModule.net_input`."""
         return latent_shape(load_autoencoder(init_args["vae_ckpt"]), image_shape)
 
     @property

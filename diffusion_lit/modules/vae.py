@@ -23,7 +23,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.generate import check_labels
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.modules.autoencoders import describe
-from diffusion_lit.modules.base import KeyedModule, run_seed
+from diffusion_lit.modules.base import BaseModule, run_seed
 from diffusion_lit.modules.latent_space import Frozen, interpolate, latent_shape
 from diffusion_lit.modules.perceptual import load_lpips
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
@@ -88,7 +88,7 @@ class Terms(NamedTuple):
     lpips: Tensor
 
 
-class VAE(KeyedModule):
+class VAE(BaseModule):
     """Variational autoencoder of images.
 
     Args:

@@ -128,14 +128,14 @@ def describe(device: str) -> str:
     return f"{text} with {' and '.join(skills)}" if skills else text
 
 
-def crowded() -> str:
-    """What to do where other programs take the cores that torch's threads were meant for.
+def cpu_contention() -> str:
+    """Advice where other programs compete with torch's threads for the cores.
 
-    The threads wait for each other at every operation, and for the one whose core is taken: on 2 cores of which another
-    program took one, a step of the digits' network took 5.7 s in two threads and 63 ms in one.
+    Threads wait for each other at every operation, and so for the one without a core: with one of 2 cores taken, a step
+    of the digits' network took 5.7 s in two threads and 63 ms in one.
 
     Returns:
-        A sentence, or nothing where the load of the last minute is no more than the cores can bear.
+        A sentence, or "" where the load of the last minute fits the cores.
     """
     import torch
 

@@ -142,7 +142,7 @@ def test_samples_are_written_as_they_come_and_only_those_of_one_run_are_there(
     assert np.bincount(again["labels"]).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
     assert np.abs(again["arr_0"][:3].astype(int) - whole[:3]).max() <= 1
 
-    original = command.Job.draw
+    original = command.SampleJob.draw
     calls = iter([None, None, KeyboardInterrupt()])
 
     def interrupted(*args):
@@ -150,7 +150,7 @@ def test_samples_are_written_as_they_come_and_only_those_of_one_run_are_there(
             raise error
         return original(*args)
 
-    monkeypatch.setattr(command.Job, "draw", interrupted)
+    monkeypatch.setattr(command.SampleJob, "draw", interrupted)
     said = stopped(capsys, lightning, *draw, "--num_samples=40", "--batch_size=5", status=130)
     assert np.load("out/samples.partial.npz")["arr_0"].shape == (10, 8, 8, 1)
     assert len(np.load("out/samples.npz")["arr_0"]) == 23

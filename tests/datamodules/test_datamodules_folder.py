@@ -16,7 +16,7 @@ import torch
 from helpers.data_fixtures import make_image, write_class_folders, zip_folder
 from PIL import Image
 
-from datamodules import ImageFolder, Landscapes, decoding
+from datamodules import ImageFolder, Landscapes, decode_pool
 from datamodules.cache import prepare
 from datamodules.decode import Transform, decode
 from datamodules.sources import list_images
@@ -169,7 +169,7 @@ def test_landscapes_is_a_preset_without_classes(tmp_path):
 def test_a_image_is_decoded_once(tmp_path, monkeypatch):
     paths = write_flat(tmp_path / "data", 10)
     make(tmp_path / "data", tmp_path)
-    monkeypatch.setattr("datamodules.decoding.decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("datamodules.decode_pool.decode", lambda *_: pytest.fail("decoded again"))
     make(tmp_path / "data", tmp_path, val_fraction=0.1, batch_size=3, random_flip=False)
     monkeypatch.undo()
     caches = set((tmp_path / "cache").glob("*/images.u8"))
@@ -206,7 +206,7 @@ def test_a_process_that_dies_costs_one_image(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(file, *rest)
 
-    monkeypatch.setattr("datamodules.decoding.decode", fatal)
+    monkeypatch.setattr("datamodules.decode_pool.decode", fatal)
     with pytest.warns(UserWarning, match=r"1 image was skipped: 00040.png ended the process that decoded it"):
         data = make(tmp_path / "data", tmp_path, cache_processes=3)
     assert len(data.cache.names) == 99
@@ -275,7 +275,7 @@ def test_it_can_be_sent_to_another_process(tmp_path):
 
 def cache_slowly(root: Path, cache: Path, processes: int, log: Path) -> None:
     """Prepares a folder, slowly, and logs each image that is decoded."""
-    original = decoding.decode
+    original = decode_pool.decode
 
     def slow(file, *rest):
         with log.open("a") as lines:
@@ -283,7 +283,7 @@ def cache_slowly(root: Path, cache: Path, processes: int, log: Path) -> None:
         time.sleep(0.01)
         return original(file, *rest)
 
-    decoding.decode = slow
+    decode_pool.decode = slow
     ImageFolder(str(root), 2, 16, cache_dir=str(cache), cache_processes=processes).prepare_data()
 
 

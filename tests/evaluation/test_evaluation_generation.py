@@ -12,7 +12,13 @@ from torch import nn
 
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.evaluation.features import Pixels
-from diffusion_lit.evaluation.generation import Job, class_frequencies, draw_labels, gather_shards, generate_shards
+from diffusion_lit.evaluation.generation import (
+    GenerationJob,
+    class_frequencies,
+    draw_labels,
+    gather_shards,
+    generate_shards,
+)
 from diffusion_lit.storage.tensors import write_tensors
 
 
@@ -42,7 +48,9 @@ class Model:
 @pytest.fixture
 def job(tmp_path):
     labels = torch.arange(150) % 3
-    return Job(Sampling(), 150, 1000, labels, {"checkpoint": "a"}, tmp_path / "parts", batch_size=64, keep_images=True)
+    return GenerationJob(
+        Sampling(), 150, 1000, labels, {"checkpoint": "a"}, tmp_path / "parts", batch_size=64, keep_images=True
+    )
 
 
 def made_by(job, world=1):
@@ -123,10 +131,10 @@ def test_samples_that_are_there_twice_are_refused(job):
 def test_shards_cover_every_index_once_and_suit_several_ranks(tmp_path):
     for count in (2, 15, 100, 1000, 50_000):
         for batch_size in (1, 64, 700):
-            shards = Job(Sampling(), count, 0, None, {}, tmp_path, batch_size).shards()
+            shards = GenerationJob(Sampling(), count, 0, None, {}, tmp_path, batch_size).shards()
             assert [index for rows in shards for index in rows] == list(range(count))
             assert max(map(len, shards)) <= max(500, batch_size)
-    assert len(Job(Sampling(), 1000, 0, None, {}, tmp_path, 1).shards()) == 32
+    assert len(GenerationJob(Sampling(), 1000, 0, None, {}, tmp_path, 1).shards()) == 32
 
 
 def test_images_are_saved_under_their_index(job, tmp_path):

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from experiments import contenders, throughput
-from experiments.contenders import OURS, Cost, Job, Slice
+from experiments.contenders import OURS, BenchmarkJob, Cost, Slice
 
 PEERS = contenders.installed()[1:]
 
 
 def job(name, precision="32-true"):
-    return Job(name, precision, contenders.MULTIPLES[name], 3, 16, 4, 2, "cpu", 1)
+    return BenchmarkJob(name, precision, contenders.MULTIPLES[name], 3, 16, 4, 2, "cpu", 1)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -8,7 +8,7 @@ import torch
 
 from experiments import contenders
 from experiments import time_to_quality as study
-from experiments.contenders import OURS, Job
+from experiments.contenders import OURS, BenchmarkJob
 
 NAMES = [OURS, *[name for name in study.PEERS if name in contenders.installed()]]
 SMALL = [f"--model.init_args.net.init_args.{option}" for option in ("model_channels=8", "num_blocks=1")]
@@ -89,7 +89,7 @@ def test_the_documented_average_draws_and_the_weights_stay(monkeypatch):
     built = []
     before = contenders.build
     monkeypatch.setattr(contenders, "build", lambda *args: built.append(before(*args)) or built[-1])
-    step, draw = contenders.peer(Job("smalldiffusion", "32-true", 32, 1, 16, 4, 1, "cpu", 1, documented=True))
+    step, draw = contenders.peer(BenchmarkJob("smalldiffusion", "32-true", 32, 1, 16, 4, 1, "cpu", 1, documented=True))
     first = built[0].conv_in.weight.detach().clone()
     for _ in range(3):
         step(torch.rand(4, 1, 16, 16))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.feed import EvalLoader, Split
+from datamodules.loaders import EvalLoader, Split
 from diffusion_lit.callbacks import LossByNoiseLevel
 from diffusion_lit.diffusion.degradations import Mask
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index

@@ -71,8 +71,8 @@ def level_like(x: Tensor, level: float) -> Tensor:
     return torch.tensor(level, dtype=x.dtype)
 
 
-def toward(x: Tensor, x0_hat: Tensor, ratio: float) -> Tensor:
-    """The exact step of the probability-flow ODE for a constant x0_hat, by which the distance to it shrinks to a ratio.
+def euler_step(x: Tensor, x0_hat: Tensor, ratio: float) -> Tensor:
+    """An Euler step of the probability-flow ODE, which is exact while x0_hat is constant.
 
     Args:
         x: The state.

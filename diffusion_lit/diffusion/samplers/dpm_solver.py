@@ -20,8 +20,8 @@ from diffusion_lit.diffusion.samplers.common import (
     ancestral_split,
     begin,
     check_range,
+    euler_step,
     level_like,
-    toward,
 )
 
 
@@ -63,8 +63,8 @@ def dpmpp_2s_ancestral(
         down, up = ancestral_split(sigma, sigma_next, eta)
         if down > 0:
             middle = math.sqrt(sigma * down)
-            x0_hat = denoise(toward(x, x0_hat, middle / sigma), level_like(x, middle))
-        x = toward(x, x0_hat, down / sigma)
+            x0_hat = denoise(euler_step(x, x0_hat, middle / sigma), level_like(x, middle))
+        x = euler_step(x, x0_hat, down / sigma)
         if up > 0:
             x = x + up * noise(x)
     return x.to(dtype)
@@ -113,7 +113,7 @@ def dpmpp_2m_sde(
         x0_middle = x0_hat
         if x0_last is not None:
             x0_middle = x0_hat + length / (2 * length_last) * (x0_hat - x0_last)
-        x = toward(x, x0_middle, (sigma_next / sigma) ** (1 + eta))
+        x = euler_step(x, x0_middle, (sigma_next / sigma) ** (1 + eta))
         if eta > 0:
             x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * length)) * noise(x)
         x0_last, length_last = x0_hat, length

@@ -23,8 +23,8 @@ from diffusion_lit.diffusion.samplers.common import (
     ancestral_split,
     begin,
     check_range,
+    euler_step,
     level_like,
-    toward,
 )
 
 Split = Callable[[float, float], tuple[float, float]]
@@ -50,7 +50,7 @@ def _first_order(
         if callback is not None:
             callback(step, x, x0_hat, level)
         down, up = split(sigma, sigma_next)
-        x = toward(x, x0_hat, down / sigma) if x0_free is None else x0_hat + down / sigma * (x - x0_free)
+        x = euler_step(x, x0_hat, down / sigma) if x0_free is None else x0_hat + down / sigma * (x - x0_free)
         if up > 0:
             x = x + up * noise(x)
     return x.to(dtype)
@@ -220,7 +220,7 @@ def ddpm(
         if callback is not None:
             callback(step, x, x0_hat, level)
         down, up = ancestral_split(sigma, sigma_next, 1.0)
-        x = toward(x, x0_hat, down / sigma)
+        x = euler_step(x, x0_hat, down / sigma)
         if noisy:
             x = x + math.sqrt(variance_scale) * up * _beta_over_posterior(sigma, sigma_next) ** (v / 2) * noise(x)
     return x.to(dtype)
@@ -281,7 +281,7 @@ def heun(
         x0_hat = denoise(x, level)
         if callback is not None:
             callback(step, x, x0_hat, level)
-        x_euler = toward(x, x0_hat, sigma_next / sigma)
+        x_euler = euler_step(x, x0_hat, sigma_next / sigma)
         if sigma_next == 0:
             x = x_euler
         else:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.samplers.common import Callback, Denoise, Noise, begin, check_range, level_like, toward
+from diffusion_lit.diffusion.samplers.common import Callback, Denoise, Noise, begin, check_range, euler_step, level_like
 
 Evaluation = tuple[float, Tensor]
 
@@ -80,7 +80,7 @@ def _unified_step(
 ) -> Tensor:
     """From the last of the past evaluations, of which x is the state, to sigma_next; `ahead` makes it the corrector."""
     sigma, m_0 = past[-1]
-    x = toward(x, m_0, sigma_next / sigma)
+    x = euler_step(x, m_0, sigma_next / sigma)
     others = past[-2::-1] + ([] if ahead is None else [ahead])
     if not others or sigma_next == 0:
         return x

@@ -65,15 +65,15 @@ def decode_all(
                     if strict:
                         break
             return reasons
-        crew = Crew(listing, names, transform, path, processes)
+        pool = DecoderPool(listing, names, transform, path, processes)
         try:
-            for done, found in crew.run():
+            for done, found in pool.run():
                 bar.update(done - bar.n)
                 reasons |= found
                 if strict and reasons:
                     break
         finally:
-            crew.stop()
+            pool.stop()
     return reasons
 
 
@@ -81,8 +81,8 @@ class CannotWriteError(OSError):
     """A process could not write to the file."""
 
 
-class Crew:
-    """The processes and what they share: for each, a counter of what it has done.
+class DecoderPool:
+    """Processes that decode, and the shared counter of each.
 
     Args:
         listing: Where the images lie.
@@ -179,19 +179,19 @@ class Crew:
                 process.join()
 
 
-def _run(crew: Crew, worker: int, pipe: Connection, parent: int) -> None:
+def _run(pool: DecoderPool, worker: int, pipe: Connection, parent: int) -> None:
     """What a process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent, which stops us
-    listing, names, transform, path = crew.work
-    first = worker + crew.size * crew.progress(worker)
+    listing, names, transform, path = pool.work
+    first = worker + pool.size * pool.progress(worker)
     try:
         listing.reopen()
-        for number, reason in _decode_some(listing, names, transform, path, first, crew.size):
+        for number, reason in _decode_some(listing, names, transform, path, first, pool.size):
             if os.getppid() != parent:
                 return
             if reason:
                 pipe.send((number, reason))
-            crew.advance(worker)
+            pool.advance(worker)
     except OSError as error:  # the disk or the zip itself, since what is wrong with an image is told above
         with contextlib.suppress(OSError):
             pipe.send((-1, error.strerror or str(error)))

@@ -1,4 +1,4 @@
-"""What samples of a study are measured by, and what they are compared with: the code of `lightning evaluate`, small."""
+"""Measures the samples of a study, with the code of `lightning evaluate`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Thumbnails(FeatureExtractor):
 
 
 @dataclass(frozen=True)
-class Gauge:
-    """What samples are measured by: an extractor, and the images that it compares them with.
+class Evaluator:
+    """Measures samples: a feature extractor and the reference images.
 
     Args:
         data: The data set, set up.
@@ -54,8 +54,8 @@ class Gauge:
     floor: tuple[float, int] | None
 
     @staticmethod
-    def of(data: Any, extractor: FeatureExtractor, count: int) -> "Gauge":
-        """A data set's gauge, from the cache or computed now.
+    def of(data: Any, extractor: FeatureExtractor, count: int) -> "Evaluator":
+        """The evaluator of a data set, from the cache or computed now.
 
         Args:
             data: The data set, set up.
@@ -63,12 +63,12 @@ class Gauge:
             count: Number of samples that will be measured.
 
         Returns:
-            The gauge.
+            The evaluator.
         """
         reference = reference_of(data, "train", extractor, 250)
         spare = len(data.reference_images("val"))
         held_out = reference_of(data, "val", extractor, 250, count).features if spare else None
-        return Gauge(data, extractor, reference, real_against_real(reference, held_out, count))
+        return Evaluator(data, extractor, reference, real_against_real(reference, held_out, count))
 
     @property
     def metric(self) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from datamodules import Digits, ImageDataModule
-from datamodules.feed import EvalLoader, Split, TrainLoader, normalise
+from datamodules.loaders import EvalLoader, Split, TrainLoader, normalise
 
 
 class Numbered(ImageDataModule):

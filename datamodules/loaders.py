@@ -1,0 +1,256 @@
+"""From a set of images in memory or on disk to batches on the training device, without per-sample Python.
+
+A split is one uint8 array (N, C, H, W) and its labels. A batch is cut out of the array in one indexing operation,
+augmented and normalised as a whole. What a batch holds is a function of keys alone:
+
+    order of epoch e:        perm = permutation of N keyed by (seed, e)
+    global batch g of B:     perm[g * B : (g + 1) * B], a last incomplete one is dropped
+    rank r of W ranks:       rows [r::W] of the global batch
+
+so that the union over the ranks is the global batch, no image comes twice in an epoch, and a run that resumes in the
+middle of an epoch goes on at batch g by skipping the g before. Evaluation goes through a split in its own order, rank r
+through rows [r::W], each image exactly once.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+Array = Tensor | np.ndarray
+"""Images: a uint8 tensor, or a memory-mapped uint8 array, of shape (N, C, H, W)."""
+
+
+class Split(NamedTuple):
+    """The images of one split, uint8 (N, C, H, W), and their classes, int64 (N,), or None."""
+
+    images: Array
+    labels: Tensor | None
+
+
+class Key(NamedTuple):
+    """Names one batch of one rank: its epoch, its number in the epoch, and the rows of the split in it."""
+
+    epoch: int
+    batch: int
+    rows: Tensor
+
+
+Augment = Callable[[Tensor, Key], Tensor]
+"""Changes the uint8 images (B, C, H, W) of a batch, given its key."""
+
+
+def run_seed() -> int:
+    """The seed of the run: Lightning's `seed_everything`, 0 where none was set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A fresh CPU generator whose stream is a function of the key alone.
+
+    Args:
+        key: Integers and strings that name the draw, for example `("order", seed, epoch)`.
+
+    Returns:
+        A seeded generator; distinct keys give unrelated streams.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Maps uint8 images 0..255 to float32 in [-1, 1], both ends exact."""
+    return images.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+class Gather(Dataset[Tensor]):
+    """Cuts whole batches out of an array: `gather[rows] -> (len(rows), C, H, W)` uint8.
+
+    Args:
+        images: The array.
+    """
+
+    def __init__(self, images: Array) -> None:
+        self.images = images
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        if isinstance(self.images, Tensor):
+            return self.images.index_select(0, rows)  # many times faster than indexing on a CPU
+        return torch.from_numpy(self.images[rows.numpy()])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class BatchLoader:
+    """Iterates over batches of a split; subclasses say which rows each batch has.
+
+    It is no `torch.utils.data.DataLoader`, so that Lightning leaves its order alone whatever `use_distributed_sampler`
+    says; with `num_workers` it reads through one, for an array on a slow disk.
+
+    Args:
+        split: The images and labels.
+        batch_size: Images per global batch, a multiple of the number of ranks.
+        world: Number of ranks.
+        rank: This rank.
+        num_workers: Processes that read ahead; 0 reads in this process.
+        device: Where batches are wanted.
+        augment: Changes the images of a batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        world: int = 1,
+        rank: int = 0,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        augment: Augment | None = None,
+    ) -> None:
+        if batch_size % world:
+            raise ValueError(
+                f"batch_size is {batch_size}, which does not divide over {world} ranks; batch_size counts the images "
+                f"of all ranks together, so choose a multiple of {world}."
+            )
+        self.images = split.images
+        self.labels = None if split.labels is None else split.labels.to(device)
+        self.batch_size = batch_size
+        self.world = world
+        self.rank = rank
+        self.num_workers = num_workers
+        self.device = torch.device(device)
+        self.augment = augment
+        self.gather = Gather(split.images)
+
+    def keys(self) -> Iterator[Key]:
+        """The keys of the batches that this iteration has."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        keys = self.keys()  # a generator: nothing is decided before the first batch is asked for
+        if self.num_workers == 0:
+            for key in keys:
+                yield self.batch(self.gather[key.rows], key)
+            return
+        ahead = list(keys)
+        reader = DataLoader(
+            self.gather,
+            batch_size=None,
+            sampler=[key.rows for key in ahead],
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context="fork",  # a memory map is shared by a fork and copied by a spawn
+        )
+        for key, images in zip(ahead, reader, strict=True):
+            yield self.batch(images, key)
+
+    def batch(self, images: Tensor, key: Key) -> dict[str, Tensor]:
+        """Makes a batch.
+
+        Args:
+            images: Its images, uint8 (B, C, H, W).
+            key: Its key.
+
+        Returns:
+            "image" in [-1, 1], "index" (rows of the split) and, where there are labels, "label", all on the device.
+        """
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # or the copy would wait, and the host with it
+        images = images.to(self.device, non_blocking=True)
+        if self.augment is not None:
+            images = self.augment(images, key)
+        rows = key.rows.to(self.device, non_blocking=True)
+        batch = {"image": normalise(images), "index": rows}
+        if self.labels is not None:
+            batch["label"] = self.labels[rows]
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: the position follows from the trainer's own count. Its presence tells Lightning that we resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to restore."""
+
+
+class TrainLoader(BatchLoader):
+    """Batches in keyed random order, a last incomplete one dropped.
+
+    In a Trainer's training loop the epoch and the batches already seen come from the trainer at the moment that the
+    first batch is asked for, also after a restart in mid-epoch; elsewhere `set_epoch` says the epoch.
+    """
+
+    trainer: "Trainer | None" = None
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next iteration, where no trainer does.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def position(self) -> tuple[int, int]:
+        """The epoch, and the number of its batches that were seen before."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training or trainer.train_dataloader is not self:
+            return self.epoch, 0
+        seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return trainer.current_epoch, seen if seen < len(self) else 0
+
+    def keys(self) -> Iterator[Key]:
+        """The batches of the epoch that are still to come."""
+        epoch, seen = self.position()
+        fixed = getattr(self.trainer, "overfit_batches", 0) > 0  # the same few batches at every epoch
+        generator = keyed_generator("order", run_seed(), 0 if fixed else epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        if isinstance(self.images, Tensor):
+            order = order.to(self.images.device)
+        for batch in range(seen, len(self)):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield Key(epoch, batch, rows[self.rank :: self.world])
+
+
+class EvalLoader(BatchLoader):
+    """A split in its own order, each image exactly once over all ranks, without padding.
+
+    Every rank has the same number of batches, so that none waits for another: a rest with fewer images than ranks
+    joins the batch before it.
+    """
+
+    def __len__(self) -> int:
+        return len(self.starts())
+
+    def starts(self) -> Sequence[int]:
+        """Where each global batch starts."""
+        count = len(self.images)
+        starts = list(range(0, count, self.batch_size))
+        if len(starts) > 1 and count - starts[-1] < self.world:
+            starts.pop()
+        return starts
+
+    def keys(self) -> Iterator[Key]:
+        """All batches of the split."""
+        starts = self.starts()
+        for batch, (start, end) in enumerate(zip(starts, [*starts[1:], len(self.images)], strict=True)):
+            yield Key(0, batch, torch.arange(start + self.rank, end, self.world))
+
+
+def _as_it_is(images: Any) -> Any:
+    return images
