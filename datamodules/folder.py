@@ -1,7 +1,6 @@
 """Any images: a folder of any depth, with or without classes and splits, a zip of it, or a list of globs.
 
-What the folders mean is read off their names. A single folder that holds all the rest means nothing and is passed
-through. `train`, `val` and `test` beside each other are the splits. Folders below that are classes where there are two
+The names of folders decide what they mean. A single top-level folder is skipped. `train`, `val` and `test` beside each other are the splits. Folders below that are classes where there are two
 at least; a few training images beside them, at most as many as a class has on average, are left out and told. Classes
 are numbered in the order of their names, numbers in them as numbers: 0, 1, 2, 10.
 

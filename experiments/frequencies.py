@@ -1,4 +1,4 @@
-"""Parts of an image: bands of frequencies by its cosine transform, and tiles; and when what falls has fallen.
+"""Frequency bands (by the DCT) and tiles of an image, and the step at which an error settles.
 
 A band is a ring of the orthonormal DCT-II, in cycles per image: coefficient (i, j) has the frequency
 sqrt(i^2 + j^2) / 2. By Parseval the powers of all bands and of the mean add up to the image's sum of squares.

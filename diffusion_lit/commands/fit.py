@@ -117,7 +117,7 @@ def start_anew(discard: Any) -> Any:
 
 
 def _class_at(path: str) -> type:
-    """The class of a full name; of a short one, which is not resolved yet, none that anything else is."""
+    """The class of a full name; an unresolved short name gets a placeholder type equal to no other."""
     module, _, name = path.rpartition(".")
     found = getattr(import_module(module), name, None) if module else None
     return found if isinstance(found, type) else type(path, (), {})

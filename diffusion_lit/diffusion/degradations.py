@@ -61,7 +61,7 @@ class Degradation(nn.Module):
         if x0.shape[-1] != x0.shape[-2]:
             raise ValueError(f"Images are {x0.shape[-2]}x{x0.shape[-1]}; degradations take square ones.")
         t = steps.to(x0.device).expand(len(x0))
-        with torch.autocast(x0.device.type, enabled=False):  # of the network's precision nothing here may depend
+        with torch.autocast(x0.device.type, enabled=False):  # degradations run without autocast
             return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

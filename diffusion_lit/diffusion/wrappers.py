@@ -35,10 +35,10 @@ def evaluate_plain(denoiser: DenoiserLike) -> Evaluate:
 
 
 class DenoiserWrapper(nn.Module):
-    """What wraps a denoiser and is one.
+    """Base class of denoiser wrappers.
 
-    A subclass says once, in `transform`, what becomes of an evaluation, and thereby wraps the plain estimate and, where
-    the wrapped denoiser has one, `learned_variance`; a wrapper of a denoiser without it has none either.
+    A subclass defines `transform`, which wraps the plain estimate and, where the wrapped denoiser has it,
+    `learned_variance`.
 
     Args:
         denoiser: Any callable (x, sigma, label) -> x0_hat.
@@ -89,7 +89,7 @@ class DenoiserWrapper(nn.Module):
         return self.transform(evaluate_plain(self.denoiser), x, sigma, label)[0]
 
     def unclipped(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Estimates the clean image, and gives beside it what it was before `ClipX0` clipped it.
+        """Estimates the clean image, after and before the threshold of `ClipX0`.
 
         Args:
             x: As for `forward`.
@@ -97,8 +97,8 @@ class DenoiserWrapper(nn.Module):
             label: As for `forward`.
 
         Returns:
-            x0_hat with and without the threshold, both (B, C, H, W). What changes an estimate after a threshold hides
-            it: the two are the same.
+            x0_hat with and without the threshold, both (B, C, H, W). If another wrapper surrounds `ClipX0`, both are
+            equal.
         """
         x0_hat = self.forward(x, sigma, label)
         return x0_hat, x0_hat

@@ -1,8 +1,8 @@
-"""Models of a single image, for which a distance between sets of images has no meaning.
+"""Metrics of models of a single image, for which a distance between sets of images has no meaning.
 
-PSNR says how far a sample is the image itself, `10 log10(255^2 / mse)`. The patch distance says how far its small
-parts look alike: the Fréchet distance between the Gaussians of all p x p patches of the samples and of the image.
-Diversity is the standard deviation of a pixel over the samples against that over the image (Shaham 2019, arXiv
+PSNR measures similarity to the training image, `10 log10(255^2 / mse)`. The patch distance measures similarity of
+small parts: the Fréchet distance between the Gaussians of all p x p patches of the samples and of the image.
+Diversity is the standard deviation of a pixel over the samples, divided by that over the image (Shaham 2019, arXiv
 1905.01164, section 3).
 """
 

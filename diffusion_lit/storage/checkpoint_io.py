@@ -1,9 +1,9 @@
-"""Writing that outlives what goes wrong with disks: checkpoints that are whole or absent, and logs that may fail.
+"""Atomic checkpoint writes.
 
 A file is written under a temporary name in its own folder, flushed to the disk and renamed over the old one, so that at
-any moment, also when the machine dies, the name holds the old content or the new. Where that fails (a full disk, no
-permission, a folder that was deleted and cannot be made again) training goes on, the user is told, and from then on no
-older checkpoint is removed until one was written again.
+any moment, also when the machine dies, the name holds the old content or the new. If a write fails (a full disk, no
+permission, a deleted folder), training goes on with a warning, and no older checkpoint is removed until a write
+succeeds.
 """
 
 from pathlib import Path

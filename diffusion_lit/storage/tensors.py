@@ -1,4 +1,4 @@
-"""Tensors on disk with the record of all that determines them; a file is used only under that very record.
+"""Tensors on disk with the record of all that determines them; a file is reused only if its stored key matches.
 
 The format is safetensors, which holds tensors and text and runs nothing.
 """
