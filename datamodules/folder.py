@@ -1,8 +1,9 @@
 """Any images: a folder of any depth, with or without classes and splits, a zip of it, or a list of globs.
 
-The names of folders decide what they mean. A single top-level folder is skipped. `train`, `val` and `test` beside each other are the splits. Folders below that are classes where there are two
-at least; a few training images beside them, at most as many as a class has on average, are left out and told. Classes
-are numbered in the order of their names, numbers in them as numbers: 0, 1, 2, 10.
+The names of folders decide what they mean. A single top-level folder is skipped. `train`, `val` and `test` beside each
+other are the splits. Folders below them are classes if there are at least two; a few training images beside them, at
+most as many as a class has on average, are left out with a warning. Classes are numbered in the order of their names,
+numbers in them as numbers: 0, 1, 2, 10.
 
 Without splits on disk, each image is dealt by the hash h of its file's contents, taken as a number in [0, 1): to
 "val" where h < val_fraction, to "test" where h >= 1 - test_fraction. An image that is added, removed or renamed moves
