@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-plain-kernels test-slow lint types wheel lock docs board check-gpu clean
+.PHONY: help install demo latent-demo gallery studies test test-plain-kernels test-slow lint types wheel lock docs docs-site board check-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -59,6 +59,10 @@ lock: install ## renew requirements.lock: the newest versions that pyproject.tom
 
 docs: install ## renew what README and docs take from the code: lines of links, the table of recipes
 	$(BIN)/python tools/renew_docs.py
+
+docs-site: install ## build the documentation site, strictly and offline: build/site/index.html
+	$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 board: install ## open TensorBoard over all runs: make board PORT=6006
 	@$(BIN)/python -c 'import socket, sys; sys.exit(socket.socket().connect_ex(("127.0.0.1", int("$(PORT)"))) == 0)' 2>/dev/null || \

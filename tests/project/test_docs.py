@@ -52,7 +52,7 @@ def commands(page):
     lines += re.findall(r"`([^`]+)`", FENCE.sub("", text))
     for line in lines:
         words = " ".join(re.sub(r"\s#\s.*", "", line).split())
-        words = re.sub(r"^diffusion-lit ", "lightning ", words)  # the command's first name
+        words = re.sub(r"(^|[ /])diffusion-lit ", r"\1lightning ", words)  # the command's first name
         start = re.search(r"(?:^|torchrun .*?|srun )(?:\.venv/bin/)?(lightning .*)", words)
         words = start[1] if start else words
         if words.startswith(PROGRAMS) and "NAME" not in words and "..." not in words.split(" ")[1]:

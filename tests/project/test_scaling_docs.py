@@ -32,14 +32,14 @@ def words(command, folder, data):
     if given[0] == "torchrun":
         given = [sys.executable, "-m", "torch.distributed.run", *given[1:]]
     else:
-        given[0] = str(folder / ".venv/bin/lightning")
+        given[0] = str(folder / ".venv/bin/diffusion-lit")
     return [word.replace("NODE0", "localhost") for word in given] + more
 
 
 @pytest.mark.slow
 def test_every_command_runs_as_it_is_printed(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    script = tmp_path / ".venv/bin/lightning"
+    script = tmp_path / ".venv/bin/diffusion-lit"
     script.write_text(f"#!{sys.executable}\nfrom diffusion_lit.commands.main import main\nmain()\n")
     script.chmod(0o755)
     env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
