@@ -1,12 +1,12 @@
 """Exact denoisers: distributions whose D(x; sigma) = E[x0 | x = x0 + sigma n] is known in closed form.
 
-They stand where a trained network would, in tests, in studies and in teaching. For a mixture of Gaussians of weights
-w_k, means m_k and covariances C_k, with r_k the posterior probability of a component,
+They replace a trained network in tests, studies and teaching. For a mixture of Gaussians of weights w_k, means m_k and
+covariances C_k, with r_k the posterior probability of a component,
 
     D(x; s) = sum_k r_k(x; s) * (m_k + C_k (C_k + s² I)^-1 (x - m_k)),    r_k ~ w_k N(x; m_k, C_k + s² I).
 
-One Gaussian is the mixture of one component, and a data set of N images that of N components without extent. In all of
-them x - s² grad log p(x; s) is that same D: Tweedie's formula, by which a denoiser is a score.
+One Gaussian is a mixture of one component, and a data set of N images is a mixture of N components of variance 0. In
+all of them D(x; s) = x + s² grad log p(x; s), Tweedie's formula, by which a denoiser gives the score.
 """
 
 import math
@@ -178,10 +178,10 @@ class GaussianDenoiser(GaussianMixtureDenoiser):
 
 
 class EmpiricalDenoiser(nn.Module):
-    """The exact denoiser of a data set: what a network that has memorised its training set would answer.
+    """The exact denoiser of a data set, which a network approaches as it memorises its training set.
 
-    D(x; s) is the mean of the images y, weighted by exp(-|x - y|² / 2s²). The data set is held and computed with in
-    float64; results have x's dtype.
+    D(x; s) is the mean of the images y, weighted by exp(-|x - y|² / 2s²). The data set and all sums are in float64;
+    results have x's dtype.
 
     Args:
         images: The data set, shape (N, *S).

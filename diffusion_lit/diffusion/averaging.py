@@ -1,4 +1,4 @@
-"""Averages of weights with a power-function profile, and any other width made from snapshots afterwards.
+"""Averages of weights with a power-function profile, and averages of other widths from snapshots.
 
 The average of the weights theta over training time t with exponent gamma weighs tau by tau^gamma:
 
@@ -13,8 +13,7 @@ one,
     A x = b,   A_ij = <p_i, p_j>,   b_i = <p_i, r>,   divided by its sum,
     <p_a, p_b> = (gamma_a + 1) (gamma_b + 1) (t_lo / t_hi)^gamma_lo / ((gamma_a + gamma_b + 1) t_hi)
 
-where lo is the snapshot with the smaller t. The least squares alone leave a sum below 1, by which all weights of the
-network would shrink.
+where lo is the snapshot with the smaller t. Without the division the sum would be below 1 and shrink all weights.
 
 Source: Karras 2024, arXiv 2312.02696, section 3.1 and 3.2, equations 1 to 3, appendix C.
 """
@@ -63,7 +62,7 @@ def power_beta(step: int, gamma: float) -> float:
 
 
 def weights(steps: Sequence[int], gammas: Sequence[float], step: int, gamma: float) -> Tensor:
-    """How to combine snapshots to the average of another exponent.
+    """The coefficients of the snapshots in the average of another exponent.
 
     Args:
         steps: Training time of each snapshot.

@@ -6,8 +6,8 @@ With a degradation D and a restorer R(x_s, s) -> x0_hat, from x_T down to x_0:
     naive      x_{s-1} = D(R(x_s, s), s-1)                                             (algorithm 1)
     improved   x_{s-1} = x_s - D(R(x_s, s), s) + D(R(x_s, s), s-1)                     (algorithm 2)
 
-Where the degradation is linear in its step, D(x, s) = x + s e, the last gives x_s = D(x0, s) back whatever R says: an
-error of R cancels, instead of being degraded and restored again. Fewer steps than T jump over some.
+If the degradation is linear in its step, D(x, s) = x + s e, the last gives x_s = D(x0, s) whatever R predicts: an error
+of R cancels instead of accumulating. With fewer steps than T, some are skipped.
 
 Source: Bansal et al. 2022 (arXiv 2208.09392), sections 3.2 and 3.3.
 """
@@ -50,7 +50,7 @@ def naive(restore: Step, degrade: Step, x: Tensor, steps: list[int], callback: S
 
 
 def improved(restore: Step, degrade: Step, x: Tensor, steps: list[int], callback: StepCallback | None = None) -> Tensor:
-    """Goes back by the difference that a step makes to the restored image; arguments as for `naive`.
+    """Subtracts the difference that a step makes to the restored image; arguments as for `naive`.
 
     Args:
         restore: `restore(x_s, s) -> x0_hat`.
@@ -81,7 +81,7 @@ RESTORERS = {"improved": improved, "naive": naive, "direct": naive}
 
 @dataclass(frozen=True)
 class ColdSampling:
-    """How degraded images are restored. It stands where denoisers have their `Sampling`.
+    """How degraded images are restored: what `Sampling` is to denoisers.
 
     Args:
         sampler: `improved` (algorithm 2), `naive` (algorithm 1) or `direct` (one restoration).

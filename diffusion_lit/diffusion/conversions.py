@@ -1,4 +1,4 @@
-"""Noise levels in the words of every convention: betas, alpha_bar, sigma, log-SNR and flow time.
+"""Conversions between conventions of noise levels: betas, alpha_bar, sigma, log-SNR and flow time.
 
 A variance-preserving chain of T steps has `betas`, and
 

@@ -1,15 +1,14 @@
-"""Deterministic degradations of an image, which stand where noise stands elsewhere: x_t = D(x0, t).
+"""Deterministic degradations of an image, which replace noise in cold diffusion: x_t = D(x0, t).
 
-D(x0, 0) = x0, and each further step takes more of the image away, up to t = T. What tells the degradation of one
-image from that of another (where a hole is, which flakes fall) is a standard normal map n that stays the same along
-the whole way, so that D is a function of (x0, t, n). Blur and pixelation do not look at it.
+D(x0, 0) = x0, and each step up to T removes more of the image. The position of a hole or of the flakes comes from a
+standard normal map n, fixed over all steps, so that D is a function of (x0, t, n). Blur and pixelation ignore n.
 
     blur       x_t = A_t x0 A_t',  A_t = C' diag(exp(-(pi k / H)^2 s_t^2 / 2)) C,  C the orthonormal DCT-II
     mask       x_t = m_t x0,  m_t = prod_{i <= t} (1 - exp(-r^2 / (2 w_i^2))),  r the distance from the hole's centre
     pixelate   x_t = x0 averaged over squares of 2^t pixels
     snow       x_t = x0, paled, under a_t = t / T of the flakes
 
-Lengths are shares of the image's side, so that the same settings mean the same at every size.
+Lengths are fractions of the image's side, so that settings carry over between sizes.
 
 Source: Bansal et al. 2022, Cold Diffusion (arXiv 2208.09392), section 4; snow after Hendrycks & Dietterich 2019
 (arXiv 1903.12261).
@@ -25,7 +24,7 @@ from diffusion_lit.checks import check_count, check_number
 
 
 class Degradation(nn.Module):
-    """Base: T steps from an image to what is left of it.
+    """Base class: T steps of degradation.
 
     Args:
         num_steps: Number T of steps, at least 1.
@@ -65,7 +64,7 @@ class Degradation(nn.Module):
             return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t for t of shape (B,), of which those of step 0 are not looked at; see `forward`."""
+        """x_t for t of shape (B,); rows with t = 0 are ignored; see `forward`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it degrades images.")
 
     def tables(self, size: int) -> Tensor:

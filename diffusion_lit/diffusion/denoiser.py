@@ -2,8 +2,8 @@
 
     D(x; sigma) = c_skip * x + c_out * net(c_in * x, c_noise, label)          x = x0 + sigma n
 
-Everything else in the project (samplers, guidance, likelihood, editing) sees a denoiser as a callable, and nothing of
-the network. A network may also predict the variance of a reverse step; only the sampler `ddpm` asks for that.
+Samplers, guidance, likelihood and editing see a denoiser as a callable and nothing of the network. A network may also
+predict the variance of a reverse step, which only the sampler `ddpm` uses.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ DenoiserLike = Callable[..., Tensor]
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
-    """Shapes one value for each sample so that it multiplies images.
+    """Reshapes one value per sample to broadcast over images.
 
     Args:
         value: Shape () or (B,).
@@ -34,8 +34,8 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
 class Denoiser(nn.Module):
     """A network under the preconditioning of a prediction type.
 
-    Preconditioning is computed in float32, or in float64 where x is float64, whatever the network computes in. A
-    network whose parameters have another precision gets its image in that precision.
+    Preconditioning is computed in float32, or in float64 if x is float64, whatever the network's precision. Images are
+    cast to the precision of the network's parameters.
 
     Args:
         net: Called as `net(c_in * x (B, C, H, W), c_noise (B,), label (B,) or None)`, with `augment=` only when given;
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
     def _evaluate(
         self, x: Tensor, sigma: Tensor | float, label: Tensor | None, augment: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The image and the network's output in the working precision, and c_skip and c_out shaped to multiply."""
+        """The image and the network's output in working precision, and c_skip and c_out shaped to broadcast."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         # Looking at a value on an accelerator stalls its queue, and the loss has moved sigma into the support.
         trusted = self.training and x.device.type != "cpu"
@@ -134,8 +134,8 @@ class Denoiser(nn.Module):
 class LearnedVarianceDenoiser(Denoiser):
     """A denoiser whose network also predicts the variance of each reverse step.
 
-    The network gives 2 C channels: the first C are the prediction, the others are v, which interpolates the logarithm
-    of a step's variance between its two extremes, the posterior variance and beta. Only the sampler `ddpm` asks for it.
+    The network outputs 2 C channels: the first C are the prediction, the others are v, which interpolates the log
+    variance of a step between the posterior variance and beta. Only the sampler `ddpm` uses it.
 
     Args:
         net: As for `Denoiser`, giving (B, 2 C, H, W).

@@ -1,9 +1,9 @@
 """Sampling from end to end: settings in, images out.
 
-A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Everything that generates
-(callbacks, `lightning sample`, evaluation) goes through it, so that the same settings and seeds give the same images
-everywhere. Sample i depends on its own seed alone: the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a
-variance-preserving path, where x_T is standard normal, and n and every later draw come from the generator of that seed.
+A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Callbacks, `lightning sample` and
+evaluation all use it, so that the same settings and seeds give the same images. Sample i depends on its own seed alone:
+the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a variance-preserving path, and n and all later draws come
+from the generator of that seed.
 """
 
 import inspect
@@ -133,7 +133,7 @@ class Sampling:
         return asdict(self)
 
     def wrap(self, denoiser: Denoiser, labels: Tensor | None) -> Conditioned:
-        """The callable that the sampler sees: clipped, guided and bound to labels.
+        """The callable for the sampler: clipped, guided and bound to labels.
 
         Args:
             denoiser: The model.
@@ -230,8 +230,8 @@ class Sampling:
     ) -> Tensor:
         """Takes a state along the grid of these settings, or along other levels as if they were a part of it.
 
-        The sampler's options that count steps keep their meaning for each step: churn is shared out per step of the
-        whole grid, and noise ends at the level where it would end there.
+        Options that count steps keep their meaning per step: churn is divided over the whole grid, and noise ends at
+        the same level as on the whole grid.
 
         Args:
             denoise: `denoise(x, sigma) -> x0_hat` with the attribute `scaling`.
@@ -252,7 +252,7 @@ class Sampling:
         return SAMPLERS[self.sampler].function(denoise, x, sigmas, noise=noise, callback=callback, **options)
 
     def _options(self, scaling: Preconditioning, grid: Tensor, sigmas: Tensor) -> dict[str, Any]:
-        """The sampler's options for some levels, churn kept below the largest trained one, which it would overstep."""
+        """The sampler's options for some levels; churn is limited so that it stays below the largest trained level."""
         options = dict(self.sampler_options)
         churn = options.get("S_churn", 0.0)
         if churn and scaling.sigma_max < float("inf"):

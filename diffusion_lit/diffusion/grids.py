@@ -1,7 +1,7 @@
-"""Sampling grids: N noise levels that fall from sigma_max to sigma_min, and a 0 after them.
+"""Sampling grids: N noise levels falling from sigma_max to sigma_min, followed by 0.
 
 A grid is `name(num_steps, scaling, *, sigma_min=None, sigma_max=None, **options)`, a float64 tensor of shape (N+1,);
-`GRIDS` is the table of them all. The range is by default the one that the model's scaling samples on.
+`GRIDS` lists them all. The default range is the sampling range of the model.
 
 - karras: sigma^(1/rho) falls linearly (arXiv 2206.00364, eq. 5).
 - exponential: log sigma falls linearly; as the log-SNR is -2 log sigma here, this is log_snr too.
@@ -9,8 +9,8 @@ A grid is `name(num_steps, scaling, *, sigma_min=None, sigma_max=None, **options
 - leading, linspace, trailing: whole steps of the model's T-step schedule, spaced as DDPM's strided samplers do
   (arXiv 2305.08891, table 2).
 
-Time is that of the model's schedule. A flow has sigma = t / (1 - t), and its steps are 1000 equal ones over the times
-that it is trained on. A model with neither, EDM's, borrows the linear schedule of DDPM, cut to the model's range.
+Time is that of the model's schedule. A flow has sigma = t / (1 - t), with 1000 equal steps over its range of training.
+A model with neither (EDM) uses DDPM's linear schedule, cut to its range.
 """
 
 import math
@@ -31,7 +31,7 @@ ROUNDING = 1e-6  # of a step, when an end of the range is meant to be a whole on
 
 
 def evenly(start: int, stop: int, count: int) -> list[int]:
-    """Whole numbers spread evenly, with exact arithmetic, so that no half is rounded by the last bit of a quotient.
+    """Evenly spaced whole numbers in exact arithmetic, so that rounding of a half does not depend on the last bit.
 
     Args:
         start: The first number.

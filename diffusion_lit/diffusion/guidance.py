@@ -4,9 +4,9 @@
     autoguidance      D = D_guide(x; sigma, label) + scale (D(x; sigma, label) - D_guide(x; sigma, label))
     classifier        D = D(x; sigma) + scale sigma^2 grad_x log p(label | x)
 
-A scale of 1 is the plain conditional model in the first two, and 0 the other branch; at 1 and 0 only that branch is
-evaluated. Guidance acts on x0_hat; since every prediction is linear in x0_hat at a given x, it is the same guidance on
-all. A guidance interval (low, high] of sigma leaves the plain conditional model outside, at its cost.
+In the first two, scale 1 is the plain conditional model and 0 the other branch, and only that branch is evaluated.
+Guidance acts on x0_hat; every prediction is linear in x0_hat at a given x, so it is the same for all types. Outside a
+guidance interval (low, high] of sigma the plain conditional model is used, at its cost.
 
 Source of the interval: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 """
@@ -44,7 +44,8 @@ def _scales(
 ) -> Tensor:
     """The scale of each sample, shape (B,), neutral where sigma is outside the interval.
 
-    It stays on the CPU, where the branches are chosen, so that without an interval no accelerator has to be waited for.
+    It stays on the CPU, where branches are chosen, so that no accelerator has to be waited for unless there is an
+    interval.
     """
     scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
     if scales.shape not in ((), (len(x),)):
@@ -65,7 +66,7 @@ def _at(sigma: Tensor | float, rows: Tensor) -> Tensor | float:
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """The given images, without a copy (which would also forget the memory format) where it is all of them in order."""
+    """Selects rows; returns the tensor itself if all are selected in order (a copy would lose the memory format)."""
     return x if len(rows) == len(x) else x[rows]
 
 
@@ -78,7 +79,7 @@ def _rescaled(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
 
 
 class ClassifierFreeGuidance(DenoiserWrapper):
-    """Guidance of a conditional denoiser by itself without the label, in one batched forward.
+    """Classifier-free guidance in one batched forward.
 
     Samples whose scale is 1, or whose sigma is outside the interval, are evaluated with their label only, those whose
     scale is 0 without it only. Without labels it is the plain denoiser.
@@ -132,7 +133,7 @@ class ClassifierFreeGuidance(DenoiserWrapper):
     ) -> tuple[Tensor, ...]:
         """Evaluates the branches that matter and combines them; see `DenoiserWrapper.transform`.
 
-        A learned variance is the conditional branch's, where that is evaluated.
+        A learned variance comes from the conditional branch, if that is evaluated.
         """
         if label is None:
             return evaluate(x, sigma, None)

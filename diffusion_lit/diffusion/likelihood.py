@@ -4,10 +4,9 @@ Along dx/ds = (x - D(x; s)) / s the density of x = x0 + s n changes by the diver
 
     log p(x; sigma_min) = log N(x_end; 0, prior_std² I) + integral from sigma_min to sigma_max of (d - tr dD/dx) / s ds
 
-for d values in x, with x_end the end of the same path, which is followed as the sampler rk45 follows it. The trace is
-exact (one backward pass per value) or Hutchinson's estimate e^T (dD/dx) e with random signs e, one draw for the whole
-path, which is unbiased and takes one backward pass. An image of 256 levels is made continuous by noise as wide as a
-level; -log p then bounds its code length from above.
+for d values in x, with x_end the end of the path that rk45 follows. The trace is exact (one backward pass per value) or
+Hutchinson's unbiased estimate e^T (dD/dx) e with random signs e, drawn once per path (one backward pass). An image of
+256 levels is dequantised by uniform noise of one level; -log p is then an upper bound on its code length.
 
 Source: Song et al. 2021 (arXiv 2011.13456), section 4.3 and appendix D.2; dequantisation: Theis et al. 2016
 (arXiv 1511.01844), section 3.1.
@@ -31,9 +30,8 @@ ROUNDING = 0.02  # of a level, when an image is taken for an 8-bit one
 class Likelihood:
     """The log-likelihood of continuous images under a denoiser.
 
-    The integral starts at sigma_min, as the density at level 0 need not exist; where the data's density varies little
-    within sigma_min, the two are alike. At sigma_max the data's mean m is neglected, which moves log p by about
-    |m| / sigma_max nats, up for some images and down for others.
+    The integral starts at sigma_min, as the density at level 0 need not exist. At sigma_max the data's mean m is
+    neglected, which changes log p by about |m| / sigma_max nats.
 
     Args:
         sigma_min: The level at which an image is taken to lie, above 0.

@@ -1,4 +1,4 @@
-"""The one denoising loss, and what weighs it.
+"""The denoising loss and its weights.
 
     loss = weight(sigma) * mean over pixels of (D(x0 + sigma n; sigma) - x0)^2
 
@@ -36,7 +36,7 @@ class LossWeight(nn.Module):
 
 
 class PredictionWeight(LossWeight):
-    """1 / c_out^2: the plain squared error of what the network predicts, which is each paper's own loss."""
+    """1 / c_out^2: the squared error of the network's own prediction, as in each paper."""
 
     def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors; see `LossWeight.forward`."""
@@ -82,8 +82,8 @@ class MinSNR(LossWeight):
 class LearnedUncertainty(LossWeight):
     """error / c_out^2 / exp(u) + u, with u(sigma) learned: the logarithm of the expected weighted error.
 
-    It makes every noise level contribute alike to the gradient. u is a linear map of random Fourier features of
-    ln(sigma) / 4 and starts at 0, where the loss is the plain one. The loss may become negative.
+    It balances the gradients of all noise levels. u is a linear map of random Fourier features of ln(sigma) / 4 and
+    starts at 0, the plain loss. The loss may become negative.
 
     Args:
         channels: Number of Fourier features.
@@ -211,11 +211,12 @@ def _reverse_step(scaling: Preconditioning, sigma: Tensor) -> tuple[Tensor, Tens
 
 
 class HybridLoss(DenoisingLoss):
-    """L_simple + vlb_weight * L_vlb, for networks that predict the variance of a step too.
+    """L_simple + vlb_weight * L_vlb, for networks that also predict the variance of a step.
 
     L_vlb is the variational bound of the chain in bits per dimension: for each step the KL divergence of the reverse
     step from the true posterior, for the first step the likelihood of the pixels in 256 levels. Its gradient reaches
-    the variance only; the mean learns from L_simple. A sample stands for all T steps, hence its term times T.
+    only the variance; the mean learns from L_simple. A sample's term is multiplied by T, as it estimates the sum over
+    all T steps.
 
     Args:
         weight: The weight of L_simple on the squared error of x0_hat; none means `PredictionWeight`.

@@ -1,7 +1,7 @@
-"""What a denoiser needs to make images: settings, shapes, and the way between images and what is denoised.
+"""Models that generate images: a denoiser with settings, shapes, and the map between images and what is denoised.
 
-`PixelModel` denoises the images themselves, `LatentModel` the latents of an autoencoder. The modules that are trained
-here and the models of other libraries share them, so that sampling and editing see no difference.
+`PixelModel` denoises images, `LatentModel` latents of an autoencoder. Modules trained here and models of other
+libraries share them, so that sampling and editing treat both alike.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from diffusion_lit.diffusion.generate import Sampling, StepCallback
 
 
 class PixelModel(nn.Module):
-    """A denoiser of images, and how images are drawn from it.
+    """A denoiser of images and its default sampling settings.
 
     Attributes:
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
@@ -102,7 +102,7 @@ class LatentModel(PixelModel):
     def shrink_mask(self, known: Tensor) -> Tensor:
         """Marks a latent position as known where all pixels of its square are; see `PixelModel.shrink_mask`.
 
-        The encoder sees further than that square, so that what is made of such latents is known but nearly; an editor
+        The encoder's receptive field is larger than that square, so such latents are only nearly known; an editor
         pastes the known pixels back.
         """
         return -max_pool2d(-known, self.image_shape[1] // self.x_shape[1])
@@ -118,7 +118,7 @@ class LatentModel(PixelModel):
         return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
 
     def _decoded(self, callback: StepCallback) -> StepCallback:
-        """Shows a callback images: x0_hat decoded, and x decoded at the unit variance that latents have."""
+        """Wraps a callback so that it gets images: x0_hat decoded, and x decoded after scaling to unit variance."""
 
         def decoded(step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
             keep = slice(getattr(callback, "keep", None))

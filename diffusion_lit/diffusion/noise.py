@@ -1,8 +1,8 @@
 """Noise schedules, and the distributions of sigma that training draws from.
 
 A `Schedule` of T steps is a table of noise levels in the coordinates x = x0 + sigma n, with its betas and alpha_bar as
-`conversions` relates them; it is read at any real step t between 0 and T - 1, linear in log sigma between the steps.
-Tables are float64 on the CPU, so that both ends of them stay accurate. `NoiseLevels` is what training draws from.
+in `conversions`; it is read at any real step t between 0 and T - 1, linear in log sigma between steps. Tables are
+float64 on the CPU, which keeps both ends accurate. `NoiseLevels` are the distributions of training.
 """
 
 import math
@@ -22,7 +22,7 @@ from diffusion_lit.diffusion.conversions import (
 
 
 def _result_dtype(value: Tensor | float) -> torch.dtype:
-    """Conversions answer in the precision of their input, at least float32; integers and Python floats get float64."""
+    """Conversions return the precision of their input, at least float32; integers and Python floats give float64."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return torch.float64
     return torch.promote_types(value.dtype, torch.float32)
@@ -351,9 +351,9 @@ class LogNormal(NoiseLevels):
 
 
 class LogitNormal(NoiseLevels):
-    """Logit of the flow time normal, so that times in the middle come more often; t is kept in [1e-3, 1 - 1e-3].
+    """Normal logit of the flow time, which favours times in the middle; t is clamped to [1e-3, 1 - 1e-3].
 
-    Since sigma = t / (1 - t), the logit of t is log sigma: this is `LogNormal` in the flow path's words, cut at its
+    Since sigma = t / (1 - t), the logit of t is log sigma: this is `LogNormal` in terms of flow time, clamped at its
     ends.
 
     Args:

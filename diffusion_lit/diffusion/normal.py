@@ -1,7 +1,7 @@
-"""Normal distributions as likelihoods need them: the divergence of two, and the probability of a bin, in nats.
+"""Normal distributions for likelihoods: KL divergence and the probability of a bin, in nats.
 
-Values and gradients are finite wherever the arguments are: `torch.where` multiplies the gradient of the branch that it
-leaves out by 0, and 0 times infinity would be NaN.
+Values and gradients are finite for all finite arguments: both branches of `torch.where` are kept finite, since it
+multiplies the gradient of the unused branch by 0, and 0 times infinity is NaN.
 """
 
 import math

@@ -31,7 +31,7 @@ FLOW_RANGE = (FLOW_TIME_MIN / (1 - FLOW_TIME_MIN), FLOW_TIME_MAX / (1 - FLOW_TIM
 class Preconditioning:
     """A prediction type: `scaling(sigma) -> (c_skip, c_out, c_in, c_noise)`.
 
-    Subclasses give `coefficients`. A support that begins at 0 or ends at infinity does not hold that end.
+    Subclasses define `coefficients`. A support that begins at 0 or ends at infinity is open there.
 
     Args:
         support: (sigma_min, sigma_max), the noise levels that a network of this type is trained on.
@@ -53,7 +53,7 @@ class Preconditioning:
         self.schedule = schedule
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """The four coefficients, without looking whether sigma is in the support.
+        """The four coefficients, without a check of the support.
 
         Args:
             sigma: Any shape, float32 or float64, positive.

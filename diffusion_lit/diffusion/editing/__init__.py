@@ -1,7 +1,7 @@
 """Editing: what a trained denoiser can do beyond sampling, a short function per task, for every model and sampler.
 
-Each function takes a model (a `PixelModel` or `LatentModel`, such as any `DiffusionModule`), images in [-1, 1], and
-by keyword labels, seeds and a `Sampling`, and gives images.
+Each function takes a model (a `PixelModel` or `LatentModel`, such as any `DiffusionModule`) and images in [-1, 1],
+takes labels, seeds and a `Sampling` by keyword, and returns images.
 """
 
 from diffusion_lit.diffusion.editing.common import device_of, need_pixels

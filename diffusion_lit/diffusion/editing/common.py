@@ -1,7 +1,7 @@
-"""What the tasks share: the checks of what they are given, and where a model's tensors are.
+"""Shared by the tasks: checks of arguments, and the device of a model.
 
-The tasks take images and give images. A model of latents encodes and decodes; for a pixel model both are nothing. A
-model is to be in eval mode.
+The tasks take and return images. A model of latents encodes and decodes; for a pixel model both are the identity. The
+model must be in eval mode.
 """
 
 from collections.abc import Sequence

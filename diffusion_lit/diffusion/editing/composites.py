@@ -1,10 +1,10 @@
-"""Images of several conditions at once: denoisers made of the estimates of one denoiser, for any sampler.
+"""Images of several conditions at once: denoisers that combine the estimates of one denoiser, for any sampler.
 
     anagram   x0_hat = mean_v  v^-1 D(v x; sigma, label_v)                        over views v
     hybrid    x0_hat = B D(x; sigma, label_low) + (1 - B) D(x; sigma, label_high)   with a blur B
 
-Both are the same combination of noise estimates eps = (x - x0_hat) / sigma, as the sources write it, since views and
-blur are linear and what is done to x adds up to the identity. A label is a row of conditions, shape (B, V).
+The same combinations hold for the noise estimates eps = (x - x0_hat) / sigma of the sources, since views and blur are
+linear and the operations on x sum to the identity. A label is a row of conditions, shape (B, V).
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def _evaluate_each(
 class Anagram(DenoiserWrapper):
     """A denoiser whose estimate is the mean of those under several views, each with its own condition.
 
-    A learned variance is averaged likewise, without the signs that a view may change.
+    A learned variance is averaged too, without the signs that a view may flip.
 
     Args:
         denoiser: Any denoiser; it is called with V times the batch and labels (V * B,).
@@ -82,7 +82,7 @@ class Anagram(DenoiserWrapper):
 
 
 class Hybrid(DenoiserWrapper):
-    """A denoiser with the low frequencies of one condition's estimate and the high ones of another's.
+    """A denoiser with the low frequencies of one condition's estimate and the high frequencies of another's.
 
     Args:
         denoiser: Any denoiser; it is called with twice the batch and labels (2 * B,).
@@ -104,7 +104,7 @@ class Hybrid(DenoiserWrapper):
     ) -> tuple[Tensor, ...]:
         """Evaluates under both conditions and combines; see `DenoiserWrapper.transform`.
 
-        A learned variance is that of the high frequencies, which are what a step's noise is made of for the most part.
+        A learned variance is that of the high-frequency branch, since most of a step's noise is of high frequency.
 
         Args:
             evaluate: The wrapped denoiser.

@@ -1,7 +1,7 @@
-"""Views of an image for anagrams: orthogonal changes with an exact inverse, each checked when it is made.
+"""Views of an image for anagrams: orthogonal transforms with an exact inverse, each checked when it is made.
 
-A denoiser is trained on x0 + sigma n with n ~ N(0, I). Under a view v the same image is v x0 + sigma v n, and v n is
-N(0, I) again only if v is orthogonal; a change that scales, smears or drops noise shows the denoiser what it never saw.
+A denoiser is trained on x0 + sigma n with n ~ N(0, I). A view v turns this into v x0 + sigma v n, and v n is N(0, I)
+only if v is orthogonal; a view that scales, smears or drops noise gives the denoiser inputs it was not trained on.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class ImageView:
         self._check()
 
     def _check(self) -> None:
-        """Tries the defining properties on random images, on which a change that lacks one has no chance."""
+        """Checks the defining properties on random images; a transform that lacks one fails with probability 1."""
         generator = keyed_generator("picture view")
         x = torch.randn(PROBES, *self.image_shape, generator=generator, dtype=torch.float64)
         try:
@@ -73,7 +73,7 @@ def _products(x: Tensor) -> Tensor:
 
 
 def _places(image_shape: tuple[int, int, int]) -> Tensor:
-    """The numbers of an image's pixels, shape (1, 1, H, W): what a view does to them says where each one goes."""
+    """Pixel indices as an image, shape (1, 1, H, W); applying a view to it shows where each pixel goes."""
     _, height, width = image_shape
     return torch.arange(height * width).reshape(1, 1, height, width)
 

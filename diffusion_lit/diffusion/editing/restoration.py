@@ -1,20 +1,19 @@
-"""Images from a part of what they show: inpainting, colorization, super-resolution, by one projection.
+"""Restoration of images from linear measurements: inpainting, colorization, super-resolution, by one projection.
 
-What is known of an image is a linear measurement y = A x0: some pixels, their grey, their means over squares. After
-each evaluation the estimate is replaced by one that agrees with it,
+The measurement is y = A x0: some pixels, the grey values, or means over squares. After each evaluation the estimate is
+replaced by one that agrees with it,
 
     x0_hat <- x0_hat + A+ (y - A x0_hat),    A A+ = 1
 
-which is all of it: `Consistent` is a wrapper of a denoiser and hence a denoiser, and no sampler needs to know. With an
-estimate whose known part is y, every sampler takes the known part of its state along y + sigma n by itself, and a
-stochastic one renews its noise on the way; at sigma 0 the estimate is the result, and agrees with y exactly. That is
-the re-noising of the known region at every step, in the coordinates x = x0 + sigma n, without a second process beside
-the sampler. What the known part says reaches the rest through the network alone, late where the noise is high;
-RePaint's resampling gives it more time: a window of steps is run, noised back up and run again. A deterministic sampler
-never revises what it laid down before; the default is therefore `ddpm`, whatever the model is sampled with.
+`Consistent` wraps a denoiser and is itself a denoiser, so samplers need no change. As the known part of the estimate is
+y, every sampler moves the known part of its state along y + sigma n, and a stochastic one renews its noise; at sigma 0
+the result is the estimate and agrees with y exactly. This is the re-noising of the known region at every step, in the
+coordinates x = x0 + sigma n. The known part influences the rest through the network alone, and little at high noise.
+RePaint's resampling gives it more time: it runs a window of steps, adds the noise again and repeats. A deterministic
+sampler never revises early decisions, so the default is `ddpm` whatever sampler the model uses.
 
-A model of latents is told what is known through its autoencoder: an inpainted region is what the shrunk mask leaves
-free, and the known pixels are pasted back; a grey or small image is held by decoding, projecting and encoding.
+For a model of latents, inpainting fixes the latents whose pixels are all known and pastes the known pixels at the end;
+a grey or small image is enforced by decoding, projecting and encoding.
 
 Source: arXiv 2212.00490 (DDNM), equations 7 to 13; arXiv 2201.09865 (RePaint), algorithm 1 and section 4.2.
 """
@@ -103,7 +102,7 @@ def to_grey(images: Tensor) -> Tensor:
 def keep_grey(grey: Tensor) -> Project:
     """The projection of colorization: an image's grey is the given one, its hues are free.
 
-    All channels move by the same amount, which keeps the hue; the weights of grey add up to 1.
+    All channels shift by the same amount, which keeps the hue; the weights of grey sum to 1.
 
     Args:
         grey: Shape (B, 1, H, W).
@@ -128,7 +127,7 @@ def keep_small(small: Tensor, factor: int) -> Project:
 
 
 def revising(sampling: Sampling) -> Sampling:
-    """Settings with a sampler that draws noise: those given if theirs does, else with `ddpm` on the same grid.
+    """The given settings if their sampler draws noise, otherwise the same with `ddpm`.
 
     Args:
         sampling: How images are drawn from the model.

@@ -1,7 +1,7 @@
-"""Series of samples: from one seed to another, and from weak guidance to strong.
+"""Series of samples: interpolation between seeds, and a sweep of guidance scales.
 
-Between two seeds every draw, that of the start and those of a stochastic sampler's steps, lies on the great circle of
-the two seeds' draws, where normal noise stays normal; so that a series is smooth whatever the sampler.
+Every draw, of the start and of a stochastic sampler's steps, is interpolated on the great circle between the draws of
+the two seeds, where normal noise stays normal, so that a series is smooth for every sampler.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def slerp(first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
 
 
 class NoiseBetween:
-    """The noise between two seeds: every draw, the start and each step's, is on the great circle of theirs.
+    """Noise between two seeds: every draw lies on the great circle between theirs.
 
     Args:
         first: Seed at share 0.

@@ -5,7 +5,7 @@
     img2img   forward, then denoise: the higher the level, the freer the result
     invert    the probability-flow ODE upwards, from the image to its noise; denoise brings it back
 
-A seed stands for one stream of noise, of which `forward` takes the first draw and a sampler the later ones.
+A seed names one stream of noise: `forward` takes the first draw, a sampler the later ones.
 """
 
 from collections.abc import Sequence

@@ -9,8 +9,8 @@ It integrates z = x / sqrt(1 + sigma²) over u = log sigma, with c = 1 / sqrt(1 
 
     dx/dsigma = (x - D(x; sigma)) / sigma     becomes     dz/du = c (c z - D(z / c; sigma)).
 
-z keeps the size of an image, on which a tolerance means the same at every level, and changes only where there is
-structure; in x the steps would have to shrink with sigma, and half of them would be refused.
+z keeps the scale of an image, so a tolerance means the same at every level, and z changes only where there is
+structure; in x the step size would have to shrink with sigma, and half of the steps would be rejected.
 """
 
 import math
@@ -168,9 +168,9 @@ def rk45(
 ) -> Tensor:
     """The probability-flow ODE to a tolerance, with step control per sample.
 
-    The state passes through every level of the grid, where the callback sees it, with as many steps in between as the
-    tolerance asks for; a grid of few steps, (sigma_max, sigma_min, 0) at the least, costs least. The step to level 0
-    takes x0_hat. The denoiser is called with one sigma per sample, 1 + 6 times the steps that the slowest sample tries.
+    The state passes through every level of the grid, where the callback is called, with as many steps in between as the
+    tolerance requires; a grid of few levels, at least (sigma_max, sigma_min, 0), costs least. The step to level 0 takes
+    x0_hat. The denoiser is called with one sigma per sample, 1 + 6 times the steps of the slowest sample.
 
     Args:
         denoise: Any `denoise(x, sigma) -> x0_hat`.

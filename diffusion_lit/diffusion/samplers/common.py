@@ -1,4 +1,4 @@
-"""What samplers share: the types of their arguments, the checks of a grid, the split of a step into drift and noise.
+"""Shared by samplers: types of arguments, checks of a grid, the split of a step into drift and noise.
 
 A sampler moves x from `sigmas[0]` to `sigmas[-1]` in the coordinates x = x0 + sigma * n. Its state is carried in x's
 dtype, or in float32 where x has less precision, and its coefficients are Python floats, that is float64, so that a step
@@ -66,7 +66,7 @@ def begin(x: Tensor, sigmas: Tensor, *, stochastic: bool) -> tuple[Tensor, list[
 def level_like(x: Tensor, level: float) -> Tensor:
     """A noise level as the 0-d tensor that a denoiser is called with, of x's dtype, on the CPU.
 
-    There it is looked at without waiting for an accelerator, whose queue takes it along as a number.
+    The CPU reads it without waiting for the accelerator, and kernels take it as a number.
     """
     return torch.tensor(level, dtype=x.dtype)
 

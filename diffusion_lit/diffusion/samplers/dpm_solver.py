@@ -1,10 +1,10 @@
 """DPM-Solver++: second-order samplers that integrate the linear part of the ODE exactly.
 
-With a constant x0_hat the probability-flow ODE is solved by x_t = x0_hat + (t / s) * (x - x0_hat), exactly. The solvers
-take for x0_hat a second-order estimate in lambda = -log sigma: at the step's midpoint (2S), or extrapolated to it from
-the step before (2M). In 2M, with eta, the distance to x0_hat shrinks by (t / s)^(1 + eta), and noise of standard
-deviation t sqrt(1 - (t / s)^(2 eta)) makes up for it: the exact solution of the reverse SDE for a constant x0_hat, and
-at eta 1 the posterior q(x_t | x, x0_hat).
+With a constant x0_hat the probability-flow ODE has the exact solution x_t = x0_hat + (t / s) * (x - x0_hat). The
+solvers use a second-order estimate of x0_hat in lambda = -log sigma: at the step's midpoint (2S), or extrapolated from
+the step before (2M). With eta, 2M shrinks the distance to x0_hat by (t / s)^(1 + eta) and adds noise of standard
+deviation t sqrt(1 - (t / s)^(2 eta)): the exact solution of the reverse SDE for a constant x0_hat, and at eta 1 the
+posterior q(x_t | x, x0_hat).
 """
 
 import math
