@@ -77,7 +77,7 @@ def huge_tiff() -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
 
 
-IMAGES: dict[str, tuple[str, bytes]] = {
+BAD_FILES: dict[str, tuple[str, bytes]] = {
     "no bytes": ("bad.jpg", b""),
     "one byte": ("bad.png", b"\x89"),
     "text": ("bad.jpg", b"this is not an image\n" * 10),
@@ -151,9 +151,9 @@ def assert_skipped(root: Path, tmp_path: Path, name: str, good: int = 4) -> None
     assert not (tmp_path / "cache").exists() or not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_image_is_skipped_and_counted(tmp_path, kind):
-    name, data = IMAGES[kind]
+    name, data = BAD_FILES[kind]
     good_folder(tmp_path / "data")
     (tmp_path / "data" / name).write_bytes(data)
     assert_skipped(tmp_path / "data", tmp_path, name if name.isprintable() else "bad\\")

@@ -468,7 +468,7 @@ def test_masks_and_sizes_that_do_not_fit():
         E.inpaint(model, images, half_known(), resamplings=0)
     with pytest.raises(ValueError, match="were given to a model of images"):
         E.forward(model, make_images(1, channels=3), 1.0)
-    with pytest.raises(ValueError, match="noise level is -1"):
+    with pytest.raises(ValueError, match="sigma is -1"):
         E.forward(model, images, -1.0)
     with pytest.raises(ValueError, match="2 images need 2 seeds"):
         E.forward(model, images, 1.0, [0])
