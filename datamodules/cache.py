@@ -8,14 +8,16 @@ doing the same work; where a file system does not honour it, both do, and neithe
 
 Whoever opens a cache reads all of it once and compares the CRC-32 of the pixels and the SHA-256 of the index with those
 that were written, at more than 1 GB/s: a damaged cache is told and made anew, so that no damaged pixel is trained on or
-carries the fingerprint of a sound one.
+carries the fingerprint of a sound one. Where the disk is full the same images are decoded into memory.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
+from diffusion_lit.storage.room import fits_in_memory, reserve
 
 VERSION = 2  # raise it when decoding changes
 NAMED = 5  # skipped images that a message names
@@ -82,7 +85,8 @@ def prepare(
         The cache.
 
     Raises:
-        ValueError: If no image can be used, or, with `strict`, if one cannot; or the cache cannot be written.
+        ValueError: If no image can be used, or, with `strict`, if one cannot; or the cache can neither be written nor
+            held in memory.
         PermissionError: If the folder of caches may not be written to.
     """
     key = _key(listing, pools, transform, by_content)
@@ -104,17 +108,22 @@ def prepare(
                     _write(place, listing, pools, transform, strict, processes, by_content)
                     cache = _open(place)
     except OSError as error:
-        kind = PermissionError if isinstance(error, PermissionError) else ValueError
-        raise kind(
+        refusal = (
             f"The images of {listing.label} cannot be prepared in {cache_dir} ({error.strerror or error}); set "
             "cache_dir to a folder that may be written to and has enough room."
-        ) from error
+        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full or not fits_in_memory(_size(pools, transform)):
+            kind = PermissionError if isinstance(error, PermissionError) else ValueError
+            raise kind(refusal) from error
+        rank_zero_warn(f"{refusal} Until then every process decodes them into its memory.")
+        cache = _in_memory(listing, pools, transform, strict, processes, by_content)
     if cache is None:
         raise ValueError(f"The prepared images in {place} are damaged as soon as they are written; check the disk.")
     if cache.skipped:
         if strict:
             raise ValueError(_refusal(listing, cache.skipped))
-        rank_zero_warn(f"{listing.label}: {_summary(cache.skipped, place)}")
+        rank_zero_warn(f"{listing.label}: {_summary(cache.skipped, place if place.exists() else None)}")
     return cache
 
 
@@ -145,9 +154,19 @@ def _open(place: Path) -> Cache | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):  # damaged after it was written
         return None
+    return _cache(index, images)
+
+
+def _cache(index: dict[str, Any], images: np.ndarray) -> Cache:
+    """The cache of an index and its pixels."""
     pools = {name: (start, end) for name, (start, end) in index["pools"].items()}
     skipped = [Skip(*skip) for skip in index["skipped"]]
     return Cache(images, index["names"], index["hashes"], pools, skipped, index["sha256"])
+
+
+def _size(pools: Mapping[str, Sequence[Image]], transform: Transform) -> int:
+    """Bytes of all images, once decoded."""
+    return sum(map(len, pools.values())) * int(np.prod(transform.shape))
 
 
 def _write(
@@ -160,42 +179,79 @@ def _write(
     by_content: bool,
 ) -> None:
     """Decodes all images into a folder beside the place, and renames it."""
-    hashes = _hashes(listing, pools) if by_content else {}
-    if by_content:
-        pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
-    names = [image.name for pool in pools.values() for image in pool]
-    row = int(np.prod(transform.shape))
-    transform = replace(transform, bits=transform.bits or _bits(listing, names))
     scratch = scratch_of(place)
     scratch.mkdir()
     try:
-        _reserve(scratch / "images.u8", len(names) * row)
-        reasons = decode_all(listing, names, transform, scratch / "images.u8", processes, strict)
-        skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
-        if strict and skipped:
-            raise ValueError(_refusal(listing, skipped))
-        kept = [number for number in range(len(names)) if number not in reasons]
-        if not kept:
-            raise ValueError(f"No image of {listing.label} can be used: {_summary(skipped, None)}")
-        sha256, crc32 = _compact(scratch / "images.u8", kept, row)
-        index = {
-            "shape": [len(kept), *transform.shape],
-            "names": [names[number] for number in kept],
-            "hashes": [hashes[names[number]] for number in kept] if by_content else [],
-            "pools": _kept_pools(pools, kept),
-            "skipped": skipped,
-            "sha256": sha256,
-            "crc32": crc32,
-            "root": str(listing.root),
-            "transform": asdict(transform),
-        }
+        with (scratch / "images.u8").open("wb") as file:
+            reserve(file, _size(pools, transform), scratch / "images.u8")
+        index = _decode(scratch / "images.u8", listing, pools, transform, strict, processes, by_content)
         _write_json(scratch / "index.json", {**index, "index_sha256": key_of(index)})
         publish(scratch, place, lambda: _open(place) is not None)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    size = len(kept) * row / 2**20
-    rank_zero_info(f"Prepared {len(kept)} images of {listing.label} in {place} ({size:.1f} MiB).")
+    size = int(np.prod(index["shape"])) / 2**20
+    rank_zero_info(f"Prepared {index['shape'][0]} images of {listing.label} in {place} ({size:.1f} MiB).")
+
+
+def _in_memory(
+    listing: Listing,
+    pools: Mapping[str, Sequence[Image]],
+    transform: Transform,
+    strict: bool,
+    processes: int | None,
+    by_content: bool,
+) -> Cache:
+    """The same without the disk: memory that processes reach by a name (Linux), elsewhere a temporary file."""
+    size = _size(pools, transform)
+    with contextlib.ExitStack() as stack:
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("images")
+            stack.callback(os.close, descriptor)
+            os.truncate(descriptor, size)
+            path = Path(f"/proc/self/fd/{descriptor}")
+        else:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / "images.u8"
+            with path.open("wb") as file:
+                reserve(file, size, path)
+        index = _decode(path, listing, pools, transform, strict, processes, by_content)
+        return _cache(index, np.memmap(path, np.uint8, "r", shape=tuple(index["shape"])))
+
+
+def _decode(
+    path: Path,
+    listing: Listing,
+    pools: Mapping[str, Sequence[Image]],
+    transform: Transform,
+    strict: bool,
+    processes: int | None,
+    by_content: bool,
+) -> dict[str, Any]:
+    """Decodes all images into a file that has their size, leaves the broken ones out, and returns the index."""
+    hashes = _hashes(listing, pools) if by_content else {}
+    if by_content:
+        pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
+    names = [image.name for pool in pools.values() for image in pool]
+    transform = replace(transform, bits=transform.bits or _bits(listing, names))
+    reasons = decode_all(listing, names, transform, path, processes, strict)
+    skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
+    if strict and skipped:
+        raise ValueError(_refusal(listing, skipped))
+    kept = [number for number in range(len(names)) if number not in reasons]
+    if not kept:
+        raise ValueError(f"No image of {listing.label} can be used: {_summary(skipped, None)}")
+    sha256, crc32 = _compact(path, kept, int(np.prod(transform.shape)))
+    return {
+        "shape": [len(kept), *transform.shape],
+        "names": [names[number] for number in kept],
+        "hashes": [hashes[names[number]] for number in kept] if by_content else [],
+        "pools": _kept_pools(pools, kept),
+        "skipped": skipped,
+        "sha256": sha256,
+        "crc32": crc32,
+        "root": str(listing.root),
+        "transform": asdict(transform),
+    }
 
 
 def _hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str, str]:
@@ -223,17 +279,6 @@ def _bits(listing: Listing, names: Sequence[str]) -> int:
     if bits < 16:
         rank_zero_info(f"{listing.label}: of 16 bits per channel {bits} are used, which become the full range.")
     return bits
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Makes a file of a size and claims its room on the disk, so that a full disk is told now and not in the middle."""
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise OSError(f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free")
-    with path.open("wb") as file:
-        file.truncate(size)
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _compact(path: Path, kept: list[int], row: int) -> tuple[str, int]:

@@ -153,7 +153,7 @@ class DecoderPool:
         try:
             number, reason = pipe.recv()
             if number < 0:
-                raise CannotWriteError(reason)
+                raise CannotWriteError(*reason)
             return {number: reason}
         except CannotWriteError:
             raise
@@ -194,7 +194,7 @@ def _run(pool: DecoderPool, worker: int, pipe: Connection, parent: int) -> None:
             pool.advance(worker)
     except OSError as error:  # the disk or the zip itself, since what is wrong with an image is told above
         with contextlib.suppress(OSError):
-            pipe.send((-1, error.strerror or str(error)))
+            pipe.send((-1, (error.errno, error.strerror or str(error))))
 
 
 def _decode_some(

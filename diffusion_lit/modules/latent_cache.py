@@ -5,14 +5,15 @@ of the autoencoder's weights, the fingerprint of the data (its transformed pixel
 copies, so that whatever changes a latent gets a cache of its own. All ranks write into one file beside its place, which
 is renamed when it is whole: whoever is killed leaves nothing that a later run takes for a cache. A lock keeps two runs
 from doing the same work; where it is not honoured, neither harms the other. Whoever opens a cache reads all of it once
-and compares its CRC-32 and the hash of its index with those that were written; a damaged one is told and made anew.
+and compares its CRC-32 and the hash of its index with those that were written; a damaged one is told and made anew. Where it
+cannot be written, each rank encodes the same chunks into its memory.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from diffusion_lit.runtime.ranks import rank_zero_alone
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
+from diffusion_lit.storage.room import fits_in_memory, reserve
 
 FORMAT = 2
 DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
@@ -103,7 +105,7 @@ def latent_cache(
         The cache.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written and does not fit into memory.
     """
     images = data.reference_images(split)
     record = {
@@ -118,19 +120,38 @@ def latent_cache(
     }
     parent = Path(folder).expanduser() if folder is not None else cache_folder() / "latents"
     place = parent / key_of(record)[:32]
-    try:
-        with _held(place):
-            cache = _open(place, record)
-            if not trainer.strategy.reduce_boolean_decision(cache is not None):
-                _write(trainer, place, record, space, images, device)
-                cache = _open(place, record)
-    except OSError as error:
-        raise type(error)(
-            f"The latents cannot be kept in {parent} ({error.strerror or error}); set cache_dir to a folder that may "
-            "be written to and has enough room, or cache_latents to false."
-        ) from error
-    assert cache is not None
+    with _held(trainer, place) as problem:
+        cache = None if problem else _open(place, record)
+        if not problem and not trainer.strategy.reduce_boolean_decision(cache is not None):
+            problem = _write(trainer, place, record, space, images, device)
+            cache = None if problem else _open(place, record)
+    if cache is None:
+        refusal = (
+            f"The latents cannot be kept in {parent} ({problem or 'they are damaged as soon as they are written'}); set "
+            "cache_dir to a folder that may be written to and has enough room, or cache_latents to false."
+        )
+        if not fits_in_memory(4 * int(np.prod(record["shape"]))):
+            raise OSError(refusal)
+        rank_zero_warn(f"{refusal} Until then every rank encodes all of them and keeps them in memory.")
+        cache = _in_memory(record, space, images, device)
     return cache
+
+
+def _in_memory(record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device) -> LatentCache:
+    """The cache without a disk: encoded in the same chunks, so that no digit differs."""
+    moments = np.empty(tuple(record["shape"]), np.float32)
+    sums = encode_all(space, images, bool(record["mirrored"]), device, keep=_keeper(moments))
+    return LatentCache(moments, sums)
+
+
+def _keeper(moments: Any) -> Callable[[int, int, Posterior], None]:
+    """Writes each chunk to its rows."""
+
+    def keep(copy: int, start: int, posterior: Posterior) -> None:
+        rows = slice(start, start + len(posterior.mean))
+        moments[copy, rows, 0], moments[copy, rows, 1] = posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
+
+    return keep
 
 
 def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
@@ -151,8 +172,8 @@ def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
 
 def _write(
     trainer: Trainer, place: Path, record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device
-) -> None:
-    """Encodes the images into a folder beside the place, every rank its share, and renames it."""
+) -> str:
+    """Encodes the images into a folder beside the place, every rank its share, and renames it; says what failed."""
     scratch = Path(trainer.strategy.broadcast(str(scratch_of(place))))
     shape, world = tuple(record["shape"]), trainer.world_size
 
@@ -161,7 +182,8 @@ def _write(
             rank_zero_warn(f"The latents in {place} are damaged; they are encoded anew.")
         sweep(place)
         scratch.mkdir(parents=True)
-        _reserve(scratch / "moments.f32", 4 * int(np.prod(shape)))
+        with (scratch / "moments.f32").open("wb") as file:
+            reserve(file, 4 * int(np.prod(shape)), scratch / "moments.f32")
 
     def finish() -> None:
         index = {"record": record, "sums": sums.tolist(), "crc32": file_crc32(scratch / "moments.f32")}
@@ -173,24 +195,39 @@ def _write(
         size = 4 * int(np.prod(shape)) / 2**20
         rank_zero_info(f"Encoded {shape[1]:,} images into {place} ({size:.1f} MiB); training reads them from there.")
 
-    rank_zero_alone(begin, "room for the latents")
+    problem = _on_rank_zero(trainer, begin, "room for the latents")
+    if problem:
+        shutil.rmtree(scratch, ignore_errors=True)
+        return problem
     moments = np.memmap(scratch / "moments.f32", np.float32, "r+", shape=shape)
-
-    def keep(copy: int, start: int, posterior: Posterior) -> None:
-        rows = slice(start, start + len(posterior.mean))
-        moments[copy, rows, 0], moments[copy, rows, 1] = posterior.mean.cpu().numpy(), posterior.std.cpu().numpy()
 
     with tqdm(
         desc="encoding images once", total=shape[0] * shape[1] // world, unit="img", leave=False, delay=2,
         disable=not trainer.is_global_zero,
     ) as bar:  # fmt: skip
         sums = encode_all(
-            space, images, bool(record["mirrored"]), device, (world, trainer.global_rank), keep, bar.update
+            space, images, bool(record["mirrored"]), device, (world, trainer.global_rank), _keeper(moments), bar.update
         )
     moments.flush()
     sums = all_sum(trainer, sums, device)
     trainer.strategy.barrier()  # all have written
-    rank_zero_alone(finish, "the index of the latents")
+    problem = _on_rank_zero(trainer, finish, "the index of the latents")
+    if problem:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return problem
+
+
+def _on_rank_zero(trainer: Trainer, work: Callable[[], None], what: str) -> str:
+    """Does something with the disk on rank 0; all ranks learn why it failed, or an empty text."""
+
+    def attempt() -> str:
+        try:
+            work()
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    return str(trainer.strategy.broadcast(rank_zero_alone(attempt, what)))
 
 
 def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
@@ -211,20 +248,9 @@ def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
     return total.cpu()
 
 
-def _reserve(path: Path, size: int) -> None:
-    """Makes a file of a size, and tells a full disk now and not in the middle."""
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise OSError(f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free")
-    with path.open("wb") as file:
-        file.truncate(size)
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-
-
 @contextlib.contextmanager
-def _held(place: Path) -> Iterator[None]:
-    """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it."""
+def _held(trainer: Trainer, place: Path) -> Iterator[str]:
+    """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it. Yields what failed."""
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
@@ -237,5 +263,4 @@ def _held(place: Path) -> Iterator[None]:
 
             stack.enter_context(locked(place.with_name(f"{place.name}.lock"), waiting))
 
-        rank_zero_alone(hold, f"the lock of {place.parent}")
-        yield
+        yield _on_rank_zero(trainer, hold, f"the lock of {place.parent}")

@@ -256,12 +256,23 @@ def test_damaged_cache_is_written_anew(tmp_path):
     assert make(tmp_path / "data", tmp_path).fingerprint("train") == first
 
 
-def test_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
-    write_flat(tmp_path / "data", 10)
+@pytest.mark.parametrize("count", [10, 80])  # in this process, and in several
+def test_on_a_full_disk_the_work_goes_on_from_memory_with_the_same_pixels(tmp_path, monkeypatch, count):
+    write_flat(tmp_path / "data", count)
+    (tmp_path / "data" / "broken.png").write_bytes(b"no image")
+    kept = make(tmp_path / "data", tmp_path)
+    pixels, fingerprint = np.array(kept.split("train").images), kept.fingerprint("train")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(ValueError, match=r"cannot be prepared in .*cache.*GiB are free.*set cache_dir"):
-        make(tmp_path / "data", tmp_path)
-    assert not list((tmp_path / "cache").glob(".*"))
+    data = ImageFolder(str(tmp_path / "data"), 2, 16, cache_dir=str(tmp_path / "full"))
+    with pytest.warns(UserWarning, match=r"cannot be prepared in .*full.*GiB are free.*into its memory"):
+        assert (data.split("train").images == pixels).all()
+    assert data.fingerprint("train") == fingerprint
+    assert [skip.name for skip in data.cache.skipped] == ["broken.png"]
+    assert not list((tmp_path / "full").glob(".*"))
+
+    monkeypatch.setattr("datamodules.cache.fits_in_memory", lambda size: False)
+    with pytest.raises(ValueError, match=r"cannot be prepared in .*full.*set cache_dir"):
+        _ = ImageFolder(str(tmp_path / "data"), 2, 16, cache_dir=str(tmp_path / "full")).cache
 
 
 def test_it_can_be_sent_to_another_process(tmp_path):

@@ -351,3 +351,17 @@ def test_two_ranks_train_as_one(here, lightning):
     assert torch.equal(one["latent_space"]["std"], two["latent_space"]["std"])
     for name, value in one["current_model_state"].items():
         torch.testing.assert_close(value, two["current_model_state"][name], rtol=1e-3, atol=1e-5)
+
+
+def test_on_a_full_disk_latents_stay_in_memory_and_train_the_same(here, monkeypatch):
+    module, losses, calls = fitted(here, flips=True)
+    shutil.rmtree(here / "cache")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*are free.*keeps them in memory"):
+        again, same, none = fitted(here, flips=True)
+    assert same == losses and calls == none == []
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in module.state_dict().items())
+    assert [path for path in (here / "cache").iterdir() if path.is_dir()] == []
+    monkeypatch.setattr("diffusion_lit.modules.latent_cache.fits_in_memory", lambda size: False)
+    with pytest.raises(OSError, match=r"cannot be kept in .*set cache_dir"):
+        fitted(here, flips=True)
