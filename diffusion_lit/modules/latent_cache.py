@@ -5,8 +5,8 @@ of the autoencoder's weights, the fingerprint of the data (its transformed pixel
 copies, so that whatever changes a latent gets a cache of its own. All ranks write into one file beside its place, which
 is renamed when it is whole: whoever is killed leaves nothing that a later run takes for a cache. A lock keeps two runs
 from doing the same work; where it is not honoured, neither harms the other. Whoever opens a cache reads all of it once
-and compares its CRC-32 and the hash of its index with those that were written; a damaged one is told and made anew. Where it
-cannot be written, each rank encodes the same chunks into its memory.
+and compares its CRC-32 and the hash of its index with those that were written; a damaged one is told and made anew.
+Where it cannot be written, each rank encodes the same chunks into its memory.
 """
 
 import contextlib
@@ -126,8 +126,9 @@ def latent_cache(
             problem = _write(trainer, place, record, space, images, device)
             cache = None if problem else _open(place, record)
     if cache is None:
+        problem = problem or "they are damaged as soon as they are written"
         refusal = (
-            f"The latents cannot be kept in {parent} ({problem or 'they are damaged as soon as they are written'}); set "
+            f"The latents cannot be kept in {parent} ({problem}); set "
             "cache_dir to a folder that may be written to and has enough room, or cache_latents to false."
         )
         if not fits_in_memory(4 * int(np.prod(record["shape"]))):
