@@ -107,7 +107,7 @@ def kill_while_saving(let_through: int) -> None:
 
 
 def kill_after_step(step: int) -> None:
-    """Kills all processes of the run when a step is over, what is saved after it and its figures written.
+    """Kills all processes of the run as soon as the checkpoint that is due after a step has its name.
 
     Args:
         step: Number of steps taken, or the first after it that this run takes.
@@ -115,20 +115,18 @@ def kill_after_step(step: int) -> None:
     from diffusion_lit.callbacks import LastCheckpoint
 
     patched: Any = LastCheckpoint
-
-    def killing(before: Callable[..., None]) -> Callable[..., None]:
-        def hook(self: Any, trainer: Any, *args: Any) -> None:
-            before(self, trainer, *args)
-            if trainer.global_step >= max(step, started.setdefault("at", trainer.global_step) + 1):
-                if trainer.is_global_zero:
-                    os.killpg(os.getpgid(0), signal.SIGKILL)
-                time.sleep(60)  # a further rank waits for its end
-
-        return hook
-
+    before = patched.on_step_end
     started: dict[str, int] = {}
-    for name in ("on_train_batch_start", "on_validation_start", "on_train_epoch_end"):
-        setattr(patched, name, killing(getattr(patched, name)))
+
+    def hook(self: Any, trainer: Any) -> None:
+        before(self, trainer)
+        accumulates = trainer.fit_loop._should_accumulate()
+        if not accumulates and trainer.global_step >= max(step, started.setdefault("at", trainer.global_step)):
+            if trainer.is_global_zero:
+                os.killpg(os.getpgid(0), signal.SIGKILL)
+            time.sleep(60)  # a further rank waits for its end
+
+    patched.on_step_end = hook
 
 
 def kill_before_saving(let_through: int) -> None:

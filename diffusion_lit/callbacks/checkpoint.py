@@ -1,8 +1,9 @@
 """The checkpoint from which a run continues, and how a run is interrupted.
 
 A checkpoint is only ever taken between two optimizer steps, never between batches whose gradients are still being
-summed, since those would be lost. SIGTERM and Ctrl-C are noted and obeyed at the end of the step: the state is saved,
-and the run ends with the exit status that the shell expects, 143 or 130.
+summed, since those would be lost, and only when the step's figures are on the disk. SIGTERM and Ctrl-C are noted and
+obeyed at the end of the step: the state is saved, and the run ends with the exit status that the shell expects, 143 or
+130.
 """
 
 import contextlib
@@ -51,13 +52,11 @@ class LastCheckpoint(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.best: dict[str, Any] = {}  # figure, value and step of best.ckpt
         self._saved_at = time.monotonic()
-        self._flush_due = False  # figures of the step that was saved are not yet on the disk
         self._due = False  # a save that waits for the end of the optimizer step
         self._validation_due = False  # the state is that of a step after which validation comes
         self._signal: int | None = None
         self._heard = 0.0  # when it came
         self._hosts: Any = None  # the group of processes through which ranks tell each other of it
-        self._stopping: RunStopped | None = None
         self._requeue: Any = None
         self._handlers: dict[int, Any] = {}
 
@@ -72,10 +71,18 @@ class LastCheckpoint(ModelCheckpoint):
             self._validation_due = False
             _validate(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
-        """Saves at the interval, and when the run is asked to stop."""
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Saves nothing: the step's figures are not logged yet; see `on_step_end`."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Saves at the interval, and when the run is asked to stop; the loop calls it when a step's figures are logged.
+
+        Args:
+            trainer: The trainer, after a batch and before the validation that may be due.
+
+        Raises:
+            RunStopped: If the run was asked to stop: a validation that is due is made up for when it goes on.
+        """
         step = trainer.global_step
         self._due |= bool(self.every) and step % (self.every or 1) == 0 and self._last_global_step_saved != step
         asked, overdue = self._asked(trainer)
@@ -89,25 +96,10 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_new(trainer)
             self._validation_due = False
         if asked and asked in NAMES:
-            self._stopping = self._farewell(trainer, asked)
-        elif asked:
+            raise self._farewell(trainer, asked)
+        if asked:
             self._signal = None
             self._requeue(asked, None)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stops a run that was asked to, now that the last step's figures are logged."""
-        self._flush(trainer)
-        self._stop()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops a run that was asked to."""
-        self._flush(trainer)
-        self._stop()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops a run that was asked to: the validation is made up for when it goes on."""
-        self._flush(trainer)
-        self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, with the metrics of the validation, and keeps it where it is the best so far."""
@@ -153,20 +145,13 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Writes the figures so far to the disk, keeps the checkpoint before, and saves."""
-        self._flush_due = True
-        self._flush(trainer)
+        """Has loggers write what they hold, so that no figure is lost, keeps the checkpoint before, and saves."""
+        for logger in trainer.loggers:
+            logger.save()
         if trainer.is_global_zero:
             self._keep(trainer, "previous")
         super()._save_checkpoint(trainer, filepath)
-        self._saved_at, self._flush_due = time.monotonic(), True
-
-    def _flush(self, trainer: Trainer) -> None:
-        """Has loggers write what they hold: what a checkpoint has seen, a killed run has logged."""
-        if self._flush_due:
-            self._flush_due = False
-            for logger in trainer.loggers:
-                logger.save()
+        self._saved_at = time.monotonic()
 
     def _keep(self, trainer: Trainer, name: str) -> None:
         """Gives last.ckpt a second name, under which it stays when it is replaced."""
@@ -235,10 +220,6 @@ class LastCheckpoint(ModelCheckpoint):
         torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX, group=self._hosts)
         number, late = both.tolist()
         return number, bool(late)
-
-    def _stop(self) -> None:
-        if self._stopping is not None:
-            raise self._stopping
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the training so far where validation failed or was interrupted, which leaves it as it was."""

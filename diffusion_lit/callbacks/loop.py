@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+from diffusion_lit.callbacks.checkpoint import LastCheckpoint
 from diffusion_lit.callbacks.intervals import ValidationLoop, ends
 
 TRACKED = ("ready", "started", "processed", "completed")
@@ -84,6 +85,13 @@ class StepLoop(_TrainingEpochLoop):
         if trainer.check_val_every_n_epoch is not None or not isinstance(trainer.val_check_interval, int):
             return super()._should_check_val_fx(data_fetcher)
         return self.due()
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Saves what is due now that the step's figures are logged, and goes on to the validation that may be due."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.on_step_end(self.trainer)
+        super().on_advance_end(data_fetcher)
 
     def _should_check_val_epoch(self) -> bool:
         every = self.trainer.check_val_every_n_epoch

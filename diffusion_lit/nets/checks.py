@@ -9,13 +9,15 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}.")
 
 
-def require_levels(name: str, wanted: tuple[int, ...], sizes: list[int]) -> None:
-    """Refuse sizes of feature maps that no level of the network has."""
+def require_levels(name: str, wanted: tuple[int, ...], sizes: list[int]) -> set[int]:
+    """Return the sizes of the feature maps that are wanted, -1 being the smallest; refuse those that no level has."""
     for size in wanted:
-        if size not in sizes:
+        if size not in sizes and not (isinstance(size, int) and -len(sizes) <= size < 0):
             raise ValueError(
-                f"{name} has {size!r}, but the feature maps have sizes {', '.join(map(str, sizes))}; take these."
+                f"{name} has {size!r}, but the feature maps have sizes {', '.join(map(str, sizes))}; take these, or "
+                "-1 for the smallest, -2 for the one before it, and so on."
             )
+    return {size if size > 0 else sizes[size] for size in wanted}
 
 
 def require_image_size(image_size: int, multiple: int, because: str) -> None:

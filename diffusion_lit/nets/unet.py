@@ -127,8 +127,8 @@ class UNet(nn.Module):
         channel_mult: Width of each level; the number of entries is the number of levels.
         num_blocks: Residual blocks per level on the way down; there is one more on the way up.
         attention_resolutions: Sizes of the feature maps (behind the stem, so image_size / patch_size is the largest)
-            whose blocks are followed by self-attention; a size that no level has is without effect. The middle has
-            attention unless this is empty.
+            whose blocks are followed by self-attention; -1 is the smallest, -2 the one before it. None for 8 where a
+            map has that size, and nowhere else. The middle has attention unless there is none at all.
         linear_attention_resolutions: The same, for attention of linear cost; suits the large feature maps.
         head_channels: Most channels that an attention head may have.
         dropout: Dropout probability in the residual blocks.
@@ -163,7 +163,7 @@ class UNet(nn.Module):
         model_channels: int = 64,
         channel_mult: tuple[int, ...] = (1, 2, 2),
         num_blocks: int = 2,
-        attention_resolutions: tuple[int, ...] = (8,),
+        attention_resolutions: tuple[int, ...] | None = None,
         linear_attention_resolutions: tuple[int, ...] = (),
         head_channels: int = 32,
         dropout: float = 0.0,
@@ -218,16 +218,18 @@ class UNet(nn.Module):
             return ResBlock(cin, cout, emb_channels, dropout, adaptive_scale, skip_scale, resample)
 
         def attention(channels: int, size: int) -> nn.Module | None:
-            if size in attention_resolutions:
+            if size in full:
                 return Attention(channels, head_channels, skip_scale)
-            if size in linear_attention_resolutions:
+            if size in linear:
                 return LinearAttention(channels, head_channels, skip_scale)
             return None
 
         widths = [model_channels * mult for mult in channel_mult]
         sizes = [image_size // patch_size // 2**level for level in range(len(widths))]
-        require_levels("attention_resolutions", attention_resolutions, sizes)
-        require_levels("linear_attention_resolutions", linear_attention_resolutions, sizes)
+        if attention_resolutions is None:
+            attention_resolutions = (8,) if 8 in sizes else ()
+        full = require_levels("attention_resolutions", attention_resolutions, sizes)
+        linear = require_levels("linear_attention_resolutions", linear_attention_resolutions, sizes)
         self.stem = nn.Conv2d(in_channels * patch_size**2, model_channels, 3, padding=1)
         channels = model_channels
         skips = [channels]
@@ -245,8 +247,7 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
 
-        any_attention = bool(attention_resolutions or linear_attention_resolutions)
-        middle = Attention(channels, head_channels, skip_scale) if any_attention else None
+        middle = Attention(channels, head_channels, skip_scale) if full or linear else None
         self.middle = nn.ModuleList([Stage(block(channels, channels), middle), Stage(block(channels, channels))])
 
         self.decoder = nn.ModuleList()

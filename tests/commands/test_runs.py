@@ -345,20 +345,18 @@ def test_a_run_saves_by_the_clock_between_distant_intervals(tmp_path, saves, mon
 def test_what_was_logged_before_a_checkpoint_is_on_the_disk_when_the_run_is_killed(lightning, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    seen = {}
+    seen, save = {}, LastCheckpoint._save_checkpoint
 
-    def look(self, trainer, module, batch, batch_idx):
-        if trainer.global_step in (2, 3, 4):  # SIGKILL here would leave what now lies on the disk
-            shutil.copytree(RUN, f"killed_{trainer.global_step}")
-            events = EventAccumulator(f"killed_{trainer.global_step}", size_guidance={"scalars": 0})
-            events.Reload()
-            seen[trainer.global_step] = [event.step for event in events.Scalars("train/loss")]
+    def look(self, trainer, path):
+        save(self, trainer, path)  # SIGKILL here would leave what now lies on the disk
+        shutil.copytree(RUN, f"killed_{trainer.global_step}", dirs_exist_ok=True)
+        events = EventAccumulator(f"killed_{trainer.global_step}", size_guidance={"scalars": 0})
+        events.Reload()
+        seen[trainer.global_step] = [event.step for event in events.Scalars("train/loss")]
 
-    monkeypatch.setattr("lightning.pytorch.callbacks.ModelCheckpoint.on_train_batch_start", look)
-    before = LastCheckpoint.on_train_batch_start
-    monkeypatch.setattr(LastCheckpoint, "on_train_batch_start", lambda *args: (before(*args), look(*args)))
+    monkeypatch.setattr(LastCheckpoint, "_save_checkpoint", look)
     lightning("fit", *FIT, "--trainer.max_steps=5", "--checkpoint.every_n_train_steps=2")
-    assert seen[2] == [0, 1] and seen[4] == [0, 1, 2, 3]
+    assert seen[2] == [0, 1] and seen[4] == [0, 1, 2, 3] and seen[5] == [0, 1, 2, 3, 4]
     assert read("killed_4/checkpoints/last.ckpt")["global_step"] == 4
 
 

@@ -1,7 +1,10 @@
 """What holds for every network: shapes, conditions that are really used, no dead parameters, half precision."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from diffusion_lit.nets import DiT, PlainUNet, UNet
 
@@ -235,6 +238,43 @@ def test_attention_stands_where_it_was_asked_for():
     assert count(attention_resolutions=(16, 8), decoder_attention="last") == (4 + 1 + 2, 0)
     assert count(attention_resolutions=(8,), linear_attention_resolutions=(32,)) == (6, 5)
     assert count(attention_resolutions=(8,), patch_size=4) == (6, 0)  # 8 is the largest map behind the stem
+    assert count(attention_resolutions=(-1, -2)) == count(attention_resolutions=(16, 8))
+    with pytest.raises(ValueError, match=r"attention_resolutions has 4, but .* sizes 32, 16, 8; take these, or -1"):
+        count(attention_resolutions=(8, 4))
+
+
+def attends_at(**options):
+    """Sizes of the feature maps that attention sees, by running the network."""
+    from diffusion_lit.nets.layers import Attention
+
+    net, seen = UNet(1, **{"model_channels": 8, "num_blocks": 1, **options}), set()
+    for module in net.modules():
+        if type(module) is Attention:
+            module.register_forward_hook(lambda module, args, out: seen.add(out.shape[-1]))
+    net(torch.zeros(1, 1, options["image_size"], options["image_size"]), torch.zeros(1))
+    return seen
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, {8, 2}), (16, {8, 4}), (28, set()), (32, {8}), (48, set())])
+def test_attention_that_nobody_asked_for_stands_at_8_where_a_map_has_that_size(size, expected):
+    """The middle, at the smallest map, attends where any level does."""
+    assert attends_at(image_size=size) == expected
+
+
+NETS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    "path", ["edm_digits", "ddpm_digits", "cold_digits", *("nets/" + p.stem for p in (NETS / "nets").glob("unet*"))]
+)
+@pytest.mark.parametrize("size", [48, 64, 80])
+def test_the_network_of_a_config_takes_images_of_another_size(path, size):
+    config = yaml.safe_load((NETS / f"{path}.yaml").read_text())
+    options = (config.get("model", {}).get("init_args", {}).get("net") or config)["init_args"]
+    options = {**options, "model_channels": 8, "num_blocks": 1, "channel_mult": [1] * len(options["channel_mult"])}
+    smallest = size // options.get("patch_size", 1) // 2 ** (len(options["channel_mult"]) - 1)
+    wanted = {smallest * 2 ** (-level - 1) for level in options["attention_resolutions"]}
+    assert attends_at(image_size=size, **options) == wanted
 
 
 def test_without_attention_a_shift_of_the_image_shifts_the_prediction():
