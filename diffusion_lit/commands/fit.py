@@ -242,6 +242,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Makes the run's folder, and tells loggers of it."""
         config = self.config[self.subcommand]
+        refuse_sharding(config.trainer.get("strategy"))  # before it is made, which may need a library
         if not config.trainer.get("fast_dev_run"):
             self.place.settle(config, str(self.subcommand))
 
@@ -342,13 +343,19 @@ def refuse_sharding(strategy: Any) -> None:
     """Refuses strategies that cut the model up, which the average of the weights cannot follow.
 
     Args:
-        strategy: As given to the trainer: a name, an object, or None.
+        strategy: As given to the trainer: a name, a class path with its arguments, an object, or None.
 
     Raises:
         UserError: If it is one of them.
     """
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if re.match("fsdp|deepspeed|modelparallel|model_parallel", name, re.IGNORECASE):
+    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
+    if path is None:
+        names = [kind.__name__ for kind in type(strategy).__mro__]
+    else:
+        module, _, name = path.rpartition(".")
+        names = [kind.__name__ for kind in getattr(import_module(module), name).__mro__] if module else [name]
+    name = names[0]
+    if any(re.search("fsdp|deepspeed|model_?parallel", one, re.IGNORECASE) for one in names):
         raise UserError(
             f"The strategy {name} cuts the model up over the devices, and the average of the weights needs it whole. "
             "Use --trainer.strategy ddp: weights, gradients, AdamW and average take 20 bytes per parameter on each "

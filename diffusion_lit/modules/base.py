@@ -23,6 +23,7 @@ from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
 from diffusion_lit.modules.batches import check_batch
+from diffusion_lit.modules.labels import check_null_class
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
@@ -212,6 +213,10 @@ class DiffusionModule(PixelModel, BaseModule):
         self.sampling = sampling
         self.label_dropout = label_dropout
         self.class_names = [str(index) for index in range(denoiser.num_classes)]
+
+    def on_fit_start(self) -> None:
+        """Refuses guidance of its samples by a null class that training leaves out."""
+        check_null_class(self)
 
     def x0(self, batch: dict[str, Tensor], split: str, batch_idx: int) -> Tensor:
         """What is denoised of a batch.

@@ -38,6 +38,23 @@ def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | N
     return torch.tensor([classes[index % len(classes)] for index in range(count)])
 
 
+def check_null_class(module: Any) -> None:
+    """Refuses to train for guidance by a null class that no step would train.
+
+    Args:
+        module: The model, about to be trained.
+
+    Raises:
+        ValueError: If it draws its samples with guidance and leaves no label out.
+    """
+    scale = getattr(module.sampling, "cfg_scale", 1.0)
+    if module.num_classes and module.label_dropout == 0 and scale != 1:
+        raise ValueError(
+            f"label_dropout is 0, so that the null class, which cfg_scale {scale:g} of model.init_args.sampling needs, "
+            "would stay untrained and its samples noise; set label_dropout to 0.1, or cfg_scale to 1."
+        )
+
+
 def check_guidance(
     module: Any,
     sampling: Any,

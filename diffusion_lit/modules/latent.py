@@ -125,6 +125,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
 
     def on_fit_start(self) -> None:
         """Encodes the data or finds that it was encoded before, and takes the latents' scale, once over all ranks."""
+        super().on_fit_start()
         data = self._data()
         mirrored = data.mirrored(0, 0) is not None if self.cache_latents else bool(data.random_flip)
         brief = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]

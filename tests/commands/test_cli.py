@@ -281,7 +281,13 @@ def test_a_checkpoint_of_another_network_is_refused(lightning, checkpoint, capsy
     assert "says 32" in said
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed", "deepspeed_stage_3", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *["deepspeed", "deepspeed_stage_3", "fsdp", "FSDPStrategy", "DeepSpeedStrategy"],
+        *(f"lightning.pytorch.strategies.{name}Strategy" for name in ("FSDP", "DeepSpeed", "ModelParallel")),
+    ],
+)
 def test_strategies_that_cut_the_model_up_are_refused_in_a_sentence(lightning, capsys, strategy):
     config = Path(__file__).resolve().parents[2] / "configs/edm_digits.yaml"
     with pytest.raises(SystemExit) as caught:

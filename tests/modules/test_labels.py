@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.modules import DDPM, EDM
 from diffusion_lit.modules.labels import check_guidance, parse_labels
+from diffusion_lit.nets import UNet
 
 
 @pytest.mark.parametrize(("count", "classes"), [(64, 10), (1500, 1000), (10, 10), (3, 10), (7, 1), (60, 10), (99, 100)])
@@ -59,3 +61,17 @@ def test_guidance_that_does_nothing_is_refused(module, scale, labelled, given, w
 )
 def test_guidance_that_acts_passes(module, scale, labelled, given):
     check_guidance(module, Sampling(cfg_scale=scale), labelled, **given)
+
+
+@pytest.mark.parametrize("kind", [DDPM, EDM])
+def test_guidance_by_a_class_that_training_leaves_out_is_refused_when_it_begins(kind):
+    def begin(num_classes, cfg_scale, label_dropout):
+        net = UNet(1, 8, num_classes, model_channels=8, channel_mult=(1,), num_blocks=1)
+        kind(net, sampling=Sampling(cfg_scale=cfg_scale), label_dropout=label_dropout).on_fit_start()
+
+    for scale in (0.0, 2.0):
+        with pytest.raises(ValueError, match=rf"label_dropout is 0, .*cfg_scale {scale:g}.*set label_dropout to 0\.1"):
+            begin(3, scale, 0.0)
+    begin(3, 1.0, 0.0)
+    begin(3, 2.0, 0.1)
+    begin(0, 2.0, 0.0)  # an unconditional model has no classes to leave out
