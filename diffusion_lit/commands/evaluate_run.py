@@ -82,6 +82,9 @@ class Plan:
         """Refuses numbers that nothing can be measured with."""
         check_count(2, num_samples=self.num_samples, likelihood_images=self.likelihood_images)
         check_count(num_blocks=self.num_blocks, batch_size=self.batch_size)
+        check_count(0, seed=self.seed)
+        numbers = ("sigma_min", "sigma_max", "guidance_interval", "guidance_rescale")
+        Sampling().replace(**{name: getattr(self, name) for name in numbers})
         if Path(self.out).suffix != ".json":
             raise ValueError(f"--out {self.out} must end in .json; a page of the same name with .md goes beside it.")
         if Path(self.out).is_dir():

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.runtime.precision import use_tf32
 from diffusion_lit.storage.hashing import weights_hash
 
@@ -173,6 +174,7 @@ class FeatureExtractor(ABC):
         Raises:
             ValueError: As `features`, or if there are no images.
         """
+        check_count(batch_size=batch_size)
         if len(images) == 0:
             raise ValueError("There are no images to compute features of; check the split and the folder.")
         parts = []

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.rng import keyed_generator
@@ -52,6 +53,11 @@ class GenerationJob:
     batch_size: int = 64
     keep_images: bool = False
     save_to: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that nothing can be drawn by."""
+        check_count(count=self.count, batch_size=self.batch_size)
+        check_count(0, seed=self.seed)
 
     def shards(self) -> list[range]:
         """The indices of each shard."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.pretrained.autoencoders import load_pretrained_autoencoder
 from diffusion_lit.pretrained.files import find_model, library, load_part, part_of, read_json, refuse_foreign_parts
 from diffusion_lit.pretrained.models import (
@@ -136,9 +137,7 @@ def load_upsampler(name: str, embeddings: Tensor, noise_level: int = 250, **chan
         sampling = own.replace(**changes)
     except TypeError as error:
         raise ValueError(f"stage_2_options: {str(error).rpartition(') ')[2] or error}.") from error
-    for option, value in (("noise_level", noise_level), ("num_steps", sampling.num_steps)):
-        if not isinstance(value, int):
-            raise ValueError(f"stage_2_options: {option} is {value!r}; give a whole number.")
+    check_count(0, noise_level=noise_level)
     noising = make_schedule(read_scheduler(model, "image_noising_scheduler"))
     unet = load_part(library("diffusers").UNet2DConditionModel, part_of(model, "unet"), low_cpu_mem_usage=False)
     net = UpsamplingNet(unet, (1 + learned) * channels, embeddings)

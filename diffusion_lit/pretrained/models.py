@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
 from diffusion_lit.diffusion.generate import Sampling, StepCallback, check_labels
 from diffusion_lit.diffusion.models import LatentModel, PixelModel
@@ -60,6 +61,7 @@ class PretrainedLatentModel(LatentModel, PretrainedModel):
 
     def __init__(self, autoencoder: PretrainedAutoencoder, scale: float, *arguments: Any) -> None:
         super().__init__(*arguments)
+        check_number(above=0, scale=scale)
         self.autoencoder = autoencoder.requires_grad_(False)
         self.scale = scale
 
@@ -100,8 +102,7 @@ class Upsampler(nn.Module):
         self, denoiser: Denoiser, sampling: Sampling, shape: Shape, noising: Schedule, noise_level: int = 250
     ) -> None:
         super().__init__()
-        if not 0 <= noise_level < noising.num_steps:
-            raise ValueError(f"noise_level is {noise_level}; it is a step of 0 to {noising.num_steps - 1}.")
+        check_number(least=0, most=noising.num_steps - 1, whole=True, noise_level=noise_level)
         self.denoiser, self.sampling, self.shape = denoiser, sampling, shape
         self.noising, self.noise_level = noising, noise_level
         self.eval()

@@ -3,7 +3,7 @@
 import inspect
 import math
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -13,9 +13,12 @@ from datamodules.decode import Transform
 from diffusion_lit import callbacks, nets
 from diffusion_lit.callbacks.watchdog import Watchdog
 from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
+from diffusion_lit.commands.evaluate_run import Plan
 from diffusion_lit.commands.fit import _check_numbers_of_trainer as check_trainer
-from diffusion_lit.diffusion import degradations, loss, noise, scaling
+from diffusion_lit.diffusion import degradations, loss, noise, preconditioning
 from diffusion_lit.diffusion.cold import ColdSampling
+from diffusion_lit.diffusion.editing.composites import Hybrid, gaussian_blur
+from diffusion_lit.diffusion.editing.sweeps import NoiseBetween
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
@@ -23,9 +26,12 @@ from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.preconditioning import EDMPreconditioning
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.wrappers import ClipX0
-from diffusion_lit.modules import DDPM, EDM, VAE, Classifier
+from diffusion_lit.evaluation.features import Pixels
+from diffusion_lit.evaluation.generation import Job
+from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, LatentDiffusion
 from diffusion_lit.modules.optim import WarmupStableDecay
 from diffusion_lit.modules.reconstruction import DiscretisedGaussian, DiscretisedLogistic
+from diffusion_lit.pretrained.models import Upsampler
 
 
 def public(module, base=object):
@@ -46,6 +52,10 @@ LISTS = (tuple, list)
 GIVEN = {  # what has no default
     "betas": torch.full((5,), 0.1),
     "sigma": 0.5,
+    "blur_sigma": 1.0,
+    "first": 0,
+    "last": 1,
+    "shares": torch.zeros(1),
     "denoiser": denoiser,
     "guide": denoiser,
     "classifier": denoiser,
@@ -65,6 +75,12 @@ GIVEN = {  # what has no default
     **NET,
 }
 
+PLAN = {
+    **dict.fromkeys(field.name for field in fields(Plan)),
+    **{"ckpt_path": "none.ckpt", "out": "report.json", "num_samples": 4, "likelihood_images": 4, "num_blocks": 1},
+    **{"batch_size": 4, "seed": 0},
+}
+
 
 @dataclass
 class Case:
@@ -79,7 +95,7 @@ def cases():
     found = [
         *public(noise, noise.Schedule),
         *public(noise, noise.NoiseLevels),
-        *public(scaling, scaling.Preconditioning),
+        *public(preconditioning, preconditioning.Preconditioning),
         *public(loss, torch.nn.Module),
         *public(degradations, degradations.Degradation),
         *(getattr(callbacks, name) for name in callbacks.__all__),
@@ -87,10 +103,25 @@ def cases():
         *(WarmupStableDecay, DiscretisedGaussian, DiscretisedLogistic, Watchdog, Transform),
         *(nets.UNet, nets.DiT, nets.Autoencoder, nets.ConvClassifier, nets.Augment),
         *(getattr(datamodules, name) for name in datamodules.__all__ if name != "Subset"),
+        *(Hybrid, NoiseBetween),
     ]
     for one in dict.fromkeys(found):
-        if not inspect.isabstract(one) and one not in (noise.Schedule, scaling.Preconditioning):
+        if not inspect.isabstract(one) and one not in (noise.Schedule, preconditioning.Preconditioning):
             yield Case(one, one.__name__, {})
+    unet = nets.UNet(1, 16, 2, model_channels=8, num_blocks=1)
+    for module, net, more in (
+        *((module, unet, {}) for module in (DDPM, EDM, ColdDiffusion)),
+        (LatentDiffusion, unet, {"vae_ckpt": "runs/none"}),
+        (VAE, nets.Autoencoder(1, 16, model_channels=8), {}),
+        (Classifier, nets.ConvClassifier(1, 16, 2), {}),
+    ):
+        yield Case(module, module.__name__, {"net": net, **more})
+    yield Case(datamodules.Subset, "Subset", {"data": datamodules.Digits(batch_size=4)})
+    yield Case(Plan, "evaluate", PLAN)
+    job = {"sampling": Sampling(), "count": 4, "seed": 0, "labels": None, "record": {}, "folder": None}
+    yield Case(Job, "Job", job)
+    yield Case(Pixels().extract, "Pixels.extract", {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
+    yield Case(gaussian_blur, "gaussian_blur", {"images": torch.zeros(1, 1, 8, 8)})
     for name, grid in GRIDS.items():
         yield Case(grid, name, {})
     for name, sampler in SAMPLERS.items():
@@ -154,6 +185,8 @@ def test_every_number_is_looked_at(case, name, whole, several):
         (lambda: VAE(nets.Autoencoder(1, 16), kl_warmup_steps=-5), "kl_warmup_steps is -5"),
         (lambda: Classifier(nets.ConvClassifier(1, 16, 2), label_smoothing=math.nan), "label_smoothing is nan"),
         (lambda: Classifier(nets.ConvClassifier(1, 16, 2), shift=-1), "shift is -1"),
+        (lambda: Upsampler(None, Sampling(), (1, 8, 8), noise.LinearSchedule(), math.nan), "noise_level is nan"),
+        (lambda: Upsampler(None, Sampling(), (1, 8, 8), noise.LinearSchedule(), 1000), "noise_level is 1000"),
         (lambda: ClassifierFreeGuidance(denoiser, torch.tensor([1.0, math.nan])), "cfg_scale is nan"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.denoiser import DenoiserLike
 from diffusion_lit.diffusion.editing.common import check_seeds, device_of, labels_for, need_pixels, settings
 from diffusion_lit.diffusion.editing.image_views import ImageView
@@ -97,6 +98,8 @@ class Hybrid(DenoiserWrapper):
 
     def __init__(self, denoiser: DenoiserLike, blur_sigma: float, kernel_size: int | None = None) -> None:
         super().__init__(denoiser)
+        check_number(above=0, blur_sigma=blur_sigma)
+        check_count(kernel_size=kernel_size)
         self.blur_sigma, self.kernel_size = blur_sigma, kernel_size
 
     def transform(
@@ -242,11 +245,11 @@ def gaussian_blur(images: Tensor, sigma: float, kernel_size: int | None = None) 
     Raises:
         ValueError: If sigma or the kernel is out of range, or the kernel reaches further than the image.
     """
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"The blur's sigma is {sigma}; give a number of pixels above 0.")
+    check_number(above=0, sigma=sigma, hint=", in pixels")
+    check_count(kernel_size=kernel_size)
     most = 2 * min(images.shape[-2:]) - 1
     size = min(2 * int(4 * sigma + 0.5) + 1, most) if kernel_size is None else kernel_size
-    if size < 1 or size % 2 == 0 or size > most:
+    if size % 2 == 0 or size > most:
         raise ValueError(f"The blur's kernel_size is {size}; give an odd number from 1 to {most} for these images.")
     places = torch.arange(size, device=images.device, dtype=images.dtype) - size // 2
     kernel = (-places.square() / (2 * sigma**2)).exp()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.denoiser import per_sample
 from diffusion_lit.diffusion.editing.common import check_seeds, device_of, labels_for, settings
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
@@ -50,6 +51,7 @@ class NoiseBetween:
     """
 
     def __init__(self, first: int, last: int, shares: Tensor) -> None:
+        check_count(0, first=first, last=last)
         self.first, self.last, self.shares = SeededNoise([first]), SeededNoise([last]), shares
 
     def __call__(self, x: Tensor) -> Tensor:
