@@ -15,11 +15,13 @@ import pytest
 from renew_docs import CONFIGS, PAGES, ROOT, header, problems, renewed
 
 import experiments
+from diffusion_lit.commands import edit
 from diffusion_lit.commands import main as cli
 from diffusion_lit.diffusion import samplers
 from experiments import runs
 
 EXTEND = ROOT / "docs/extend.md"
+SAMPLERS, EDIT = "diffusion_lit/diffusion/samplers/__init__.py", "diffusion_lit/commands/edit.py"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("lightning ", "python -m ", "make ", "pytest ")
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -62,15 +64,40 @@ def commands(page):
 PRINTED = sorted({command for page in PAGES for command in commands(page)})
 
 
+def changed(name):
+    """The names that a file of the project defines with the lines that docs/extend.md adds to it."""
+    module = importlib.import_module(name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    source, above = (ROOT / name).read_text(), None
+    for line in files(EXTEND)[name, "diff"].splitlines():
+        if line.startswith("+"):
+            source = source.replace(f"{above}\n", f"{above}\n{line[1:]}\n", 1)
+        else:
+            above = line[1:]
+            assert source.count(f"{above}\n") == 1
+    names = {"__name__": module.__name__}
+    exec(compile(source, name, "exec"), names)
+    return names
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of one's own beside the project's configs, with the files that docs/extend.md prints."""
+    """A folder of one's own beside the project's configs, with what docs/extend.md adds to it and to the project."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "configs").symlink_to(ROOT / "configs")
-    for (name, kind), text in files(EXTEND).items():
-        if "/" not in name and kind != "diff":
+    with pytest.MonkeyPatch.context() as patch:
+        for (name, kind), text in files(EXTEND).items():
+            if kind == "diff" or name.startswith("experiments/"):
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-    return folder
+            if "/" in name:
+                package = importlib.import_module(str(Path(name).parent).replace("/", "."))
+                patch.setattr(package, "__path__", [*package.__path__, str((folder / name).parent)])
+        for name, table in {SAMPLERS: samplers.SAMPLERS, EDIT: edit.TASKS}.items():
+            for key, value in changed(name)["SAMPLERS" if name == SAMPLERS else "TASKS"].items():
+                if key not in table:
+                    patch.setitem(table, key, value)
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +127,8 @@ def test_the_pages_print_what_they_should():
     assert len(PRINTED) > 20
     assert {name for name, _ in files(EXTEND)} == {
         *["shapes.py", "edm_shapes.yaml", "film.py", "film_net.yaml", "experiments/batch_sizes.py"],
+        *["diffusion_lit/modules/flow.py", "flow_digits.yaml"],
+        *["diffusion_lit/commands/variations.py", "diffusion_lit/commands/edit.py"],
         *["diffusion_lit/diffusion/samplers/midpoint.py", "diffusion_lit/diffusion/samplers/__init__.py"],
     }
 
@@ -239,31 +268,28 @@ def test_a_data_set_and_a_network_of_ones_own(trained, own, capsys):
     assert "Shapes" in (own / "runs/edm_shapes/version_0/report.html").read_text()
 
 
-def test_a_sampler_of_ones_own(trained, own, tmp_path, monkeypatch, capsys):
-    printed_files = files(EXTEND)
-    name = f"{samplers.__name__}.midpoint"
-    (tmp_path / "midpoint.py").write_text(printed_files["diffusion_lit/diffusion/samplers/midpoint.py", "python"])
-    monkeypatch.setattr(samplers, "__path__", [*samplers.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, name, raising=False)
-
-    source = Path(samplers.__file__).read_text()
-    above = None
-    for line in printed_files["diffusion_lit/diffusion/samplers/__init__.py", "diff"].splitlines():
-        if line.startswith("+"):
-            source = source.replace(f"{above}\n", f"{above}\n{line[1:]}\n", 1)
-        else:
-            above = line[1:]
-            assert source.count(f"{above}\n") == 1
-    changed = {"__name__": samplers.__name__}
-    exec(compile(source, samplers.__file__, "exec"), changed)
-    monkeypatch.setitem(samplers.SAMPLERS, "midpoint", changed["SAMPLERS"]["midpoint"])
-
+def test_a_sampler_of_ones_own(trained, own, capsys):
     (words,) = (words for words in printed("sample") if "midpoint" in words)
     cli.main([*words, "--num_samples=2", "--device=cpu"])
     assert "2 samples, 23 denoiser calls each" in capsys.readouterr().out
     (check,) = (block for block in blocks(EXTEND, "python") if "order =" in block)
     exec(compile(check, "extend.md", "exec"), {})
-    monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_family_and_an_edit_task_of_ones_own(trained, own, capsys):
+    assert "flow.Flow" in (own / "runs/flow_digits/version_0/config.yaml").read_text()
+    (words,) = printed("edit")
+    cli.main([*words, "--num_steps=2", "--num_samples=2", "--device=cpu"])
+    assert "variations: figure.png" in capsys.readouterr().out
+    made = [(own / f"runs/edits/variations/result_{number}.png").read_bytes() for number in range(2)]
+    assert made[0] != made[1]
+
+
+def test_a_data_set_is_a_class_of_40_lines():
+    (shapes,) = (
+        node for node in ast.parse(files(EXTEND)["shapes.py", "python"]).body if isinstance(node, ast.ClassDef)
+    )
+    assert shapes.end_lineno - shapes.lineno < 40
 
 
 def test_a_study_of_ones_own(own, tmp_path, monkeypatch):
