@@ -7,6 +7,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from diffusion_lit.runtime.stopping import end
+
 
 def command(function: Callable[..., Any], args: Sequence[str] | None = None) -> None:
     """Runs a function from the command line; what it refuses is told in one sentence.
@@ -17,7 +19,7 @@ def command(function: Callable[..., Any], args: Sequence[str] | None = None) -> 
         args: The command line; the process's own by default.
 
     Raises:
-        SystemExit: With status 2 where an option is wrong, 1 where the function refused.
+        SystemExit: With status 2 where an option is wrong or the function refused.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"python -m {spec.name if function.__module__ == '__main__' and spec else function.__module__}"
@@ -27,5 +29,5 @@ def command(function: Callable[..., Any], args: Sequence[str] | None = None) -> 
     options = parser.parse_args(words)
     try:
         function(**parser.instantiate(options).as_dict())
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{name}: {error}") from error
+    except Exception as error:
+        end(error, name)

@@ -18,6 +18,7 @@ from typing import Any
 from jsonargparse import CLI
 
 from diffusion_lit.report import Page
+from diffusion_lit.runtime.stopping import end
 from experiments.study import ROOT
 
 STUDIES = [
@@ -122,6 +123,5 @@ def _place(name: str) -> int:
 if __name__ == "__main__":
     try:
         CLI(studies, as_positional=False)
-    except ValueError as error:
-        print(f"studies: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except Exception as error:
+        end(error, "studies")

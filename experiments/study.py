@@ -57,6 +57,7 @@ from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report import Page
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.hardware import hardware, pick_device
+from diffusion_lit.runtime.stopping import RunStopped, end
 from diffusion_lit.runtime.versions import commit
 from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
@@ -71,7 +72,7 @@ DPI = 130  # of figures
 QUIET = {"trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}  # the study draws and measures itself
 
 
-class StudyFailed(Exception):
+class StudyFailed(RunStopped):
     """A study that has nothing to go on with, told in a sentence."""
 
 
@@ -430,12 +431,11 @@ def main(
         study = Study(name, title, setup, setup.config or config, shared, " ".join(about.split()), command)
         function(study, **told)
         study.write()
-    except (StudyFailed, ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, StudyFailed) else 2) from error
     except KeyboardInterrupt as error:
         print(f"{name}: Interrupted; the same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from error
+    except Exception as error:
+        end(error, name)
     if study.failed:
         raise SystemExit(1)
     return study

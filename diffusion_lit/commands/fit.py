@@ -9,7 +9,6 @@ one that was said last counts; abbreviations are refused; and what a user got wr
 import glob
 import inspect
 import logging
-import os
 import re
 import sys
 import warnings
@@ -26,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
 import diffusion_lit.modules
@@ -57,7 +57,8 @@ from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
-from diffusion_lit.runtime.stopping import RunStopped, explain
+from diffusion_lit.runtime.sentences import debugging, plain
+from diffusion_lit.runtime.stopping import RunStopped, end, told
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import check_training_state, read_training_state
 from diffusion_lit.storage.exports import is_export
@@ -87,7 +88,7 @@ SHARES_OR_COUNTS = (
 )
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something that a user can put right, told in one sentence."""
 
 
@@ -140,10 +141,8 @@ class Parser(LightningArgumentParser):
         Raises:
             SystemExit: Always.
         """
-        print(
-            f"lightning: {message}\nThe options are listed by --help; --print_config shows the configuration.",
-            file=sys.stderr,
-        )
+        listed = "The options are listed by --help; --print_config shows the configuration."
+        print(f"lightning: {plain(message, 310)}\n{listed}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -226,6 +225,7 @@ class CLI(LightningCLI):
             "model": checkpoint.get("hyper_parameters", {}),
             "data": checkpoint.get("datamodule_hyper_parameters", {}),
         }
+        self.begun_at = int(checkpoint.get("global_step", 0))
         self.trained_in = checkpoint.get("diffusion_lit", {}).get("precision", "32-true")
         self._take_seed(config, checkpoint.get("diffusion_lit", {}).get("seed"))
 
@@ -266,7 +266,14 @@ class CLI(LightningCLI):
         if self.subcommand == "predict":
             always.append(KeepPredictions())
         folder = [] if self.place.folder is None else [RunFolder(self.place.folder)]
-        trainer = super()._instantiate_trainer(config, [*folder, *callbacks, *always])
+        try:
+            trainer = super()._instantiate_trainer(config, [*folder, *callbacks, *always])
+        except MisconfigurationException as error:
+            said = f"The trainer refuses its settings: {error}"
+            if re.search("accelerator|backend|device|strategy", said):
+                asked = ", ".join(f"{name} {config.get(name)!r}" for name in ("accelerator", "devices", "strategy"))
+                said += f" It was given {asked}; see `lightning doctor`."
+            raise UserError(said) from error
         trainer.fit_loop = RunLoop(trainer)
         return trainer
 
@@ -300,10 +307,11 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            told = explain(error, getattr(self.datamodule, "batch_size", None))
-            if told is None or os.environ.get("DIFFUSION_LIT_DEBUG"):
+            started = self.trainer.global_step > getattr(self, "begun_at", 0)
+            stopped = told(error, started, getattr(self.datamodule, "batch_size", None), fits=subcommand == "fit")
+            if stopped is None or debugging():
                 raise
-            raise told from error
+            raise stopped from error
 
     def after_instantiate_classes(self) -> None:
         """Suits the network to the hardware, and compares the configuration with the checkpoint."""
@@ -357,10 +365,9 @@ def refuse_sharding(strategy: Any) -> None:
     name = names[0]
     if any(re.search("fsdp|deepspeed|model_?parallel", one, re.IGNORECASE) for one in names):
         raise UserError(
-            f"The strategy {name} cuts the model up over the devices, and the average of the weights needs it whole. "
-            "Use --trainer.strategy ddp: weights, gradients, AdamW and average take 20 bytes per parameter on each "
-            "device, so that 80 GB hold a network of 2 billion parameters with room for activations, in bf16 (the "
-            "default where it pays) and with --model.init_args.net.init_args.activation_checkpointing true."
+            f"The strategy {name} cuts the model up, and the average of the weights needs it whole. Use "
+            "--trainer.strategy ddp: 80 GB hold weights, gradients, AdamW and average of 2 billion parameters (20 B "
+            "each) and activations, in bf16 and with --model.init_args.net.init_args.activation_checkpointing true."
         )
 
 
@@ -372,6 +379,14 @@ def _check_numbers_of_trainer(config: dict[str, Any]) -> None:
             check_count(least, **given)
     clip: dict[str, Any] = {"trainer.gradient_clip_val": config.get("gradient_clip_val")}
     check_number(least=0, **clip)
+    if config.get("enable_checkpointing") is False:
+        raise UserError("trainer.enable_checkpointing is false, but a run keeps its last checkpoint: leave it out.")
+    interval = config.get("val_check_interval")
+    if isinstance(interval, float) and config.get("check_val_every_n_epoch") is None:
+        raise UserError(
+            f"trainer.val_check_interval is {interval}; it counts optimizer steps of the run, so give a whole number, "
+            "or --trainer.check_val_every_n_epoch 1 beside a share of an epoch."
+        )
     for name in SHARES_OR_COUNTS:
         if isinstance(config.get(name), int | float):  # or a length of time
             check_number(least=0, **{f"trainer.{name}": config[name]})
@@ -392,11 +407,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             not go on.
     """
     _quiet()
-    try:
-        base, args = configs_folder() / "base.yaml", with_logger_named(with_configs_found(args))
-    except ValueError as error:
-        print(f"lightning: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    base, args = configs_folder() / "base.yaml", with_logger_named(with_configs_found(args))
     defaults = {"default_config_files": [glob.escape(str(base))], "allow_abbrev": False}
     args = [re.sub(r"^--model\.compile(?==|$)", "--compile", arg) for arg in args]
     sys.argv = [str(MAIN), *args]  # what LightningCLI reads, and the launcher that starts further ranks as this file
@@ -414,21 +425,13 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             | {"allow_abbrev": False, "prog": "lightning"},
             seed_everything_default=0,
         )
-    except RunStopped as stopped:
-        if getattr(rank_zero_only, "rank", None) in (None, 0) and str(stopped):
-            print(f"lightning: {stopped}", file=sys.stderr)
-        raise SystemExit(stopped.status) from stopped
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns an interrupt into an exit with status 1
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         print("lightning: Interrupted outside training.", file=sys.stderr)
         raise SystemExit(130) from error
-    except (UserError, ValueError, OSError) as error:
-        if os.environ.get("DIFFUSION_LIT_DEBUG"):
-            raise
-        told = error.__cause__ if str(error).startswith("Call to compute_fn of link") else error
-        print(f"lightning: {told}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except Exception as error:
+        end(error, silent=isinstance(error, RunStopped) and bool(getattr(rank_zero_only, "rank", None)))
     finally:
         watchdog.rest()
         Place.leave_empty()

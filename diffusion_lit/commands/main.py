@@ -6,6 +6,8 @@ Heavy imports wait until a command needs them, so that help is instant.
 """
 
 import inspect
+import io
+import locale
 import os
 import re
 import sys
@@ -18,7 +20,8 @@ from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
 from diffusion_lit.runtime.installation import foreign_lightning, refuse_hidden_datamodules
-from diffusion_lit.storage.trust import TRUST_HELP, Untrusted, trusted, trusting
+from diffusion_lit.runtime.sentences import plain
+from diffusion_lit.storage.trust import TRUST_HELP, trusted, trusting
 
 
 class Command(NamedTuple):
@@ -88,12 +91,29 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The command line without the program's name; the process's own by default.
     """
+    if args is None:
+        _speak_utf8()
     args, trust = _take_texts(sys.argv[1:] if args is None else args, {"trust"})
     try:
         with trusting(module for word in trust.get("trust", []) for module in word.split(",")):
             _run(args)
-    except Untrusted as error:
-        _stop(str(error))
+            sys.stdout.flush()  # a pipe that is closed is heard of here, not after the end
+    except KeyboardInterrupt:
+        _stop("Interrupted.", status=130)
+    except Exception as error:
+        from diffusion_lit.runtime.stopping import end
+
+        end(error)
+
+
+def _speak_utf8() -> None:
+    """Starts the process anew in UTF-8 where the locale is another: files are read and written in it everywhere."""
+    if locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8") and os.name == "posix":
+        os.environ["PYTHONUTF8"] = "1"  # of further ranks too
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # PYTHONIOENCODING may still say otherwise
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(args: list[str]) -> None:
@@ -109,10 +129,7 @@ def _run(args: list[str]) -> None:
     if args[0] == "--version":
         print(f"diffusion-lit {__version__}")
         return
-    try:
-        refuse_hidden_datamodules()
-    except ValueError as error:
-        _stop(str(error))
+    refuse_hidden_datamodules()
     if args[0] in COMMANDS:
         _run_command(COMMANDS[args[0]], args)
     elif args[0] in TRAINING:
@@ -166,7 +183,7 @@ def function_parser(function: Callable[..., Any], names: list[str], notes: str =
         """Errors without the page of usage."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            _stop(f"{message}\nThe options are listed by: {self.prog} --help")
+            _stop(f"{plain(message, 330)}\nThe options are listed by: {self.prog} --help")
 
     parser = Parser(
         prog=" ".join(["lightning", *names]),
@@ -206,37 +223,14 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     values = {**parser.instantiate_classes(options).as_dict(), **texts}
     values.pop("trust")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        if values.get("ckpt_path"):
-            values["ckpt_path"] = _find(values["ckpt_path"])
-        for name, kind in spread.items():
-            values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
-        from diffusion_lit.runtime.precision import use_tf32
+    if values.get("ckpt_path"):
+        values["ckpt_path"] = _find(values["ckpt_path"])
+    for name, kind in spread.items():
+        values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
+    from diffusion_lit.runtime.precision import use_tf32
 
-        use_tf32(False)
-        function(**values)
-    except (ValueError, OSError) as error:
-        _stop(str(error))
-    except KeyboardInterrupt:
-        _stop("Interrupted.", status=130)
-    except Exception as error:
-        told = _explained(error)
-        if told is None:
-            raise
-        _stop(*told)
-
-
-def _explained(error: Exception) -> tuple[str, int] | None:
-    """Words and exit status for the end of a rank whose others are gone, or None for a bug."""
-    from diffusion_lit.runtime.stopping import LOST_RANK, RunStopped, explain
-
-    if os.environ.get("DIFFUSION_LIT_DEBUG"):
-        return None
-    if any(phrase in str(error) for phrase in LOST_RANK):
-        return "Another rank is gone, so this one stops too; its own output says why it went.", 1
-    several = type(error).__name__ in ("ProcessRaisedException", "ProcessExitedException")
-    told = error if isinstance(error, RunStopped) else explain(error) if several else None
-    return None if told is None else (str(told), told.status)
+    use_tf32(False)
+    function(**values)
 
 
 def _find(given: str) -> str:

@@ -67,10 +67,11 @@ def test_look_at_data_refuses_other_files(tmp_path, capsys, text):
     assert "x.yaml" in capsys.readouterr().err
 
 
-def test_look_at_data_tells_what_is_missing(tmp_path):
+def test_look_at_data_tells_what_is_missing(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("data: {class_path: datamodules.ImageFolder, init_args: {root: nowhere}}")
-    with pytest.raises(SystemExit, match="look_at_data: nowhere does not exist"):
+    with pytest.raises(SystemExit, match="2"):
         look_at_data.main([f"--config={tmp_path}/x.yaml"])
+    assert "look_at_data: nowhere does not exist" in capsys.readouterr().err
 
 
 def test_both_loaders_of_a_comparison_give_the_same_images():

@@ -1,0 +1,91 @@
+"""What an error says, in one sentence: the one that helps, out of all that the libraries put around it.
+
+jsonargparse words a value that fits none of several types as a page of what each of them said, and packs the sentence
+of a class that refuses its arguments into such a page. `sentence` takes the innermost words out of it.
+"""
+
+import os
+import re
+
+LONGEST = 400  # characters
+DEBUG = "DIFFUSION_LIT_DEBUG"
+OF_THE_USER = (ValueError, OSError)  # their words are for the user; of other errors the kind is named too
+
+_NEST = ("Does not validate against any of the Union subtypes", "Errors:", "Subtypes:", "Subclass types expect one of")
+_CHOICES = ("a class path (str)", "a dict with ", "a dict without ")
+_AROUND = re.compile(r"Problem with given class_path .*:$|Parser key \"[^\"]*\":$")
+_EXPECTED = re.compile(
+    r"(?:Expected an? (<class .*?|typing\..*?)|Not a valid subclass of (\w+))(?:\. Got value: (.*))?$"
+)
+_NO_PATH = re.compile(r"Expected a dot import path string: (.*)$")
+
+
+def debugging() -> bool:
+    """Whether errors keep their tracebacks: the environment variable DIFFUSION_LIT_DEBUG is set."""
+    return bool(os.environ.get(DEBUG))
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says.
+
+    Args:
+        error: Any.
+
+    Returns:
+        At most 400 characters on one line. What was not written for a user begins with the error's kind and ends with
+        how to see where it was raised.
+    """
+    if str(error).startswith("Call to compute_fn of link") and error.__cause__ is not None:
+        error = error.__cause__
+    said = plain(str(error))
+    kind = type(error).__name__
+    if said and (isinstance(error, OF_THE_USER) or kind == "MisconfigurationException"):
+        return said
+    return f"{plain(f'{kind}: {said}'.removesuffix(': '), LONGEST - 50).rstrip('.')}. {DEBUG}=1 shows where."
+
+
+def plain(text: str, longest: int = LONGEST) -> str:
+    """The words that help, out of a text of jsonargparse's or any other.
+
+    Args:
+        text: What an error says, perhaps on many lines.
+        longest: Most characters; what is longer loses its middle.
+
+    Returns:
+        One line.
+    """
+    keys = re.findall(r'(?m)^\s*(?:- )?Parser key "([^"]*)":', text)
+    if keys or _NEST[0] in text:
+        text = _innermost(text, keys[-1] if keys else "")
+    text = " ".join(text.split())
+    ends = longest * 5 // 8
+    return text if len(text) <= longest else f"{text[:ends]} ... {text[ends + 5 - longest :]}"
+
+
+def _innermost(text: str, key: str) -> str:
+    """The sentence inside a nest, with the key that it is about."""
+    given = re.findall(r"(?m)^\s*Given value: (.*)$", text)
+    text = re.sub(r"(?m)^\s*(?:Given value(?: type)?|Subtypes):.*$", "", text)
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith((*_NEST, *_CHOICES)) and not _AROUND.match(line)]
+    about = f"{key}: " if key else ""
+    if paths := [match[1] for line in lines if (match := _NO_PATH.match(line))]:
+        return f"{key or 'A class'} is {paths[0]}; give a class's full name, such as datamodules.Digits."
+    if helpful := [line for line in lines if not line.startswith(("Expected a", "Not a valid subclass"))]:
+        return about + helpful[0]
+    asked = [match for line in lines if (match := _EXPECTED.match(line))]
+    asked = [match for match in asked if match[3]] or asked  # what names its value is the innermost
+    types = dict.fromkeys(_type(match[1]) if match[1] else f"a {match[2]} by class_path" for match in asked)
+    value = next((match[3] for match in asked if match[3]), given[0] if given else None)
+    if not types or value is None:
+        return about + (lines[0] if lines else "This value is not valid.")
+    value = value if len(value) <= 80 else f"{value[:60]} ... {value[-15:]}"
+    return f"{key or 'A value'} is {value}; give {' or '.join(types)}."
+
+
+def _type(name: str) -> str:
+    """A type in a user's words."""
+    known = {"int": "a whole number", "float": "a number", "str": "a word", "bool": "true or false", "NoneType": "null"}
+    inner = re.sub(r"^<class '(?:.*\.)?(\w+)'>$", r"\1", name)
+    listed = {"tuple": "a list", "list": "a list", "dict": "a mapping"}
+    return known.get(inner) or listed.get(inner) or re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", inner)

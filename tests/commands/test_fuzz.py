@@ -1,0 +1,53 @@
+"""Mistakes by the hundred: whatever stands in a configuration or a command line gives a result or a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import fuzz
+from helpers.project_files import ROOT
+from helpers.runs import FIT, LAST
+
+
+def outcomes(cases, folder):
+    """What became of each case, tried in processes of its own kind: one that dies costs its case alone."""
+    listed, told = folder / "cases.json", folder / "outcomes.jsonl"
+    listed.write_text(json.dumps(cases))
+    told.touch()
+    while (done := len(told.read_text().splitlines())) < len(cases):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        ended = subprocess.run([sys.executable, fuzz.__file__, listed, told], cwd=folder, env=env, capture_output=True)
+        if len(told.read_text().splitlines()) < len(cases):
+            at = len(told.read_text().splitlines())
+            with told.open("a") as file:
+                died = {"line": cases[at], "status": f"died: {ended.returncode}", "said": "", "peak": 0.0}
+                file.write(json.dumps(died) + "\n")
+        assert len(told.read_text().splitlines()) > done
+    return [json.loads(line) for line in told.read_text().splitlines()]
+
+
+def check(tried, folder):
+    wrong = [
+        (case["line"], case["status"], case["said"][-600:])
+        for case in tried
+        if not (case["status"] in (0, 130) or (case["status"] == 2 and 11 < len(fuzz.told(case["said"])) <= 411))
+        or "Traceback" in case["said"]
+    ]
+    assert not wrong, json.dumps(wrong[:10], indent=1)
+    assert max(case["peak"] for case in tried) < 4
+    assert not list(folder.rglob("PWNED"))
+    assert sum(case["status"] == 2 for case in tried) > len(tried) // 4  # they were mistakes
+
+
+@pytest.mark.slow
+def test_200_configurations_with_mistakes_give_a_result_or_a_sentence(tmp_path):
+    check(outcomes(list(fuzz.config_cases(0, int(os.environ.get("FUZZ", "200")), tmp_path)), tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+def test_200_command_lines_with_mistakes_give_a_result_or_a_sentence(lightning, tmp_path):
+    lightning(*FIT, "--trainer.max_steps=1")
+    cases = fuzz.line_cases(0, int(os.environ.get("FUZZ", "200")), tmp_path, tmp_path / LAST)
+    check(outcomes(list(cases), tmp_path), tmp_path)
