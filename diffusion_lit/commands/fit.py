@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace, _typehints, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -25,7 +26,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
 import diffusion_lit.modules
@@ -47,6 +47,7 @@ from diffusion_lit.callbacks import (
 )
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
+from diffusion_lit.callbacks.monitors import check_monitors
 from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
@@ -316,6 +317,8 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Suits the network to the hardware, and compares the configuration with the checkpoint."""
         self._refuse_what_the_data_decides()
+        if self.subcommand == "fit":
+            check_monitors(self.trainer, self.model)
         chosen = self.config[self.subcommand].get("channels_last")
         if chosen is None:
             device = self.trainer.strategy.root_device.type

@@ -12,10 +12,10 @@ DEBUG = "DIFFUSION_LIT_DEBUG"
 OF_THE_USER = (ValueError, OSError)  # their words are for the user; of other errors the kind is named too
 
 _NEST = ("Does not validate against any of the Union subtypes", "Errors:", "Subtypes:", "Subclass types expect one of")
-_CHOICES = ("a class path (str)", "a dict with ", "a dict without ")
+_CHOICES = ("Expected a path but ", "a class path (str)", "a dict with ", "a dict without ")
 _AROUND = re.compile(r"Problem with given class_path .*:$|Parser key \"[^\"]*\":$")
 _EXPECTED = re.compile(
-    r"(?:Expected an? (<class .*?|typing\..*?)|Not a valid subclass of (\w+))(?:\. Got value: (.*))?$"
+    r"(?:Expected an? (<class .*?|typing\..*?)|Not a valid subclass of (\w+))(?:\. Got value:(.*))?$"
 )
 _NO_PATH = re.compile(r"Expected a dot import path string: (.*)$")
 
@@ -71,14 +71,19 @@ def _innermost(text: str, key: str) -> str:
     about = f"{key}: " if key else ""
     if paths := [match[1] for line in lines if (match := _NO_PATH.match(line))]:
         return f"{key or 'A class'} is {paths[0]}; give a class's full name, such as datamodules.Digits."
+    if any(
+        re.search("^'.*' object has no attribute '|^unhashable type", line) for line in lines
+    ):  # of jsonargparse's own code
+        return f"{key or 'A value'} is neither a class_path with its init_args nor a mapping of options."
     if helpful := [line for line in lines if not line.startswith(("Expected a", "Not a valid subclass"))]:
         return about + helpful[0]
     asked = [match for line in lines if (match := _EXPECTED.match(line))]
-    asked = [match for match in asked if match[3]] or asked  # what names its value is the innermost
+    asked = [match for match in asked if match[3] is not None] or asked  # what names its value is the innermost
     types = dict.fromkeys(_type(match[1]) if match[1] else f"a {match[2]} by class_path" for match in asked)
-    value = next((match[3] for match in asked if match[3]), given[0] if given else None)
+    value = next((match[3] for match in asked if match[3] is not None), given[0] if given else None)
     if not types or value is None:
         return about + (lines[0] if lines else "This value is not valid.")
+    value = value.strip() or "empty"
     value = value if len(value) <= 80 else f"{value[:60]} ... {value[-15:]}"
     return f"{key or 'A value'} is {value}; give {' or '.join(types)}."
 

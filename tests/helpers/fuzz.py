@@ -1,7 +1,7 @@
 """Command lines and configurations with mistakes, drawn from a seed, and a process that tries them one after another.
 
-Run as a file: `python fuzz.py CASES OUTCOMES` in an empty folder reads cases, a JSON list of command lines, and writes
-a line for each: its status, what it said on standard error, and the most memory that the process has had, in GB.
+`run` reads cases, a JSON list of command lines, and writes a line for each: its status, what it said on standard error,
+and the most memory that the process has had, in GB.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import json
 import random
 import resource
 import signal
-import sys
 from pathlib import Path
 
 import yaml
@@ -72,11 +71,12 @@ def base(family):
 
 
 def config_cases(seed, count, folder):
-    """Command lines with `count` mutated configurations, which are written to a folder."""
+    """Command lines with a sound configuration and `count` mutated ones, which are written to a folder."""
     draw = random.Random(seed)
-    for index in range(count):
-        text = yaml.safe_dump(mutated(base(draw.choice(FAMILIES)), draw), allow_unicode=True)
-        if draw.random() < 0.1:
+    for index in range(count + 1):
+        config = base(draw.choice(FAMILIES))
+        text = yaml.safe_dump(mutated(config, draw) if index else config, allow_unicode=True)
+        if index and draw.random() < 0.1:
             at = draw.randrange(len(text))
             text = text[:at] + draw.choice(["", "\t", ":", "[", "é", "\0", "- ", '"']) + text[at + draw.randrange(3) :]
         file = folder / f"case{index}.yaml"
@@ -85,11 +85,12 @@ def config_cases(seed, count, folder):
 
 
 def line_cases(seed, count, folder, ckpt_path):
-    """`count` command lines with mistakes: of `fit`, and of the commands that take a checkpoint."""
+    """A sound command line and `count` with mistakes: of `fit`, and of the commands that take a checkpoint."""
     draw = random.Random(seed)
     options = {command: options_of(command) for command in COMMANDS}
     for family in FAMILIES:
         (folder / f"{family}.yaml").write_text(yaml.safe_dump(base(family)))
+    yield ["fit", f"--config={folder}/edm_digits.yaml", *SMALL]
     for _ in range(count):
         command, family = draw.choice(("fit", "fit", *COMMANDS)), draw.choice(FAMILIES)
         names = options.get(command) or [".".join(path) for path in places(base(family)) if path[-1] not in SLOW]
@@ -97,7 +98,14 @@ def line_cases(seed, count, folder, ckpt_path):
         if command == "fit":
             yield ["fit", f"--config={folder / family}.yaml", *SMALL, *mistakes]
             continue
-        small = {"ckpt_path": str(ckpt_path), "device": "cpu", "num_samples": 8, "count": 2, "num_steps": 2}
+        small = {
+            "ckpt_path": str(ckpt_path),
+            "device": "cpu",
+            "num_samples": 8,
+            "count": 2,
+            "num_steps": 2,
+            "out": "drawn",
+        }
         yield [*command.split(), *[f"--{name}={small[name]}" for name in names if name in small], *mistakes]
 
 
@@ -114,11 +122,13 @@ def options_of(command):
     first, _, task = command.partition(" ")
     found = getattr(import_module(main.COMMANDS[first].module), main.COMMANDS[first].function)
     parser = main.function_parser(found[task] if task else found, command.split())
-    known = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
-    return [name for name in known if len(name) > 1 and name not in ("help", "print_config", "config")]
+    known = [name for action in parser._actions for name in action.option_strings]
+    return [
+        name[2:] for name in known if name.startswith("--") and name not in ("--help", "--print_config", "--config")
+    ]
 
 
-def attempt(main, line, seconds=20):
+def attempt(main, line, seconds=60):
     """Runs a command: its status (130 where it was still at work) and what it said."""
     out, err = io.StringIO(), io.StringIO()
     signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -145,6 +155,7 @@ def told(said):
 
 def run(cases, outcomes, memory=4 * 2**30):
     """Tries each case that has no outcome yet."""
+    cases, outcomes = Path(cases), Path(outcomes)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     from diffusion_lit.commands.main import main
 
@@ -154,7 +165,3 @@ def run(cases, outcomes, memory=4 * 2**30):
         with outcomes.open("a") as file:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             file.write(json.dumps({"line": line, "status": status, "said": said[-3000:], "peak": peak}) + "\n")
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[2]))
