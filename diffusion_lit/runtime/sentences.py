@@ -17,6 +17,7 @@ _AROUND = re.compile(r"Problem with given class_path .*:$|Parser key \"[^\"]*\":
 _EXPECTED = re.compile(
     r"(?:Expected an? (<class .*?|typing\..*?)|Not a valid subclass of (\w+))(?:\. Got value:(.*))?$"
 )
+_OF_ITS_CODE = re.compile("'.*' object has no attribute '|unhashable type")
 _NO_PATH = re.compile(r"Expected a dot import path string: (.*)$")
 
 
