@@ -31,6 +31,7 @@ from datamodules import ImageDataModule
 from datamodules.loaders import Array, normalise
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.images import grid_image
+from diffusion_lit.runtime.stopping import end
 
 ROWS = 4096  # images that are in memory at once
 
@@ -209,8 +210,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options.pop("config")
     try:
         look_at_data(**parser.instantiate(options).as_dict())
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"look_at_data: {error}") from error
+    except Exception as error:
+        end(error, "look_at_data")
 
 
 if __name__ == "__main__":

@@ -369,8 +369,8 @@ def refuse_sharding(strategy: Any) -> None:
     if any(re.search("fsdp|deepspeed|model_?parallel", one, re.IGNORECASE) for one in names):
         raise UserError(
             f"The strategy {name} cuts the model up, and the average of the weights needs it whole. Use "
-            "--trainer.strategy ddp: 80 GB hold weights, gradients, AdamW and average of 2 billion parameters (20 B "
-            "each) and activations, in bf16 and with --model.init_args.net.init_args.activation_checkpointing true."
+            "--trainer.strategy ddp: 80 GB hold weights, gradients, AdamW and average (20 bytes each) of 2 billion "
+            "parameters, in bf16 and with --model.init_args.net.init_args.activation_checkpointing true."
         )
 
 

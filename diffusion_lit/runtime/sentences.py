@@ -17,7 +17,7 @@ _AROUND = re.compile(r"Problem with given class_path .*:$|Parser key \"[^\"]*\":
 _EXPECTED = re.compile(
     r"(?:Expected an? (<class .*?|typing\..*?)|Not a valid subclass of (\w+))(?:\. Got value:(.*))?$"
 )
-_OF_ITS_CODE = re.compile("'.*' object has no attribute '|unhashable type")
+_OF_ITS_CODE = re.compile("'.*' object has no attribute '|unhashable type|argument of type")
 _NO_PATH = re.compile(r"Expected a dot import path string: (.*)$")
 
 
@@ -67,6 +67,7 @@ def _innermost(text: str, key: str) -> str:
     """The sentence inside a nest, with the key that it is about."""
     given = re.findall(r"(?m)^\s*Given value: (.*)$", text)
     text = re.sub(r"(?m)^\s*(?:Given value(?: type)?|Subtypes):.*$", "", text)
+    text = re.sub(r"Type typing\.Callable\[.*\] expects a function or a callable class: ", "", text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith((*_NEST, *_CHOICES)) and not _AROUND.match(line)]
     about = f"{key}: " if key else ""
