@@ -1,4 +1,4 @@
-"""What every data module shares: one shape of batches, keyed order, sharding, and what a model needs to know.
+"""Base of the data modules: batches, keyed order, sharding, and the properties that a model needs.
 
 A batch is `{"image": float32 (B, C, H, W) in [-1, 1], "index": int64 (B,), "label": int64 (B,)}` on the training
 device, the last only where there are classes. Images stay uint8 until their batch is made: x = u / 127.5 - 1.
@@ -24,7 +24,7 @@ DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by d
 
 
 class ImageDataModule(LightningDataModule):
-    """Base of the data modules: a subclass says how a split is read, and the shape and classes of its images.
+    """Base class of the data modules: a subclass defines how to read a split, and the shape and classes of its images.
 
     Args:
         batch_size: Images per training step over all ranks.
@@ -60,7 +60,7 @@ class ImageDataModule(LightningDataModule):
         self._identities: dict[str, dict[str, Any]] = {}
 
     def write_nowhere(self, but_root: bool) -> None:
-        """Takes back the places to write to, which a file chose: caches go to their default folder.
+        """Resets the folders to write to, which came from a file: caches go to their default folder.
 
         Args:
             but_root: Whether the user named `root`, so that data may be downloaded there.
@@ -203,9 +203,9 @@ class ImageDataModule(LightningDataModule):
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint records of the data: class, and count and fingerprint of what is trained and validated on.
+        """The checkpoint's record of the data: class, and count and fingerprint of the training and validation images.
 
-        Only the splits that were read so far are in it.
+        Holds only the splits that were read so far.
         """
         for name in ("train", "val"):
             if name in self._splits and name not in self._identities:
@@ -216,7 +216,7 @@ class ImageDataModule(LightningDataModule):
         return self.fingerprint(split)
 
     def rule(self) -> dict[str, Any]:
-        """What decides, beside the arguments, which images are in which split, as plain values."""
+        """The rule that, beside the arguments, assigns images to splits, as plain values."""
         return {}
 
     def follow(self, rule: dict[str, Any]) -> None:
@@ -227,7 +227,7 @@ class ImageDataModule(LightningDataModule):
         """
 
     def continue_from(self, recorded: dict[str, Any], class_names: list[str]) -> None:
-        """Becomes the data that a model was trained on, and says where it is not.
+        """Takes the rule and classes of the data that a model was trained on, and warns where the data differ.
 
         Args:
             recorded: The `identity` in its checkpoint, empty in those of before there was one.
@@ -299,7 +299,7 @@ class ImageDataModule(LightningDataModule):
     def augment(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
         """Augments a training batch: mirrors half of the images where `random_flip` is on.
 
-        Everything is drawn for the whole global batch of `batch_size` images, of which each rank takes its rows.
+        Draws are made for the global batch of `batch_size` images, of which each rank takes its rows.
 
         Args:
             images: This rank's images, uint8 (B, C, H, W).
@@ -316,7 +316,7 @@ class ImageDataModule(LightningDataModule):
         return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * mirrored)
 
     def mirrored(self, epoch: int, batch: int) -> Tensor | None:
-        """Which images of a training batch are mirrored, for a model that keeps both copies of each encoded.
+        """Which images of a training batch are mirrored, for a model that caches both copies encoded.
 
         Args:
             epoch: Number of the epoch.
@@ -423,7 +423,7 @@ def held_out(count: int, val_size: int) -> dict[str, Tensor]:
 
 
 def _to_device(images: Array, device: torch.device, rows: int = 8192) -> Tensor:
-    """Copies an array to a device piece by piece, so that one on disk need not fit in memory twice."""
+    """Copies an array to a device in chunks, so that one on disk need not fit in memory."""
     moved = torch.empty(tuple(images.shape), dtype=torch.uint8, device=device)
     for start in range(0, len(images), rows):
         piece = images[start : start + rows]

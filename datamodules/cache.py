@@ -1,14 +1,14 @@
 """The prepared cache: every image decoded once, by several processes, into one memory-mapped uint8 array.
 
-A cache is a folder `CACHE_DIR/KEY` with `images.u8` (N x C x H x W bytes) and `index.json` (names, hashes, pools, what
-was skipped). KEY is a hash of the images' names, sizes and times and of the transform, so that a changed folder or
-option gets a cache of its own. It is written beside its place and renamed when it is whole: whoever is killed leaves
-nothing that a later run takes for a cache. A lock, which the system releases with its process, keeps two runs from
-doing the same work; where a file system does not honour it, both do, and neither harms the other.
+A cache is a folder `CACHE_DIR/KEY` with `images.u8` (N x C x H x W bytes) and `index.json` (names, hashes, pools,
+skipped files). KEY is a hash of the images' names, sizes and times and of the transform, so that a changed folder or
+option makes a new cache. It is written under a temporary name and renamed when complete, so that a killed run leaves no
+partial cache. A lock, which the system releases with its process, keeps two runs from doing the same work; without
+locks both do it, which is harmless.
 
-Whoever opens a cache reads all of it once and compares the CRC-32 of the pixels and the SHA-256 of the index with those
-that were written, at more than 1 GB/s: a damaged cache is told and made anew, so that no damaged pixel is trained on or
-carries the fingerprint of a sound one. Where the disk is full the same images are decoded into memory.
+Opening a cache reads it once and compares the CRC-32 of the pixels and the SHA-256 of the index with the recorded
+values, at more than 1 GB/s; a damaged cache is reported and rebuilt. If the disk is full, the images are decoded into
+memory.
 """
 
 import contextlib
@@ -139,7 +139,7 @@ def _key(listing: Listing, pools: Mapping[str, Sequence[Image]], transform: Tran
 
 
 def _open(place: Path) -> Cache | None:
-    """The cache in a folder, or None where there is none that is whole and as it was written."""
+    """The cache in a folder, or None if there is no complete and intact one."""
     try:
         index = json.loads((place / "index.json").read_text())
         shape = tuple(index["shape"])
@@ -255,7 +255,7 @@ def _decode(
 
 
 def _hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str, str]:
-    """The hash of each file's contents by its name; of its name where it cannot be read, which decoding will tell."""
+    """The hash of each file's contents by name, or of its name if it is unreadable, which decoding will report."""
 
     def hashed(name: str) -> str:
         try:

@@ -139,7 +139,7 @@ class CelebA(ImageDataModule):
         return Split(self.cache.images[start:end], labels)
 
     def fingerprint(self, split: str) -> str:
-        """What a split holds, as a SHA-256 over all prepared pixels, its rows and its labels; see `ImageFolder`."""
+        """The SHA-256 over all prepared pixels, the split's rows and its labels; see `ImageFolder`."""
         digest = hashlib.sha256(self.cache.checksum.encode())
         for name in split.split("+"):
             labels = self.split(name).labels
@@ -210,7 +210,7 @@ class CelebA(ImageDataModule):
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
-    """The rows of a list, which separates by blanks (.txt) or commas (.csv); empty lines are passed over."""
+    """The rows of a list, separated by blanks (.txt) or commas (.csv); empty lines are skipped."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.reader(file) if path.suffix == ".csv" else (line.split() for line in file):

@@ -180,7 +180,7 @@ class CIFAR10(ImageDataModule):
         return None
 
     def _announce(self, folder: Path, part: str) -> None:
-        """Says once which files are not the official ones; they are read all the same, by a reader that trusts none."""
+        """Warns once about files that are not the official ones; they are read anyway, by a safe reader."""
         if part in self._announced:
             return
         self._announced.add(part)

@@ -2,10 +2,10 @@
 
     file -> centre square (of `crop` pixels, or of the shorter side) -> resize to `size` -> upright -> 1 or 3 channels
 
-The kernel of the resampling is as wide as the reduction, so that nothing aliases. `crop` cuts first and resizes then,
-as papers on CelebA do; otherwise the result is that of resizing the shorter side first and cutting then. A JPEG
-far larger than its target is first decoded at a half, quarter or eighth, never below four times the target, which
-changes the result by about a grey level and saves most of the time and memory. Colour profiles are not applied.
+The resampling kernel is as wide as the reduction, which avoids aliasing. With `crop` an image is cropped before it is
+resized, as in papers on CelebA; otherwise its shorter side is resized first. A JPEG far larger than its target is first
+decoded at a half, quarter or eighth, never below four times the target, which changes the result by about one grey
+level and saves most of the time and memory. Colour profiles are not applied.
 """
 
 import math
@@ -205,7 +205,7 @@ def _deep(image: Image.Image) -> np.ndarray | None:
 
 
 def _reduced(values: np.ndarray, bits: int | None) -> Image.Image:
-    """An image of 16 bits per channel in 8: its upper 8 of those that are used."""
+    """An image of 16 bits per channel in 8: the upper 8 of the bits in use."""
     bits, needed = bits or _bits_of(values), _bits_of(values)
     if needed > bits:
         raise BadImageError(f"holds the value {values.max()}, which {bits} bits do not; set bits to {needed}")

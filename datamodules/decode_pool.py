@@ -1,8 +1,8 @@
-"""Decoding many images at once: processes that write into one file, a progress bar, and nothing that can hang.
+"""Decodes many images in parallel, into one file, with a progress bar.
 
-Process w of W takes the images w, w + W, w + 2W, ... and writes each to its row. No lock is held and no queue shared,
-so that a process that dies (a decoder that crashes, the system short of memory) costs the image that it was at and is
-replaced. A process whose parent is gone ends by itself. Huge images pass one at a time, which bounds the memory.
+Process w of W takes the images w, w + W, w + 2W, ... and writes each to its row. There is no lock and no queue, so that
+a process that dies (a crashing decoder, too little memory) costs one image and is replaced. A process whose parent is
+gone exits. Huge images are decoded one at a time, which bounds the memory.
 """
 
 import contextlib
@@ -149,7 +149,7 @@ class DecoderPool:
             yield sum(self.progress(worker) for worker in range(self.size)), found
 
     def _listen(self, worker: int, pipe: Connection) -> dict[int, str]:
-        """What a process reports; where it has ended before its work, the image that it was at is to blame."""
+        """The report of a process; if it died early, the image that it was decoding is to blame."""
         try:
             number, reason = pipe.recv()
             if number < 0:

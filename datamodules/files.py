@@ -1,4 +1,4 @@
-"""Downloads through torchvision, verified by checksum, that leave nothing half-written; and what to say of errors."""
+"""Downloads by torchvision, verified by checksum and written atomically; and messages of their errors."""
 
 import os
 import tempfile

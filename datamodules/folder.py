@@ -5,10 +5,10 @@ other are the splits. Folders below them are classes if there are at least two; 
 most as many as a class has on average, are left out with a warning. Classes are numbered in the order of their names,
 numbers in them as numbers: 0, 1, 2, 10.
 
-Without splits on disk, each image is dealt by the hash h of its file's contents, taken as a number in [0, 1): to
-"val" where h < val_fraction, to "test" where h >= 1 - test_fraction. An image that is added, removed or renamed moves
-no other, and two copies of one image are never in different splits. Where no image falls to a split that is asked
-for, the one with the lowest hash ("val") or the highest ("test") is taken.
+Without splits on disk, the hash h of its contents, as a number in [0, 1), assigns each image: to "val" if h <
+val_fraction, to "test" if h >= 1 - test_fraction. Adding, removing or renaming an image moves no other, and copies of
+one image are in the same split. If a requested split would be empty, it gets the image with the lowest hash ("val") or
+the highest ("test").
 """
 
 import functools
@@ -133,8 +133,8 @@ def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
 class ImageFolder(ImageDataModule):
     """Images of any size and kind from a folder, a zip or a list of globs, cut to squares and resized.
 
-    JPEG, PNG, WebP, BMP, TIFF and GIF (its first frame), in grey, palette, alpha, CMYK or 16 bits, turned upright by
-    their EXIF tag. Each image is decoded once, into a cache; broken ones are named and left out.
+    JPEG, PNG, WebP, BMP, TIFF and GIF (first frame), in grey, palette, alpha, CMYK or 16 bits, rotated by their EXIF
+    tag. Each image is decoded once, into a cache; broken ones are reported and skipped.
 
     Args:
         root: A folder, a zip, a glob such as "dogs/*terrier*", or a list of globs.
@@ -299,7 +299,7 @@ class ImageFolder(ImageDataModule):
         return places[split]
 
     def _held_out(self, fraction: float, start: int, end: int, lowest: bool) -> int:
-        """Number of images of the training pool that are held out at its one end."""
+        """Number of images of the training pool that are held out at one end."""
         if not fraction:
             return 0
         if self.split_by != "content":
@@ -335,7 +335,7 @@ class ImageFolder(ImageDataModule):
         return torch.tensor([classes[str(self.layout.class_of(name))] for name in names], dtype=torch.int64)
 
     def fingerprint(self, split: str) -> str:
-        """What a split holds, as a SHA-256 over all prepared pixels, its rows and its labels.
+        """The SHA-256 over all prepared pixels, the split's rows and its labels.
 
         Args:
             split: As for `reference_images`.
@@ -351,7 +351,7 @@ class ImageFolder(ImageDataModule):
         return digest.hexdigest()
 
     def _identity_of(self, split: str) -> str:
-        """The files of this split alone, so that more images in another change nothing."""
+        """The files of this split alone, so that images in another split change nothing."""
         start, end = self.rows(split)
         if not self.cache.hashes:
             return self.fingerprint(split)
@@ -427,7 +427,7 @@ def hash_at(fraction: float) -> str:
 
 
 def describe_classes(names: Sequence[str], counts: Mapping[str | None, int] | None = None) -> str:
-    """Classes with their numbers and how many images each has, in a few words.
+    """Classes with their numbers and counts, in one line.
 
     Args:
         names: The classes in the order of their numbers.

@@ -2,8 +2,8 @@
 
     0x00 0x00 TYPE RANK | RANK big-endian uint32 sizes | values
 
-TYPE is 8 for uint8, the only one that image sets use. Files may be gzipped. What a file claims is checked against what
-it holds before anything of that size is allocated.
+TYPE is 8 for uint8, the only one that image sets use. Files may be gzipped. The sizes in the header are checked against
+the file before anything is allocated.
 """
 
 import gzip

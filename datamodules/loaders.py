@@ -1,4 +1,4 @@
-"""From a set of images in memory or on disk to batches on the training device, without per-sample Python.
+"""Loaders: from an array of images to batches on the training device, without per-sample Python.
 
 A split is one uint8 array (N, C, H, W) and its labels. A batch is cut out of the array in one indexing operation,
 augmented and normalised as a whole. What a batch holds is a function of keys alone:
@@ -7,9 +7,8 @@ augmented and normalised as a whole. What a batch holds is a function of keys al
     global batch g of B:     perm[g * B : (g + 1) * B], a last incomplete one is dropped
     rank r of W ranks:       rows [r::W] of the global batch
 
-so that the union over the ranks is the global batch, no image comes twice in an epoch, and a run that resumes in the
-middle of an epoch goes on at batch g by skipping the g before. Evaluation goes through a split in its own order, rank r
-through rows [r::W], each image exactly once.
+so that the ranks together hold the global batch, no image comes twice in an epoch, and a run resumed in mid-epoch skips
+the batches before g. Evaluation reads a split in its own order, rank r the rows [r::W], each image exactly once.
 """
 
 import hashlib
@@ -93,8 +92,8 @@ class Gather(Dataset[Tensor]):
 class BatchLoader:
     """Iterates over batches of a split; subclasses say which rows each batch has.
 
-    It is no `torch.utils.data.DataLoader`, so that Lightning leaves its order alone whatever `use_distributed_sampler`
-    says; with `num_workers` it reads through one, for an array on a slow disk.
+    It is no `torch.utils.data.DataLoader`, so that Lightning never replaces its sampler, whatever
+    `use_distributed_sampler` is; with `num_workers` it reads through one, for an array on a slow disk.
 
     Args:
         split: The images and labels.
@@ -178,7 +177,7 @@ class BatchLoader:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: the position follows from the trainer's own count. Its presence tells Lightning that we resume."""
+        """Empty: the position comes from the trainer's counters, but the method marks the loader as resumable."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -186,10 +185,10 @@ class BatchLoader:
 
 
 class TrainLoader(BatchLoader):
-    """Batches in keyed random order, a last incomplete one dropped.
+    """Batches in keyed random order; an incomplete last batch is dropped.
 
-    In a Trainer's training loop the epoch and the batches already seen come from the trainer at the moment that the
-    first batch is asked for, also after a restart in mid-epoch; elsewhere `set_epoch` says the epoch.
+    In training the epoch and the batches already seen come from the trainer when the first batch is requested, also
+    when a run is resumed; elsewhere `set_epoch` sets the epoch.
     """
 
     trainer: "Trainer | None" = None
@@ -230,8 +229,7 @@ class TrainLoader(BatchLoader):
 class EvalLoader(BatchLoader):
     """A split in its own order, each image exactly once over all ranks, without padding.
 
-    Every rank has the same number of batches, so that none waits for another: a rest with fewer images than ranks
-    joins the batch before it.
+    Every rank has the same number of batches: a remainder with fewer images than ranks joins the batch before it.
     """
 
     def __len__(self) -> int:

@@ -1,8 +1,7 @@
-"""Reading a pickle that may come from anyone: numpy arrays and plain containers, nothing else.
+"""Reads untrusted pickles: numpy arrays and plain containers only.
 
-A pickle is a program that names functions to call. This reader knows the few names with which numpy rebuilds an array,
-and puts functions of its own in their place, which check what they are given; every other name is refused before
-anything is called.
+A pickle is a program that calls functions by name. This reader replaces the few that numpy needs to rebuild an array by
+checked functions of its own, and refuses every other name before anything is called.
 """
 
 import pickle

@@ -1,8 +1,8 @@
 """One image as a data set: the quickest way to see a diffusion model learn, and the setting of single-image models.
 
-With the whole image, the data distribution is one point, the best denoiser is known exactly, D(x; sigma) = x0, and a
-model that has learned gives the image back. With patches, each training image is a square cut at random from the
-image, and the model learns what its parts look like.
+With the whole image, the data distribution is one point and the best denoiser is known, D(x; sigma) = x0: a trained
+model reproduces the image. With patches, each training image is a random square of the image, and the model learns its
+texture.
 """
 
 from importlib.resources import files
@@ -88,7 +88,7 @@ class SingleImage(ImageDataModule):
         self.pixels()
 
     def pixels(self) -> Tensor:
-        """The image as it is trained on, uint8 (C, S, S); S is `patches`, or `image_size` for the whole image.
+        """The training image, uint8 (C, S, S); S is `patches`, or `image_size` for the whole image.
 
         Raises:
             FileNotFoundError: If there is no such image.
@@ -119,7 +119,7 @@ class SingleImage(ImageDataModule):
         return Split(self._cut(count, keyed_generator("patches", split)), None)
 
     def augment(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
-        """Cuts new patches where patches are trained on, and mirrors half where `random_flip` is on.
+        """Cuts new patches if there are patches, and mirrors half if `random_flip` is on.
 
         Args:
             images: This rank's images, uint8 (B, C, H, W).

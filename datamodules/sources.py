@@ -1,8 +1,8 @@
-"""Where images lie: a folder of any depth, a zip, or a list of globs. What is there is listed; nothing is decoded.
+"""Lists images in a folder of any depth, a zip, or a list of globs, without decoding them.
 
-Names are relative to the root, with "/" between their parts, and sorted, so that a folder and its zip list alike.
-What cannot be listed (an unreadable folder, a link that points nowhere) is told by name. Links to folders are followed,
-each folder once, so that links in a circle end.
+Names are relative to the root, separated by "/" and sorted, so that a folder and its zip list alike. What cannot be
+listed (an unreadable folder, a broken link) is reported by name. Links to folders are followed, each folder once, so
+that cycles end.
 """
 
 import glob
@@ -102,7 +102,7 @@ class Listing:
 
 
 def printable(name: str) -> str:
-    """A file name that any terminal takes in one line: what cannot be printed is written as escapes.
+    """A file name as one printable line, other characters escaped.
 
     Args:
         name: A name as the system gives it.
@@ -153,7 +153,7 @@ def is_image(name: str) -> bool:
 
 
 def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_result]]:
-    """Goes through all files with an image's ending, each folder once even where links make a circle.
+    """Walks all files with an image's ending, each folder once even if links form a cycle.
 
     Args:
         folder: Where to start.
@@ -198,7 +198,7 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
 
 
 def _unreadable(folder: str, names: Sequence[str]) -> list[Skip]:
-    """What is said of the files of a folder that are images of kinds that are not read: one line for each kind."""
+    """Messages about images of unsupported formats in a folder: one line per format."""
     endings = [os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")]
     return [
         Skip(folder or "the folder itself", f"holds {endings.count(ending)} {ending} files, which are not read")

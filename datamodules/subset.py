@@ -1,4 +1,4 @@
-"""A part of another data set's training images, to see what becomes of a model as they get fewer."""
+"""A subset of another data set's training images, to study small data sets."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ EPOCH = 4096  # images that an epoch has at least, fewer being repeated
 
 
 class Subset(ImageDataModule):
-    """Some training images of another data set, whose validation and test images stay as they are.
+    """Some training images of another data set; its validation and test images stay.
 
-    The images are spread evenly over the training split. Fewer than a few thousand are repeated until an epoch is
-    long enough; reference images are each there once.
+    The images are spread evenly over the training split. Fewer than a few thousand are repeated up to a minimal length
+    of an epoch; reference images are not repeated.
 
     Args:
         data: The data set.
@@ -52,7 +52,7 @@ class Subset(ImageDataModule):
         self.data.write_nowhere(but_root)
 
     def number_classes(self, names: list[str]) -> bool:
-        """Numbers the classes anew, where the data set can; see `ImageDataModule.number_classes`."""
+        """Renumbers the classes, if the data set can; see `ImageDataModule.number_classes`."""
         self.data.match_classes(names)
         return True
 

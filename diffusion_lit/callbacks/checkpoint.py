@@ -1,9 +1,8 @@
-"""The checkpoint from which a run continues, and how a run is interrupted.
+"""Saves the checkpoint that a run resumes from, and handles interruption.
 
-A checkpoint is only ever taken between two optimizer steps, never between batches whose gradients are still being
-summed, since those would be lost, and only when the step's figures are on the disk. SIGTERM and Ctrl-C are noted and
-obeyed at the end of the step: the state is saved, and the run ends with the exit status that the shell expects, 143 or
-130.
+Checkpoints are taken only between optimizer steps, never between accumulated batches, whose gradients would be lost,
+and only when the step's figures are on disk. SIGTERM and Ctrl-C take effect at the end of the step: the state is saved,
+and the run exits with the usual status, 143 or 130.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt`: the state after each validation, at the end of training and when interrupted.
+    """Saves `checkpoints/last.ckpt` after each validation, at the end of training and when interrupted.
 
     Beside it lie `previous.ckpt`, the one before, and `best.ckpt`, that of the validation with the lowest FID where the
     run measures one, and otherwise with the lowest `val/loss`. Other metrics are for
@@ -61,7 +60,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens for signals, and makes up for a validation that the checkpoint was saved before."""
+        """Installs signal handlers, and runs the validation that an interruption skipped."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
         if trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu":
@@ -154,7 +153,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     def _keep(self, trainer: Trainer, name: str) -> None:
-        """Gives last.ckpt a second name, under which it stays when it is replaced."""
+        """Links last.ckpt under a second name, which survives its replacement."""
         last = Path(str(self.dirpath)) / "last.ckpt"
         if not last.exists() or (name == "best" and getattr(trainer.strategy.checkpoint_io, "failure", None)):
             return
@@ -182,7 +181,7 @@ class LastCheckpoint(ModelCheckpoint):
         return improved
 
     def _listen(self, trainer: Trainer) -> None:
-        """Takes SIGTERM, Ctrl-C and, under SLURM, the signal to requeue, whose work is done at the end of a step."""
+        """Handles SIGTERM, Ctrl-C and SLURM's signal to requeue, at the end of a step."""
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGTERM, signal.SIGINT]
@@ -222,7 +221,7 @@ class LastCheckpoint(ModelCheckpoint):
         return number, bool(late)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the training so far where validation failed or was interrupted, which leaves it as it was."""
+        """Saves when validation failed or was interrupted, since it leaves training unchanged."""
         if trainer.state.fn == "fit" and trainer.validating and trainer.world_size == 1:
             if trainer.fit_loop._should_accumulate():
                 return
@@ -250,7 +249,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def _figure(trainer: Trainer) -> tuple[str, float] | None:
-    """The figure by which a run's checkpoints compare, the less the better: its FID, or else its `val/loss`."""
+    """The figure that ranks checkpoints, lower is better: FID, or else `val/loss`."""
     tags = sorted((one.tag for one in trainer.callbacks if isinstance(one, FID)), key=lambda tag: tag.startswith("r"))  # type: ignore[attr-defined]
     metrics = trainer.callback_metrics
     name = next((name for name in (*tags, "val/loss") if name in metrics), None)

@@ -1,4 +1,4 @@
-"""What a run costs, told before it starts: parameters, operations, memory, and after some steps the time to the end."""
+"""Cost of a run: parameters, operations and memory before it starts, and after some steps the remaining time."""
 
 import copy
 import inspect
@@ -43,7 +43,7 @@ class NetworkCost:
 def network_cost(
     net: nn.Module, shape: tuple[int, ...], context: AbstractContextManager[Any] | None = None
 ) -> NetworkCost:
-    """Counts with torch's FlopCounterMode and with what autograd keeps, on a copy of the network.
+    """Counts FLOPs with torch's FlopCounterMode and the memory that autograd saves, on a copy of the network.
 
     Args:
         net: Called as `net(x, noise)`, or as `net(x)` where it takes one input.

@@ -1,10 +1,10 @@
-"""The exponential moving average of the weights, from which samples and metrics come.
+"""The exponential moving average (EMA) of the weights, which sampling and metrics use.
 
 Built on Lightning's `WeightAveraging`: a checkpoint's `state_dict` holds the average, `current_model_state` the raw
-weights. Four things differ. The average stands in during the whole of validation (from `on_validation_start` to
-`on_validation_end`), so every other callback sees it wherever it is listed; the raw weights come back when validation
-fails; they are left in place at the end of training; and frozen weights are shared, not copied. Several averages of
-different widths are kept at once where `sigma_rel` lists them: the first is the one that stands in.
+weights. Four things differ. The average is in place during the whole of validation (`on_validation_start` to
+`on_validation_end`), so that all callbacks see it, whatever their order; the raw weights are restored if validation
+fails, and stay in place at the end of training; frozen weights are shared, not copied. With `sigma_rel` several
+averages of different widths are kept; validation uses the first.
 """
 
 import math
@@ -28,11 +28,11 @@ AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 class EMA(WritesToRunFolder, WeightAveraging):
     """Averages the weights with a half-life counted in training images, ramped up at the start.
 
-    After each step of B images the average moves by `1 - beta` towards the raw weights, with
-    `beta = 0.5 ^ (B / min(half_life, ramp_up * images seen))` (Karras 2022, arXiv 2206.00364, appendix F.2), or with a
-    fixed `decay` where one is given. With `sigma_rel` the averages have power-function profiles of these relative
-    widths instead (`diffusion.averaging`), and snapshots of them, in the run's folder `averages/`, serve to make the
-    average of any other width after training: `python -m experiments.posthoc_ema`.
+    After each step of B images the average moves by `1 - beta` towards the raw weights, with `beta = 0.5 ^ (B /
+    min(half_life, ramp_up * images seen))` (Karras 2022, arXiv 2206.00364, appendix F.2), or with a fixed `decay`. With
+    `sigma_rel` the averages have power-function profiles of these relative widths (`diffusion.averaging`), and their
+    snapshots, in the run's folder `averages/`, give the average of any other width after training: `python -m
+    experiments.posthoc_ema`.
 
     Args:
         half_life: Images after which an old weight counts half; `null` with `decay` or `sigma_rel`, which go before it.
@@ -116,7 +116,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
 
     @torch.no_grad()
     def _move(self, pl_module: LightningModule) -> None:
-        """Moves the first average; what `AveragedModel.update_parameters` does, without a walk through all modules."""
+        """Updates the first average, like `AveragedModel.update_parameters` without a walk through all modules."""
         assert self._average_model is not None
         if not self._weights[0]:  # the parameters stay the same objects for the whole run, also where they are swapped
             module = self._average_model.module
@@ -156,7 +156,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
             rank_zero_warn(f"A snapshot of the averages could not be written to {folder}: {error}. Training goes on.")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the average model; its counter stays on the host, where reading it does not wait for the device.
+        """Makes the averaged model; its counter stays on the CPU, where reading it needs no synchronisation.
 
         Raises:
             ValueError: If another callback averages the weights too: each would take the other's for the raw ones.
@@ -204,7 +204,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
         """Nothing: the average stands in until `on_validation_end`."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts the raw weights back when validation failed, before anything is saved."""
+        """Restores the raw weights if validation failed, before anything is saved."""
         self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

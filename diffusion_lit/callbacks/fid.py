@@ -1,7 +1,7 @@
-"""The Fréchet distance while training: `lightning evaluate`'s own code at a small number of samples.
+"""The Fréchet distance during training, by the code of `lightning evaluate` with fewer samples.
 
-The figure is called by its extractor and its number of samples, `fid_inception_5k`, and beside it stands
-`fid_inception_5k_floor`, the same of real images against real images.
+The metric is named after its extractor and number of samples, `fid_inception_5k`; `fid_inception_5k_floor` is the same
+for real images against real images.
 """
 
 from functools import partial
@@ -78,7 +78,7 @@ class FID(Callback):
         return f"{self.extractor.metric}_{short_count(self.num_samples)}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gets the extractor and the reference, or says that there will be no such metric."""
+        """Loads the extractor and the reference, or says why there is no such metric."""
         self._prepare(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,7 +157,7 @@ class FID(Callback):
         return ends(trainer) or trainer.current_epoch - self._measured_epoch >= self.every_n_epochs
 
     def _prepare(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Loads the extractor, on rank 0 first, which alone keeps the reference; once. Called on all ranks."""
+        """Loads the extractor, on rank 0 first, which alone keeps the reference. Called on all ranks."""
         if self._prepared:
             return
         self._prepared = True

@@ -1,13 +1,12 @@
-"""The guard against losses and gradients that are not numbers.
+"""Guards training against losses and gradients that are not finite.
 
-Whether a step is good is decided on the device, without the host waiting for it: a flag
+The device decides without synchronisation whether a step is good. A flag
 
     ok = isfinite(loss) and isfinite(g_i) for every gradient g_i
 
-(over all ranks, which must agree) chooses afterwards, for each weight and each tensor of the optimizer's state, between
-the value before the step and the value after it. A bad step therefore changes nothing. The host reads the flag at the
-logging interval, before validation and at the end. Where the device is the host, a good step needs no more than the
-flag.
+(over all ranks) selects, for each weight and each tensor of the optimizer's state, the value before or after the step,
+so that a bad step changes nothing. The host reads the flag at the logging interval, before validation and at the end.
+On the CPU a good step needs only the flag.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,14 +27,12 @@ HOST = "cpu"  # the kind of device whose flag the host knows without waiting
 
 
 class NonFiniteGuard(Callback):
-    """Keeps updates from a loss or gradient that is not finite from being applied.
+    """Skips updates whose loss or gradients are not finite.
 
     With `stop` the run ends at the next logging interval and names the first bad step, its noise levels and the last
-    checkpoint; with `skip` it goes on without those updates, counts them as `train/nonfinite_steps` and warns; with
-    `off` nothing is checked. In 16-bit precision with a gradient scaler, which meets infinite gradients on its way, the
-    scaler decides about gradients and the guard about the loss alone. A fused optimizer (`fused: true`) leaves a bad
-    step out by itself, under a scaler at the scaler's word; for others the guard keeps a copy of weights and state for
-    the length of a step.
+    checkpoint; with `skip` it continues, counts them as `train/nonfinite_steps` and warns; with `off` nothing is
+    checked. With the gradient scaler of 16-bit precision, the scaler checks gradients and the guard only the loss. A
+    fused optimizer skips bad steps by itself; for others the guard copies weights and state during a step.
 
     Args:
         nonfinite: `stop`, `skip` or `off`.
@@ -68,7 +65,7 @@ class NonFiniteGuard(Callback):
         self._handles = [optimizer.register_step_post_hook(self._choose) for optimizer in trainer.optimizers]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Notes whether the loss is finite; with accumulated batches, whether all since the last step were."""
+        """Records whether the loss is finite, over all accumulated batches of the step."""
         if self._count is not None:
             ok = torch.isfinite(loss.detach()).all()
             self._loss_ok = ok if self._loss_ok is None else self._loss_ok & ok
@@ -164,7 +161,7 @@ class NonFiniteGuard(Callback):
         self._handles, self._count, self._loss_ok, self._ok, self._before = [], None, None, None, {}
 
     def read(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Brings the record to the host, and stops or warns where a step was bad.
+        """Reads the record on the host, and stops or warns if a step was bad.
 
         Args:
             trainer: The trainer.
@@ -204,7 +201,7 @@ class NonFiniteGuard(Callback):
 
 
 def _alike(tensors: Iterable[Tensor | None]) -> Iterable[list[Tensor]]:
-    """The tensors that are there, those of the same device and type together."""
+    """The tensors that are not None, grouped by device and dtype."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor is not None:
@@ -213,7 +210,7 @@ def _alike(tensors: Iterable[Tensor | None]) -> Iterable[list[Tensor]]:
 
 
 def _spoil(optimizer: Any, ok: Tensor) -> None:
-    """Makes one gradient not finite unless all is well, the smallest, so that a gradient scaler leaves the step out."""
+    """Makes the smallest gradient not finite if the step is bad, so that the gradient scaler skips it."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     smallest = min(grads, key=Tensor.numel)
     smallest.masked_fill_(~ok, float("nan"))

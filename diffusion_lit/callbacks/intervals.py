@@ -1,7 +1,7 @@
-"""When a run validates, saves, draws and measures: at the interval and at its end, whether or not images are held out.
+"""Validation at the interval and at the end of a run, also without held-out images.
 
-Lightning leaves validation out where there is nothing to validate on, and with it everything that callbacks do then:
-the checkpoint, the sample grid, FID.
+Lightning skips validation if there is nothing to validate on, and with it the callbacks: the checkpoint, the image
+grid, FID.
 """
 
 from typing import Any
@@ -32,18 +32,18 @@ def ends(trainer: Trainer) -> bool:
 
 
 class ValidationLoop(_EvaluationLoop):
-    """Lightning's, which calls what callbacks do at a validation also where there is no batch to validate on."""
+    """Lightning's loop, which also calls the callbacks when there is no batch to validate on."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=False)
 
     @property
     def skip(self) -> bool:
-        """Only before training, where a validation of no batches would show nothing."""
+        """Skips only the check before training."""
         return self.trainer.sanity_checking and super().skip
 
     def setup_data(self) -> None:
-        """Asks for the held-out images; none of them stand in where there are none."""
+        """Gets the held-out images, possibly none."""
         super().setup_data()
         if self._combined_loader is None:
             self._combined_loader, self._max_batches = CombinedLoader([], "sequential"), [0]

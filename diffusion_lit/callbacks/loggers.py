@@ -1,6 +1,6 @@
-"""What a run tells its loggers beyond figures, images, animations and texts, and how a logger is chosen by name.
+"""Images, animations and texts for loggers, and loggers by name.
 
-TensorBoard, W&B and CSV files are given the same; TensorBoard has a logger that a full disk does not take down.
+TensorBoard, W&B and CSV get the same; the TensorBoard logger survives a full disk.
 """
 
 import csv
@@ -17,10 +17,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 class TensorBoardLogger(LightningTensorBoardLogger):
-    """Lightning's TensorBoard logger, which does not take training down when its file cannot be written.
+    """Lightning's TensorBoard logger, which does not stop training when its file cannot be written.
 
-    After a failure it warns once and tries a new event file, the folder made again where it is gone; what was not yet
-    on the disk is lost.
+    After a failure it warns once and starts a new event file, in a new folder if needed; unwritten events are lost.
     """
 
     _warned = False
@@ -62,7 +61,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
 
 
 def quiet_writer_threads() -> None:
-    """Leaves out the traceback that TensorBoard's writer thread prints when it fails: the logger tells of it."""
+    """Suppresses the traceback of TensorBoard's writer thread; the logger reports the failure."""
     before = threading.excepthook
 
     def hook(args: Any) -> None:
@@ -100,7 +99,7 @@ def show_image(logger: Logger, tag: str, path: Path, size: tuple[int, int], step
 
 
 def note(logger: Logger, tag: str, text: str, step: int) -> None:
-    """Puts a text on record in a logger.
+    """Logs a text.
 
     A logger of one's own takes part by a method `note(tag, text, step)`; others keep none.
 
@@ -139,7 +138,7 @@ LOGGERS = {
 
 
 def with_logger_named(args: list[str]) -> list[str]:
-    """Puts a logger's class in the place of its name: `--trainer.logger wandb`, `csv` or `tensorboard`.
+    """Replaces a logger's short name by its class: `--trainer.logger wandb`, `csv` or `tensorboard`.
 
     Args:
         args: A command line.

@@ -1,9 +1,9 @@
 """Lightning's training loop with one meaning of a step: when it validates, and where a resumed run goes on.
 
-Validation is due after every `val_check_interval` optimizer steps, however many batches a step sums up, and after the
-last step of the run. Where a run stands is one pair: the epoch, and the number of its batches that are behind it.
-Lightning's counters say it differently after a batch, after a validation, after an epoch and in a run that was itself
-resumed, so that a checkpoint's counters are brought into one form before the loop reads them.
+Validation runs after every `val_check_interval` optimizer steps, whatever the number of accumulated batches, and after
+the last step. A position in the run is one pair: the epoch, and the number of its batches that are done. Lightning's
+counters differ after a batch, a validation, an epoch and a resumption, so they are normalised before the loop reads a
+checkpoint.
 """
 
 from typing import Any
@@ -98,14 +98,14 @@ class StepLoop(_TrainingEpochLoop):
         return every is None or (self.trainer.current_epoch + 1) % every == 0
 
     def reset(self) -> None:
-        """Begins an epoch or goes on in it; one is logged per step, also in a run that was resumed."""
+        """Begins or resumes an epoch; it logs once per step, also when resumed."""
         super().reset()
         if self.trainer.lightning_module.automatic_optimization:
             self._batches_that_stepped = self.global_step
 
 
 class RunLoop(_FitLoop):
-    """Lightning's loop over epochs, which goes on exactly where a checkpoint was taken.
+    """Lightning's loop over epochs, which resumes exactly where a checkpoint was taken.
 
     Args:
         trainer: The trainer, whose own loop it replaces.
@@ -118,7 +118,7 @@ class RunLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        """Whether there is nothing to do: nothing to train, and no validation to make up for."""
+        """Whether there is nothing to train and no skipped validation to run."""
         due = any(getattr(callback, "_validation_due", False) for callback in self.trainer.checkpoint_callbacks)
         return super().skip and not (due and self.max_batches)
 

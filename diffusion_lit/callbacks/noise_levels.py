@@ -1,4 +1,4 @@
-"""The denoising error at fixed noise levels: where along the noise axis a model is good and where it still learns."""
+"""The denoising error at fixed noise levels."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -1,4 +1,4 @@
-"""What `lightning predict` leaves: its samples, as `lightning sample` writes them."""
+"""Writes the samples of `lightning predict`, in the format of `lightning sample`."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ GRID = 64  # images of the grid at most
 class KeepPredictions(WritesToRunFolder):
     """Writes predicted images to samples.npz and the first ones to grid.png, in the order of the data.
 
-    Each batch is written as it comes, so that memory does not grow with the data until the one file is made of them.
+    Each batch is written at once, so that memory does not grow with the data.
     """
 
     def on_predict_batch_end(

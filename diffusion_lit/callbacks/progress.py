@@ -1,4 +1,4 @@
-"""What a run tells its user: images per second while it goes, and where everything lies when it ends."""
+"""Messages of a run: images per second, and where its files lie."""
 
 import time
 from functools import partial
@@ -18,7 +18,7 @@ from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
 
 class Throughput(Callback):
-    """Logs training images per second, all ranks together, validation and images not counted."""
+    """Logs training images per second over all ranks, without the time of validation and drawing."""
 
     def __init__(self) -> None:
         self._since = 0.0
@@ -51,7 +51,7 @@ class Throughput(Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, drawn at most twice a second: drawn after every step it costs half a millisecond of each."""
+    """Lightning's bar, drawn at most twice a second; drawing it after every step costs 0.5 ms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class ProgressBar(TQDMProgressBar):
 
 
 class RunSummary(WritesToRunFolder):
-    """Tells what the hardware decided when training starts, and what the run reached and left when it ends."""
+    """Prints the choices for the hardware at the start, and results and files at the end."""
 
     _started_at: int | None = None  # the step at which training started, where it did
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what was chosen for the hardware and how to choose otherwise, and puts it on record in the log."""
+        """Prints and logs the choices for the hardware and the options that change them."""
         self._started_at = trainer.global_step
         if not trainer.is_global_zero:
             return
@@ -142,7 +142,7 @@ class RunSummary(WritesToRunFolder):
 
 
 def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
-    """What a run computes on and in which way, and the options that say otherwise.
+    """Device, precision and memory format of a run, and the options that change them.
 
     Args:
         trainer: The trainer, its optimizers made.

@@ -14,7 +14,7 @@ from diffusion_lit.evaluation.single_image import psnr
 class ImagePSNR(Callback):
     """Logs the mean peak signal-to-noise ratio of samples against the one training image as `psnr`, in decibels.
 
-    Above about 25 dB a person takes the sample for a copy. Meaningless for a model of patches.
+    Above about 25 dB a sample looks like a copy. Meaningless for a model of patches.
 
     Args:
         count: Number of samples.

@@ -1,4 +1,4 @@
-"""What an autoencoder makes of images: reconstructions, ways between them, and their distance from real ones."""
+"""Callbacks for autoencoders: reconstructions, interpolations, and the FID of reconstructions."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ class Reconstructions(DrawingCallback):
 
 
 class Interpolations(DrawingCallback):
-    """The straight ways in latent space between pairs of held-out images, decoded.
+    """Decoded linear interpolations between the latents of pairs of held-out images.
 
     Args:
         rows: Number of pairs.
@@ -87,8 +87,8 @@ class Interpolations(DrawingCallback):
 class ReconstructionFID(FID):
     """The Fréchet distance of reconstructed held-out images to the training images: `rfid_inception_5k`.
 
-    It is what a perfect model of the latents would get, and stands beside the FID of the samples, with which it shares
-    extractor, reference and code. Of a frozen autoencoder it is measured once.
+    The score of a perfect model of the latents, with the extractor, reference and code of the samples' FID. A frozen
+    autoencoder is measured once.
 
     Args:
         extractor: What images are compared by.
@@ -171,7 +171,7 @@ def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | Non
 
 
 def _above(images: Tensor, made: Tensor, start: int, columns: int) -> list[Tensor]:
-    """A row of images and the row below it, the last one filled up with white."""
+    """Interleaves rows of images with the rows below, padding the last with white."""
     rows = []
     for part in (images, made):
         row = part[start : start + columns]

@@ -1,7 +1,7 @@
-"""What a run that goes on compares with its checkpoint, and what it does about differences.
+"""Compares a resumed run with its checkpoint, and applies the differences.
 
-A checkpoint records the settings of model and data, and here those of average, guard and trainer. Options of the
-optimizer and its schedule that differ are applied (`modules.reapply`).
+A checkpoint records the settings of model and data; this callback adds those of average, guard and trainer. Changed
+options of optimizer and schedule are applied (`modules.reapply`).
 """
 
 from collections.abc import Iterator
@@ -77,12 +77,12 @@ def differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as it is compared: a list and a tuple of the same values are the same."""
+    """The value to compare: lists and tuples are alike."""
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
 class Resume(Callback):
-    """Puts the settings of a run on record in its checkpoints, and applies what was changed when it goes on.
+    """Records the settings of a run in its checkpoints, and applies changes when it is resumed.
 
     Args:
         settings: Plain values, nested, that the checkpoint's other records do not hold.
@@ -101,7 +101,7 @@ class Resume(Callback):
         """Nothing: this run's settings hold."""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Finds what differs in optimizer and schedule, and keeps a schedule from reading the state of another."""
+        """Finds differences in optimizer and schedule, and drops the state of a schedule that was replaced."""
         before, now = checkpoint.get("hyper_parameters", {}), dict(pl_module.hparams)
         if trainer.state.fn != "fit" or not before or not now:
             return

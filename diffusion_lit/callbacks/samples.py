@@ -1,6 +1,6 @@
-"""Images while training: a grid of samples that grow, and the way from noise to image.
+"""Images during training: a grid of samples, and the trajectory from noise to image.
 
-Seeds and labels are fixed, so that the grids of different epochs show the same samples at different ages.
+Seeds and labels are fixed, so that the images of different epochs compare.
 """
 
 from typing import TYPE_CHECKING, Any, cast
@@ -39,7 +39,7 @@ class DrawingCallback(WritesToRunFolder):
         self.validations = 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws where it is due, on all ranks, with the average weights that validation uses."""
+        """Draws at the interval, on all ranks, with the averaged weights."""
         if trainer.sanity_checking or not hasattr(pl_module, "generate"):
             return
         self.validations += 1
@@ -159,7 +159,7 @@ class SampleGrid(DrawingCallback):
 
 
 class Trajectory(DrawingCallback):
-    """The way from noise to image: a strip of x above x0_hat along the steps, and an animation.
+    """The trajectory from noise to image: a strip of x above x0_hat, and an animation.
 
     Args:
         count: Number of samples in the strip; the animation shows 16.
@@ -192,7 +192,7 @@ class Trajectory(DrawingCallback):
 
 
 def gather_steps(module: LightningModule, steps: list[Tensor], count: int) -> list[Tensor]:
-    """What each rank kept of its samples at each step, put together. Called on all ranks.
+    """Gathers the recorded steps of all ranks. Called on all ranks.
 
     Args:
         module: What drew them.

@@ -6,9 +6,9 @@ from diffusion_lit.runtime.precision import use_tf32
 
 
 class TF32(Callback):
-    """Lets NVIDIA GPUs from Ampere on round the factors of float32 products and convolutions to TF32 in training.
+    """Allows TF32 for float32 products and convolutions in training, on NVIDIA GPUs from Ampere on.
 
-    In validation, and so in samples and metrics, float32 is float32: they do not depend on the GPU's age.
+    Validation, samples and metrics use full float32, so that they do not depend on the GPU.
 
     Args:
         training: Whether training may use it; with bf16 autocast little is left in float32 that could.

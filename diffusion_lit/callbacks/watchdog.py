@@ -11,10 +11,9 @@ TIME_TO_END = 30.0  # seconds that a rank has which raised an error
 
 
 class Watchdog(Callback):
-    """Ends a run in which nothing has moved for a time, and names the rank and the callback that it stands in.
+    """Ends a run that hangs, and names the rank and the callback that hang.
 
-    A rank that has raised an error, was asked twice to stop, or lost the process that started it, is ended too where
-    it does not end by itself.
+    It also ends a rank that does not exit after an error, a second signal, or the death of its parent process.
 
     Args:
         minutes: Time that the run may stand in one place, less than the 30 minutes after which collective operations
@@ -37,7 +36,7 @@ class Watchdog(Callback):
         watchdog.rest()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Limits the time for what is left to do where it may wait for other ranks."""
+        """Limits the time for clean-up, which may wait for other ranks."""
         if trainer.world_size > 1:
             watchdog.end_within(TIME_TO_END, str(exception) or type(exception).__name__)
         else:

@@ -1,11 +1,11 @@
-"""ColdDiffusion: a network that restores degraded images, and draws new ones from what is degraded altogether.
+"""ColdDiffusion: a network that restores degraded images, and generates images from fully degraded ones.
 
     loss = mean |R(D(x0, t, n), t) - x0|,   t uniform in 1..T,   R(x, t) = x + net(x, 999 t / T)
 
-(Bansal 2022, arXiv 2208.09392, equation 1.) A sample begins at D(g, T, n), where g is drawn from the normal
-distribution of the training images' mean and leading principal components: where D takes all but a few of them away,
-such as blur to a mean colour, that is the source's fit of a Gaussian to degraded images (section 5.2). Beside it a
-little noise breaks the symmetry of neighbouring pixels.
+(Bansal 2022, arXiv 2208.09392, equation 1.) A sample starts at D(g, T, n), with g from the normal distribution of the
+training images' mean and leading principal components. If D keeps only a few components, such as the mean colour, this
+is the source's Gaussian fit to degraded images (section 5.2). A little noise breaks the symmetry of neighbouring
+pixels.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class ColdDiffusion(BaseModule):
         return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
-        """Restores images in one go.
+        """Restores images in one step.
 
         Args:
             x: Degraded images (B, C, H, W).
@@ -143,14 +143,14 @@ class ColdDiffusion(BaseModule):
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The batch's images, degraded altogether by the map of their index and restored; (B, C, H, W)."""
+        """The batch's images, fully degraded by the map of their index and restored; (B, C, H, W)."""
         return self.reconstruct(batch["image"], seeds=batch["index"].tolist())
 
     @torch.no_grad()
     def restore(
         self, x: Tensor, noise: Tensor, sampling: ColdSampling | None = None, callback: StepCallback | None = None
     ) -> Tensor:
-        """Restores images that are degraded altogether.
+        """Restores fully degraded images.
 
         Args:
             x: D(x0, T, noise), shape (B, C, H, W).
@@ -191,7 +191,7 @@ class ColdDiffusion(BaseModule):
     def reconstruct(
         self, images: Tensor, sampling: ColdSampling | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Degrades images altogether and restores them.
+        """Degrades images fully and restores them.
 
         Args:
             images: Images (B, C, H, W) in [-1, 1].

@@ -1,4 +1,4 @@
-"""Classes as a user names them, and whether guidance can do with them what it is asked to."""
+"""Parsing of class labels, and checks of guidance."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""Latent diffusion: any scaling, sampler, guidance and network of the core, on the latents of a trained autoencoder.
+"""Latent diffusion: any prediction type, sampler, guidance and network, on the latents of a trained autoencoder.
 
 Stage one trains `VAE`; here its autoencoder is frozen, and a denoiser is trained on its standardised latents (Rombach
-2022, arXiv 2112.10752). `modules.latents` says what standardised means and keeps the autoencoder out of sight of
-optimizer, average and precision; `modules.latent_cache` keeps latents on disk, so that training never encodes. The
-checkpoint carries the autoencoder, its hash and the scale of the latents: it is all that sampling needs.
+2022, arXiv 2112.10752). `modules.latent_space` defines the standardisation and hides the autoencoder from optimizer,
+average and precision; `modules.latent_cache` keeps latents on disk, so that training never encodes. The checkpoint
+holds the autoencoder, its hash and the scale of the latents, which is all that sampling needs.
 """
 
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
             )
 
     def on_fit_start(self) -> None:
-        """Encodes the data or finds that it was encoded before, and takes the latents' scale, once over all ranks."""
+        """Opens or makes the cache of latents, and computes their scale over all ranks."""
         super().on_fit_start()
         data = self._data()
         mirrored = data.mirrored(0, 0) is not None if self.cache_latents else bool(data.random_flip)
@@ -151,7 +151,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
             cache.to(self.device)
 
     def on_fit_end(self) -> None:
-        """Lets go of the latents on disk."""
+        """Closes the cache of latents."""
         self._caches = {}
 
     def _data(self) -> Any:
@@ -190,11 +190,11 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         return self.space.decode(x)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) through the autoencoder and back."""
+        """Images (B, C, H, W), encoded and decoded."""
         return self.space.reconstruct(images)
 
     def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
-        """Images on the straight ways between latents; see `modules.latents.interpolate`."""
+        """Decoded linear interpolations of latents; see `modules.latent_space.interpolate`."""
         return interpolate(self.encode, self.decode, first, last, shares)
 
     def generate(

@@ -2,11 +2,11 @@
 
 A cache is a folder `latents/KEY` with `moments.f32`, float32 (copies, N, 2, c, h, w), and `index.json`. KEY is a hash
 of the autoencoder's weights, the fingerprint of the data (its transformed pixels) and whether there are mirrored
-copies, so that whatever changes a latent gets a cache of its own. All ranks write into one file beside its place, which
-is renamed when it is whole: whoever is killed leaves nothing that a later run takes for a cache. A lock keeps two runs
-from doing the same work; where it is not honoured, neither harms the other. Whoever opens a cache reads all of it once
-and compares its CRC-32 and the hash of its index with those that were written; a damaged one is told and made anew.
-Where it cannot be written, each rank encodes the same chunks into its memory.
+copies, so that a change of any of them makes a new cache. All ranks write into one temporary file, which is renamed
+when complete, so that a killed run leaves no partial cache. A lock keeps two runs from doing the same work; without
+locks both do it, which is harmless. Opening a cache reads it once and compares its CRC-32 and the hash of its index
+with the recorded values; a damaged cache is reported and rebuilt. If it cannot be written, each rank encodes the same
+chunks into memory.
 """
 
 import contextlib
@@ -156,7 +156,7 @@ def _keeper(moments: Any) -> Callable[[int, int, Posterior], None]:
 
 
 def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
-    """The cache in a folder, or None where there is none that is whole."""
+    """The cache in a folder, or None if there is no complete one."""
     try:
         index = json.loads((place / "index.json").read_text())
         if index.pop("index_sha256") != key_of(index) or index["record"] != record:
@@ -174,7 +174,7 @@ def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
 def _write(
     trainer: Trainer, place: Path, record: dict[str, Any], space: LatentSpace, images: Any, device: torch.device
 ) -> str:
-    """Encodes the images into a folder beside the place, every rank its share, and renames it; says what failed."""
+    """Encodes the images into a temporary folder, each rank its share, and renames it; returns what failed."""
     scratch = Path(trainer.strategy.broadcast(str(scratch_of(place))))
     shape, world = tuple(record["shape"]), trainer.world_size
 
@@ -251,7 +251,7 @@ def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def _held(trainer: Trainer, place: Path) -> Iterator[str]:
-    """Rank 0 holds the cache's lock, which the system releases if it dies; the others follow it. Yields what failed."""
+    """Rank 0 holds the cache's lock, which the system releases if it dies; the others wait. Yields what failed."""
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:

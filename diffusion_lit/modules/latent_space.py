@@ -1,4 +1,4 @@
-"""The latent space that the second stage works in: a frozen autoencoder, its hash, and the latents' scale.
+"""The latent space of the second stage: a frozen autoencoder, its hash, and the scale of the latents.
 
     z = mean(x) + std(x) n,        u = (z - mu_c) / s_c
 
@@ -6,8 +6,8 @@ with n standard normal, and mu_c, s_c per channel the mean and standard deviatio
 
     mu_c = E[mean],        s_c^2 = E[std^2 + mean^2] - mu_c^2        (over images and positions; n needs no draw)
 
-The diffusion model sees u alone, of mean 0 and variance 1. Everything here lies outside the registry of the module that
-uses it, so that neither its optimizer, nor its average, nor its precision touches the autoencoder.
+The diffusion model sees only u, of mean 0 and variance 1. The autoencoder is not registered in the module that uses it,
+so that optimizer, average and precision leave it alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ CHUNK = 256  # images encoded at a time; the same on every rank, so that their n
 
 
 class Frozen:
-    """A network that a module uses without training it, hidden from the module's registry.
+    """A frozen network, hidden from the registry of the module that uses it.
 
     Args:
         net: The network; it is put in eval mode, and its parameters take no gradient.
@@ -141,7 +141,7 @@ class LatentSpace(Frozen):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images through the mean of their latents and back; the best that a model of the latents can do.
+        """Images, encoded to the mean of their latents and decoded: the best that a model of the latents can reach.
 
         Args:
             images: Images (B, C, H, W) in [-1, 1].
@@ -155,7 +155,7 @@ class LatentSpace(Frozen):
         return made.float()
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to build it again, as tensors and plain values."""
+        """All that is needed to rebuild it, as tensors and plain values."""
         return {
             **describe(self.net),
             "image_shape": list(self.image_shape),
@@ -220,7 +220,7 @@ def latent_shape(net: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
 def interpolate(
     encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], first: Tensor, last: Tensor, shares: Tensor
 ) -> Tensor:
-    """Decodes the straight ways between the latents of pairs of images.
+    """Decodes linear interpolations of the latents of pairs of images.
 
     Args:
         encode: Images to latents.

@@ -1,4 +1,4 @@
-"""A checkpoint as the objects that it describes: its LightningModule and its data module."""
+"""Builds the LightningModule and the data module that a checkpoint describes."""
 
 import contextlib
 import io
@@ -48,8 +48,8 @@ def load_module(path: str | Path) -> Any:
 def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     """Builds the LightningDataModule that a checkpoint was trained on.
 
-    The file offers where the data is read; it chooses no place to write to: caches go to their default folder, and
-    nothing is downloaded into a `root` that is not given here.
+    The checkpoint says where to read data but never where to write: caches go to their default folder, and nothing is
+    downloaded into a `root` that is not given here.
 
     Args:
         path: The checkpoint file.
@@ -77,7 +77,7 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
 
 
 def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides: Any) -> Any:
-    """Builds what a checkpoint describes, of classes that a file may name, and gives it its state."""
+    """Builds the object that a checkpoint describes, from trusted classes, and loads its state."""
     record = deepcopy({**checkpoint[base.CHECKPOINT_HYPER_PARAMS_KEY], **overrides})
     with naming(f"The checkpoint {path}"):
         check(record)
@@ -100,7 +100,7 @@ def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, in one line: of jsonargparse's pages what a file may not name, else the innermost failure."""
+    """The message of an error in one line: the refused name, or else the innermost failure."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Untrusted):

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance, as torchmetrics has it: the distance of deep features of a pretrained network.
+"""LPIPS by torchmetrics: a perceptual distance, between deep features of a pretrained network.
 
 Source: Zhang 2018, arXiv 1801.03924.
 """
@@ -37,7 +37,7 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(name: str) -> LPIPS:
-    """Gets the network behind LPIPS; its backbone's weights are downloaded by torchvision at the first time.
+    """Loads the network of LPIPS; torchvision downloads its backbone's weights once.
 
     Args:
         name: `vgg`, `alex` or `squeeze`.

@@ -1,4 +1,4 @@
-"""The average of any width, made after training from the snapshots of a run's averages.
+"""Post-hoc EMA: the average of any width, from the snapshots of a run.
 
 Source: Karras 2024, arXiv 2312.02696, section 3.2.
 """

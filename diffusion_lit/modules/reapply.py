@@ -1,9 +1,8 @@
-"""What was changed in the configuration of optimizer and schedule, applied where a run goes on.
+"""Applies changed options of optimizer and schedule when a run is resumed.
 
-Lightning gives a resumed optimizer the options of the checkpoint, and its schedule the constants, whatever the
-configuration says. Here an option that was changed takes its new value while the moments stay, and a schedule that was
-changed, or whose learning rate was, is played from the first step to the one at which the run goes on. What was not
-changed is not touched.
+Lightning restores the checkpoint's options of the optimizer and constants of the schedule, whatever the configuration
+says. Here a changed option takes its new value and the moments stay; a schedule is replayed from step 0 if it or its
+learning rate was changed. Unchanged options are not touched.
 """
 
 import copy
@@ -21,7 +20,7 @@ PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr
 
 
 def reapply_implementation(optimizer: Optimizer) -> None:
-    """Lets the optimizer compute as it was built, not as that of the checkpoint was.
+    """Restores the implementation (fused, foreach) that the optimizer was built with.
 
     Args:
         optimizer: One that has just read its state.
@@ -85,7 +84,7 @@ def _options(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _play(played: Any, scheduler: Any, step: int) -> None:
-    """Takes a schedule through the steps that were trained, and lets the run's own one stand there."""
+    """Replays a schedule over the trained steps, and sets the run's own schedule to the result."""
     if getattr(played, "total_steps", 0) is None:  # found out from the trainer, where the configuration leaves it open
         played.total_steps = scheduler.total_steps
     with warnings.catch_warnings():
@@ -98,7 +97,7 @@ def _play(played: Any, scheduler: Any, step: int) -> None:
 
 
 def _refuse_without_state(optimizer: Optimizer, make: Callable[..., Any], changed: dict[str, Any]) -> None:
-    """Tries a step on a weight of its own with as much state as the checkpoint brings."""
+    """Tries a step on a dummy weight with the state of the checkpoint."""
     states = [state for state in optimizer.state.values() if state]
     if not states:
         return

@@ -1,4 +1,4 @@
-"""How far a reconstruction is from its image: what the first term of the VAE's loss may be.
+"""Reconstruction losses, the first term of the VAE's loss.
 
 Each is a module `(x_hat, x) -> (B,)`, the sum over an image's values of
 
@@ -8,9 +8,9 @@ Each is a module `(x_hat, x) -> (B,)`, the sum over an image's values of
     Gaussian    the same with the normal distribution function F
 
 where d = 1/255 is half the distance of two grey levels in [-1, 1], and the outermost levels take the whole tail. The
-last two are the exact negative log-likelihood in nats of 8-bit images, with a scale s per channel that is learned, so
-that together with the divergence they bound the bits that an image costs (-ELBO). Both differences are taken in a form
-that neither cancels nor underflows:
+last two are the exact negative log-likelihood in nats of 8-bit images, with a learned scale s per channel, so that with
+the KL divergence they bound the code length of an image (-ELBO). Both differences are computed without cancellation or
+underflow:
 
     ln (F(a) - F(b)) = ln F(a) + ln F(-b) + ln(1 - exp(b - a))    (logistic, exact; normal: `diffusion.normal`)
 """
@@ -28,7 +28,7 @@ SMALLEST_LOG_SCALE = -7.0
 
 
 class Reconstruction(nn.Module):
-    """Base: the distance of images, summed over their values.
+    """Base class: the distance of images, summed over their values.
 
     Attributes:
         is_likelihood: Whether the distance is the negative log-likelihood in nats of 8-bit images.

@@ -1,4 +1,4 @@
-"""VAE: a KL autoencoder, a baseline of its own and the first stage of latent diffusion.
+"""VAE: an autoencoder with a KL term, which is a baseline and the first stage of latent diffusion.
 
 With D values in an image, the loss is
 
@@ -73,7 +73,7 @@ class PriorSampling:
 
 
 class Terms(NamedTuple):
-    """What the loss of a batch is made of.
+    """The terms of the loss of a batch.
 
     Args:
         mean: Mean of the latents (B, c, h, w).
@@ -188,7 +188,7 @@ class VAE(BaseModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss under draws that are the same at every epoch, and how good reconstructions are."""
+        """Logs the loss, with the same draws at every epoch, and the quality of reconstructions."""
         self._held_out("val", batch, batch_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -234,7 +234,7 @@ class VAE(BaseModule):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images through the mean of their latents and back.
+        """Images, encoded to the mean of their latents and decoded.
 
         Args:
             images: Images (B, C, H, W) in [-1, 1].
@@ -246,7 +246,7 @@ class VAE(BaseModule):
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
-        """Images on the straight ways between latents; see `modules.latents.interpolate`."""
+        """Decoded linear interpolations of latents; see `modules.latent_space.interpolate`."""
         return self._evaluated(
             lambda: interpolate(lambda x: self.net.encode(x).mean, self.net.decode, first, last, shares)
         )
@@ -287,7 +287,7 @@ class VAE(BaseModule):
         return made
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how the autoencoder is built again, for the second stage."""
+        """Records how to build the autoencoder, for the second stage."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["autoencoder"] = describe(self.net)
 
@@ -325,7 +325,7 @@ def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def active_channels(sums: Tensor) -> Tensor:
-    """How many latent channels tell images apart.
+    """Number of active latent channels.
 
     A channel is active where the variance over images of its posterior mean, averaged over positions, is above 0.01.
 

@@ -1,1 +1,1 @@
-"""The machine that a run computes on: devices and precision, ranks, where it writes, what an error means in words."""
+"""The machine that a run computes on: devices, precision, ranks, its folder, and error messages."""

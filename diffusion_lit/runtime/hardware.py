@@ -1,6 +1,6 @@
-"""What this machine is, and what follows from it where the user has not said otherwise.
+"""Properties of this machine, and defaults that follow from them.
 
-Torch is imported where it is needed, so that the allocator is told before anything is allocated.
+Torch is imported late, so that the allocator is configured before anything is allocated.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's allocator to keep what is freed instead of giving it back to the kernel.
+    """Tells glibc's allocator to keep freed memory instead of returning it to the kernel.
 
-    A forward frees and takes again tens of megabytes. By default glibc takes each large block from the kernel, which
-    clears its pages anew every time: on 2 cores of a Xeon 9,000 page faults and 5% of the time of a float32 training
-    step, against 500 and none with this. The peak of memory stays the same. Variables of glibc's own (`GLIBC_TUNABLES`,
-    `MALLOC_TRIM_THRESHOLD_`, ...) that the user has set stand.
+    A forward pass frees and allocates tens of megabytes. By default glibc maps each large block anew and the kernel
+    clears its pages: on 2 cores of a Xeon 9,000 page faults and 5% of the time of a float32 training step, against 500
+    and none with this. Peak memory stays the same. Variables of glibc (`GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_`, ...)
+    set by the user are kept.
 
     Returns:
         Whether it was told; other C libraries than glibc are left alone.
@@ -86,10 +86,10 @@ def channels_last_pays(device: str, precision: str = "32-true") -> bool:
 
 
 def use_threads() -> int:
-    """Lets torch use no more threads than a container's quota of CPU time has room for.
+    """Limits torch's threads to a container's CPU quota.
 
     torch counts cores, which a quota does not hide; more threads than the quota wait for each other. `OMP_NUM_THREADS`
-    stands where it is set.
+    is kept if it is set.
 
     Returns:
         The number of threads.

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def refuse_hidden_datamodules() -> None:
-    """Refuses a file or folder `datamodules` that Python finds before this project's package of that name.
+    """Refuses a file or folder `datamodules` that shadows this project's package.
 
     Raises:
         ValueError: If there is one.
@@ -26,7 +26,7 @@ def refuse_hidden_datamodules() -> None:
 
 
 def foreign_lightning() -> str | None:
-    """What to do where `lightning` on this machine's path is the command of another package, such as lightning-sdk.
+    """Advice if the command `lightning` belongs to another package, such as lightning-sdk.
 
     Returns:
         A sentence, or None where there is no such command or it is this project's.

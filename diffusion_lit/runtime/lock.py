@@ -1,4 +1,4 @@
-"""A lock on a file that its process takes with it when it ends, however it ends."""
+"""A lock on a file that ends with its process, however that ends."""
 
 import contextlib
 import errno
@@ -16,9 +16,9 @@ HELD = (errno.EACCES, errno.EAGAIN)
 
 
 class ProcessLock:
-    """A POSIX record lock: this process's own, not its children's, and gone with it, after SIGKILL too.
+    """A POSIX record lock: it belongs to this process, not to its children, and ends with it, after SIGKILL too.
 
-    On Windows, and where a file system knows no locks, nothing is locked.
+    Locks nothing on Windows and on file systems without locks.
 
     Args:
         path: The file, made where it is missing.

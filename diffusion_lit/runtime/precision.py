@@ -1,4 +1,4 @@
-"""Training in bf16 where it pays, with every figure still taken in float32."""
+"""Training in bf16 where it is faster, with all metrics in float32."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 
 
 def use_tf32(allowed: bool) -> None:
-    """Says whether float32 products and convolutions on NVIDIA GPUs may round their factors to TF32's 10 bits.
+    """Allows or forbids TF32 for float32 products and convolutions on NVIDIA GPUs.
 
-    torch's own default is no for products and yes for convolutions. Here it is no, but for training (`callbacks.TF32`).
+    torch's default is no for products and yes for convolutions. Here it is no, except in training (`callbacks.TF32`).
 
     Args:
         allowed: Whether they may.
@@ -30,8 +30,8 @@ def float32_arithmetic() -> str:
 class TrainInBf16(MixedPrecision):
     """The training step under bf16 autocast; validation, test and predict in float32.
 
-    Weights, gradients, optimizer and average are in float32 as under Lightning's `bf16-mixed`, and so are
-    preconditioning and loss. Unlike there, what is measured does not depend on whether the hardware has bf16.
+    Weights, gradients, optimizer, average, preconditioning and loss are in float32, as under Lightning's `bf16-mixed`.
+    Unlike there, metrics do not depend on whether the hardware has bf16.
 
     Args:
         device: Kind of the device, `cpu` or `cuda`.
@@ -48,5 +48,5 @@ class TrainInBf16(MixedPrecision):
     test_step_context = predict_step_context = val_step_context
 
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Clips, also for a fused optimizer: there is no gradient scaler that it could get in the way of."""
+        """Clips gradients, also for a fused optimizer, since there is no gradient scaler."""
         Precision.clip_gradients(self, *args, **kwargs)

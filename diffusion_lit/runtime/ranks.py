@@ -1,7 +1,7 @@
-"""Several ranks: how commands start them, and how they share work and wait for each other.
+"""Several ranks: how commands start them, share work and synchronise.
 
-Rule: what one rank does alone is either short or done by `rank_zero_alone` or `rank_zero_first`. There the others wait
-outside any collective operation, which would fail after half an hour, and an error of rank 0 ends them too.
+What one rank does alone is either short or done by `rank_zero_alone` or `rank_zero_first`: the others wait outside any
+collective, which would time out after half an hour, and an error of rank 0 ends them too.
 """
 
 import os
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def several(devices: int) -> bool:
-    """Whether there is more than one process: asked for, or started by torchrun or SLURM.
+    """Whether there are several processes, by options or started by torchrun or SLURM.
 
     Args:
         devices: Number of processes asked for.
@@ -76,7 +76,7 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
 
 
 def rank_zero_alone(work: Callable[[], T], what: str) -> T | None:
-    """Rank 0 works, however long it takes, while the others wait for it. Called on all ranks.
+    """Runs work on rank 0, however long it takes, while the others wait. Called on all ranks.
 
     Args:
         work: What rank 0 does; no collective operations.
@@ -115,7 +115,7 @@ def rank_zero_alone(work: Callable[[], T], what: str) -> T | None:
 
 
 def rank_zero_first(work: Callable[[], T], what: str) -> T:
-    """Every rank does the same, rank 0 before the others, which find the caches that it filled. Called on all ranks.
+    """Runs work on rank 0 first, then on the others, which find its caches. Called on all ranks.
 
     Args:
         work: What each does; no collective operations.
@@ -133,7 +133,7 @@ def rank_zero_first(work: Callable[[], T], what: str) -> T:
 
 
 def meet(what: str) -> None:
-    """Waits until all ranks are here, however long it takes. Called on all ranks.
+    """Waits for all ranks, however long it takes. Called on all ranks.
 
     Args:
         what: What they come from, in words.
@@ -151,7 +151,7 @@ def meet(what: str) -> None:
 
 
 def share_rows(module: LightningModule, count: int, draw: Callable[[range], Tensor]) -> Tensor:
-    """Rows of a tensor, drawn by all ranks together, each a part without gaps. Called on all ranks.
+    """Rows of a tensor, of which each rank draws one contiguous part. Called on all ranks.
 
     Args:
         module: What draws, attached to a trainer.

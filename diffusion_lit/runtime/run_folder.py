@@ -1,7 +1,7 @@
-"""Where a run writes: one folder, decided once, by all ranks together, and held by one process at a time.
+"""The folder of a run: chosen once by all ranks, and locked by one process at a time.
 
-Lightning's `Trainer.log_dir` is a collective: it broadcasts rank 0's answer. Read on one rank alone, as by a callback
-that draws on rank 0, it waits for the others for ever. So all ranks decide in `setup`, and from then on each knows.
+Lightning's `Trainer.log_dir` is a collective, which broadcasts rank 0's value. Read on one rank alone, such as by a
+callback that draws on rank 0, it hangs. So all ranks choose the folder in `setup` and keep it.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ _FOLDERS: "WeakKeyDictionary[Trainer, Path]" = WeakKeyDictionary()
 
 
 class WritesToRunFolder(Callback):
-    """A callback that writes files of its own: it has the ranks agree on the run's folder before anything runs."""
+    """Base class of callbacks that write files: all ranks choose the run's folder before anything runs."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Decides the run's folder, on all ranks."""
@@ -25,7 +25,7 @@ class WritesToRunFolder(Callback):
 
 
 class RunFolder(WritesToRunFolder):
-    """Says where a run writes, whatever its logger, and lets no second process train there meanwhile.
+    """Chooses the folder of a run, whatever its logger, and keeps other processes from training there.
 
     Args:
         folder: The folder, as rank 0 knows it.
@@ -36,7 +36,7 @@ class RunFolder(WritesToRunFolder):
         self._lock: ProcessLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Decides the folder, locks it for training, and has checkpoints written to it."""
+        """Chooses the folder, locks it for training, and directs checkpoints to it."""
         super().setup(trainer, pl_module, stage)
         folder = run_folder(trainer)
         if stage == "fit":

@@ -1,4 +1,4 @@
-"""How a run ends before its time: what stops it, what it says, and the exit status that it leaves."""
+"""Early ends of a run: their causes, messages and exit statuses."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Versions of what computes the figures, and the commit of the source tree."""
+"""Versions of the libraries behind the figures, and the commit of the source tree."""
 
 import platform
 import subprocess

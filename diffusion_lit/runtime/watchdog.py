@@ -1,10 +1,9 @@
-"""A thread that ends a process which cannot end by itself: one that hangs, is asked twice to stop, or is orphaned.
+"""A thread that ends a process that hangs, was asked twice to stop, or lost its parent.
 
-A main thread that waits within a collective, a system call or a kernel runs no Python, so that no signal handler and no
-hook of it is ever reached again. This thread still runs. It looks at where the main thread stands: the same
-instruction in each of its frames, no batch finished (`beat`) and no progress bar moved, for longer than the patience,
-is a hang. Then it says which rank stands where, and ends the process. Checkpoints are renamed when they are whole, so
-that what was saved last stays so.
+A main thread that waits in a collective, a system call or a kernel runs no Python, so signal handlers and hooks never
+run. This thread does. If the main thread stays at the same instruction in each of its frames, with no batch finished
+(`beat`) and no progress bar moved, for longer than the patience, it hangs. Then the thread says where each rank stands
+and ends the process. Checkpoints are written atomically, so the last one stays intact.
 """
 
 import contextlib
@@ -32,14 +31,14 @@ _thread: "_Watch | None" = None
 
 
 def beat() -> None:
-    """Says that the work goes on: to be called in loops that are long and have no progress bar."""
+    """Reports progress; to be called in long loops without a progress bar."""
     global _beats
     _beats += 1
 
 
 @contextlib.contextmanager
 def waiting(reason: str) -> Iterator[None]:
-    """Within, the main thread waits for something that may take any time and is no hang.
+    """Within this context the main thread may wait for any time.
 
     Args:
         reason: What it waits for.
@@ -52,7 +51,7 @@ def waiting(reason: str) -> Iterator[None]:
 
 
 def watch(patience: float = 0.0, rank: int = 0) -> None:
-    """Starts watching this process's main thread, in place of an earlier watch; call it there.
+    """Starts to watch the main thread, which calls this; it replaces an earlier watch.
 
     Args:
         patience: Seconds that it may stand in one place; 0 for any time.
@@ -159,7 +158,7 @@ class _Watch(threading.Thread):
         return tuple((id(frame.f_code), frame.f_lasti) for frame in self.frames()), _beats, done
 
     def hangs(self, seconds: float) -> None:
-        """Says where the main thread stands, waits for other ranks to say the same, and ends the process."""
+        """Reports where the main thread hangs, waits for the reports of other ranks, and ends the process."""
         self.say(
             f"rank {self.rank} has stood in one place for {seconds / 60:.3g} minutes, {name_place(self.frames())}, so "
             "the run is ended. Ranks that wait for each other are the likely cause; each says where it stood. What was "
@@ -180,7 +179,7 @@ class _Watch(threading.Thread):
 
 
 def name_place(frames: list[FrameType]) -> str:
-    """Names where a thread stands: the hook of the callback or module that it is in, and the line of this project.
+    """Names the position of a thread: the hook of a callback or module, and the line of this project.
 
     Args:
         frames: Its frames, the innermost first.

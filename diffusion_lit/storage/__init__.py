@@ -1,1 +1,1 @@
-"""Files on disk, and nothing else: atomic writes, hashes, the cache, checkpoints, exports, snapshots of averages."""
+"""Files on disk: atomic writes, hashes, the cache, checkpoints, exports, snapshots of averages."""

@@ -14,7 +14,7 @@ from diffusion_lit.storage.folders import scratch_of
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[IO[bytes]]:
-    """Opens a file for writing that takes its name when it is whole and on the disk.
+    """Opens a file for writing, which replaces the old one when it is complete and flushed to disk.
 
     Args:
         path: Its name; the folder is made where it is missing.

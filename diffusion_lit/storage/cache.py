@@ -1,11 +1,11 @@
-"""Where things are kept that take time to make."""
+"""The root folder of all caches."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where things are kept that take time to make: DIFFUSION_LIT_CACHE, else the user's cache folder.
+    """The root of all caches: DIFFUSION_LIT_CACHE, else the user's cache folder.
 
     Returns:
         The folder, which need not exist.

@@ -17,7 +17,7 @@ from diffusion_lit.storage.atomic import atomic
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """How a Trainer of this project reads and writes checkpoints.
+    """Writes checkpoints atomically and reads them without executing anything.
 
     Attributes:
         failure: Why the last write failed, or None where it did not.
@@ -67,7 +67,7 @@ class SafeCheckpointIO(CheckpointIO):
         return read_training_state(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint that a newer one replaces, unless the newer one could not be written.
+        """Removes a checkpoint, unless the newer one that replaces it could not be written.
 
         Args:
             path: The file.
@@ -77,7 +77,7 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 class _Checked:
-    """A file whose first error is kept: `torch.save` tells of a failed write in words of its own."""
+    """A file that keeps its first error, which `torch.save` replaces by one of its own."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file

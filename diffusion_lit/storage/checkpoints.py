@@ -1,4 +1,4 @@
-"""Checkpoints: files that describe themselves, read without executing anything they hold.
+"""Self-describing checkpoints, read without executing anything in them.
 
 A checkpoint made by `lightning fit` records the classes and arguments of its module and data, the average weights as
 `state_dict` and the raw ones as `current_model_state`. Reading goes through `storage.pickled` alone, and what is built
@@ -37,7 +37,7 @@ FIELDS: dict[str, type] = {
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint's contents to the CPU, refusing anything but tensors and plain values.
 
-    A file that has not changed is read once per process; its tensors are not to be changed.
+    An unchanged file is read once per process; do not modify its tensors.
 
     Args:
         path: The file, or a folder of `lightning export`.

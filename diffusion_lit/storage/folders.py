@@ -1,8 +1,7 @@
-"""Folders that appear whole or not at all, whoever else writes the same one, with or without locks.
+"""Folders that are written atomically, even if several processes write the same one, with or without locks.
 
-A folder is written under a scratch name that no other process of any host has, and renamed to its place when it is
-whole. Locks only save work: where a file system shared by several hosts does not honour them, each does the work, the
-first folder stays, and nobody removes what another is writing.
+A folder is written under a scratch name that is unique over hosts and processes, and renamed when complete. Locks only
+save work: on a shared file system without locks each host does the work and the first folder stays.
 """
 
 import contextlib
@@ -60,7 +59,7 @@ def publish(scratch: Path, place: Path, is_sound: Callable[[], bool]) -> None:
 
 
 def sweep(place: Path) -> None:
-    """Removes what killed processes left beside a place; what a living process writes is not touched.
+    """Removes the scratch folders of killed processes, but not those of running ones.
 
     Args:
         place: Where the folders would have appeared.
@@ -77,7 +76,7 @@ def sweep(place: Path) -> None:
 def locked(path: Path, waiting: Callable[[], AbstractContextManager[object] | None] = nullcontext) -> Iterator[None]:
     """Holds a lock on a file, which the system releases if this process dies; waits while another holds it.
 
-    On Windows, and where a file system knows no locks, nothing is locked.
+    Locks nothing on Windows and on file systems without locks.
 
     Args:
         path: The file, made where it is missing; its contents are left alone.
@@ -99,7 +98,7 @@ def locked(path: Path, waiting: Callable[[], AbstractContextManager[object] | No
 
 
 def _host() -> str:
-    """What tells this machine, and the container in it, from every other: 8 hexadecimal digits."""
+    """Identifies this machine, and the container in it: 8 hexadecimal digits."""
     space = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
     return hashlib.sha256(f"{socket.gethostname()} {uuid.getnode()} {space}".encode()).hexdigest()[:8]
 

@@ -57,7 +57,7 @@ def canonical(record: dict[str, Any]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The hash of a file's bytes, taken once per process while the file does not change.
+    """The hash of a file's bytes, computed once per process while the file is unchanged.
 
     Args:
         path: The file, or a folder of `lightning export`, whose weights count.

@@ -1,6 +1,6 @@
 """A lock on a file, which the system releases when its process ends, however it ends.
 
-Held by `flock` on Linux and macOS and by a locked byte on Windows; on a network file system that honours neither across
+Uses `flock` on Linux and macOS and a locked byte on Windows; on a network file system that supports neither across
 machines it holds within one machine.
 """
 

@@ -1,4 +1,4 @@
-"""What was made from a file is made once, as long as the file does not change."""
+"""Results computed from a file, kept while the file is unchanged."""
 
 import time
 from collections import OrderedDict
@@ -22,7 +22,7 @@ class Unchanged(Generic[T]):
         self._kept: OrderedDict[tuple[object, ...], T] = OrderedDict()
 
     def get(self, path: Path, make: Callable[[], T]) -> T:
-        """The result for a file, made now where it is not known or the file has changed.
+        """The result for a file, computed if it is unknown or the file has changed.
 
         Args:
             path: The file, or a folder, of which each file counts.
@@ -50,7 +50,7 @@ class Unchanged(Generic[T]):
 
 
 def _state(path: Path) -> tuple[object, ...] | None:
-    """What changes when a file does; None where there is none, or where it changed just now."""
+    """The state of a file that changes with it; None if there is no file or it changed just now."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         found = [file.stat() for file in files]

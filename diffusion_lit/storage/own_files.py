@@ -1,6 +1,6 @@
-"""A folder of results that holds those of one run: they come together, and those of the run before go.
+"""A folder with the results of one run; a new run replaces those of the run before.
 
-What a run wrote is listed in its record.json under `files`; nothing else in the folder is ever touched.
+A run lists its files in record.json under `files`; no other file is touched.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ RECORD = "record.json"
 
 @contextlib.contextmanager
 def own_files(folder: Path) -> Iterator[Path]:
-    """Makes a folder to write into, whose files, all there, replace those of the run before.
+    """Makes a folder to write into; its files replace those of the run before once all are written.
 
     Args:
         folder: Where the results are to lie.

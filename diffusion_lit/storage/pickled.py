@@ -1,8 +1,8 @@
-"""Reading what `torch.save` wrote: tensors and plain values alone, and every byte as it was written.
+"""Reads files of `torch.save`: only tensors and plain values, and only intact bytes.
 
-`torch.save` writes a zip of stored entries, each with its CRC-32, which `torch.load` does not look at. Here they are
-compared first, on the very file that is then read: a flipped bit lies either in an entry (its sum differs), in what
-says where an entry lies (the same), or where nothing is read. It takes 0.06 s per 100 MB (one core of an AMD EPYC).
+`torch.save` writes a zip of stored entries, each with its CRC-32, which `torch.load` ignores. Here they are checked
+first, on the same open file: a flipped bit lies in an entry or in its header (the sum differs), or where nothing is
+read. It takes 0.06 s per 100 MB (one core of an AMD EPYC).
 """
 
 import os
@@ -73,7 +73,7 @@ def read_pickled(path: Path, verified: bool = True, without: Sequence[str] = ())
 
 
 def _load_without(file: IO[bytes], path: Path, without: Sequence[str]) -> Any:
-    """Maps the file, drops entries and copies the rest, so that later changes of the file do not reach it.
+    """Maps the file, drops entries and copies the rest, so that later changes of the file have no effect.
 
     Raises:
         Replaced: If the name was given to another file than the one that was checked.
@@ -87,7 +87,7 @@ def _load_without(file: IO[bytes], path: Path, without: Sequence[str]) -> Any:
 
 
 def is_whole(file: IO[bytes]) -> bool:
-    """Whether each entry of a zip of stored entries has the sum that was taken when it was written.
+    """Whether each entry of a zip of stored entries matches its CRC-32.
 
     Args:
         file: The opened file.
@@ -118,7 +118,7 @@ def _is_whole(file: IO[bytes], entry: zipfile.ZipInfo) -> bool:
 
 
 def _names_code(file: IO[bytes]) -> HoldsCode | None:
-    """The refusal of a file that is a pickle, from its first byte to its end, and names or calls something."""
+    """The error message for a bare pickle that names or calls something."""
     file.seek(0)
     try:
         found = any(operation.name in NAME_CODE for operation, _, _ in list(pickletools.genops(file)))

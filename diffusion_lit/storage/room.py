@@ -1,4 +1,4 @@
-"""Room on the disk, claimed before the work begins, so that a full disk is told now and not in the middle."""
+"""Reserves disk space before work begins, so that a full disk is reported at once."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def reserve(file: IO[bytes], size: int, path: Path) -> None:
 
 
 def try_folder(folder: Path) -> None:
-    """Makes a folder and writes a file into it, so that what forbids it is told before any work is done.
+    """Makes a folder and writes a test file, so that missing permissions are reported before any work.
 
     Args:
         folder: The folder.
@@ -50,7 +50,7 @@ def try_folder(folder: Path) -> None:
 
 
 def fits_in_memory(size: int) -> bool:
-    """Whether so many bytes can be held: no more than half of the machine's memory, where that is known.
+    """Whether so many bytes fit: at most half of the machine's memory, if that is known.
 
     Args:
         size: Bytes.

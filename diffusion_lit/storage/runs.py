@@ -1,4 +1,4 @@
-"""Runs on disk: where a new one goes, `runs/NAME/version_N`, and which checkpoint a person means."""
+"""Runs on disk: the folder of a new run, `runs/NAME/version_N`, and the checkpoints `last` and `best`."""
 
 import re
 from pathlib import Path

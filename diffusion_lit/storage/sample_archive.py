@@ -1,8 +1,7 @@
-"""Samples on disk as they are drawn: an .npz whose images grow batch by batch, so that memory holds one batch.
+"""Samples as an .npz that is written batch by batch, so that memory holds one batch.
 
-The file is written under a temporary name, its room claimed at the start, and takes its name when it is whole. What
-ends the work before that (an interrupt, an error, a disk that fills up) leaves the samples drawn so far in
-NAME.partial.npz.
+The file is written under a temporary name, with its space reserved, and renamed when complete. If the work ends early
+(an interrupt, an error, a full disk), the samples so far are in NAME.partial.npz.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Tensors on disk with the record of all that determines them; a file is reused only if its stored key matches.
 
-The format is safetensors, which holds tensors and text and runs nothing.
+The format is safetensors, which cannot hold code.
 """
 
 import json
@@ -64,7 +64,7 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
 
 
 def kept_tensors(path: Path, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from the cache, or made now and kept: in the cache, or in memory where that cannot be written.
+    """Tensors from the cache, or computed and stored: in the cache, or in memory if that is not writable.
 
     Args:
         path: The .safetensors file in the cache.

@@ -1,14 +1,14 @@
-"""What a file may name: nothing in a file is executed but classes that are known before it is opened.
+"""Which classes a file may name: only classes that are trusted before it is opened are run.
 
-A checkpoint describes its model by the paths of classes and their arguments, and to build an object is to run its
-class. So each class that a file names is looked up here, before anything is imported or built. Allowed are
+A checkpoint describes its model by class paths and arguments, and building an object runs its class. So each class path
+is looked up here before anything is imported or built. Allowed are
 
     classes that are defined in this project's rooms of models and data sets (`ROOMS`),
     the optimizers and learning-rate schedules of torch,
     classes that are defined in a module that the user trusts: `--trust MODULE` of every command that reads a file, or
     the environment variable DIFFUSION_LIT_TRUST, both modules joined by commas.
 
-What counts is where a class is defined, not the path that leads to it: `a.b.os.system` is no class of `a.b`.
+The module that defines a class counts, not the path that leads to it: `a.b.os.system` is no class of `a.b`.
 """
 
 import os
@@ -30,7 +30,7 @@ TRUST_HELP = (
 
 
 class Untrusted(ImportError, ValueError):
-    """A file names something that it may not; both bases, since jsonargparse takes either for an invalid value."""
+    """A file names an untrusted class. It has both bases, as jsonargparse takes either for an invalid value."""
 
 
 def trusted() -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def trust(modules: Iterable[str]) -> None:
 
 @contextmanager
 def trusting(modules: Iterable[str]) -> Iterator[None]:
-    """Within, further modules are trusted, as by `trust`.
+    """Trusts further modules within this context.
 
     Args:
         modules: Their names.
@@ -104,7 +104,7 @@ def find_class(path: Any) -> type:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Within, a refusal says in which file the class is named.
+    """Within this context, a refusal names the file.
 
     Args:
         what: The file, as a sentence begins.
@@ -136,7 +136,7 @@ def _refusal(path: str, module: str) -> str:
 
 
 def check(value: Any) -> None:
-    """Looks up every class that a record names, at any depth, also in texts of YAML and JSON.
+    """Checks every class that a record names, at any depth, also in strings of YAML and JSON.
 
     Args:
         value: Plain values, as a file holds them.
@@ -170,11 +170,10 @@ def _parsed(text: str) -> Any:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Within, jsonargparse imports nothing for a value but classes that a file may name.
+    """Within this context, jsonargparse imports only trusted classes.
 
-    `check` sees what a record says; this sees whatever jsonargparse makes of it: texts that are paths of functions or
-    classes, short names of classes, files that are named in a value's place. Without jsonargparse's own check of paths
-    (4.53 and later) it fails.
+    `check` sees the record; this sees what jsonargparse makes of it: paths of functions or classes, short names of
+    classes, files named instead of values. It needs jsonargparse's own check of paths (4.53 and later).
     """
     from jsonargparse import _typehints, _util, set_parsing_settings
 

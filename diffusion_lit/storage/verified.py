@@ -1,7 +1,7 @@
-"""Tensors in safetensors files that tell when they are no longer what was written.
+"""Safetensors files with a checksum.
 
 A file carries the CRC-32 of its tensors' names, types, shapes and bytes as `crc32` in its metadata. Files without it,
-of other programs and of before, are read as they are.
+of other programs or older versions, are read unchecked.
 """
 
 import zlib
