@@ -27,7 +27,7 @@ from diffusion_lit.diffusion.preconditioning import EDMPreconditioning
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.wrappers import ClipX0
 from diffusion_lit.evaluation.features import Pixels
-from diffusion_lit.evaluation.generation import Job
+from diffusion_lit.evaluation.generation import GenerationJob
 from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, LatentDiffusion
 from diffusion_lit.modules.optim import WarmupStableDecay
 from diffusion_lit.modules.reconstruction import DiscretisedGaussian, DiscretisedLogistic
@@ -119,7 +119,7 @@ def cases():
     yield Case(datamodules.Subset, "Subset", {"data": datamodules.Digits(batch_size=4)})
     yield Case(Plan, "evaluate", PLAN)
     job = {"sampling": Sampling(), "count": 4, "seed": 0, "labels": None, "record": {}, "folder": None}
-    yield Case(Job, "Job", job)
+    yield Case(GenerationJob, "GenerationJob", job)
     yield Case(Pixels().extract, "Pixels.extract", {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
     yield Case(gaussian_blur, "gaussian_blur", {"images": torch.zeros(1, 1, 8, 8)})
     for name, grid in GRIDS.items():
