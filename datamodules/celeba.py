@@ -126,10 +126,7 @@ class CelebA(ImageDataModule):
         _ = self.cache
 
     def read(self, split: str) -> Split:
-        """Opens a split in the cache.
-
-        Args:
-            split: "train", "val" or "test".
+        """Opens a split in the cache; see `ImageDataModule.read`.
 
         Returns:
             Memory-mapped images, and classes where there are attributes.

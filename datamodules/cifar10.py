@@ -117,10 +117,7 @@ class CIFAR10(ImageDataModule):
         _unpack(archive, self.root / SOURCE.base_folder)
 
     def read(self, split: str) -> Split:
-        """Reads a split.
-
-        Args:
-            split: "train", "val" or "test".
+        """Reads a split; see `ImageDataModule.read`.
 
         Returns:
             Images (N, 3, 32, 32) and classes.

@@ -43,10 +43,7 @@ class Digits(ImageDataModule):
         return [str(digit) for digit in range(10)] if self.use_labels else []
 
     def read(self, split: str) -> Split:
-        """Reads a split.
-
-        Args:
-            split: "train", or "val" and "test", which are the same.
+        """Reads a split; see `ImageDataModule.read`.
 
         Returns:
             Images (N, 1, 8, 8) and digits.

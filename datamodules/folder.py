@@ -309,10 +309,7 @@ class ImageFolder(ImageDataModule):
         return max(1, place - start if lowest else end - place)
 
     def read(self, split: str) -> Split:
-        """Opens a split in the cache.
-
-        Args:
-            split: "train", "val" or "test".
+        """Opens a split in the cache; see `ImageDataModule.read`.
 
         Returns:
             Memory-mapped images, and classes where folders are such.
@@ -335,14 +332,7 @@ class ImageFolder(ImageDataModule):
         return torch.tensor([classes[str(self.layout.class_of(name))] for name in names], dtype=torch.int64)
 
     def fingerprint(self, split: str) -> str:
-        """The SHA-256 over all prepared pixels, the split's rows and its labels.
-
-        Args:
-            split: As for `reference_images`.
-
-        Returns:
-            64 hexadecimal digits; any change of an image, of the transform or of the order changes them.
-        """
+        """The SHA-256 over all prepared pixels, the split's rows and its labels; see `ImageDataModule.fingerprint`."""
         digest = hashlib.sha256(self.cache.checksum.encode())
         for name in split.split("+"):
             labels = self.split(name).labels

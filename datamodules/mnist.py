@@ -94,10 +94,7 @@ class MNIST(ImageDataModule):
             raise FileNotFoundError(self._missing(f"the download failed: {first_line(error)}")) from error
 
     def read(self, split: str) -> Split:
-        """Reads a split.
-
-        Args:
-            split: "train", "val" or "test".
+        """Reads a split; see `ImageDataModule.read`.
 
         Returns:
             Images (N, 1, image_size, image_size) and classes.

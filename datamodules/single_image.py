@@ -105,10 +105,9 @@ class SingleImage(ImageDataModule):
         return self._pixels
 
     def read(self, split: str) -> Split:
-        """The images of a split.
+        """The images of a split; see `ImageDataModule.read`.
 
-        Args:
-            split: "train", or "val" and "test", which are the same: 64 copies, or 64 patches at fixed random places.
+        "val" and "test" are the same: 64 copies, or 64 patches at fixed random places.
 
         Returns:
             Images (N, C, image_size, image_size).
@@ -119,12 +118,7 @@ class SingleImage(ImageDataModule):
         return Split(self._cut(count, keyed_generator("patches", split)), None)
 
     def augment(self, images: Tensor, generator: torch.Generator, rows: slice) -> Tensor:
-        """Cuts new patches if there are patches, and mirrors half if `random_flip` is on.
-
-        Args:
-            images: This rank's images, uint8 (B, C, H, W).
-            generator: Keyed by (seed, epoch, batch).
-            rows: This rank's rows of the global batch.
+        """Cuts new patches and mirrors half, as the options say; see `ImageDataModule.augment`.
 
         Returns:
             Images, uint8 (B, C, H, W).

@@ -70,13 +70,7 @@ class Subset(ImageDataModule):
         self.data.prepare_data()
 
     def read(self, split: str) -> Split:
-        """Reads a split.
-
-        Args:
-            split: "train", of which a part is taken, "val" or "test".
-
-        Returns:
-            Its images and classes.
+        """Reads a split; see `ImageDataModule.read`.
 
         Raises:
             ValueError: If there are fewer images than are asked for.

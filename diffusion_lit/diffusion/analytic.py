@@ -140,15 +140,12 @@ class GaussianDenoiser(GaussianMixtureDenoiser):
         self.num_classes = 0
 
     def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
-        """The posterior mean of the clean image.
+        """The posterior mean of the clean image; see `GaussianMixtureDenoiser.forward`.
 
         Args:
             x: Noisy images, shape (B, *S).
             sigma: The noise level, shape () or (B,).
             label: None; a Gaussian has no classes.
-
-        Returns:
-            x0_hat of x's shape and dtype.
 
         Raises:
             ValueError: If there is a label.

@@ -116,10 +116,7 @@ class Blur(Degradation):
         return torch.cat([rising.new_zeros(1), rising])
 
     def tables(self, size: int) -> Tensor:
-        """A_t of each step.
-
-        Args:
-            size: Side H of the images.
+        """A_t of each step; see `Degradation.tables`.
 
         Returns:
             Float64 (T+1, H, H), the identity at step 0.
@@ -156,10 +153,7 @@ class Mask(Degradation):
         self.first, self.last = first, last
 
     def tables(self, size: int) -> Tensor:
-        """m_t at each offset from the centre.
-
-        Args:
-            size: Side H of the images.
+        """m_t at each offset from the centre; see `Degradation.tables`.
 
         Returns:
             Float64 (T+1, 2H-1, 2H-1), 1 at step 0; the centre is at [H-1, H-1].

@@ -66,14 +66,7 @@ class Anagram(DenoiserWrapper):
     def transform(
         self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Evaluates under each view and averages what comes back; see `DenoiserWrapper.transform`.
-
-        Args:
-            evaluate: The wrapped denoiser.
-            x: Shape (B, C, H, W).
-            sigma: Shape () or (B,).
-            label: One condition per view, shape (B, V), or none.
-        """
+        """Averages the estimates under the views, with one condition per view; see `DenoiserWrapper.transform`."""
         x0_hats, *rest = _evaluate_each(evaluate, [view.apply(x) for view in self.views], sigma, label)
         seen = [view.inverse(x0_hat) for view, x0_hat in zip(self.views, x0_hats, strict=True)]
         shares = [
@@ -105,15 +98,9 @@ class Hybrid(DenoiserWrapper):
     def transform(
         self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Evaluates under both conditions and combines; see `DenoiserWrapper.transform`.
+        """Combines the estimates under the conditions (low, high); see `DenoiserWrapper.transform`.
 
         A learned variance is that of the high-frequency branch, since most of a step's noise is of high frequency.
-
-        Args:
-            evaluate: The wrapped denoiser.
-            x: Shape (B, C, H, W).
-            sigma: Shape () or (B,).
-            label: Conditions (low, high), shape (B, 2), or none.
         """
         (low, high), *rest = _evaluate_each(evaluate, [x, x], sigma, label)
         x0_hat = high + gaussian_blur(low - high, self.blur_sigma, self.kernel_size)
