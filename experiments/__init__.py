@@ -1,1 +1,10 @@
-"""Studies: each is run as `python -m experiments.NAME` and leaves a table or a figure."""
+"""Studies, one file each: `python -m experiments.NAME` leaves a table or a figure.
+
+`harness/` is what they stand on, `benchmarks/` what measures this project beside others.
+"""
+
+from pathlib import Path
+
+# For the names of before: `python -m experiments.torture` runs what is experiments.benchmarks.torture now, and a user's
+# study that imports `experiments.study` gets a second copy of experiments.harness.study.
+__path__ = [*__path__, *(str(Path(__file__).parent / folder) for folder in ("benchmarks", "harness"))]

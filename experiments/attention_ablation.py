@@ -15,10 +15,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from diffusion_lit.modules.load import load_module
-from experiments.evaluator import Evaluator
-from experiments.networks import build, parameters, step_cost
-from experiments.show import image_rows
-from experiments.study import QUIET, Study, main
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.networks import build, parameters, step_cost
+from experiments.harness.show import image_rows
+from experiments.harness.study import QUIET, Study, main
 
 NET = "model.init_args.net.init_args"
 ONE_HEAD = 1024  # more channels than any level has

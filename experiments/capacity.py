@@ -14,10 +14,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from diffusion_lit.modules.load import load_module
-from experiments.evaluator import Evaluator
-from experiments.networks import build, flops, parameters, step_cost
-from experiments.show import image_rows
-from experiments.study import QUIET, Study, main
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.networks import build, flops, parameters, step_cost
+from experiments.harness.show import image_rows
+from experiments.harness.study import QUIET, Study, main
 
 WIDTH = "model_channels"
 

@@ -31,9 +31,9 @@ from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.images import StepRecorder
 from diffusion_lit.storage.hashing import file_hash
-from experiments.frequencies import band_edges, band_masks, band_power, settled, tile_mean
-from experiments.show import image_rows
-from experiments.study import QUIET, Study, main
+from experiments.harness.frequencies import band_edges, band_masks, band_power, settled, tile_mean
+from experiments.harness.show import image_rows
+from experiments.harness.study import QUIET, Study, main
 
 TOLERANCE = 0.1
 SHOWN = 8

@@ -25,10 +25,10 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.modules.vae import psnr, ssim
 from diffusion_lit.storage.hashing import file_hash
-from experiments.evaluator import Evaluator
-from experiments.runs import Trained
-from experiments.show import image_rows
-from experiments.study import QUIET, Study, main
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.runs import Trained
+from experiments.harness.show import image_rows
+from experiments.harness.study import QUIET, Study, main
 
 SHOWN = 12
 

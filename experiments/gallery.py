@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from diffusion_lit.commands.main import main
 from diffusion_lit.report import Page
 from diffusion_lit.storage.hashing import file_hash
-from experiments.gallery_figures import COMPOSED, HYBRID_BLUR, measured
-from experiments.runs import Failed, Run, fit
+from experiments.harness.gallery_figures import COMPOSED, HYBRID_BLUR, measured
+from experiments.harness.runs import Failed, Run, fit
 
 ABOUT = {
     "fashion_mnist": "FashionMNIST: class-conditional EDM, 32x32",

@@ -30,9 +30,9 @@ from diffusion_lit.evaluation.metrics import kernel_distance
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.hashing import file_hash
-from experiments.evaluator import Evaluator
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.study import QUIET, Study, main
 from experiments.noise_cutoff import real_images
-from experiments.study import QUIET, Study, main
 
 COLUMNS = 4  # images of a class in a grid
 

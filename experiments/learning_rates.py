@@ -17,8 +17,8 @@ import torch
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
-from experiments.runs import Trained
-from experiments.study import QUIET, Evaluator, Study, image_rows, main
+from experiments.harness.runs import Trained
+from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
 
 DECAYS = ("none", "plateau", "exponential", "cosine")
 

@@ -20,9 +20,9 @@ from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw
 from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_triples
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.memorization import pairs_image
-from experiments.evaluator import Evaluator
-from experiments.runs import Trained
-from experiments.study import QUIET, Study, main
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.runs import Trained
+from experiments.harness.study import QUIET, Study, main
 
 
 def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) -> None:  # noqa: B006 (never changed)

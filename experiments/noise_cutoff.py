@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
-from experiments.study import QUIET, Evaluator, Study, image_rows, main
+from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
 
 MOST = 2000  # real images that sharpness is taken over
 

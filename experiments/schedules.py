@@ -25,7 +25,7 @@ from diffusion_lit.diffusion.noise import (
 )
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets.layers import Conditioning
-from experiments.study import QUIET, Evaluator, Study, image_rows, main
+from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "linear": LinearSchedule,

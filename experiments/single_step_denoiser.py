@@ -23,8 +23,8 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_data, load_module
-from experiments.runs import Trained
-from experiments.study import Study, image_rows, main
+from experiments.harness.runs import Trained
+from experiments.harness.study import Study, image_rows, main
 
 NOISE = 0.5  # trained, for pixels in [0, 1]
 UNIT = 2.0  # sigma, for pixels in [-1, 1], of noise of strength 1 for pixels in [0, 1]

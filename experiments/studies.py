@@ -19,7 +19,7 @@ from jsonargparse import CLI
 
 from diffusion_lit.report import Page
 from diffusion_lit.runtime.stopping import end
-from experiments.study import ROOT
+from experiments.harness.study import ROOT
 
 STUDIES = [
     "toy_diffusion",

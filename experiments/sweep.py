@@ -23,8 +23,8 @@ import yaml
 from PIL import Image
 
 from diffusion_lit.commands.configs import find_config
-from experiments.runs import Trained, grid, label_of
-from experiments.study import Study, main
+from experiments.harness.runs import Trained, grid, label_of
+from experiments.harness.study import Study, main
 
 KNOWN = ("config", "options", "grid", "runs")
 

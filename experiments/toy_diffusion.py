@@ -24,7 +24,7 @@ from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
-from experiments.study import Evaluator, Study, image_rows, main
+from experiments.harness.study import Evaluator, Study, image_rows, main
 
 AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_module
+from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
 from experiments.noise_cutoff import real_images, sharpness
-from experiments.study import QUIET, Evaluator, Study, image_rows, main
 
 
 def variance(

@@ -61,7 +61,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(lightning, monkeypatch):
 
 
 def test_a_study_shows_its_traceback_where_it_is_asked_for(monkeypatch, capsys):
-    from experiments.command import command
+    from experiments.harness.command import command
 
     def study(steps: int = 1) -> None:
         """A study with a fault."""

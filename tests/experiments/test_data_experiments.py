@@ -9,7 +9,8 @@ import torch
 from helpers.data_fixtures import write_class_folders, write_mnist
 from PIL import Image
 
-from experiments import data_throughput, look_at_data
+from experiments import look_at_data
+from experiments.benchmarks import data_throughput
 
 
 def test_statistics_are_those_of_numpy():

@@ -5,7 +5,7 @@ from helpers.runs import DIGITS
 
 from diffusion_lit.callbacks.cost import network_cost
 from diffusion_lit.nets import UNet
-from experiments.plan import plan
+from experiments.benchmarks.plan import plan
 
 TINY = ["--model.init_args.net.init_args.model_channels=16", "--trainer.max_steps=1000", "--trainer.accelerator=cpu"]
 

@@ -10,8 +10,8 @@ from helpers.runs import DIGITS, FIT
 
 from diffusion_lit.callbacks import EMA
 from diffusion_lit.modules import EDM
-from experiments import profile_step as study
-from experiments.profile_step import Recorder, profile_step, shares, text
+from experiments.benchmarks import profile_step as study
+from experiments.benchmarks.profile_step import Recorder, profile_step, shares, text
 
 OPTIONS = [word for word in FIT if word.startswith("--") and "callbacks" not in word and "steps" not in word]
 OPTIONS = [word for word in OPTIONS if not word.startswith(("--config", "--name"))]

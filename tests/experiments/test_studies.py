@@ -21,13 +21,14 @@ from tensorboard.plugins.hparams.backend_context import Context
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.preconditioning import X0Preconditioning
-from experiments import runs, studies, sweep
+from experiments import studies, sweep
+from experiments.harness import runs
+from experiments.harness.runs import Failed, Run, Trained, grid, label_of
+from experiments.harness.study import QUIET, image_rows, main, markdown, split
 from experiments.learning_rates import learning_rates, scheduler
 from experiments.noise_cutoff import noise_cutoff, sharpness
-from experiments.runs import Failed, Run, Trained, grid, label_of
 from experiments.schedules import schedules
 from experiments.single_step_denoiser import keep, single_step_denoiser
-from experiments.study import QUIET, image_rows, main, markdown, split
 from experiments.toy_diffusion import toy_diffusion
 from experiments.variance import diversity, variance
 
@@ -88,7 +89,7 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr(runs._Children, "run", run)
-    monkeypatch.setattr("experiments.study.DPI", 40)
+    monkeypatch.setattr("experiments.harness.study.DPI", 40)
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -10,16 +10,16 @@ import torch
 from scipy.fft import dctn
 
 from datamodules import Digits, Subset
-from experiments import runs
 from experiments.attention_ablation import attention_ablation
 from experiments.capacity import capacity
 from experiments.coarse_first import coarse_first, level_of, summary
 from experiments.cold_diffusion import cold_diffusion
-from experiments.frequencies import band_edges, band_masks, band_power, settled, tile_mean
 from experiments.guidance_scale import guidance_scale
+from experiments.harness import runs
+from experiments.harness.frequencies import band_edges, band_masks, band_power, settled, tile_mean
+from experiments.harness.networks import flops, parameters, step_cost
+from experiments.harness.study import QUIET, main
 from experiments.memorization import memorization
-from experiments.networks import flops, parameters, step_cost
-from experiments.study import QUIET, main
 
 TINY = {
     **QUIET,

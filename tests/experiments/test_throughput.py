@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import contenders, throughput
-from experiments.contenders import OURS, BenchmarkJob, Cost, Slice
+from experiments.benchmarks import contenders, throughput
+from experiments.benchmarks.contenders import OURS, BenchmarkJob, Cost, Slice
 
 PEERS = contenders.installed()[1:]
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from experiments import contenders
-from experiments import time_to_quality as study
-from experiments.contenders import OURS, BenchmarkJob
+from experiments.benchmarks import contenders
+from experiments.benchmarks import time_to_quality as study
+from experiments.benchmarks.contenders import OURS, BenchmarkJob
 
 NAMES = [OURS, *[name for name in study.PEERS if name in contenders.installed()]]
 SMALL = [f"--model.init_args.net.init_args.{option}" for option in ("model_channels=8", "num_blocks=1")]

@@ -2,7 +2,7 @@
 
 import random
 
-from experiments.torture import FAMILIES, draw, draw_chain
+from experiments.benchmarks.torture import FAMILIES, draw, draw_chain
 
 
 def cases(seed):

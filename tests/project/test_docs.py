@@ -18,7 +18,7 @@ import experiments
 from diffusion_lit.commands import edit
 from diffusion_lit.commands import main as cli
 from diffusion_lit.diffusion import samplers
-from experiments import runs
+from experiments.harness import runs
 
 EXTEND = ROOT / "docs/extend.md"
 SAMPLERS, EDIT = "diffusion_lit/diffusion/samplers/__init__.py", "diffusion_lit/commands/edit.py"
@@ -180,7 +180,7 @@ def test_other_commands_exist(command):
     else:
         printed = [text for (name, _), text in files(EXTEND).items() if name == f"{words[2].replace('.', '/')}.py"]
         source = printed[0] if printed else Path(importlib.util.find_spec(words[2]).origin).read_text()
-        source += (ROOT / "experiments/study.py").read_text() if "experiments.study" in source else ""
+        source += (ROOT / "experiments/harness/study.py").read_text() if "experiments.harness.study" in source else ""
         for option in re.findall(r"--(\w+)(?= |$|=)", command):
             assert re.search(rf"\b{option}\b", source), f"{words[2]} has no option --{option}"
 

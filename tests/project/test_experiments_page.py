@@ -13,7 +13,7 @@ from helpers.project_files import ROOT, write_idx
 from PIL import Image
 
 from diffusion_lit.commands import main as cli
-from experiments import runs
+from experiments.harness import runs
 
 PAGE = Path(ROOT, "docs/experiments-by-command.md").read_text()
 COMMANDS = re.findall(r"^\| [^|]+ \| `([^`]+)` \|", PAGE, re.MULTILINE)

@@ -1,6 +1,7 @@
-"""How long a recipe takes on hardware that one may not have yet.
+r"""How long a recipe takes on hardware that one may not have yet.
 
-    python -m experiments.plan --config configs/edm_cifar10.yaml --config configs/paper/edm_cifar10.yaml --gpus 8
+    python -m experiments.benchmarks.plan --gpus 8 --config configs/edm_cifar10.yaml \
+        --config configs/paper/edm_cifar10.yaml
 
 The recipe's network is built from the config as `lightning fit` builds it, its operations are counted, and some
 training steps of it are timed on this machine. For other hardware there is no measurement here: its peak is the
@@ -22,7 +23,7 @@ from diffusion_lit.commands.fit import run
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
-from experiments.command import command
+from experiments.harness.command import command
 
 PEAKS = {  # dense bf16 (fp16 where there is no bf16) tensor TFLOP/s with float32 sums, from the vendor's data sheets
     "T4": 65,

@@ -7,9 +7,9 @@ saved, or in the middle of writing a checkpoint; the run then goes on with `--ck
 the loss by noise level and the configs' own figures are drawn as shipped. Compared with one run that nothing happens
 to: the raw weights, the average (EMA), the optimizer's and the schedule's state, all logged figures and all images.
 
-    python -m experiments.torture --kills 50
-    python -m experiments.torture --kills 10 --without keys       the keyed seeding taken out: shows that it can fail
-    python -m experiments.torture --kills 10 --without position   the loop's counters as Lightning restores them
+    python -m experiments.benchmarks.torture --kills 50
+    python -m experiments.benchmarks.torture --kills 10 --without keys      without keyed seeding: must fail
+    python -m experiments.benchmarks.torture --kills 10 --without position  the counters as Lightning restores them
 
 Each run is a fork of this process, which has the libraries loaded, so that a kill costs no second start.
 """
@@ -26,9 +26,9 @@ from typing import Any, Literal
 import torch
 from jsonargparse import CLI
 
-from experiments.killed_runs import Kill, checkpoint, compare, remove, run
+from experiments.benchmarks.killed_runs import Kill, checkpoint, compare, remove, run
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FEW = ["--model.init_args.sampling.num_steps=3", "--sample_grid.rows=2", "--sample_grid.columns=2"]
 FEW += ["--trajectory.count=1", "--trajectory.columns=4"]
 SMALL = ["--model.init_args.net.init_args.model_channels=16"]

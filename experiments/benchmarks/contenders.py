@@ -1,4 +1,4 @@
-"""This project and its peers doing the same work: what `experiments.throughput` and `experiments.time_to_quality` time.
+"""This project and its peers doing the same work: what `throughput` and `time_to_quality` time.
 
 A contender is a library's own U-Net under the library's own training step and sampler:
 

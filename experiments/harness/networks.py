@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.study import Study
+from experiments.harness.study import Study
 
 
 def build(study: Study, **changes: Any) -> nn.Module:

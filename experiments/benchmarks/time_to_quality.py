@@ -1,6 +1,6 @@
 """How good are the images after so many minutes of training? This project and its peers, given the same time.
 
-    python -m experiments.time_to_quality --root FOLDER_OF_FASHION_MNIST
+    python -m experiments.benchmarks.time_to_quality --root FOLDER_OF_FASHION_MNIST
 
 Every contender trains on FashionMNIST padded to 32x32, from scratch, for the same time of the clock on the same
 threads, one after the other; then it draws the same number of images in the same number of network evaluations, and
@@ -49,11 +49,11 @@ from diffusion_lit.report.facts import magnitude
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, use_threads
 from diffusion_lit.storage.atomic import atomic
-from experiments.command import command
-from experiments.contenders import MULTIPLES, OURS, BenchmarkJob, installed, peer
-from experiments.study import DPI, image_rows
+from experiments.benchmarks.contenders import MULTIPLES, OURS, BenchmarkJob, installed, peer
+from experiments.harness.command import command
+from experiments.harness.study import DPI, image_rows
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/edm_fashion_mnist.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/edm_fashion_mnist.yaml"
 PEERS = {"denoising-diffusion-pytorch": 16, "smalldiffusion": 32}  # and the widths that they are given
 BATCH, PEER_BATCH = 64, 32  # images per step: the config's, and the README's of the first peer
 UNGUIDED = f"{OURS}, without guidance"
@@ -318,6 +318,8 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
 
 
 if __name__ == "__main__":
-    from experiments import time_to_quality as this  # the module that the callback is named by, which __main__ is not
+    from experiments.benchmarks import (
+        time_to_quality as this,  # the module that the callback is named by, which __main__ is not
+    )
 
     command(this.time_to_quality)

@@ -3,9 +3,9 @@
 Configs that have no run yet are trained first; a checkpoint whose receipt is there already is not measured again. Rows
 compare within one table, which holds one data set, one extractor and one number of samples.
 
-    python -m experiments.fid_benchmark --configs configs/edm_digits.yaml,configs/ddpm_digits.yaml
-    python -m experiments.fid_benchmark --checkpoints a.ckpt,b.ckpt --num_samples 10000 --extractor inception
-    python -m experiments.fid_benchmark --checkpoints a.ckpt --parity random
+    python -m experiments.benchmarks.fid_benchmark --configs configs/edm_digits.yaml,configs/ddpm_digits.yaml
+    python -m experiments.benchmarks.fid_benchmark --checkpoints a.ckpt,b.ckpt --num_samples 10000 --extractor inception
+    python -m experiments.benchmarks.fid_benchmark --checkpoints a.ckpt --parity random
 
 `--parity` gives torch-fidelity's command a folder of PNG files of a model's samples and one of the reference, and
 compares its FID, KID, precision, recall and Inception score with ours: with the weights in a file, or with `random`

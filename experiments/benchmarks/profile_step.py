@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and what Lightning, samplers and guidance cost beside the network.
 
-    python -m experiments.profile_step --config configs/edm_fashion_mnist.yaml
+    python -m experiments.benchmarks.profile_step --config configs/edm_fashion_mnist.yaml
 
 Three measurements. First `lightning fit` takes turns with a bare PyTorch loop over the same step (the same batches,
 draws, network, loss, precision, optimizer and a plain average of the weights, without Lightning, callbacks and
@@ -39,7 +39,7 @@ from diffusion_lit.diffusion import (
 )
 from diffusion_lit.nets import UNet
 from diffusion_lit.runtime.hardware import hardware, keep_freed_memory
-from experiments.command import command
+from experiments.harness.command import command
 
 WARM_UP = 3
 SAMPLERS = {
@@ -401,7 +401,9 @@ def text(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from experiments import profile_step as this  # the module that the callback is named by, which __main__ is not
+    from experiments.benchmarks import (
+        profile_step as this,  # the module that the callback is named by, which __main__ is not
+    )
 
     keep_freed_memory()
     command(this.profile_step)

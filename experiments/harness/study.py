@@ -61,9 +61,9 @@ from diffusion_lit.runtime.stopping import RunStopped, end
 from diffusion_lit.runtime.versions import commit
 from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
-from experiments.evaluator import Evaluator, choose_extractor
-from experiments.runs import Failed, Run, Trained, fit
-from experiments.show import image_rows, markdown
+from experiments.harness.evaluator import Evaluator, choose_extractor
+from experiments.harness.runs import Failed, Run, Trained, fit
+from experiments.harness.show import image_rows, markdown
 
 __all__ = ["QUIET", "Evaluator", "Setup", "Study", "StudyFailed", "image_rows", "main", "markdown", "split"]
 

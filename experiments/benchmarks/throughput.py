@@ -1,6 +1,6 @@
 """How fast this project trains and samples beside its peers, on the same work in the same run.
 
-    python -m experiments.throughput
+    python -m experiments.benchmarks.throughput
 
 Each contender (see contenders.py) lives in a process of its own and takes its turn, slice after slice, so that what
 else the machine does strikes all alike; what counts is the ratio of the slices of one round, its median and its spread
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from diffusion_lit.runtime.versions import versions
-from experiments.command import command
-from experiments.contenders import OURS, BenchmarkJob, Contender, Slice, Stopwatch, installed, nearest
+from experiments.benchmarks.contenders import OURS, BenchmarkJob, Contender, Slice, Stopwatch, installed, nearest
+from experiments.harness.command import command
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 

@@ -1,6 +1,6 @@
 """How fast the data modules feed, beside torchvision's usual per-sample DataLoader on the same data and size.
 
-    python -m experiments.data_throughput
+    python -m experiments.benchmarks.data_throughput
 
 The usual way decodes, transforms and collates each image in Python: `Dataset.__getitem__` with RandomHorizontalFlip,
 ToTensor and Normalize, and a DataLoader around it. Here whole batches are cut from one uint8 array, mirrored and
