@@ -172,7 +172,7 @@ def follow(study: Study, module: Any, path: Path, sampling: Sampling, bands: int
         found["x0"].append(x0)
         if rows[0] == 0:
             sigmas = torch.tensor(recorder.sigmas)
-            steps = evenly(0, len(sigmas) - 1, min(10, len(sigmas)))
+            steps = torch.tensor(evenly(0, len(sigmas) - 1, min(10, len(sigmas))))
             shown = torch.stack([estimates[step][:SHOWN] for step in steps])
     return {
         "sigmas": sigmas,
