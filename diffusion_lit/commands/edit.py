@@ -40,7 +40,7 @@ def forward(
         timesteps: Steps of the model's schedule instead, as JSON: '[250, 500, 750]'.
         num_samples: Draws of the noise, a row each.
     """
-    options.unused("Noising an image", "label", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
+    options.unused("Noising an image", "labels", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
     model = options.load()
     named = _levels(model, sigmas, timesteps)
     sigmas = list(named)
@@ -84,7 +84,7 @@ def denoise(
         raise ValueError(f"kernel_sizes is {kernel_sizes} for {len(sigmas)} noise levels; give one for each.")
     kernels = dict(zip(sigmas, list(kernel_sizes or [kernel_size] * len(sigmas)), strict=True))
     sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
-    image, labels, seeds = options.read(model), options.labels(model, 1), options.seeds(1)
+    image, labels, seeds = options.read(model), options.condition(model, 1), options.seeds(1)
     blurs = BLURS if blur_sigma is None else (blur_sigma,)
     made: dict[str, dict[float, Tensor]] = {"noisy": {}, "blur": {}, "one_step": {}, "iterative": {}}
     chosen = {}
@@ -133,7 +133,7 @@ def img2img(
     model = options.load()
     sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
     seeds, image = options.seeds(num_samples), options.read(model)
-    images, labels = image.expand(num_samples, -1, -1, -1), options.labels(model, num_samples)
+    images, labels = image.expand(num_samples, -1, -1, -1), options.condition(model, num_samples)
     levels = {start: editing.start_level(sampling, model.denoiser.scaling, start) for start in starts}
     made = {
         start: editing.img2img(model, images, start, labels=labels, seeds=seeds, sampling=sampling).cpu()
@@ -180,7 +180,7 @@ def inpaint(
     sampling = options.sampling(model, editing.revising(model.sampling))
     seeds, image = options.seeds(num_samples), options.read(model)
     known = _known(options, model, mask, box)
-    images, labels = image.expand(num_samples, -1, -1, -1), options.labels(model, num_samples)
+    images, labels = image.expand(num_samples, -1, -1, -1), options.condition(model, num_samples)
     made = editing.inpaint(
         model, images, known, labels=labels, seeds=seeds, sampling=sampling, resamplings=resamplings, jump=jump
     ).cpu()
@@ -283,7 +283,7 @@ def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 
     sampling = options.sampling(model, model.sampling)
     check_count(2, num_frames=num_frames)
     last = options.seed + 1 if to_seed is None else to_seed
-    shares, labels = torch.linspace(0, 1, num_frames), options.labels(model, num_frames)
+    shares, labels = torch.linspace(0, 1, num_frames), options.condition(model, num_frames)
     made = editing.interpolate(model, options.seed, last, shares, labels=labels, sampling=sampling).cpu()
     shown = sorted(set(evenly(0, num_frames - 1, 9)))
     figure = labelled_grid([[Cell(made[i]) for i in shown]], [f"{float(shares[i]):.2f}" for i in shown], [""])
@@ -306,7 +306,7 @@ def invert(options: ImageOptions) -> None:
     own: Sampling = model.sampling
     quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.replace(sampler="heun")
     sampling = options.sampling(model, quiet.replace(num_steps=100))
-    image, labels = options.read(model), options.labels(model, 1)
+    image, labels = options.read(model), options.condition(model, 1)
     x = editing.invert(model, image, labels=labels, sampling=sampling)
     sigma = float(sampling.sigmas(model.denoiser.scaling)[0])
     back = editing.denoise(model, x, sigma, labels=labels, sampling=sampling).cpu()
@@ -367,7 +367,7 @@ def colorize(options: ImageOptions, resamplings: int = 5, jump: int = 1, num_sam
     model = options.load()
     sampling = options.sampling(model, editing.revising(model.sampling))
     seeds, image = options.seeds(num_samples), options.read(model)
-    labels = options.labels(model, num_samples)
+    labels = options.condition(model, num_samples)
     grey = editing.to_grey(image) if image.shape[1] == 3 else image
     made = editing.colorize(
         model,
@@ -402,7 +402,7 @@ def super_resolve(
     side = model.image_shape[1]
     if factor < 2 or side % factor:
         raise ValueError(f"factor is {factor}; it must be at least 2 and divide the model's {side} pixels.")
-    seeds, labels = options.seeds(num_samples), options.labels(model, num_samples)
+    seeds, labels = options.seeds(num_samples), options.condition(model, num_samples)
     image = options.read(model)
     small = avg_pool2d(image, factor)
     if options.image not in (None, *SAMPLES) and min(image_size(options.image)) < side:

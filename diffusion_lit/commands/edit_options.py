@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.checks import check_count
+from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.single_image import psnr
-from diffusion_lit.modules.labels import check_guidance
+from diffusion_lit.modules.labels import check_guidance, class_indices
 from diffusion_lit.modules.load import load_data
-from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.report.images import png_bytes
 from diffusion_lit.report.receipt_page import plain_table
 from diffusion_lit.runtime.hardware import pick_device
@@ -36,53 +36,17 @@ SAMPLES = ("flower", "china")  # of scikit-learn
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(DrawOptions):
     """Model, condition, sampling and output.
 
     Args:
-        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
-            export`.
-        pretrained: A model of another library instead: its name on the hub or its folder; see `lightning sample`.
-        label: Class, by number or name; several separated by commas where a task takes several. Without it the model
+        labels: Class, by number or name; several separated by commas where a task takes several. Without it the model
             draws whatever it likes.
-        prompt: What a text model shall show: --prompt "..."; again and again where a task takes several.
-        negative_prompt: The null prompt of a text model, which guidance leads away from.
-        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model.
-        sampler: Name of the sampler; `lightning sample --help` lists them.
-        num_steps: Number of sampling steps.
-        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
-        sigma_min: Smallest noise level of the grid above 0.
-        sigma_max: Largest noise level of the grid.
-        clip_x0: Threshold on predicted images: none, static or dynamic.
-        sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
-        grid_options: Options of the grid, as JSON: '{"rho": 7}'.
-        guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
-        guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
-        seed: Seed of the first result; the next ones follow.
         out: Folder for the results, runs/edits/TASK by default.
-        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
         json: Prints the record, and nothing else, on standard output, for a program.
     """
 
-    ckpt_path: str | None = None
-    pretrained: str | None = None
-    label: str | None = None
-    prompt: list[str] | None = None
-    negative_prompt: str = ""
-    cfg_scale: float | None = None
-    sampler: str | None = None
-    num_steps: int | None = None
-    grid: str | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    clip_x0: str | None = None
-    sampler_options: dict[str, float | str | bool] | None = None
-    grid_options: dict[str, float | str | bool] | None = None
-    guidance_interval: tuple[float, float] | None = None
-    guidance_rescale: float | None = None
-    seed: int = 0
     out: str | None = None
-    device: str = "auto"
     json: bool = False
 
     def load(self) -> Any:
@@ -95,15 +59,12 @@ class Options:
             ValueError: If there is none, or it does not denoise, or words are given to a model of classes.
         """
         try_folder(Path(self.out or OUT))
-        further = {"negative_prompt": self.negative_prompt} if self.negative_prompt else {}
-        model = load_model(self.ckpt_path, self.pretrained, self.prompts, **further)
+        model = self.load_model()
         if not hasattr(model, "denoiser"):
             raise ValueError(
                 f"{self.ckpt_path} holds a {type(model).__name__}, which does not denoise; edit with a checkpoint of "
                 "DDPM, EDM or LatentDiffusion."
             )
-        if self.label is not None and self.pretrained is not None and self.prompts:
-            raise ValueError("Both --label and --prompt were given; a text model takes --prompt alone.")
         return model.to(pick_device(self.device))
 
     def unused(self, what: str, *names: str) -> None:
@@ -120,11 +81,6 @@ class Options:
             if getattr(self, name) is not None:
                 raise ValueError(f"{what} asks no network, so that --{name} {getattr(self, name)} does nothing.")
 
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts, in order."""
-        return list(self.prompt or [])
-
     def sampling(self, model: Any, default: Sampling) -> Sampling:
         """The settings of a task with what is given in place.
 
@@ -138,21 +94,8 @@ class Options:
         Raises:
             ValueError: If guidance is asked for that does nothing.
         """
-        sampling = default.replace(
-            cfg_scale=self.cfg_scale,
-            sampler=self.sampler,
-            num_steps=self.num_steps,
-            grid=self.grid,
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            clip_x0=self.clip_x0,
-            sampler_options=self.sampler_options,
-            grid_options=self.grid_options,
-            guidance_interval=self.guidance_interval,
-            guidance_rescale=self.guidance_rescale,
-        )
-        guidance = (self.cfg_scale, self.guidance_interval, self.guidance_rescale)
-        check_guidance(model, sampling, bool(self.prompts) or self.label is not None, *guidance)
+        sampling = self.applied(default)
+        check_guidance(model, sampling, bool(self.prompts) or self.labels is not None, *self.guidance)
         return sampling
 
     def conditions(self, model: Any) -> list[int]:
@@ -169,16 +112,13 @@ class Options:
         """
         if self.prompts:
             return list(range(len(self.prompts)))
-        if self.label is None:
+        if self.labels is None:
             return []
-        if getattr(model, "prompts", None) is not None:
-            raise ValueError(f"--label {self.label} was given, but {self.pretrained} is a text model; give --prompt.")
         if model.num_classes == 0:
-            raise ValueError(f"--label {self.label} was given, but the model is unconditional; leave --label out.")
-        names = [str(name) for name in getattr(model, "class_names", [])]
-        return [_class_index(word.strip(), names, model.num_classes) for word in self.label.split(",")]
+            raise ValueError(f"--labels {self.labels} was given, but the model is unconditional; leave --labels out.")
+        return class_indices(self.labels, model.num_classes, getattr(model, "class_names", []))
 
-    def labels(self, model: Any, count: int) -> Tensor | None:
+    def condition(self, model: Any, count: int) -> Tensor | None:
         """The one condition of a task, for each of its images.
 
         Args:
@@ -215,7 +155,7 @@ class Options:
             raise ValueError(f"{what} needs {needed} conditions, but the model knows none; give one with classes.")
         if len(given) != needed:
             raise ValueError(
-                f"{what} needs {needed} conditions, but {len(given)} were given; write --label with {needed} classes "
+                f"{what} needs {needed} conditions, but {len(given)} were given; write --labels with {needed} classes "
                 "separated by commas, or --prompt as many times."
             )
         return torch.tensor(given)
@@ -358,16 +298,6 @@ class ImageOptions(Options):
         if not 0 <= self.data_index < len(images):
             raise ValueError(f"data_index is {self.data_index}; the test split has images 0 to {len(images) - 1}.")
         return torch.as_tensor(images[self.data_index])
-
-
-def _class_index(word: str, names: list[str], num_classes: int) -> int:
-    """A class by its number or its name."""
-    if word in names:
-        return names.index(word)
-    if word.isdecimal() and int(word) < num_classes:
-        return int(word)
-    known = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, ..."
-    raise ValueError(f"There is no class {word!r}; give a number from 0 to {num_classes - 1}, or one of {known}.")
 
 
 def read_pixels(path: str, size: int, channels: int, resize: str = "lanczos") -> Tensor:

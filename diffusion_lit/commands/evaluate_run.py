@@ -4,7 +4,6 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
 from diffusion_lit.checks import check_count
+from diffusion_lit.commands.options import SweepOptions
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
@@ -29,7 +29,7 @@ from diffusion_lit.evaluation.generation import (
 from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
 from diffusion_lit.evaluation.single_image import is_single
 from diffusion_lit.modules.labels import check_guidance, parse_labels
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_data
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.runtime.hardware import hardware
@@ -37,7 +37,7 @@ from diffusion_lit.runtime.precision import float32_arithmetic
 from diffusion_lit.runtime.ranks import meet, rank_zero_alone, rank_zero_first
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
-from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.hashing import file_hash, weights_hash
 from diffusion_lit.storage.lock import locked
 from diffusion_lit.storage.room import try_folder
 
@@ -45,38 +45,50 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The options of `lightning evaluate`, which documents them; see `diffusion_lit.commands.evaluate.evaluate`."""
+class Plan(SweepOptions):
+    """The model, what is drawn, and what it is compared with.
 
-    ckpt_path: str
-    num_samples: int
-    out: str
-    extractor: str
-    extractor_weights: str | None
-    reference: str
-    num_blocks: int
-    labels: str | None
-    cfg_scale: str | None
-    sampler: str | None
-    num_steps: str | None
-    grid: str | None
-    sigma_min: float | None
-    sigma_max: float | None
-    clip_x0: str | None
-    sampler_options: dict[str, Any] | None
-    grid_options: dict[str, Any] | None
-    guidance_interval: tuple[float, float] | None
-    guidance_rescale: float | None
-    seed: int
-    per_class: bool
-    memorization: bool
-    likelihood: bool
-    likelihood_images: int
-    save_samples: str | None
-    batch_size: int
-    keep_shards: bool
-    data_root: str | None = None
+    Args:
+        num_samples: Samples in each block; figures at different numbers do not compare.
+        out: The report, a .json file.
+        extractor: What images are compared by: inception, classifier, pixels, vgg16, clip or clip-VARIANT, dinov2 or
+            dinov2-VARIANT; auto is inception for colour images, else classifier (trained on the data set on the spot
+            unless --extractor_weights names one). Its name is part of every figure's name.
+        extractor_weights: Local file of the extractor's weights; a checkpoint of configs/classifier_NAME.yaml for
+            classifier.
+        reference: Split to compare with: train, val, test or train+val; or a file: .npz with mu and sigma (EDM's,
+            guided-diffusion's) or with arr_0. A list such as train,test gives the figures against each.
+        num_blocks: Number of blocks; error bars need at least 3.
+        labels: Classes to draw: `all` (each equally often) or a list of numbers or names, such as 3,3,7,
+            that is repeated. Without it, a
+            model with classes draws each sample's class by the training set's frequencies.
+        per_class: Also gives the Fréchet distance of each class.
+        memorization: Also asks whether samples are nearer to training images than chance allows, with an image of
+            the worst pairs.
+        likelihood: Also gives bits per dimension of the test images.
+        likelihood_images: Number of images that the likelihood is taken over.
+        save_samples: Keeps the samples as PNG files in this folder.
+        data: Other data than the checkpoint's own, as a class of datamodules and its arguments.
+        data_root: Where the checkpoint's own data lies now.
+        batch_size: Samples drawn at a time on each rank; does not change them.
+        keep_shards: Keeps the features of all samples beside the report.
+    """
+
+    num_samples: int = 50_000
+    out: str = "runs/evaluations/report.json"
+    extractor: str = "auto"
+    extractor_weights: str | None = None
+    reference: str = "train"
+    num_blocks: int = 3
+    per_class: bool = False
+    memorization: bool = False
+    likelihood: bool = False
+    likelihood_images: int = 1000
+    save_samples: str | None = None
     data: LightningDataModule | None = None
+    data_root: str | None = None
+    batch_size: int = 64
+    keep_shards: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers that nothing can be measured with."""
@@ -105,26 +117,9 @@ class Plan:
         """Number of samples of one setting, all blocks together."""
         return self.num_samples * self.num_blocks
 
-    def settings(self, default: Sampling) -> list[Sampling]:
-        """The settings to measure, every combination of the lists.
-
-        Args:
-            default: The model's own.
-
-        Returns:
-            At least one.
-        """
-        fixed = ("grid", "sigma_min", "sigma_max", "clip_x0", "sampler_options", "grid_options")
-        same = {name: getattr(self, name) for name in (*fixed, "guidance_interval", "guidance_rescale")}
-        lists = (
-            _words("sampler", self.sampler, str),
-            _words("num_steps", self.num_steps, int),
-            _words("cfg_scale", self.cfg_scale, float),
-        )
-        return [
-            default.replace(sampler=sampler, num_steps=num_steps, cfg_scale=cfg_scale, **same)
-            for sampler, num_steps, cfg_scale in product(*lists)
-        ]
+    def model_hash(self, module: Any) -> str:
+        """What the model's weights are known by: the hash of the checkpoint's file, or of pretrained weights."""
+        return weights_hash(module.state_dict()) if self.ckpt_path is None else file_hash(Path(self.ckpt_path))
 
     def check_guidance(self, module: Any, settings: list[Sampling]) -> None:
         """Refuses guidance that does nothing; every sample has a class where there are any.
@@ -140,16 +135,6 @@ class Plan:
                 (self.guidance_interval, self.guidance_rescale) if setting is guided[0] else (None, None)
             )
             check_guidance(module, setting, module.num_classes > 0, scale, interval, rescale)
-
-
-def _words(option: str, text: str | None, kind: Any) -> list[Any]:
-    """The values of a list on the command line; one None where it was not given."""
-    if text is None:
-        return [None]
-    try:
-        return [kind(word.strip()) for word in str(text).split(",")]
-    except ValueError as error:
-        raise ValueError(f"--{option} {text} is not a list of numbers such as 9,18,35.") from error
 
 
 def run(fabric: Fabric, plan: Plan) -> list[str]:
@@ -180,9 +165,10 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
 def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     """Evaluates, the report's place being held; see `run`."""
     started = datetime.now(UTC)
-    module = load_module(plan.ckpt_path)
-    if not hasattr(module, "generate"):
-        raise ValueError(f"{plan.ckpt_path} holds a {type(module).__name__}, which draws no samples to evaluate.")
+    module = plan.load_model()
+    for name in ("per_class", "likelihood"):
+        if getattr(plan, name) and getattr(module, "prompts", None) is not None:
+            raise ValueError(f"--{name} needs classes or none, but {plan.pretrained} is a text model; leave it out.")
     settings = plan.settings(module.sampling)
     plan.check_guidance(module, settings)
 
@@ -252,7 +238,11 @@ def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
         ValueError: If its images have another shape than the model's, or it is no data to compare with.
     """
     overrides = {} if plan.data_root is None else {"root": plan.data_root}
-    data: Any = plan.data if plan.data is not None else load_data(plan.ckpt_path, **overrides)
+    if plan.data is None and plan.ckpt_path is None:
+        raise ValueError(
+            f"{plan.pretrained} brings no data along; say what to compare it with, such as --data datamodules.CIFAR10."
+        )
+    data: Any = plan.data if plan.data is not None else load_data(plan.ckpt_path, **overrides)  # type: ignore[arg-type]
     if not hasattr(data, "reference_images"):
         raise ValueError(f"{type(data).__name__} has no reference images; use one of datamodules.")
     if first:
@@ -287,7 +277,7 @@ def make_job(
     labels, rule = choose_labels(plan, module, data)
     record = {
         "format": FORMAT,
-        "checkpoint": file_hash(Path(plan.ckpt_path)),
+        "checkpoint": plan.model_hash(module),
         "sampling": setting.record(),
         "labels": rule,
         "image_shape": list(module.image_shape),
@@ -312,10 +302,12 @@ def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, st
     Returns:
         Classes int64 (total,) or None, and the rule.
     """
-    if plan.labels is not None:
-        labels = parse_labels(plan.labels, plan.num_samples, module.num_classes)
-        if labels is not None:
-            return labels.repeat(plan.num_blocks), f"as given, {plan.labels}, in each block of {plan.num_samples}"
+    given = "all" if plan.prompts else plan.labels
+    labels = parse_labels(given, plan.num_samples, module.num_classes, getattr(module, "class_names", []))
+    if labels is not None:
+        return labels.repeat(plan.num_blocks), f"as given, {given}, in each block of {plan.num_samples}"
+    if getattr(module, "prompts", None) is not None:
+        return None, "none: the null prompt"
     frequencies = class_frequencies(data, module.num_classes)
     if frequencies is None:
         return None, "none: the model is unconditional"
@@ -339,8 +331,10 @@ def header(
     Returns:
         Plain values: all that would change a figure.
     """
-    checkpoint = read_checkpoint(plan.ckpt_path)
+    checkpoint = {} if plan.ckpt_path is None or Path(plan.ckpt_path).is_dir() else read_checkpoint(plan.ckpt_path)
     averaged = "current_model_state" in checkpoint or checkpoint.get("weights", "").startswith("average")
+    weights = "average (EMA)" if averaged else "as trained: the checkpoint keeps no average"
+    weights = weights if checkpoint else "as published" if plan.pretrained else "as exported"
     warnings = [warning for reference in references.values() for warning in reference.warnings]
     if plan.num_blocks < 3:
         warnings.append(f"{plan.num_blocks} block(s) of samples: error bars need at least 3.")
@@ -348,11 +342,15 @@ def header(
     return {
         "format": FORMAT,
         "checkpoint": {
-            "file": str(plan.ckpt_path),
-            "sha256": file_hash(Path(plan.ckpt_path)),
+            "file": str(plan.ckpt_path or plan.pretrained),
+            "sha256": plan.model_hash(module),
             "module": f"{type(module).__module__}.{type(module).__name__}",
             "step": checkpoint.get("global_step"),
-            "weights": "average (EMA)" if averaged else "as trained: the checkpoint keeps no average",
+            "weights": "as published"
+            if not checkpoint
+            else "average (EMA)"
+            if averaged
+            else "as trained: the checkpoint keeps no average",
         },
         "data": {"class": f"{type(data).__module__}.{type(data).__name__}", **parameters},
         "extractor": {**extractor.identity(), "metric": extractor.metric},

@@ -9,10 +9,9 @@ import inspect
 import io
 import locale
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -49,6 +48,8 @@ COMMANDS = {
     "doctor": Command("diffusion_lit.commands.doctor", "doctor", "what this machine has, and what would be chosen"),
     "completion": Command("diffusion_lit.commands.completion", "SHELLS", "complete commands and options in a shell"),
 }
+
+OLD_NAMES = {"picture": "image", "negative_picture": "negative_image", "label": "labels", "accelerator": "device"}
 
 TRAINING = {
     "fit": "train a model: diffusion-lit fit --config edm_digits",
@@ -216,7 +217,7 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     for kind in spread.values():
         types |= {option.name: option.type for option in fields(kind)}
     parser.add_argument("--trust", metavar="MODULE", help=TRUST_HELP)  # for the help: `main` has taken it
-    args = [re.sub(r"^--(negative_)?picture(?==|$)", r"--\1image", arg) for arg in args]  # the names of before
+    args = [_renamed(arg, types) for arg in args]
     flags = {f"--{name}" for name, kind in types.items() if kind is bool}
     args, texts = _take_texts(args, {name for name, kind in types.items() if kind in (list[str], list[str] | None)})
     options = parser.parse_args(_spell_out_flags(args, flags))
@@ -231,6 +232,13 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
 
     use_tf32(False)
     function(**values)
+
+
+def _renamed(arg: str, known: Mapping[str, Any]) -> str:
+    """An option by its name of today, where it was given by one of before."""
+    name, equals, value = arg.removeprefix("--").partition("=")
+    new = OLD_NAMES.get(name)
+    return f"--{new}{equals}{value}" if arg.startswith("--") and new in known and name not in known else arg
 
 
 def _find(given: str) -> str:

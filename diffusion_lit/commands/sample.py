@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.checks import check_count
+from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.modules.labels import check_guidance, parse_labels
-from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.report.images import StepRecorder, save_gif, titled_grid
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.ranks import fabric, several
@@ -27,31 +27,14 @@ PREVIEW_SIDE = 2048  # pixels of the grid's sides, about
 
 
 def sample(
-    ckpt_path: str | None = None,
-    pretrained: str | None = None,
-    prompt: list[str] | None = None,
-    negative_prompt: str = "",
+    options: DrawOptions,
     stage_2: str | None = None,
     stage_2_options: dict[str, int | float | str | bool | dict[str, float | str | bool]] | None = None,
     num_samples: int = 64,
-    labels: str | None = None,
-    cfg_scale: float | None = None,
-    sampler: str | None = None,
-    num_steps: int | None = None,
-    grid: str | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    clip_x0: str | None = None,
-    sampler_options: dict[str, float | str | bool] | None = None,
-    grid_options: dict[str, float | str | bool] | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    guidance_rescale: float | None = None,
-    seed: int = 0,
     batch_size: int = 64,
-    out: str = "out",
+    out: str = "runs/samples",
     trajectory: bool = False,
     compile: bool = False,
-    device: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
 ) -> None:
@@ -64,37 +47,15 @@ def sample(
     used.
 
     Args:
-        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
-            export`.
-        pretrained: A model of diffusers instead, in safetensors: its name on the Hugging Face hub, such as
-            google/ddpm-cifar10-32 or DeepFloyd/IF-I-M-v1.0, or its folder. Needs the extra `pretrained`.
-        prompt: What a text model shall show: --prompt "a rocket ship"; again for more, each of which gets as many
-            images. Without it, it draws for its null prompt.
-        negative_prompt: The null prompt of a text model, which guidance leads away from.
+        options: Model, condition and sampling. Without --labels or --prompt, a model with classes or of texts draws
+            unconditionally, through its null class or prompt. Each prompt gets as many images.
         stage_2: Name or folder of an upsampler, such as DeepFloyd/IF-II-M-v1.0, that makes the images large.
         stage_2_options: Its settings, as JSON: '{"num_steps": 30, "cfg_scale": 6, "noise_level": 250}'.
         num_samples: Number of images.
-        labels: Classes to draw: `all` (each equally often, the first ones one more where it does not divide), or a list
-            such as 3,3,7 that is repeated until there are enough. Without it, a model with classes draws
-            unconditionally, through its null class.
-        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the
-            unconditional one.
-        sampler: Name of the sampler; the table below lists them.
-        num_steps: Number of sampling steps.
-        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
-        sigma_min: Smallest noise level of the grid above 0.
-        sigma_max: Largest noise level of the grid.
-        clip_x0: Threshold on predicted images: none, static or dynamic.
-        sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
-        grid_options: Options of the grid, as JSON: '{"rho": 7}'.
-        guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
-        guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
-        seed: Seed of the first sample.
         batch_size: Images drawn at a time; does not change them.
         out: Folder for the results.
         trajectory: Also draws how the first images came to be.
         compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
-        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
         devices: Number of processes, one per device, that share the work.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
 
@@ -103,38 +64,21 @@ def sample(
     """
     check_count(devices=devices, num_samples=num_samples, batch_size=batch_size)
     try_folder(Path(out))
-    given = {"negative_prompt": negative_prompt, "stage_2": stage_2, "stage_2_options": stage_2_options}
-    module = load_model(ckpt_path, pretrained, prompt or (), **given)
-    if labels is not None and getattr(module, "prompts", None) is not None:
-        raise ValueError(
-            f"--labels {labels} was given, but {pretrained} reads texts and has no classes; say what it shall show by "
-            "--prompt."
-        )
-    if prompt and num_samples < len(prompt):
-        raise ValueError(f"num_samples is {num_samples} for {len(prompt)} prompts; draw at least one image for each.")
-    labels = "all" if prompt else labels
-    settings: Sampling = module.sampling.replace(
-        cfg_scale=cfg_scale,
-        sampler=sampler,
-        num_steps=num_steps,
-        grid=grid,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        clip_x0=clip_x0,
-        sampler_options=sampler_options,
-        grid_options=grid_options,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
-    )
-    classes = parse_labels(labels, num_samples, module.num_classes)
-    check_guidance(module, settings, classes is not None, cfg_scale, guidance_interval, guidance_rescale)
+    module = options.load_model(stage_2=stage_2, stage_2_options=stage_2_options)
+    prompts = options.prompts
+    if num_samples < len(prompts):
+        raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")
+    settings = options.applied(module.sampling)
+    names = getattr(module, "class_names", [])
+    classes = parse_labels("all" if prompts else options.labels, num_samples, module.num_classes, names)
+    check_guidance(module, settings, classes is not None, *options.guidance)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
-    job = SampleJob(module, settings, classes, num_samples, seed, batch_size, trajectory, Path(out))
+    job = SampleJob(module, settings, classes, num_samples, options.seed, batch_size, trajectory, Path(out))
     if several(devices):
-        fabric(devices, device, strategy).launch(lambda ranks: job.run(ranks))
+        fabric(devices, options.device, strategy).launch(lambda ranks: job.run(ranks))
     else:
-        module.to(pick_device(device))
+        module.to(pick_device(options.device))
         job.run()
 
 

@@ -11,7 +11,7 @@ from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.wrappers import Conditioned
 from diffusion_lit.evaluation.metrics import check_figures, mean_and_deviation
-from diffusion_lit.storage.hashing import file_hash, key_of
+from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 SPLIT = "test"
@@ -28,7 +28,7 @@ def _solver(module: Any) -> Likelihood:
 def _record(plan: Any, module: Any, data: Any) -> dict[str, Any]:
     """All that determines the figure."""
     return {
-        "checkpoint": file_hash(Path(plan.ckpt_path)),
+        "checkpoint": plan.model_hash(module),
         "split": SPLIT,
         "fingerprint": data.fingerprint(SPLIT),
         "labels": "each image's own class" if module.num_classes else "none",

@@ -1,18 +1,20 @@
 """Parsing of class labels, and checks of guidance."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | None:
-    """Classes from a command line.
+def parse_labels(labels: str | None, count: int, num_classes: int, names: Sequence[str] = ()) -> Tensor | None:
+    """Classes from a command line, one for each sample.
 
     Args:
-        labels: `all`, a list such as `3,3,7`, or None.
+        labels: `all`, a list of numbers or names such as `3,3,7`, or None.
         count: Number of samples.
         num_classes: Number of the model's classes, 0 for an unconditional model.
+        names: Their names.
 
     Returns:
         Class indices of shape (count,), or None. `all` gives every class the same number of samples, one class after
@@ -28,13 +30,7 @@ def parse_labels(labels: str | None, count: int, num_classes: int) -> Tensor | N
     if labels == "all":
         each, more = divmod(count, num_classes)
         return torch.arange(num_classes).repeat_interleave(each + (torch.arange(num_classes) < more).long())
-    try:
-        classes = [int(word) for word in labels.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--labels {labels} is neither `all` nor a list of classes such as 3,3,7.") from error
-    for label in classes:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"Label {label} is outside the model's classes 0 to {num_classes - 1}.")
+    classes = class_indices(labels, num_classes, names)
     return torch.tensor([classes[index % len(classes)] for index in range(count)])
 
 
@@ -53,6 +49,35 @@ def check_null_class(module: Any) -> None:
             f"label_dropout is 0, so that the null class, which cfg_scale {scale:g} of model.init_args.sampling needs, "
             "would stay untrained and its samples noise; set label_dropout to 0.1, or cfg_scale to 1."
         )
+
+
+def class_indices(labels: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Classes by number or name.
+
+    Args:
+        labels: One, or several separated by commas; a name may hold commas where it stands alone.
+        num_classes: Number of the model's classes.
+        names: Their names.
+
+    Returns:
+        Class indices in order.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    known = [str(name) for name in names]
+    found = []
+    for word in [labels] if labels in known else [word.strip() for word in labels.split(",")]:
+        if word in known:
+            found.append(known.index(word))
+        elif word.isdecimal() and int(word) < num_classes:
+            found.append(int(word))
+        else:
+            some = f", or one of {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}" if known else ""
+            raise ValueError(
+                f"There is no class {word!r} for --labels {labels}; give a number from 0 to {num_classes - 1}{some}."
+            )
+    return found
 
 
 def check_guidance(
@@ -87,7 +112,7 @@ def check_guidance(
     if typed and module.num_classes == 0 and not reads_text:
         raise ValueError(f"The model is unconditional, so that {typed[0]} does nothing; leave it out.")
     if typed and not labelled and (scale not in (0, 1) or cfg_scale is None):
-        how = "--prompt TEXT" if reads_text else "a class, such as all of them by --labels all (--label in edit)"
+        how = "--prompt TEXT" if reads_text else "a class, such as all of them by --labels all"
         raise ValueError(f"{typed[0]} does nothing without something to guide to; give {how}, or leave it out.")
     idle = [option for option in typed if not option.startswith("--cfg_scale")]
     if idle and scale in (0, 1):
@@ -99,7 +124,7 @@ def check_guidance(
     if dropout == 0 and not labelled:
         raise ValueError(
             "The model was trained with label_dropout 0, so that its null class, through which it draws without "
-            "classes, is untrained and gives noise; give classes, such as --labels all (--label in edit)."
+            "classes, is untrained and gives noise; give classes, such as --labels all."
         )
     if dropout == 0 and scale != 1:
         raise ValueError(

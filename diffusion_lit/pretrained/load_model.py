@@ -32,8 +32,8 @@ def load_model(
     assert ckpt_path is not None
     if prompts:
         raise ValueError(
-            f"A prompt was given, but {ckpt_path} knows classes, not words; choose a class by --label, or a text model "
-            "by --pretrained."
+            f"A prompt was given, but {ckpt_path} knows classes, not words; choose a class by --labels, or a text "
+            "model by --pretrained."
         )
     for name, value in options.items():
         if value:

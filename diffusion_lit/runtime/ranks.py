@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from diffusion_lit.runtime import watchdog
+from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.stopping import RunStopped
 
 START_METHODS: dict[str, Any] = {"auto": "popen", "ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn"}
@@ -73,6 +74,22 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
         )
     except RuntimeError as error:  # Lightning's MisconfigurationException is one
         raise ValueError(f"{devices} processes on {device} cannot be started here: {error}") from error
+
+
+def one_process(device: str = "auto") -> Fabric:
+    """This process alone.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` (which may be called `gpu`), `cuda:1`, ...
+
+    Returns:
+        The Fabric.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    found = pick_device("cuda" if device == "gpu" else device)
+    return Fabric(accelerator=found.type, devices=1 if found.type == "cpu" else [found.index or 0])
 
 
 def rank_zero_alone(work: Callable[[], T], what: str) -> T | None:

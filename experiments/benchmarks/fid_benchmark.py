@@ -26,6 +26,7 @@ from jsonargparse import CLI
 from torch import nn
 
 from diffusion_lit.commands.evaluate import evaluate
+from diffusion_lit.commands.evaluate_run import Plan
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import kid_subset_size, short_count
 from diffusion_lit.evaluation.weights import read_state
@@ -329,8 +330,8 @@ def evaluated(
         Figures by name.
     """
     np.savez(scratch / "real.npz", arr_0=real.permute(0, 2, 3, 1).numpy())
-    evaluate(
-        str(checkpoint),
+    plan = Plan(
+        ckpt_path=str(checkpoint),
         num_samples=count,
         num_blocks=1,
         extractor="inception",
@@ -339,8 +340,9 @@ def evaluated(
         save_samples=str(scratch / "samples"),
         out=str(scratch / "report.json"),
         batch_size=batch_size,
-        accelerator=accelerator,
+        device=accelerator,
     )
+    evaluate(plan)
     report = json.loads((scratch / "report.json").read_text())
     (reference,) = report["results"][0]["references"].values()
     return {name: value["mean"] for name, value in reference["figures"].items()}

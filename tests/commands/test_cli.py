@@ -247,8 +247,8 @@ def test_a_wrong_key_in_the_yaml_is_named(lightning, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--labels=10"], "Label 10 is outside the model's classes 0 to 9"),
-        (["--labels=cat"], "neither `all` nor a list of classes"),
+        (["--labels=10"], "no class '10' for --labels 10; give a number from 0 to 9"),
+        (["--labels=cat"], "no class 'cat'"),
         (["--sampler=huen"], "no sampler 'huen'"),
         (["--num_steps=0"], "num_steps is 0"),
         (["--sigma_min=3", "--sigma_max=2"], "sigma_min 3.0 is not below sigma_max 2.0"),

@@ -229,8 +229,8 @@ def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
     lightning("edit", "img2img", *model, *prompts[:2], "--image=flower", "--starts=[1]", "--sampler=ddim")
     assert json.loads(Path("out/record.json").read_text())["labels"] == ["a rocket ship"]
     said = stopped(capsys, lightning, "edit", "img2img", *model, "--image=flower", "--label=3")
-    assert "if is a text model; give --prompt" in said
-    assert "a text model takes --prompt alone" in stopped(
+    assert "--labels 3 was given, but if is a text model" in said
+    assert "say what it shall show by --prompt" in stopped(
         capsys, lightning, "edit", "img2img", *model, *prompts[:2], "--label=3"
     )
     assert "brings no data along" in stopped(capsys, lightning, "edit", "img2img", *model)
@@ -371,12 +371,12 @@ def test_masks_that_cannot_be_used(edit, capsys, tmp_path):
 
 def test_conditions_that_do_not_fit(edit, lightning, trained, capsys):
     cases = [
-        (["img2img", "edm", "--label=12"], "There is no class '12'; give a number from 0 to 9"),
+        (["img2img", "edm", "--label=12"], "There is no class '12' for --labels 12; give a number from 0 to 9"),
         (["img2img", "edm", "--label=1,2"], "2 conditions were given, but this task takes one"),
         (["img2img", "edm", "--prompt", "a shoe"], "knows classes, not words; choose a class by --label"),
-        (["img2img", "ddpm", "--label=1"], "the model is unconditional; leave --label out"),
+        (["img2img", "ddpm", "--label=1"], "the model is unconditional; leave --labels out"),
         (["anagram", "edm", "--label=1"], "An anagram of 2 views needs 2 conditions, but 1 were given"),
-        (["anagram", "ddpm", "--label=1,2"], "the model is unconditional; leave --label out"),
+        (["anagram", "ddpm", "--label=1,2"], "the model is unconditional; leave --labels out"),
         (["anagram", "edm", "--label=1,2", "--view=identity", "--view=spin"], "There is no view 'spin'"),
         (["hybrid", "edm", "--label=1,2,3"], "A hybrid needs 2 conditions, but 3 were given"),
         (["hybrid", "edm", "--label=1,2", "--kernel_size=4"], "kernel_size is 4; give an odd number"),

@@ -1,0 +1,157 @@
+"""The options that several commands share: the model, its condition, and how it is sampled.
+
+A command takes one of these as an argument, and its parser makes an option of each field.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.pretrained.load_model import load_model
+
+LISTS: dict[str, Any] = {"sampler": str, "num_steps": int, "cfg_scale": float}  # of which a sweep takes several
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn; what is None is as the model was trained to be sampled.
+
+    Args:
+        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the
+            unconditional one.
+        sampler: Name of the sampler; `lightning sample --help` lists them.
+        num_steps: Number of sampling steps.
+        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
+        sigma_min: Smallest noise level of the grid above 0.
+        sigma_max: Largest noise level of the grid.
+        clip_x0: Threshold on predicted images: none, static or dynamic.
+        sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
+        grid_options: Options of the grid, as JSON: '{"rho": 7}'.
+        guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
+        guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
+    """
+
+    cfg_scale: float | None = None
+    sampler: str | None = None
+    num_steps: int | None = None
+    grid: str | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    clip_x0: str | None = None
+    sampler_options: dict[str, float | str | bool] | None = None
+    grid_options: dict[str, float | str | bool] | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+
+    @property
+    def guidance(self) -> tuple[Any, Any, Any]:
+        """The options of guidance as given: scale, interval, rescale."""
+        return self.cfg_scale, self.guidance_interval, self.guidance_rescale
+
+    def applied(self, default: Sampling) -> Sampling:
+        """The settings with what is given in place.
+
+        Args:
+            default: The model's own.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: If they do not fit together.
+        """
+        return default.replace(**{option.name: getattr(self, option.name) for option in fields(SamplingOptions)})
+
+
+@dataclass(frozen=True)
+class DrawOptions(SamplingOptions):
+    """A model, its condition, and how it is sampled.
+
+    Args:
+        ckpt_path: Checkpoint file, such as runs/edm_digits/version_0/checkpoints/last.ckpt, or a folder of `lightning
+            export`.
+        pretrained: A model of diffusers instead, in safetensors: its name on the Hugging Face hub, such as
+            google/ddpm-cifar10-32 or DeepFloyd/IF-I-M-v1.0, or its folder. Needs the extra `pretrained`.
+        prompt: What a text model shall show: --prompt "a rocket ship"; again for more.
+        negative_prompt: The null prompt of a text model, which guidance leads away from.
+        labels: Classes by number or name, such as 3,3,7; `all`, each equally often, where a command draws many images.
+        seed: Seed of the first image; the next ones follow.
+        device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+    """
+
+    ckpt_path: str | None = None
+    pretrained: str | None = None
+    prompt: list[str] | None = None
+    negative_prompt: str = ""
+    labels: str | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, in order."""
+        return list(self.prompt or [])
+
+    def load_model(self, **further: Any) -> Any:
+        """The model, in eval mode, on the CPU.
+
+        Args:
+            further: Further arguments of `diffusion_lit.pretrained.load_pretrained`.
+
+        Returns:
+            A `DiffusionModule`, or what has its interface.
+
+        Raises:
+            ValueError: If not one model is given, or --labels stands beside a text model.
+        """
+        model = load_model(
+            self.ckpt_path, self.pretrained, self.prompts, negative_prompt=self.negative_prompt, **further
+        )
+        if self.labels is not None and getattr(model, "prompts", None) is not None:
+            raise ValueError(
+                f"--labels {self.labels} was given, but {self.pretrained} is a text model and has no classes; say what "
+                "it shall show by --prompt."
+            )
+        return model
+
+
+@dataclass(frozen=True)
+class SweepOptions(DrawOptions):
+    """As `DrawOptions`, with lists of samplers, steps and strengths of guidance, every combination of which is drawn.
+
+    Args:
+        cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond); a list such as 1,2.5 takes each.
+        sampler: Name of the sampler; a list such as heun,ddim takes each.
+        num_steps: Number of sampling steps; a list such as 9,18 takes each.
+    """
+
+    cfg_scale: str | None = None  # type: ignore[assignment]
+    sampler: str | None = None
+    num_steps: str | None = None  # type: ignore[assignment]
+
+    def settings(self, default: Sampling) -> list[Sampling]:
+        """The settings, every combination of the lists.
+
+        Args:
+            default: The model's own.
+
+        Returns:
+            At least one.
+
+        Raises:
+            ValueError: If a list is none, or settings do not fit together.
+        """
+        fixed = {one.name: getattr(self, one.name) for one in fields(SamplingOptions) if one.name not in LISTS}
+        values = [_words(name, getattr(self, name), kind) for name, kind in LISTS.items()]
+        return [default.replace(**dict(zip(LISTS, each, strict=True)), **fixed) for each in product(*values)]
+
+
+def _words(option: str, text: str | None, kind: Any) -> list[Any]:
+    """The values of a list on the command line; one None where it was not given."""
+    if text is None:
+        return [None]
+    try:
+        return [kind(word.strip()) for word in str(text).split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{option} {text} is not a list of numbers such as 9,18,35.") from error
