@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]+)(#[^)\s]*)?(?=\))")
 TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 BLOCK = re.compile(r'<div class="(?:language-text )?highlight">.*?<code>(.*?)</code></pre></div>', re.DOTALL)
+CELL = re.compile(r"(?<=<td><code>).*?(?=</code>)")
+OPTION = re.compile(r"(--[\w.-]+)")  # which no line of a table may break
 GREEK = "alpha beta gamma delta epsilon theta lambda sigma tau phi psi pi"
-TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*|\d+(?:\.\d+)?|[²√½¹³⁻ᾱσ]|\S|\s+")
+TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*|\d+(?:\.\d+)?|\S|\s+")
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -39,6 +41,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def on_page_content(content: str, *, page: Any, **_: Any) -> str:
     """Draws the mathematics of a page."""
     content = TEX.sub(lambda m: convert(html.unescape(m[2]), display="inline" if m[1] == "span" else "block"), content)
+    content = CELL.sub(lambda m: OPTION.sub(r'<span class="option">\1</span>', m[0]), content)
     if not page.file.src_uri.startswith("api/"):
         return content
     return BLOCK.sub(lambda match: formulas(match), content)
@@ -64,8 +67,13 @@ def parts(line: str) -> list[str]:
 def plain_to_tex(line: str) -> str:
     r"""A formula in the notation of the docstrings as TeX: `sqrt(1 - alpha_bar_t) n` as `\sqrt{1-\bar\alpha_t} n`."""
     line = re.sub(r"\((?:algorithm|equation) \d\)", "", line).strip().rstrip(",.")
-    line = grouped(line.replace("<-", "←"))
-    return "".join(tex_of(token) for token in TOKEN.findall(line))
+    line = re.sub(r"(\b[A-Z])\+(?= )", r"\1^⁺", re.sub(r"\^-(\d)", r"^{-\1}", line))
+    tokens = TOKEN.findall(grouped(line.replace("<-", "←").replace("<=", "≤")))
+    made = [tex_of(token) for token in tokens]
+    for at, token in enumerate(tokens[1:-1], 1):  # TeX sets words side by side as one
+        if token.isspace() and any(made[beside].startswith(r"\text") for beside in (at - 1, at + 1)):
+            made[at] = made[at] if len(token) > 1 else r"\; "
+    return "".join(made)
 
 
 def grouped(line: str) -> str:
@@ -83,7 +91,16 @@ def grouped(line: str) -> str:
 
 def tex_of(token: str) -> str:
     """A token of the plain notation as TeX."""
-    signs = {"*": r"\cdot ", "²": "^2", "³": "^3", "√": r"\sqrt ", "~": r"\sim ", "←": r"\leftarrow ", "½": r"\frac12 "}
+    signs = {
+        "*": r"\cdot ",
+        "²": "^2",
+        "³": "^3",
+        "√": r"\sqrt ",
+        "~": r"\sim ",
+        "←": r"\leftarrow ",
+        "½": r"\frac12 ",
+        "⁺": "{+}",
+    }
     if token in signs:
         return signs[token]
     if token.isspace():
@@ -95,11 +112,16 @@ def tex_of(token: str) -> str:
     number = re.fullmatch(r"([A-Za-z])(\d+)", head)
     if number:
         head, rest = number[1], [number[2], *rest]
-    if head in GREEK.split() or head in ("sum", "prod", "log", "exp", "max", "min"):
+    if len(head) > 1 and head not in GREEK.split() and any(len(part) > 1 for part in rest):
+        words = [part for part in rest if len(part) > 1]
+        head, rest = rf"\text{{{' '.join([head, *words])}}}", [part for part in rest if len(part) == 1]
+    elif head in (*GREEK.split(), "sum", "prod", "log", "exp", "max", "min"):
         head = rf"\{head}"
     elif head == "integral":
         head = r"\int "
-    elif len(head) > 1:
+    elif head.removeprefix("d") in GREEK.split():
+        head = rf"d\{head.removeprefix('d')}"
+    elif len(head) > 1 and not re.fullmatch("d[a-z]", head):
         head = rf"\text{{{head}}}"
     for hat in hats:
         head = rf"\{hat}{{{head}}}"

@@ -43,6 +43,7 @@ def test_formulas_of_docstrings_become_tex():
         "D(x; sigma) = c_skip * x": r"D(x;\sigma)=c_{\text{skip}}\cdotx",
         "x_t = sqrt(alpha_bar_t) x0": r"x_{t}=\sqrt{\bar{\alpha}_{t}}x_{0}",
         "x0_hat <- t^(gamma + 1),": r"\hat{x}_{0}\leftarrowt^{\gamma+1}",
+        "w = mean over views v": r"w=\;\text{mean}\;\text{over}\;\text{views}\;v",
     }.items():
         assert plain_to_tex(plain).replace(" ", "") == tex
 
