@@ -174,7 +174,7 @@ def significant_bits(file: IO[bytes]) -> int | None:
             with Image.open(file, formats=FORMATS) as image:
                 values = _deep(image)
                 return None if values is None else _bits_of(values)
-    except Exception:  # what is wrong with it, decoding tells
+    except Exception:  # decoding reports the error
         return None
 
 

@@ -97,7 +97,7 @@ class DecoderPool:
         self.count = len(names)
         self.size = size
         self.context = multiprocessing.get_context("fork")
-        self.done = mmap.mmap(-1, 8 * size)  # shared with what is forked from here
+        self.done = mmap.mmap(-1, 8 * size)  # shared with forked processes
         self.processes: list[Any] = [None] * size
         self.pipes: list[Connection | None] = [None] * size
 
@@ -110,7 +110,7 @@ class DecoderPool:
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_run, args=(self, worker, theirs, os.getpid()), daemon=True)
         process.start()
-        theirs.close()  # or the end of the process would not be seen
+        theirs.close()  # so that the end of the process closes the pipe
         self.processes[worker], self.pipes[worker] = process, ours
 
     def progress(self, worker: int) -> int:
@@ -192,7 +192,7 @@ def _run(pool: DecoderPool, worker: int, pipe: Connection, parent: int) -> None:
             if reason:
                 pipe.send((number, reason))
             pool.advance(worker)
-    except OSError as error:  # the disk or the zip itself, since what is wrong with an image is told above
+    except OSError as error:  # an error of the disk or the zip; errors of images are reported above
         with contextlib.suppress(OSError):
             pipe.send((-1, (error.errno, error.strerror or str(error))))
 

@@ -32,7 +32,7 @@ from datamodules.loaders import Split
 from datamodules.sources import Image, Listing, Skip, list_images, printable
 from diffusion_lit.checks import check_count, check_number
 
-SHOWN = 12  # classes that are told one by one
+SHOWN = 12  # classes listed one by one
 
 POOLS = {
     "train": "train", "training": "train",

@@ -18,7 +18,7 @@ from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.runtime.hardware import cpu_contention
 from diffusion_lit.runtime.ranks import images_of
 
-WARM_UP, MEASURED = 5, 20  # steps that are left out of the pace, and after which it is told
+WARM_UP, MEASURED = 5, 20  # steps left out of the measured time, and after which it is reported
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ LOADERS: dict[str, Callable[[str], nn.Module]] = {}  # of other libraries' autoe
 
 
 def describe(net: Any) -> dict[str, Any]:
-    """How an autoencoder is built again, as plain values.
+    """The description that rebuilds an autoencoder, as plain values.
 
     Args:
         net: The autoencoder, whose `config` holds its arguments.

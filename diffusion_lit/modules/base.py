@@ -1,4 +1,4 @@
-"""What LightningModules share: keyed training draws and, for those that denoise, loss, sampling and validation.
+"""Base classes of the LightningModules: keyed training draws, and the loss, sampling and validation of denoisers.
 
 A training step is a function of the weights, the batch and the key (seed, epoch, batch): noise levels, noise and label
 dropout are drawn for the whole global batch from one generator and each rank takes its rows, so that neither a restart
@@ -29,7 +29,7 @@ from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 
 
 class Draws(NamedTuple):
-    """The random part of one training step, this rank's rows of it."""
+    """The random draws of one training step, this rank's rows."""
 
     sigma: Tensor
     noise: Tensor
@@ -57,7 +57,7 @@ class BaseModule(LightningModule):
 
     @classmethod
     def net_input(cls, image_shape: tuple[int, int, int], **init_args: Any) -> tuple[int, int, int]:
-        """Shape (C, H, W) of what the network of such a module works on.
+        """Shape (C, H, W) of the network's input.
 
         Args:
             image_shape: Shape (C, H, W) of the data's images.
@@ -108,7 +108,7 @@ class BaseModule(LightningModule):
         return (batch_idx * count + torch.arange(count, device=self.device)) * world + rank
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Checks the first batch of the process, and keys what the network draws by itself."""
+        """Checks the first batch of the process, and seeds torch's default generators for the network's own draws."""
         if not self._has_checked:
             check_batch(batch, getattr(self, "image_shape", None), getattr(self, "num_classes", 0))
             self._has_checked = True
@@ -132,15 +132,15 @@ class BaseModule(LightningModule):
         return configure_optimizers(self, *self._makers())
 
     def on_train_start(self) -> None:
-        """Refuses a learning rate that waits for what is never measured."""
+        """Refuses a `ReduceLROnPlateau` if no images are held out."""
         check_plateau(self)
 
     def on_validation_epoch_end(self) -> None:
-        """Tells a learning rate that waits for plateaus what validation gave."""
+        """Steps a `ReduceLROnPlateau` with the validation loss."""
         step_plateau(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a reader of the checkpoint needs and the hyperparameters do not say."""
+        """Records what the hyperparameters lack: class names and the data."""
         data: Any = getattr(self._trainer, "datamodule", None)
         identity = getattr(data, "identity", None)
         checkpoint["diffusion_lit"] = {
@@ -152,7 +152,7 @@ class BaseModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the names of the classes from the checkpoint, and has the data numbered and compared by it.
+        """Restores the class names, by which the data are numbered and compared.
 
         Raises:
             ValueError: If the data has other classes than the checkpoint was trained on.
@@ -165,7 +165,7 @@ class BaseModule(LightningModule):
 
     @property
     def _is_conditional(self) -> bool:
-        """Whether the numbers of the classes mean anything to the network."""
+        """Whether the network depends on class numbers."""
         return bool(getattr(self, "num_classes", True))
 
 
@@ -282,7 +282,7 @@ class DiffusionModule(PixelModel, BaseModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss under draws that are the same at every epoch."""
+        """Logs the loss, with the same draws at every epoch."""
         self._held_out_loss("val", batch, batch_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

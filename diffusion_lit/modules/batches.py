@@ -1,4 +1,4 @@
-"""What a training batch must be, told at the first one: data of one's own is easily in another range or shape."""
+"""Checks of the first training batch: users' data often has another range or shape."""
 
 from typing import Any
 

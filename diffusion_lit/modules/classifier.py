@@ -1,4 +1,4 @@
-"""A classifier of a data set, whose features measure what models of that data set draw."""
+"""A classifier of a data set, whose features serve to measure samples."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ class Classifier(BaseModule):
         self._held_out("test", batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the network's arguments, from which an extractor builds it."""
+        """Records the network's arguments, from which an extractor builds it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["classifier"] = dict(self.net.config)
 
@@ -79,7 +79,7 @@ class Classifier(BaseModule):
         return batch["label"]
 
     def _shifted(self, images: Tensor, batch_idx: int) -> Tensor:
-        """Moves each image by its own whole number of pixels, drawn for the global batch by key."""
+        """Shifts each image by a random whole number of pixels, keyed for the global batch."""
         if self.shift == 0:
             return images
         world, rank = self.ranks

@@ -130,7 +130,7 @@ class ColdDiffusion(BaseModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss under draws that are the same at every epoch."""
+        """Logs the loss, with the same draws at every epoch."""
         self._held_out("val", batch, batch_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

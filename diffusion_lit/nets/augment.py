@@ -1,8 +1,8 @@
-"""Augmentation that does not leak into samples: each image is transformed, and the network is told how.
+"""Non-leaking augmentation: each image is transformed, and the network is conditioned on the transform.
 
-A label of nine numbers describes the transform completely, so the two halves are separate: `draw` makes labels from a
-generator, and `apply` transforms images by given labels. A network that is given the labels in training, and none when
-sampling (zeros: the identity), learns from the augmented images without drawing any.
+A label of nine numbers describes the transform: `draw` makes labels from a generator, and `apply` transforms images by
+labels. A network that gets the labels in training, and zeros (the identity) when sampling, learns from augmented images
+without generating any.
 
 | label | meaning                                                                      | drawn as            |
 | ----- | ---------------------------------------------------------------------------- | ------------------- |
@@ -15,15 +15,15 @@ sampling (zeros: the identity), learns from the augmented images without drawing
 | 7, 8  | move right by 0.125 W and down by 0.125 H, times these                       | N(0, 1) each        |
 
 A point p of the image, from its centre, moves to translation + stretch(turn(2^(0.2 a) p)), after the mirrors. Each
-transform happens with a probability of its own, independently of the others. As in the source's pipe a mirror is drawn
-from {0, 1} first and then kept with that probability, so that up and down it comes half as often as the rest.
+transform happens independently with its own probability. As in the source, a mirror is drawn from {0, 1} first and then
+kept with that probability, so that up-down mirrors are half as frequent as the rest.
 
-The source samples an image that a wavelet filter (sym6) has enlarged twofold, and filters it down again, against
-aliasing. Here the image is sampled once, bicubically, without such a filter: reductions (label 2 below 0, stretches)
-alias where an image has detail of one pixel.
+Against aliasing the source upsamples twofold with a wavelet filter (sym6) before the transform and filters down after
+it. Here the image is sampled once, bicubically, without a filter: reductions (label 2 below 0, stretches) alias details
+of one pixel.
 
-The stretch is labelled by twice its angle, where the paper takes the angle itself: with that, (w, phi) and
-(-w, phi + pi) have one label but are different transforms, and the label would not say what was done.
+The label holds twice the angle of the stretch, where the paper has the angle itself: there (w, phi) and (-w, phi + pi)
+have the same label but are different transforms.
 """
 
 import math
@@ -82,9 +82,8 @@ class Augment:
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw labels for n images.
 
-        The number of draws depends on n alone, never on what was drawn or is switched on, so a generator with a key
-        gives the same labels again; and the rows of a batch are independent of each other, so that each of several
-        devices can draw for the whole batch and take its rows.
+        The number of draws depends on n alone, so that a keyed generator repeats the labels; rows of a batch are
+        independent, so that each device can draw for the whole batch and take its rows.
 
         Args:
             n: Number of images.
@@ -122,8 +121,7 @@ def augment_images(images: Tensor, labels: Tensor) -> Tensor:
     """Transform each image by its label.
 
     Mirrors are exact. The rest is one affine map, resampled once with bicubic interpolation (exact for quarter turns of
-    a square and moves by whole pixels), and what lies beyond the border is the image reflected in it. An image whose
-    label asks for nothing is returned bit for bit.
+    a square and shifts by whole pixels), with reflection at the border. A label of zeros returns the image bit for bit.
 
     Args:
         images: Images, shape (B, C, H, W), any floating-point type.

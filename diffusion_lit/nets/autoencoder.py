@@ -12,7 +12,7 @@ With q = N(mean, std^2) and the prior N(0, 1) the divergence has a closed form, 
     KL(q || p) = sum (mean^2 + std^2 - 1 - ln std^2) / 2        (Kingma & Welling 2014, arXiv 1312.6114, appendix B)
 
 Any network with `encode(x) -> Posterior`, `decode(z) -> x`, the attributes in_channels, latent_channels and factor, and
-`config` (the arguments that build it again) serves where this one does.
+`config` (its constructor's arguments) can replace this one.
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Posterior(NamedTuple):
 
 
 class Half(nn.Module):
-    """What encoder and decoder share: residual blocks per level, resampling between, attention at the bottom.
+    """Base of encoder and decoder: residual blocks per level, resampling between, attention at the bottom.
 
     Args:
         widths: Channels of each level in the order of passage.
@@ -220,5 +220,5 @@ class Autoencoder(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) through the mean of their latents and back."""
+        """Images (B, C, H, W), encoded to the mean of their latents and decoded."""
         return self.decode(self.encode(x).mean)

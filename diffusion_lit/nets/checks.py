@@ -1,4 +1,4 @@
-"""Checks that every network makes of its arguments and of its images; each raises a ValueError of one sentence."""
+"""Checks of a network's arguments and images; each raises a ValueError of one sentence."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def require_levels(name: str, wanted: tuple[int, ...], sizes: list[int]) -> set[int]:
-    """Return the sizes of the feature maps that are wanted, -1 being the smallest; refuse those that no level has."""
+    """Return the requested sizes of feature maps, -1 being the smallest; refuse those that no level has."""
     for size in wanted:
         if size not in sizes and not (isinstance(size, int) and -len(sizes) <= size < 0):
             raise ValueError(

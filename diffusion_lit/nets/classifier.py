@@ -1,9 +1,9 @@
-"""A small convolutional classifier, whose penultimate activations are features to measure images with.
+"""A small convolutional classifier, whose penultimate activations are features for metrics.
 
 A 5x5 stem that halves images of 16 pixels and more, two stages of 3x3 convolutions with batch norm that halve them
-again, an average over quarters, and two linear layers with a ReLU between: `features(x)` is what the first gives before
-the ReLU, so that none is dead, and `forward(x)` the logits that the second makes of it. It is as small as tells
-garments and digits apart well, so that measuring costs little beside sampling.
+again, an average over quarters, and two linear layers with a ReLU between: `features(x)` is the output of the first
+before the ReLU, and `forward(x)` the logits of the second. It is as small as classifying garments and digits well
+allows, so that metrics cost little beside sampling.
 """
 
 import torch
@@ -90,7 +90,7 @@ class ConvClassifier(nn.Module):
         return made
 
     def logits(self, features: Tensor) -> Tensor:
-        """What the last layer makes of features.
+        """The logits of features.
 
         Args:
             features: Features (B, feature_dim).

@@ -6,8 +6,8 @@ The image is cut into squares of patch_size pixels, each a token with a fixed si
     x = x + gate_1 * attention((1 + scale_1) * LN(x) + shift_1)
     x = x + gate_2 * mlp((1 + scale_2) * LN(x) + shift_2)
 
-The layers that compute shift, scale and gate start at zero, so that each block starts as the identity, and so does the
-last layer, so that a new network predicts zero.
+The layers for shift, scale and gate and the last layer start at zero, so that each block starts as the identity and a
+new network predicts zero.
 """
 
 import torch

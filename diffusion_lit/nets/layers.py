@@ -1,7 +1,7 @@
-"""The parts that the networks are built of: normalisation, attention, resampling and the embedding of the conditions.
+"""Layers of the networks: normalisation, attention, resampling and the embedding of the conditions.
 
-Everything acts on feature maps of shape (B, C, H, W). Two numerical rules hold throughout, so that the same network
-trains in float32 and under bf16 autocast:
+Everything acts on feature maps of shape (B, C, H, W). Two numerical rules let a network train in float32 and under bf16
+autocast:
 
 - statistics (the mean and variance of a group norm, the softmax of an attention) are accumulated in at least float32;
 - the embedding of the noise level, the class and the augmentation is computed in at least float32, outside autocast:
@@ -29,9 +29,8 @@ ResampleName = Literal["conv", "pool", "unshuffle", "block"]
 class GroupNorm(nn.GroupNorm):
     """Group normalisation with at most 32 groups of at least 4 channels, safe in half precision.
 
-    At least 4 channels share a group, since a group of one channel would erase that channel's mean, and with it every
-    shift that a bias or an embedding added. The number of groups is the largest one within these bounds that divides
-    the channels.
+    At least 4 channels share a group: a group of one channel would remove the channel's mean, and with it every bias
+    and embedding. The number of groups is the largest within these bounds that divides the channels.
 
     Args:
         channels: Channels of the feature map.
@@ -103,10 +102,10 @@ class Attention(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for q, k, v of shape (B, heads, positions, d), through a fused kernel.
 
-    The fused kernels want the d values of a position side by side: else torch falls back, on every device, to products
-    that keep the whole matrix of positions by positions. A CPU's kernel for bfloat16 packs its input anew, which at the
-    64 positions of a small map took 3 times as long as the one for float32 (22 ms against 7, both ways, one core of a
-    Xeon with AMX), so that on a CPU attention is in float32.
+    The fused kernels need the d values of a position to be contiguous; otherwise torch falls back to products that keep
+    the whole matrix of positions by positions. The CPU's bfloat16 kernel repacks its input, which at the 64 positions
+    of a small map took 3 times as long as float32 (22 ms against 7, both passes, one core of a Xeon with AMX), so on a
+    CPU attention is in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -133,7 +132,7 @@ class LinearAttention(Attention):
 
 
 class Conditioning(nn.Module):
-    """What a network is told beside the image (noise level, class, augmentation), as one vector per image.
+    """Embeds the conditions (noise level, class, augmentation) as one vector per image.
 
     silu(W2 silu(W1 (noise features + labels))) with labels_join "before" (EDM), and
     silu(W2 silu(W1 noise features) + labels) with "after" (ADM, DiT), where labels is the class's row of a table plus a
@@ -289,14 +288,14 @@ def upsample(channels: int, kind: ResampleName, taps: tuple[float, ...] = (1, 1)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which nothing is cast to half precision; the meta device, for one, has no autocast at all."""
+    """Return a context without autocast, also for devices such as meta that have none."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """Return function(*args), keeping for the backward pass only the arguments, from which it is computed again.
+    """Return function(*args), recomputed in the backward pass from its arguments (activation checkpointing).
 
     Source: Chen 2016, arXiv 1604.06174.
     """
@@ -305,7 +304,7 @@ def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """Mark a convolution for `initialise` to zero, so that its residual branch starts as nothing."""
+    """Mark a convolution for `initialise` to zero, so that its residual branch starts at zero."""
     layer.starts_at_zero = True  # type: ignore[assignment]
     return layer
 
@@ -323,5 +322,5 @@ def initialise(net: nn.Module) -> None:
 
 
 def scaled_sum(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """Return (x + y) * scale, without the pass over memory that a factor of 1 would cost."""
+    """Return (x + y) * scale, without a multiplication where scale is 1."""
     return x + y if scale == 1.0 else (x + y) * scale

@@ -1,6 +1,6 @@
 """Networks with the settings of the papers, by name, for `class_path: diffusion_lit.nets.NAME` in a config.
 
-Each carries the paper's own parameter count, which a test checks to the digits that the paper prints:
+A test checks each parameter count to the digits that the paper prints:
 
 | name        | for                            | parameters | source                                        |
 | ----------- | ------------------------------ | ---------- | --------------------------------------------- |
@@ -124,9 +124,9 @@ class DDPMpp(UNet):
 
 
 class PlainUNet(UNet):
-    """A U-Net that is told nothing of the noise level: the same network at every sigma.
+    """A U-Net without a noise embedding: the same network at every sigma.
 
-    For single-step denoisers and for degradations that have no sigma. It still takes c_noise, and ignores it.
+    For single-step denoisers and degradations without sigma. It takes c_noise and ignores it.
 
     Args:
         in_channels: Channels of the image.

@@ -1,4 +1,4 @@
-r"""The U-Net that predicts from a noisy image: residual blocks told the noise level, attention where maps are small.
+r"""The U-Net: residual blocks conditioned on the noise level, with attention at low resolutions.
 
     image -> stem -> level 0 -> down -> level 1 -> ... -> middle -> ... -> level 1 -> up -> level 0 -> out
                         \________________ skip connections (concatenated) ________________/
@@ -11,8 +11,8 @@ papers. Each residual block computes
     y   = (1 + scale(emb)) * norm(y) + shift(emb)     adaptive, or norm(y + shift(emb)) where adaptive_scale is off
     out = (shortcut(x) + conv1(dropout(silu(y)))) * skip_scale
 
-and conv1, the attention's projection and the last convolution start at zero, so that a new network is the identity
-along its shortcuts and predicts zero.
+and conv1, the attention's projection and the last convolution start at zero, so that blocks start as the identity and a
+new network predicts zero.
 """
 
 from typing import Literal, get_args
@@ -102,7 +102,7 @@ class ResBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and what stands behind it at the same resolution: attention, or nothing."""
+    """A residual block, with or without attention after it."""
 
     def __init__(self, block: ResBlock, attention: nn.Module | None = None) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.patch_size)
 
     def run(self, layer: nn.Module, emb: Tensor | None, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Run a stage or a resampling on x, joined by a skip connection; with activation checkpointing keep just these.
+        """Run a stage or a resampling on x and a skip connection; activation checkpointing keeps only these.
 
         Args:
             layer: The stage or resampling.

@@ -183,7 +183,7 @@ def share_rows(module: LightningModule, count: int, draw: Callable[[range], Tens
     if world == 1:
         return draw(range(count)).cpu()
     share = -(-count // world)
-    start = min(rank * share, max(0, count - 1))  # a rank without rows of its own draws the last once more
+    start = min(rank * share, max(0, count - 1))  # a rank without rows repeats the last one
     mine = draw(range(start, max(start + 1, min((rank + 1) * share, count)))).to(module.device)
     padded = torch.zeros(share, *mine.shape[1:], device=module.device, dtype=mine.dtype)
     padded[: len(mine)] = mine

@@ -80,7 +80,7 @@ def end(error: Exception, name: str = "lightning", silent: bool = False) -> NoRe
     """
     if debugging() or (stopped := told(error)) is None:
         raise error
-    if isinstance(error, BrokenPipeError):  # what is left to be printed goes nowhere
+    if isinstance(error, BrokenPipeError):  # the rest of the output has no reader
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif str(stopped) and not silent:

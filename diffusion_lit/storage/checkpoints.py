@@ -12,7 +12,7 @@ from diffusion_lit.storage.exports import is_export, read_export
 from diffusion_lit.storage.once import Unchanged
 from diffusion_lit.storage.pickled import Damaged, HoldsCode, read_pickled
 
-TRAINING = {  # what training goes on from, and what each must be
+TRAINING = {  # the state that training resumes from, and its types
     "optimizer_states": list,
     "lr_schedulers": list,
     "loops": dict,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-PLACE = 2**30  # of the byte that Windows locks, beyond what is written
+PLACE = 2**30  # offset of the byte that Windows locks, beyond the contents
 
 
 class Busy(ValueError):
@@ -34,7 +34,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _taken(path)
-    while file is not None and not _same(file, path):  # whoever held it has removed it
+    while file is not None and not _same(file, path):  # its holder has removed it
         file.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _taken(path)

@@ -88,7 +88,7 @@ def find_class(path: Any) -> type:
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise Untrusted(f"{path!r} is no path of a class, such as diffusion_lit.nets.UNet")
     module = ".".join(parts[:-1])
-    exported = module == "diffusion_lit"  # what the package hands on lies in its rooms, which is looked at below
+    exported = module == "diffusion_lit"  # its names are defined in the rooms, which is checked below
     if not exported and not _within(module, (*ROOMS, *OPTIMIZERS, *trusted())):
         raise Untrusted(_refusal(path, module))
     try:

@@ -189,7 +189,7 @@ def restore(
     sigmas = sampling.sigmas(denoise.scaling)
     noise = SeededNoise(check_seeds(seeds, count))
     nothing = torch.zeros(count, *model.x_shape, device=device_of(model))
-    x = project(nothing) + float(sigmas[0]) * noise(nothing)  # not `start`: what is known is at sigma exactly
+    x = project(nothing) + float(sigmas[0]) * noise(nothing)  # not `start`: known values are at sigma exactly
     steps = jump if resamplings > 1 else len(sigmas)
     for first in range(0, len(sigmas) - 1, steps):
         window = sigmas[first : first + steps + 1]
@@ -231,7 +231,7 @@ def inpaint(
                 f"The mask leaves no latent known, each of which needs a whole square of "
                 f"{model.image_shape[1] // model.x_shape[1]} pixels a side; mask less, or use a model of pixels."
             )
-        # The encoder sees beyond a latent's square, so that what is to be filled in must not be there.
+        # The encoder's receptive field exceeds a latent's square, so the unknown pixels must be erased first.
         mean = (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
         project = keep_known(model.encode(torch.where(known != 0, images, mean)), known_x)
     x = restore(model, project, len(images), **options)
