@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from datamodules.decode import BadImageError, Transform, significant_bits
 from datamodules.decode_pool import decode_all
 from datamodules.sources import Image, Listing, Skip, printable
+from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
@@ -185,7 +186,8 @@ def _write(
         with (scratch / "images.u8").open("wb") as file:
             reserve(file, _size(pools, transform), scratch / "images.u8")
         index = _decode(scratch / "images.u8", listing, pools, transform, strict, processes, by_content)
-        _write_json(scratch / "index.json", {**index, "index_sha256": key_of(index)})
+        with atomic(scratch / "index.json") as file:
+            file.write(json.dumps({**index, "index_sha256": key_of(index)}).encode())
         publish(scratch, place, lambda: _open(place) is not None)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -309,13 +311,6 @@ def _kept_pools(pools: Mapping[str, Sequence[Image]], kept: list[int]) -> dict[s
         rows[pool] = (first, last)
         first = last
     return rows
-
-
-def _write_json(path: Path, index: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _summary(skipped: Sequence[Skip], place: Path | None) -> str:

@@ -23,6 +23,14 @@ from torch.nn import functional as F
 from diffusion_lit.checks import check_count, check_number
 
 
+def cosines(size: int) -> Tensor:
+    """The orthonormal DCT-II: float64 (size, size), a frequency in each row."""
+    k = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi * k[:, None] * (k + 0.5) / size) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
 class Degradation(nn.Module):
     """Base class: T steps of degradation.
 
@@ -122,10 +130,8 @@ class Blur(Degradation):
             Float64 (T+1, H, H), the identity at step 0.
         """
         k = torch.arange(size, dtype=torch.float64)
-        cosines = torch.cos(math.pi * k[:, None] * (k + 0.5) / size) * math.sqrt(2 / size)
-        cosines[0] /= math.sqrt(2)
         kept = torch.exp(-0.5 * (math.pi * k * self.widths()[:, None]) ** 2)
-        return cosines.T @ (kept[:, :, None] * cosines)
+        return cosines(size).T @ (kept[:, :, None] * cosines(size))
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Blurs; see `Degradation.degrade`."""

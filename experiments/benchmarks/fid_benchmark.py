@@ -34,6 +34,7 @@ from diffusion_lit.modules.load import load_data
 from diffusion_lit.report.receipt_page import setting_name, shown
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_last
+from experiments.harness.runs import COMMAND
 
 PARITY = {
     "fid_inception": "frechet_inception_distance",
@@ -118,15 +119,7 @@ def checkpoint_of(config: Path, fit_options: str) -> Path:
     try:
         return find_last(run)
     except ValueError:
-        command = [
-            sys.executable,
-            "-c",
-            "from diffusion_lit.commands.main import main; main()",
-            "fit",
-            "--config",
-            str(config),
-        ]
-        subprocess.run([*command, *fit_options.split()], check=True)
+        subprocess.run([*COMMAND, "fit", f"--config={config}", *fit_options.split()], check=True)
         return find_last(run)
 
 

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-
-def cosines(size: int) -> Tensor:
-    """The orthonormal DCT-II, (size, size) with a frequency in each row."""
-    k = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi * k[:, None] * (k + 0.5) / size) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix.float()
+from diffusion_lit.diffusion.degradations import cosines
 
 
 def band_edges(size: int, bands: int) -> list[float]:
