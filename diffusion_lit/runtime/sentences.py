@@ -58,7 +58,7 @@ def plain(text: str, longest: int = LONGEST) -> str:
     keys = re.findall(r'(?m)^\s*(?:- )?Parser key "([^"]*)":', text)
     if keys or _NEST[0] in text:
         text = _innermost(text, keys[-1] if keys else "")
-    text = " ".join(text.split())
+    text = re.sub(r"\S.*? argument after \*\* must be", "init_args must be", " ".join(text.split()))
     ends = longest * 5 // 8
     return text if len(text) <= longest else f"{text[:ends]} ... {text[ends + 5 - longest :]}"
 

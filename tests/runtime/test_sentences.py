@@ -65,6 +65,7 @@ def test_a_nest_becomes_the_one_sentence_inside_it(arg, expected):
 def test_what_is_long_keeps_its_beginning_and_its_end():
     text = plain("value is " + "x" * 1000 + "; give a number.")
     assert len(text) == 400 and text.startswith("value is x") and text.endswith("; give a number.")
+    assert plain("f(x) argument after ** must be a mapping, not int") == "init_args must be a mapping, not int"
     assert len(said("--model.steps=" + "y" * 1000)) < 200
 
 
