@@ -82,7 +82,8 @@ def denoise(
     sigmas = list(named)
     if kernel_sizes is not None and len(kernel_sizes) != len(sigmas):
         raise ValueError(f"kernel_sizes is {kernel_sizes} for {len(sigmas)} noise levels; give one for each.")
-    kernels = dict(zip(sigmas, list(kernel_sizes or [kernel_size] * len(sigmas)), strict=True))
+    sizes: Sequence[int | None] = kernel_sizes or [kernel_size] * len(sigmas)
+    kernels = dict(zip(sigmas, sizes, strict=True))
     sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
     image, labels, seeds = options.read(model), options.condition(model, 1), options.seeds(1)
     blurs = BLURS if blur_sigma is None else (blur_sigma,)

@@ -52,7 +52,8 @@ def summary(report: dict[str, Any], written: list[str]) -> str:
     lines = []
     for table in tables(report):
         lines += [table.title, plain_table([table.header, *table.rows]), ""]
-    lines += [likelihood_sentence(report)] if report.get("likelihood") else []
+    likelihood = likelihood_sentence(report)
+    lines += [likelihood] if likelihood else []
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     return "\n".join([*lines, *(f"  {path}" for path in written)])
 

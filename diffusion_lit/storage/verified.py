@@ -7,6 +7,7 @@ of other programs or older versions, are read unchecked.
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,7 +30,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(), total)
-        total = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+        values: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(values, total)
     return f"{total:08x}"
 
 
