@@ -123,9 +123,7 @@ def options_of(command):
     found = getattr(import_module(main.COMMANDS[first].module), main.COMMANDS[first].function)
     parser = main.function_parser(found[task] if task else found, command.split())
     known = [name for action in parser._actions for name in action.option_strings]
-    return [
-        name[2:] for name in known if name.startswith("--") and name not in ("--help", "--print_config", "--config")
-    ]
+    return [name[2:] for name in known if name[:2] == "--" and name[2:] not in ("help", "print_config", *SLOW)]
 
 
 def attempt(main, line, seconds=60):

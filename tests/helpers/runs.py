@@ -95,7 +95,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 VAE_DIGITS, LATENT_DIGITS = CONFIGS / "vae_digits.yaml", CONFIGS / "latent_digits.yaml"
 
 
-TINY = [
+TINY_TRAINING = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
@@ -103,11 +103,11 @@ TINY = [
 ]
 
 
-TINY_VAE = [*TINY, "--model.init_args.net.init_args.model_channels=8"]
+TINY_VAE = [*TINY_TRAINING, "--model.init_args.net.init_args.model_channels=8"]
 
 
 TINY_LATENT = [
-    *[*TINY, "--trainer.callbacks=[]", "--model.init_args.net.init_args.model_channels=16"],
+    *[*TINY_TRAINING, "--trainer.callbacks=[]", "--model.init_args.net.init_args.model_channels=16"],
     *["--model.init_args.sampling.num_steps=2", "--sample_grid.columns=1", "--trajectory.count=1"],
     "--model.init_args.cache_dir=latents",
 ]
