@@ -24,6 +24,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.checks import check_count
+from diffusion_lit.runtime.internals import (
+    accumulates,
+    as_in_validation,
+    cluster_of,
+    requeue_of,
+    take_sigterm,
+    validates_next,
+)
 from diffusion_lit.runtime.stopping import RunStopped
 from diffusion_lit.runtime.watchdog import SAME
 
@@ -86,12 +94,10 @@ class LastCheckpoint(ModelCheckpoint):
         self._due |= bool(self.every) and step % (self.every or 1) == 0 and self._last_global_step_saved != step
         asked, overdue = self._asked(trainer)
         self._due |= overdue
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return
         if self._due or asked:
-            fetcher = trainer.fit_loop._data_fetcher
-            assert fetcher is not None
-            self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+            self._validation_due = validates_next(trainer)
             self._save_new(trainer)
             self._validation_due = False
         if asked and asked in NAMES:
@@ -104,7 +110,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves, with the metrics of the validation, and keeps it where it is the best so far."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             self._due = True  # a validation that is not counted in steps: by time, or by epochs
             return
         improved = self._improved(trainer)
@@ -185,13 +191,13 @@ class LastCheckpoint(ModelCheckpoint):
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGTERM, signal.SIGINT]
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_of(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             assert environment.requeue_signal is not None
             numbers.append(environment.requeue_signal)
-            self._requeue = trainer._signal_connector._slurm_sigusr_handler_fn
-        if trainer.received_sigterm:  # it came while the run was set up
-            trainer._signal_connector.received_sigterm, self._signal = False, signal.SIGTERM
+            self._requeue = requeue_of(trainer)
+        if take_sigterm(trainer):  # it came while the run was set up
+            self._signal = signal.SIGTERM
         self._trainer = trainer
         self._handlers = {number: signal.signal(number, self._note) for number in numbers}
 
@@ -223,7 +229,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves when validation failed or was interrupted, since it leaves training unchanged."""
         if trainer.state.fn == "fit" and trainer.validating and trainer.world_size == 1:
-            if trainer.fit_loop._should_accumulate():
+            if accumulates(trainer):
                 return
             self._validation_due = True
             self._save_new(trainer)
@@ -261,12 +267,9 @@ def _validate(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
     loop.reset_restart_stage()
-    trainer.validating = True
-    first = trainer._logger_connector._first_loop_iter
     epochs = trainer.fit_loop.epoch_progress.current
     edge = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 and epochs.completed > 0
     epochs.completed -= edge  # its figures belong to the epoch that ended
-    loop.run()
+    with as_in_validation(trainer):
+        loop.run()
     epochs.completed += edge
-    trainer.training = True
-    trainer._logger_connector._first_loop_iter = first

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_lit.nets.layers import no_autocast
 from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.runtime.hardware import cpu_contention
+from diffusion_lit.runtime.internals import bare
 from diffusion_lit.runtime.ranks import images_of
 
 WARM_UP, MEASURED = 5, 20  # steps left out of the measured time, and after which it is reported
@@ -102,7 +104,7 @@ def state_bytes(module: nn.Module, optimizers: list[Any], averages: int) -> int:
     """
     trained = sum(one.numel() * one.element_size() for one in module.parameters() if one.requires_grad)
     frozen = sum(one.numel() * one.element_size() for one in module.parameters()) - trained
-    defaults = [getattr(one, "_optimizer", one).defaults for one in optimizers]
+    defaults = [bare(one).defaults for one in optimizers]
     moments = max((2 if "betas" in one else int(bool(one.get("momentum"))) for one in defaults), default=0)
     return frozen + trained * (2 + moments + averages)
 
@@ -168,7 +170,7 @@ class Cost(Callback):
 
 def _averages(trainer: Trainer) -> int:
     """How many averages of the weights the callbacks keep."""
-    kept = [one for one in trainer.callbacks if hasattr(one, "_average_model")]  # type: ignore[attr-defined]
+    kept = [one for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
     return sum(max(1, len(getattr(one, "sigma_rel", []))) for one in kept)
 
 

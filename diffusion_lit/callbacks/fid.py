@@ -23,6 +23,7 @@ from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.runtime import watchdog
+from diffusion_lit.runtime.internals import average_of
 from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
 
 
@@ -244,7 +245,7 @@ def _class_frequencies(trainer: Any, pl_module: Any) -> Tensor | None:
 def _check_average(trainer: Any) -> None:
     """Refuses to measure raw weights where an average is kept."""
     for callback in trainer.callbacks:
-        if not isinstance(callback, WeightAveraging) or callback._average_model is None:
+        if not isinstance(callback, WeightAveraging) or average_of(callback) is None:
             continue
         if not (isinstance(callback, EMA) and callback._swapped):
             raise ValueError(

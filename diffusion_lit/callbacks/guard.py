@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from diffusion_lit.runtime.internals import bare, logs_now
 from diffusion_lit.runtime.stopping import RunStopped
 
 CHOICES = ("stop", "skip", "off")
@@ -75,7 +76,7 @@ class NonFiniteGuard(Callback):
         if self._count is None:
             return
         self._before, self._ok = {}, None  # of a step that a gradient scaler left out, which `_choose` did not see
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper aside
+        optimizer = bare(optimizer)
         bad = torch.zeros((), device=pl_module.device) if self._loss_ok is None else (~self._loss_ok).float()
         self._loss_ok = None
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -129,7 +130,7 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads the record at the logging interval."""
-        if self._count is not None and trainer._logger_connector.should_update_logs:
+        if self._count is not None and logs_now(trainer):
             self.read(trainer, pl_module)
             if self.nonfinite == "skip":
                 pl_module.log("train/nonfinite_steps", float(self.skipped), batch_size=1)

@@ -7,9 +7,10 @@ grid, FID.
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+
+from diffusion_lit.runtime.internals import EvaluationLoop, ends_epoch, stops_early
 
 
 def ends(trainer: Trainer) -> bool:
@@ -23,15 +24,11 @@ def ends(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop
     progress: Any = loop.epoch_progress.current
-    epochs = progress.processed + loop.epoch_loop._num_ready_batches_reached()
-    return (
-        0 < trainer.max_steps <= trainer.global_step
-        or 0 < (loop.max_epochs or -1) <= epochs
-        or (trainer.should_stop and loop._can_stop_early)
-    )
+    epochs = progress.processed + ends_epoch(trainer)
+    return 0 < trainer.max_steps <= trainer.global_step or 0 < (loop.max_epochs or -1) <= epochs or stops_early(trainer)
 
 
-class ValidationLoop(_EvaluationLoop):
+class ValidationLoop(EvaluationLoop):
     """Lightning's loop, which also calls the callbacks when there is no batch to validate on."""
 
     def __init__(self, trainer: Trainer) -> None:

@@ -9,11 +9,10 @@ checkpoint.
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from diffusion_lit.callbacks.checkpoint import LastCheckpoint
 from diffusion_lit.callbacks.intervals import ValidationLoop, ends
+from diffusion_lit.runtime.internals import FitLoop, TrainingEpochLoop
 
 TRACKED = ("ready", "started", "processed", "completed")
 
@@ -66,7 +65,7 @@ def brought_to(epoch: int, batch: int, state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class StepLoop(_TrainingEpochLoop):
+class StepLoop(TrainingEpochLoop):
     """Lightning's loop over the batches of an epoch, which counts intervals in optimizer steps."""
 
     def __init__(self, trainer: Trainer, min_steps: int | None, max_steps: int) -> None:
@@ -104,7 +103,7 @@ class StepLoop(_TrainingEpochLoop):
             self._batches_that_stepped = self.global_step
 
 
-class RunLoop(_FitLoop):
+class RunLoop(FitLoop):
     """Lightning's loop over epochs, which resumes exactly where a checkpoint was taken.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
 from diffusion_lit.runtime.hardware import describe, hardware
+from diffusion_lit.runtime.internals import bare, logs_now
 from diffusion_lit.runtime.precision import TrainInBf16
 from diffusion_lit.runtime.ranks import images_of
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
@@ -44,7 +45,7 @@ class Throughput(Callback):
     ) -> None:
         """Counts, and logs at the trainer's interval."""
         self._images += images_of(batch, trainer)
-        if trainer._logger_connector.should_update_logs:
+        if logs_now(trainer):
             rate = self._images / (time.perf_counter() - self._since)
             pl_module.log("train/images_per_second", rate, batch_size=1)
             self._restart()
@@ -156,7 +157,7 @@ def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
         if trainer.precision == "32-true" or not isinstance(trainer.precision_plugin, TrainInBf16)
         else (", figures in 32-true")
     )
-    optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.optimizers]
+    optimizers = [bare(optimizer) for optimizer in trainer.optimizers]
     kinds = [f"{'fused ' if one.param_groups[0].get('fused') else ''}{type(one).__name__}" for one in optimizers]
     ranks = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     where = f"{ranks}{describe(pl_module.device.type)}"

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.reapply import reapply, reapply_implementation
+from diffusion_lit.runtime.internals import bare
 
 FREE = (  # how and where, not what, a run computes
     *("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach", "cache_dir", "cache_latents"),
@@ -122,7 +123,7 @@ class Resume(Callback):
             return
         if type(pl_module).configure_optimizers is not BaseModule.configure_optimizers:
             return
-        optimizer = getattr(trainer.optimizers[0], "_optimizer", trainer.optimizers[0])
+        optimizer = bare(trainer.optimizers[0])
         scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
         total = getattr(scheduler, "total_steps", None)
         if "schedule" not in changed and self._saved.get("total_steps", total) != total:  # it follows the run's length

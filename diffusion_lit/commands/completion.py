@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from diffusion_lit.commands.configs import config_names
+from diffusion_lit.runtime.internals import subcommand_parsers
 
 CONFIG = {"bash": "_diffusion_lit_configs", "zsh": "_diffusion_lit_configs"}
 PREAMBLE = {
@@ -85,7 +86,7 @@ def training_parsers() -> dict[str, Any]:
         """A command that ends when its parsers are made."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            parsers.update(parser._subcommands_action._name_parser_map)
+            parsers.update(subcommand_parsers(parser))
             raise Built
 
     with contextlib.suppress(Built):

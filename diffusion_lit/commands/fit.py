@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace, _typehints, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -56,6 +56,7 @@ from diffusion_lit.commands.resuming import differing_lines, line, names_seed, r
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
+from diffusion_lit.runtime.internals import class_change
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
 from diffusion_lit.runtime.sentences import debugging, plain
@@ -126,7 +127,6 @@ def _class_at(path: str) -> type:
 
 
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
-_typehints.discard_init_args_on_class_path_change = start_anew(_typehints.discard_init_args_on_class_path_change)
 
 
 class Parser(LightningArgumentParser):
@@ -189,7 +189,8 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and lets the length of the run that was said last count."""
-        super().parse_arguments(parser, args)
+        with class_change(start_anew):
+            super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         length_said_last(config.trainer, config.get("config") or [], sys.argv[1:])
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor
 
 from diffusion_lit.checks import check_share
@@ -26,6 +25,7 @@ from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.modules.labels import check_null_class
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
+from diffusion_lit.runtime.internals import is_built_by_command, logs_now, trainer_of
 
 
 class Draws(NamedTuple):
@@ -52,7 +52,7 @@ class BaseModule(LightningModule):
         self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names: list[str] = []
         self._has_checked = False
-        if _given_hyperparameters.get() is not None:  # built by the command: plain values that describe the checkpoint
+        if is_built_by_command():  # built by the command: plain values that describe the checkpoint
             self.save_hyperparameters()
 
     @classmethod
@@ -71,7 +71,8 @@ class BaseModule(LightningModule):
     @property
     def ranks(self) -> tuple[int, int]:
         """Number of ranks, and this one."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        trainer = trainer_of(self)
+        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
     def keyed_noise(self, shape: torch.Size, *key: int | str, index: Tensor | None = None) -> Tensor:
         """Draws standard normal noise for the global batch and takes this rank's rows.
@@ -124,7 +125,8 @@ class BaseModule(LightningModule):
             figures: Scalars by their names.
             batch_size: Number of this rank's images.
         """
-        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
+        trainer = trainer_of(self)
+        if trainer is not None and logs_now(trainer):
             self.log_dict(figures, prog_bar=True, batch_size=batch_size, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
@@ -141,14 +143,14 @@ class BaseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Records what the hyperparameters lack: class names and the data."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(trainer_of(self), "datamodule", None)
         identity = getattr(data, "identity", None)
         checkpoint["diffusion_lit"] = {
             "class_names": list(getattr(data, "class_names", None) or self.class_names),
             "conditional": self._is_conditional,
             "data": {} if identity is None else identity(),
             "seed": run_seed(),
-            "precision": "32-true" if self._trainer is None else str(self.trainer.precision),
+            "precision": "32-true" if trainer_of(self) is None else str(self.trainer.precision),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -159,7 +161,7 @@ class BaseModule(LightningModule):
         """
         recorded = checkpoint.get("diffusion_lit", {})
         self.class_names = recorded.get("class_names", self.class_names)
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(trainer_of(self), "datamodule", None)
         if hasattr(data, "continue_from"):
             data.continue_from(recorded.get("data") or {}, self.class_names if self._is_conditional else [])
 

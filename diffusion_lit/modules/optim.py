@@ -160,7 +160,10 @@ def _fused(optimizer: "OptimizerCallable", parameters: list[Tensor], module: "Li
     own mixed precision.
     """
     built = optimizer(parameters)
-    clips = module._trainer is not None and bool(module.trainer.gradient_clip_val)
+    from diffusion_lit.runtime.internals import trainer_of
+
+    trainer = trainer_of(module)
+    clips = trainer is not None and bool(trainer.gradient_clip_val)
     if clips or module.device.type not in ("cpu", "cuda") or built.defaults.get("fused", False) is not None:
         return built
     if built.defaults.get("foreach") is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import pick_device
+from diffusion_lit.runtime.internals import trainer_of
 from diffusion_lit.runtime.stopping import RunStopped
 
 START_METHODS: dict[str, Any] = {"auto": "popen", "ddp": "popen", "ddp_fork": "fork", "ddp_spawn": "spawn"}
@@ -178,7 +179,7 @@ def share_rows(module: LightningModule, count: int, draw: Callable[[range], Tens
     Returns:
         All rows (count, ...) on the CPU, on every rank; they are what one rank alone would draw.
     """
-    trainer = module._trainer
+    trainer = trainer_of(module)
     world, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
     if world == 1:
         return draw(range(count)).cpu()

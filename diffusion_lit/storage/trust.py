@@ -175,15 +175,10 @@ def guarded() -> Iterator[None]:
     `check` sees the record; this sees what jsonargparse makes of it: paths of functions or classes, short names of
     classes, files named instead of values. It needs jsonargparse's own check of paths (4.53 and later).
     """
-    from jsonargparse import _typehints, _util, set_parsing_settings
+    from jsonargparse import set_parsing_settings
+
+    from diffusion_lit.runtime.internals import import_check
 
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    places: tuple[Any, ...] = (_util, _typehints)
-    before = [place.check_import_path for place in places]
-    try:
-        for place in places:
-            place.check_import_path = find_class
+    with import_check(find_class):
         yield
-    finally:
-        for place, function in zip(places, before, strict=True):
-            place.check_import_path = function
