@@ -109,7 +109,7 @@ def test_every_command_of_the_page_runs(folder, monkeypatch):
             if not isinstance(error, SystemExit) or error.code:
                 failed[command] = error
     assert not failed, "\n".join(f"{command}: {error!r}" for command, error in failed.items())
-    for made in ("out/trajectory.gif", "runs/edits/guidance/figure.png", "runs/ddpm_mnist/version_0/report.html"):
+    for made in ("runs/samples/grid.png", "runs/edits/guidance/figure.png", "runs/ddpm_mnist/version_0/report.html"):
         assert (folder / made).is_file(), made
 
 
