@@ -112,6 +112,8 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
     return network.eval().requires_grad_(False)
 
 
+@torch.inference_mode(False)  # also where it is first asked for within a validation
+@torch.enable_grad()
 def classifier_of(data: ImageSource) -> ConvClassifier:
     """The data set's own classifier, from the cache or trained now.
 

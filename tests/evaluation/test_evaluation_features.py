@@ -281,3 +281,17 @@ def test_unlabelled_training_can_still_be_measured_by_the_labels_of_the_data():
 
 def test_published_weights_are_named_by_the_option_of_the_command():
     assert "--extractor_weights" in fidelity.OPTION
+
+
+def test_a_classifier_is_trained_where_gradients_are_off(tmp_path, monkeypatch):
+    """As at the first validation of a command that trains nothing."""
+    from datamodules import Digits
+    from diffusion_lit.evaluation import classifiers
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(classifiers, "IMAGES_SEEN", 300)
+    data = Digits(batch_size=16)
+    data.setup("validate")
+    with torch.inference_mode():
+        network = classifiers.classifier_of(data)
+    assert not next(network.parameters()).is_inference()
