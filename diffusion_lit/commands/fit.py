@@ -227,6 +227,7 @@ class CLI(LightningCLI):
             "model": checkpoint.get("hyper_parameters", {}),
             "data": checkpoint.get("datamodule_hyper_parameters", {}),
         }
+        self.weights = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         self.begun_at = int(checkpoint.get("global_step", 0))
         self.trained_in = checkpoint.get("diffusion_lit", {}).get("precision", "32-true")
         self._take_seed(config, checkpoint.get("diffusion_lit", {}).get("seed"))
@@ -334,7 +335,8 @@ class CLI(LightningCLI):
             now = {**self._settings(), "model": dict(self.model.hparams), "data": dict(self.datamodule.hparams)}
             before = {**recorded, "precision": self.trained_in}
             now["precision"] = str(self.trainer.precision)
-            say(*differing_lines(str(self.config["fit"].ckpt_path), before, now))
+            same = self.weights == {name: value.shape for name, value in self.model.state_dict().items()}
+            say(*differing_lines(str(self.config["fit"].ckpt_path), before, now, same))
 
     def _refuse_what_the_data_decides(self) -> None:
         """Refuses a size, channels or classes of the network that were typed and are not the data's."""

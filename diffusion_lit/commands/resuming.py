@@ -28,13 +28,15 @@ def line(key: str, old: Any, new: Any, counts: str = "this run's") -> str:
     return f"{key}: {values[0]} in the checkpoint, {values[1]} in this run; {counts} counts."
 
 
-def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same_weights: bool = False) -> list[str]:
     """A line for each setting that differs.
 
     Args:
         path: The checkpoint.
         before: Its settings by their part of the configuration; "precision" is the trainer's.
         now: Those of this run.
+        same_weights: Whether both networks have weights of the same names and shapes: the levels with attention are
+            then the same, by whatever number the configuration calls them.
 
     Returns:
         Lines, sorted by the setting.
@@ -53,6 +55,8 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any]) -> l
     lines = []
     for part in now.keys() & before.keys() - {"precision"}:
         for key, old, new in differences(before[part], now[part]):
+            if part == "model" and key == "net.attention_resolutions" and same_weights:
+                continue
             if part == "model" and key.startswith("net."):
                 raise ValueError(
                     f"The checkpoint {path} was trained with model.{key} = {old!r}, but this run says {new!r}; its "

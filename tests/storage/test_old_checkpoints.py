@@ -60,3 +60,32 @@ def test_a_classifier_measures(kept):
     extractor = ClassifierFeatures(str(kept[0] / "classifier.ckpt"))
     extractor.load()
     assert extractor.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).logits.shape == (2, 10)
+
+
+def test_what_was_the_default_attention_still_loads(kept, tmp_path):
+    """Version 0.1.0 attended at maps of 8 by default, and nowhere where there is none: here the only map has 4."""
+    from diffusion_lit.modules.load import load_module
+
+    content = read(kept[0] / "edm.ckpt")
+    net = content["hyper_parameters"]["net"]["init_args"]
+    assert not net["attention_resolutions"]
+    net |= {"attention_resolutions": [8], "patch_size": 2}
+    stem = "denoiser.net.stem.weight"
+    content["state_dict"] = {
+        name: value.repeat(1, 4, 1, 1) if name == stem else value for name, value in content["state_dict"].items()
+    }
+    for name in [name for name in content["state_dict"] if "head" in name or ".out" in name]:
+        value = content["state_dict"][name]
+        if value.shape and value.shape[0] == 1:
+            content["state_dict"][name] = value.repeat(4, *[1] * (value.dim() - 1))
+    torch.save(content, tmp_path / "old.ckpt")
+    assert load_module(tmp_path / "old.ckpt").net.stem.weight.shape[1] == 4
+
+
+def test_a_run_of_before_goes_on_under_the_configs_of_now(kept, lightning):
+    """The configs name the levels with attention otherwise now; the network is the same."""
+    args = ["fit", f"--config={CONFIGS}/edm_digits.yaml", f"{NET}.model_channels=4", f"{NET}.channel_mult=[1]"]
+    short = ["--trainer.callbacks=[]", "--trainer.val_check_interval=2", "--trainer.precision=32-true"]
+    lightning(*args, *short, "--trainer.max_steps=2", f"{NET}.attention_resolutions=[8]")
+    lightning(*args, *short, "--trainer.max_steps=4", f"{NET}.attention_resolutions=[-1]", "--ckpt_path=last")
+    assert read("runs/edm_digits/version_0/checkpoints/last.ckpt")["global_step"] == 4
