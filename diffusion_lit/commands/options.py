@@ -39,8 +39,8 @@ class SamplingOptions:
     sigma_min: float | None = None
     sigma_max: float | None = None
     clip_x0: str | None = None
-    sampler_options: dict[str, float | str | bool] | None = None
-    grid_options: dict[str, float | str | bool] | None = None
+    sampler_options: dict[str, int | float | str | bool] | None = None
+    grid_options: dict[str, int | float | str | bool] | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
 

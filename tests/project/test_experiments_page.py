@@ -5,14 +5,17 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from helpers.configs_tools import write_celeba, write_cifar_folders, write_images
 from helpers.pretrained_models import save_if
 from helpers.project_files import ROOT, write_idx
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 from diffusion_lit.commands import main as cli
+from diffusion_lit.commands.options import SamplingOptions
 from experiments.harness import runs
 
 PAGE = Path(ROOT, "docs/experiments-by-command.md").read_text()
@@ -29,12 +32,12 @@ SMALLEST = {  # options of a command that stand in the place of the page's, or b
     "edit": ["--device=cpu", "--num_steps=2"],
     "img2img": ["--starts=[0,1]"],
     "guidance": ["--cfg_scales=[1,7]"],
-    "learning_rates": ["--rates=[0.001]"],
+    "learning_rates": ["--rates=[0.001]", "--data.init_args.batch_size=4"],
     "noise_cutoff": ["--num_steps=4", "--until=[0,4]"],
     "single_step_denoiser": ["--epochs=[1,2]", "--ddpm_epochs=[1,2]", "--held_out=16"],
-    "capacity": ["--widths=[8,16]", "--seconds=0.1"],
+    "capacity": ["--widths=[8,16]", "--seconds=0.1", "--data.init_args.batch_size=4"],
     "attention_ablation": ["--seconds=0.1"],
-    "schedules": ["--num_steps=[4]", "--few=2"],
+    "schedules": ["--num_steps=[24]", "--few=3"],
     "variance": ["--num_steps=4", "--scales=[0.5]"],
     "memorization": ["--counts=[1,16]"],
 }
@@ -53,7 +56,7 @@ def folder(tmp_path_factory):
     write_cifar_folders(folder / "cifar")
     write_celeba(folder / "celeba")
     write_images(folder / "images")
-    Image.effect_noise((40, 48), 80).save(folder / "web.jpg")
+    Image.effect_noise((80, 96), 80).save(folder / "web.jpg")
     Image.new("L", (32, 32), 255).save(folder / "drawing.png")
     mask = Image.new("L", (32, 32))
     mask.paste(255, (8, 8, 24, 24))
@@ -78,7 +81,7 @@ def smallest(command):
         words += ["--data.init_args.val_size=8"] if kind in ("idx", "cifar") else []
         words += ["--trainer.callbacks=[]"] if "report" not in command else []
     elif words[0] == "python":
-        words += [*QUIET, "--num_samples=8", "--extractor=pixels", "--device=cpu", "--batch_size=8"]
+        words += [*QUIET, "--num_samples=20", "--extractor=pixels", "--device=cpu", "--batch_size=20"]
         words += [] if "single_step" in command else [*FEW, "--trainer.max_steps=2"]
     for name, options in SMALLEST.items():
         if name in (words[1], words[2].removeprefix("experiments.")):
@@ -109,7 +112,7 @@ def test_every_command_of_the_page_runs(folder, monkeypatch):
             if not isinstance(error, SystemExit) or error.code:
                 failed[command] = error
     assert not failed, "\n".join(f"{command}: {error!r}" for command, error in failed.items())
-    for made in ("runs/samples/grid.png", "runs/edits/guidance/figure.png", "runs/ddpm_mnist/version_0/report.html"):
+    for made in ("runs/samples/grid.png", "runs/edits/guidance/figure.png", "runs/ddpm_mnist/version_1/report.html"):
         assert (folder / made).is_file(), made
 
 
@@ -118,3 +121,12 @@ def test_the_page_has_a_row_for_each_experiment():
     assert PAGE.count("\n| ") == len(COMMANDS) + 2 * 4  # but for the heads of its four tables
     tasks = {words[2] for words in map(shlex.split, COMMANDS) if words[1] == "edit"}
     assert tasks == {"forward", "denoise", "img2img", "inpaint", "anagram", "hybrid", "guidance"}
+
+
+def test_whole_numbers_of_options_stay_whole():
+    """`noise_until` counts steps, and refuses 90.0."""
+    parser = ArgumentParser()
+    for name in ("sampler_options", "grid_options"):
+        parser.add_argument(f"--{name}", type=get_type_hints(SamplingOptions)[name])
+        read = getattr(parser.parse_args([f"--{name}", '{"noise_until": 90, "S_churn": 1.5, "on": true}']), name)
+        assert [type(value) for value in read.values()] == [int, float, bool]
