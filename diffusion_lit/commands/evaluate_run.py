@@ -32,6 +32,7 @@ from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import load_data
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
+from diffusion_lit.report.receipt_page import attributed, setting_name
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.precision import float32_arithmetic
 from diffusion_lit.runtime.ranks import meet, rank_zero_alone, rank_zero_first
@@ -199,15 +200,17 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
 
     report = header(plan, module, data, extractor, references)
     seconds = 0.0
+    said: dict[str, list[str]] = {}
     for job in jobs:
         samples = gather_shards(job)
         seconds += samples.seconds
         result, warnings, images = measure(plan, job, samples, module, data, extractor, references, fabric.device)
         report["results"].append(result)
-        report["warnings"] += [warning for warning in warnings if warning not in report["warnings"]]
+        said[setting_name(result)] = warnings
         for name, triples in images.items():
             plan.path.parent.mkdir(parents=True, exist_ok=True)
             pairs_image(triples).save(plan.path.with_name(name))
+    report["warnings"] += attributed(said)
     if plan.likelihood:
         report["likelihood"] = gather_bits(plan, module, data)
     report["run"] = {
@@ -335,7 +338,7 @@ def header(
     averaged = "current_model_state" in checkpoint or checkpoint.get("weights", "").startswith("average")
     weights = "average (EMA)" if averaged else "as trained: the checkpoint keeps no average"
     weights = weights if checkpoint else "as published" if plan.pretrained else "as exported"
-    warnings = [warning for reference in references.values() for warning in reference.warnings]
+    warnings = attributed({f"reference {name}": reference.warnings for name, reference in references.items()})
     if plan.num_blocks < 3:
         warnings.append(f"{plan.num_blocks} block(s) of samples: error bars need at least 3.")
     parameters = {name: value for name, value in dict(getattr(data, "hparams", {})).items() if not name.startswith("_")}
@@ -346,11 +349,7 @@ def header(
             "sha256": plan.model_hash(module),
             "module": f"{type(module).__module__}.{type(module).__name__}",
             "step": checkpoint.get("global_step"),
-            "weights": "as published"
-            if not checkpoint
-            else "average (EMA)"
-            if averaged
-            else "as trained: the checkpoint keeps no average",
+            "weights": weights,
         },
         "data": {"class": f"{type(data).__module__}.{type(data).__name__}", **parameters},
         "extractor": {**extractor.identity(), "metric": extractor.metric},

@@ -1,6 +1,7 @@
 """Builds the LightningModule and the data module that a checkpoint describes."""
 
 import contextlib
+import inspect
 import io
 import warnings
 from copy import deepcopy
@@ -14,7 +15,7 @@ from lightning.pytorch.cli import instantiate_module
 from diffusion_lit.runtime.hardware import channels_last_pays
 from diffusion_lit.runtime.installation import refuse_hidden_datamodules
 from diffusion_lit.storage.checkpoints import read_checkpoint
-from diffusion_lit.storage.trust import Untrusted, check, guarded, naming
+from diffusion_lit.storage.trust import Untrusted, check, find_class, guarded, naming
 
 JSONARGPARSE_SAYS_TOO = (
     *("Given value", "Subtypes", "Does not validate", "Expected a <class 'NoneType'>", "Expected a <class 'list'>"),
@@ -59,14 +60,15 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
         The data module, not yet prepared.
 
     Raises:
-        ValueError: As `read_checkpoint`, if the file does not say which data it was trained on, or if the data has
-            other classes now.
+        ValueError: As `read_checkpoint`, if the file does not say which data it was trained on, if that takes no such
+            argument, or if the data has other classes now.
     """
     refuse_hidden_datamodules()
     import datamodules
 
     checkpoint = read_checkpoint(path)
     _described(checkpoint, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "data", path)
+    _refuse_unknown(checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]["_class_path"], overrides, path)
     data = cast(LightningDataModule, _build(LightningDataModule, checkpoint, path, **overrides))
     if isinstance(data, datamodules.ImageDataModule):
         data.write_nowhere(but_root="root" in overrides)
@@ -74,6 +76,24 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
         names = recorded.get("class_names", []) if recorded.get("conditional", True) else []
         data.continue_from(recorded.get("data") or {}, names)
     return data
+
+
+def _refuse_unknown(class_path: str, overrides: dict[str, Any], path: str | Path) -> None:
+    """Refuses arguments that a data set does not take, such as a folder for images that a library brings along."""
+    if not overrides:
+        return
+    with naming(f"The checkpoint {path}"):
+        kind = find_class(class_path)
+    known = inspect.signature(kind).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return
+    for name, value in overrides.items():
+        if name not in known:
+            option = "--data_root" if name == "root" else name
+            raise ValueError(
+                f"{kind.__name__}, the data of {path}, has no {name}, so that {option} {value} does nothing; leave it "
+                "out."
+            )
 
 
 def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides: Any) -> Any:

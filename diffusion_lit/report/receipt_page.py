@@ -40,6 +40,22 @@ def setting_name(result: dict[str, Any]) -> str:
     return name + (f", cfg {sampling['cfg_scale']:g}" if result["conditional"] else "")
 
 
+def attributed(warnings: dict[str, list[str]]) -> list[str]:
+    """Warnings with the settings, or the references, that they belong to.
+
+    Args:
+        warnings: What to warn of by the name of a setting or reference.
+
+    Returns:
+        Each warning once, after the names of all that it belongs to; after none where there is but one.
+    """
+    owners: dict[str, list[str]] = {}
+    for name, said in warnings.items():
+        for warning in dict.fromkeys(said):
+            owners.setdefault(warning, []).append(name)
+    return [warning if len(warnings) == 1 else f"{'; '.join(names)}: {warning}" for warning, names in owners.items()]
+
+
 class Table(NamedTuple):
     """A table of figures.
 

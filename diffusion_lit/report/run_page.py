@@ -217,9 +217,10 @@ class RunPage:
         """One receipt: its tables, its images and what it was made with."""
         shown, facts = tables(receipt), receipt["run"]
         checkpoint = receipt["checkpoint"]
+        step = "" if checkpoint["step"] is None else f" of step {checkpoint['step']:,}"
         page.heading(path.name, level=3)
         page.text(
-            f"{Path(checkpoint['file']).name} of step {checkpoint['step']:,}, weights: {checkpoint['weights']}; "
+            f"{Path(checkpoint['file']).name}{step}, weights: {checkpoint['weights']}; "
             f"samples drawn in {duration(facts['sampling_seconds'])} by {facts['processor']}, {facts['ranks']} rank(s)."
         )
         if receipt["references"]:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffusion_lit.report import Page
 from diffusion_lit.report.images import save_gif
+from diffusion_lit.report.receipt_page import attributed
 
 NASTY = "<script>alert('a & b')</script> \"quoted\" é \ud800 \x00 </style>"
 
@@ -115,3 +116,13 @@ def test_two_writes_give_the_same_bytes_and_a_failed_one_leaves_the_old_page(tmp
         broken.write(tmp_path / "two.html")
     assert (tmp_path / "deep/one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["deep", "two.html"]
+
+
+def test_a_warning_names_the_settings_that_it_belongs_to():
+    assert attributed({"ddim, 2 steps": ["Clipped.", "Few.", "Few."]}) == ["Clipped.", "Few."]
+    said = {"ddim, 2 steps": ["99% clipped.", "Few."], "heun, 2 steps": ["Few."], "heun, 9 steps": ["7% clipped."]}
+    assert attributed(said) == [
+        "ddim, 2 steps: 99% clipped.",
+        "ddim, 2 steps; heun, 2 steps: Few.",
+        "heun, 9 steps: 7% clipped.",
+    ]

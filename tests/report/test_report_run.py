@@ -119,8 +119,14 @@ def test_evaluations_are_found_where_they_name_the_run(lightning, run, tmp_path)
     (tmp_path / "elsewhere.json").write_text(json.dumps(receipt))
     receipt["checkpoint"] |= {"sha256": "0" * 64}
     (tmp_path / "another.json").write_text(json.dumps(receipt))
+    clipped = [warning for warning in receipt["warnings"] if "overshot" in warning]
+    assert all(warning.startswith(("heun, 2 steps, cfg 1", "heun, 3 steps, cfg 1")) for warning in clipped)
+    assert clipped  # six steps of training give noise
     found = {path.name for path, _ in receipts(run)}
     assert found == {"elsewhere.json", "half.json"}  # by the hash of the checkpoint, and by where it lies
+    receipt["checkpoint"] |= {"file": str(run / "checkpoints/last.ckpt"), "step": None, "weights": "as exported"}
+    (tmp_path / "elsewhere.json").write_text(json.dumps(receipt))
+    assert "last.ckpt, weights: as exported; samples" in page_of(lightning, run).text
     (tmp_path / "elsewhere.json").unlink()
     assert "half.json is not a whole report of lightning evaluate." in page_of(lightning, run).text
 

@@ -329,3 +329,15 @@ def nested(record):
     args = {name: value for name, value in record.items() if name != "_class_path"}
     inner = {"class_path": record["_class_path"], "init_args": args}
     return {"_class_path": "datamodules.Subset", "count": 2, "data": inner}
+
+
+@pytest.mark.parametrize("name", ["Digits", "Subset"])
+def test_data_without_a_folder_takes_no_root(here, name):
+    record = {"_class_path": f"datamodules.{name}", "batch_size": 4}
+    record = nested(record) if name == "Subset" else record
+    path = write(here / "data.ckpt", checkpoint(datamodule_hyper_parameters=record))
+    with pytest.raises(ValueError, match=rf"{name}, the data of .*has no root, so that --data_root there") as caught:
+        load_data(path, root="there")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    if name == "Digits":
+        assert load_data(path).batch_size == 4
