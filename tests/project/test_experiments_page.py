@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     write_idx(folder / "idx")
     write_cifar_folders(folder / "cifar")
     write_celeba(folder / "celeba")
-    write_images(folder / "images")
+    write_images(folder / "images", count=120)  # so that several are held out
     Image.effect_noise((80, 96), 80).save(folder / "web.jpg")
     Image.new("L", (32, 32), 255).save(folder / "drawing.png")
     mask = Image.new("L", (32, 32))
