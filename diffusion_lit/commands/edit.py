@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate as enlarge
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.commands.edit_options import SAMPLES, ImageOptions, Options, decibels, image_size, read_pixels
+from diffusion_lit.commands.edit_steps import Passed
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import evenly
@@ -63,6 +64,7 @@ def denoise(
     blur_sigma: float | None = None,
     kernel_size: int | None = None,
     kernel_sizes: list[int] | None = None,
+    shown_steps: list[int] = [],  # noqa: B006
 ) -> None:
     """Noises an image to several levels and denoises it: by a Gaussian blur, in one step, and step by step.
 
@@ -76,6 +78,8 @@ def denoise(
             level, which knows the answer.
         kernel_size: Side of the blur's kernel in pixels, odd; by default it reaches out to 4 standard deviations.
         kernel_sizes: One for each level instead, as JSON: '[3, 5, 9]'.
+        shown_steps: Steps of the grid at which the way down is shown too, as JSON: '[10, 15, 20, 25, 30]'; step 0 is
+            all noise. The figure then has a row per level, those steps beside the results.
     """
     model = options.load()
     named = _levels(model, sigmas, timesteps)
@@ -85,6 +89,8 @@ def denoise(
     sizes: Sequence[int | None] = kernel_sizes or [kernel_size] * len(sigmas)
     kernels = dict(zip(sigmas, sizes, strict=True))
     sampling = options.sampling(model, editing.strided(model.sampling, model.denoiser.scaling))
+    passed = Passed(model, sampling, sorted(set(shown_steps)))
+    passed.check(sigmas)
     image, labels, seeds = options.read(model), options.condition(model, 1), options.seeds(1)
     blurs = BLURS if blur_sigma is None else (blur_sigma,)
     made: dict[str, dict[float, Tensor]] = {"noisy": {}, "blur": {}, "one_step": {}, "iterative": {}}
@@ -98,23 +104,41 @@ def denoise(
         made["noisy"][sigma] = noisy
         made["blur"][sigma] = tried[best]
         made["one_step"][sigma] = editing.denoise_once(model, x, sigma, labels=labels, sampling=sampling).cpu()
-        made["iterative"][sigma] = editing.denoise(model, x, sigma, labels=labels, seeds=seeds, sampling=sampling).cpu()
+        made["iterative"][sigma] = editing.denoise(
+            model, x, sigma, labels=labels, seeds=seeds, sampling=sampling, callback=passed.watch(sigma)
+        ).cpu()
     figures = {name: {f"{s:g}": decibels(each[s], image)[0] for s in sigmas} for name, each in made.items()}
     names = {"noisy": "noisy", "blur": "Gaussian blur", "one_step": "one step", "iterative": "step by step"}
-    rows = [[Cell(each[s][0], _db(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()]
-    figure = labelled_grid(rows, list(named.values()), list(names.values()))
+    cells = {name: [Cell(each[s][0], _db(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()}
+    figure = labelled_grid(list(cells.values()), list(named.values()), list(names.values()))
+    if shown_steps:
+        figure = _strip(passed, named, cells, names)
     images = {"input": image} | {f"{name}_{s:g}": each[s] for name, each in made.items() for s in sigmas}
+    images |= passed.files()
     facts = {
         "psnr": figures,
         "blur_sigma": chosen,
         "kernel_size": list(kernels.values()),
         "timesteps": timesteps,
+        "shown_steps": {str(step): passed.grid[step] for step in passed.steps},
         "seeds": list(seeds),
         "labels": options.names(model, labels),
     }
     table = [["PSNR in dB", *(text.replace("\n", ", ") for text in named.values())]]
     table += [[names[name], *(f"{value:.2f}" for value in row.values())] for name, row in figures.items()]
     options.write("denoise", model, sampling, figure, images, facts, table=table)
+
+
+def _strip(
+    passed: Passed, levels: dict[float, str], cells: dict[str, list[Cell]], names: dict[str, str]
+) -> Image.Image:
+    """A row per noise level: the noisy image, the steps on the way down, and the results beside each other."""
+    rows = [
+        [cells["noisy"][row], *passed.cells(sigma), *(cells[name][row] for name in ("iterative", "one_step", "blur"))]
+        for row, sigma in enumerate(levels)
+    ]
+    columns = [names["noisy"], *passed.headings(), *(names[name] for name in ("iterative", "one_step", "blur"))]
+    return labelled_grid(rows, columns, list(levels.values()))
 
 
 def img2img(

@@ -31,6 +31,7 @@ SMALLEST = {  # options of a command that stand in the place of the page's, or b
     "sample": ["--num_samples=2", "--num_steps=2", "--device=cpu"],
     "edit": ["--device=cpu", "--num_steps=2"],
     "img2img": ["--starts=[0,1]"],
+    "denoise": ["--shown_steps=[1]"],
     "guidance": ["--cfg_scales=[1,7]"],
     "learning_rates": ["--rates=[0.001]", "--data.init_args.batch_size=4"],
     "noise_cutoff": ["--num_steps=4", "--until=[0,4]"],
