@@ -33,7 +33,7 @@ SMALLEST = {  # options of a command that stand in the place of the page's, or b
     "img2img": ["--starts=[0,1]"],
     "denoise": ["--shown_steps=[1]"],
     "guidance": ["--cfg_scales=[1,7]"],
-    "learning_rates": ["--rates=[0.001]", "--data.init_args.batch_size=4"],
+    "learning_rates": ["--rates=[0.001]", "--data.init_args.batch_size=4", "--data.init_args.image_size=16"],
     "noise_cutoff": ["--num_steps=4", "--until=[0,4]"],
     "single_step_denoiser": ["--epochs=[1,2]", "--ddpm_epochs=[1,2]", "--held_out=16"],
     "capacity": ["--widths=[8,16]", "--seconds=0.1", "--data.init_args.batch_size=4"],
