@@ -5,7 +5,7 @@ TensorBoard, W&B and CSV get the same; the TensorBoard logger survives a full di
 
 import csv
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard.summary import hparams
 
 
 class TensorBoardLogger(LightningTensorBoardLogger):
@@ -48,6 +49,24 @@ class TensorBoardLogger(LightningTensorBoardLogger):
     def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
         """Logs hyperparameters; see Lightning."""
         self.attempt(lambda: super(TensorBoardLogger, self).log_hyperparams(params, metrics, step))
+
+    @rank_zero_only
+    def log_result(self, settings: dict[str, Any], figures: Iterable[str], step: int) -> None:
+        """Shows the run under HPARAMS: a row of its settings, and the last values of its figures.
+
+        Args:
+            settings: Plain values by name.
+            figures: Tags of scalars that were logged.
+            step: Training step at the end.
+        """
+        plain = {name: one if isinstance(one, bool | int | float | str) else str(one) for name, one in settings.items()}
+
+        def write() -> None:
+            writer: Any = self.experiment
+            for summary in hparams(plain, dict.fromkeys(figures)):
+                writer._get_file_writer().add_summary(summary, step)
+
+        self.attempt(write)
 
     @rank_zero_only
     def save(self) -> None:

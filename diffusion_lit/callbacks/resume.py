@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from diffusion_lit.callbacks.loggers import TensorBoardLogger
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.reapply import reapply, reapply_implementation
 from diffusion_lit.runtime.internals import bare
@@ -83,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 class Resume(Callback):
-    """Records the settings of a run in its checkpoints, and applies changes when it is resumed.
+    """Records the settings of a run in its checkpoints and in TensorBoard, and applies changes when it is resumed.
 
     Args:
         settings: Plain values, nested, that the checkpoint's other records do not hold.
@@ -100,6 +101,15 @@ class Resume(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: this run's settings hold."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the settings beside the run's figures under TensorBoard's HPARAMS."""
+        data: Any = getattr(trainer, "datamodule", None)
+        every = {"model": dict(pl_module.hparams), "data": dict(getattr(data, "hparams", {})), **self.settings}
+        settings = {key: value for key, value in flat(every).items() if not key.endswith("_instantiator")}
+        for logger in trainer.loggers if trainer.callback_metrics else []:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_result(settings, trainer.callback_metrics, trainer.global_step)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Finds differences in optimizer and schedule, and drops the state of a schedule that was replaced."""

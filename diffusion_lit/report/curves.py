@@ -77,23 +77,43 @@ def panels(history: History) -> list[Panel]:
     )
 
 
-def draw(panel: Panel, history: History) -> Figure:
-    """Draws one quantity against the training step.
+def scales(panel: Panel, history: History) -> list[str]:
+    """The scales in which a quantity is to be seen.
 
     Args:
         panel: The quantity.
         history: What was logged.
 
     Returns:
-        The figure; the axis of a loss or metric is logarithmic where its values are positive and span a factor of ten.
+        Of a loss "linear", and "log" where its values are positive; of a metric "log" where its values are positive and
+        span a factor of ten; else "linear".
+    """
+    tags = [*panel.tags, *([] if panel.floor is None else [panel.floor])]
+    values = np.concatenate([history.scalars[tag][1] for tag in tags])
+    values = values[np.isfinite(values)]
+    if panel.name in LAST or not len(values) or values.min() <= 0:
+        return ["linear"]
+    if "loss" in panel.name:
+        return ["linear", "log"]
+    return ["log"] if values.max() > 10 * values.min() else ["linear"]
+
+
+def draw(panel: Panel, history: History, scale: str = "linear") -> Figure:
+    """Draws one quantity against the training step.
+
+    Args:
+        panel: The quantity.
+        history: What was logged.
+        scale: Scale of its axis, "linear" or "log".
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    seen = []
     tags = sorted(panel.tags, key=_order)
     for index, tag in enumerate(tags):
         steps, values = history.scalars[tag]
-        seen.append(values[np.isfinite(values)])
         color = f"C{index}" if panel.name != "loss_by_sigma" else _shade(index, len(tags))
         if len(values) > 60:  # a line for each step is noise: its running mean stands before it
             axes.plot(steps, values, linewidth=0.6, alpha=0.3, color=color)
@@ -101,14 +121,9 @@ def draw(panel: Panel, history: History) -> Figure:
         else:
             axes.plot(steps, values, marker="o", markersize=3.5, label=panel.tags[tag], color=color)
     if panel.floor is not None:
-        value = history.scalars[panel.floor][1][-1]
-        seen.append(np.array([value]))
-        axes.axhline(value, linestyle="--", color="grey", label="real against real")
-    flat = np.concatenate(seen)
-    if panel.name not in LAST and len(flat) and flat.min() > 0 and flat.max() > 10 * flat.min():
-        axes.set_yscale("log")
-    axes.set(xlabel="training step", ylabel=UNITS.get(panel.name, panel.name))
-    axes.grid(alpha=0.3)
+        axes.axhline(history.scalars[panel.floor][1][-1], linestyle="--", color="grey", label="real against real")
+    axes.set(xlabel="training step", ylabel=UNITS.get(panel.name, panel.name), yscale=scale)
+    axes.grid(alpha=0.3, which="both" if scale == "log" else "major")
     if len(tags) > 1 or panel.floor is not None:
         axes.legend(fontsize="small", ncols=2 if len(tags) > 4 else 1)
     return figure

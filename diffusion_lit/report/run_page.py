@@ -11,7 +11,7 @@ import yaml
 
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
-from diffusion_lit.report.curves import LAST, draw, panels, title
+from diffusion_lit.report.curves import LAST, draw, panels, scales, title
 from diffusion_lit.report.events import History, read_history
 from diffusion_lit.report.facts import (
     HARDWARE,
@@ -178,7 +178,13 @@ class RunPage:
         ]
         if not curves:
             page.text("Nothing was logged twice yet.")
-        page.images([(draw(panel, self.history), f"{title(panel.name)} against the training step") for panel in curves])
+        found = []
+        for panel in curves:
+            for scale in (kinds := scales(panel, self.history)):
+                kind = f", {'linear' if scale == 'linear' else 'logarithmic'} scale" if len(kinds) > 1 else ""
+                caption = f"{title(panel.name)} against the training step{kind}"
+                found.append((draw(panel, self.history, scale), caption))
+        page.images(found)
 
     def _images(self, page: Page) -> None:
         """Grids over time, and the newest of each other kind of image."""

@@ -70,12 +70,27 @@ def test_a_run_leaves_everything_in_its_folder(lightning, tmp_path, capsys):
         assert (run / path).is_file(), path
     assert Image.open(run / "trajectory/step_0000003.gif").n_frames > 1
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     events = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     tags = events.Tags()
     assert {"samples", "trajectory/strip", "trajectory/animation"} <= set(tags["images"])
     assert {"val/loss", "loss_by_sigma/1"} <= set(tags["scalars"])
+    assert "hp_metric" not in tags["scalars"]
+    assert len(events.Scalars("val/loss")) == 1  # the table of HPARAMS adds no point to a curve
+    content = events.PluginTagToContent("hparams")
+    (start,) = (
+        HParamsPluginData.FromString(one).session_start_info for tag, one in content.items() if "session_start" in tag
+    )
+    assert start.hparams["data.batch_size"].number_value == 16
+    assert start.hparams["model.net.class_path"].string_value == "diffusion_lit.nets.UNet"
+    assert start.hparams["trainer.max_steps"].number_value == 3
+    (experiment,) = (
+        HParamsPluginData.FromString(one).experiment for tag, one in content.items() if "experiment" in tag
+    )
+    figures = {metric.name.tag for metric in experiment.metric_infos}
+    assert "val/loss" in figures <= set(tags["scalars"])
     said = capsys.readouterr()
     assert "checkpoints/last.ckpt" in said.out + said.err
 

@@ -11,7 +11,7 @@ from helpers.project_files import write_idx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from diffusion_lit.report.curves import draw, panels, title
+from diffusion_lit.report.curves import draw, panels, scales, title
 from diffusion_lit.report.events import read_history
 from diffusion_lit.report.facts import describe, duration, magnitude, receipts
 from diffusion_lit.report.run_page import RunPage
@@ -79,6 +79,9 @@ def test_a_run_that_is_over(lightning, run, tmp_path):
     assert {image.format for _, image in images} == {"PNG", "GIF"}
     alts = [attributes["alt"] for attributes, _ in images]
     assert [alt for alt in alts if alt.startswith("step ")] == ["step 2", "step 4", "step 6"]
+    assert [f"Loss against the training step, {scale} scale" in alts for scale in ("linear", "logarithmic")] == [
+        True
+    ] * 2
     assert all(attributes["src"].startswith("data:") for attributes in read.all("img"))
     assert "http" not in (run / "report.html").read_text().split("</style>")[1].split("config.yaml, whole")[0]
 
@@ -282,8 +285,15 @@ def test_curves_group_what_belongs_together(tmp_path):
     assert set(found["loss"].tags.values()) == {"train", "val", "test"}
     assert found["fd_classifier_1k"].floor == found["rfd_classifier_360"].floor == "fd_classifier_1k_floor"
     assert found["psnr"].floor is None
-    scales = {name: draw(panel, history).axes[0].get_yscale() for name, panel in found.items()}
-    assert scales["loss"] == "linear"  # it is negative here
+    kinds = {name: scales(panel, history) for name, panel in found.items()}
+    assert kinds["loss"] == ["linear"]  # it is negative here
+    assert kinds["fd_classifier_1k"] == ["linear"]  # its floor is negative here
+    assert draw(found["loss"], history, "log").axes[0].get_yscale() == "log"
+    for tag in ("train/loss", "val/loss", "test/loss", "fd_classifier_1k_floor"):
+        history.scalars[tag] = (history.scalars[tag][0], abs(history.scalars[tag][1]) + 0.5)
+    assert scales(found["loss"], history) == ["linear", "log"]
+    assert scales(found["fd_classifier_1k"], history) == ["log"]
+    assert scales(found["psnr"], history) == scales(found["lr"], history) == ["linear"]
     assert draw(found["loss_by_sigma"], history).axes[0].get_legend().get_texts()[0].get_text() == "sigma 0.1"
     assert history.last("train/loss") == 98.0  # the last that is finite
     assert title("rfd_classifier_360") == "Fréchet distance of reconstructions"
