@@ -63,7 +63,8 @@ class TensorBoardLogger(LightningTensorBoardLogger):
 
         def write() -> None:
             writer: Any = self.experiment
-            for summary in hparams(plain, dict.fromkeys(figures)):
+            summaries: Any = hparams  # untyped in torch
+            for summary in summaries(plain, dict.fromkeys(figures)):
                 writer._get_file_writer().add_summary(summary, step)
 
         self.attempt(write)

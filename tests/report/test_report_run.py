@@ -285,6 +285,7 @@ def test_curves_group_what_belongs_together(tmp_path):
     assert set(found["loss"].tags.values()) == {"train", "val", "test"}
     assert found["fd_classifier_1k"].floor == found["rfd_classifier_360"].floor == "fd_classifier_1k_floor"
     assert found["psnr"].floor is None
+    assert history.last("train/loss") == 98.0  # the last that is finite
     kinds = {name: scales(panel, history) for name, panel in found.items()}
     assert kinds["loss"] == ["linear"]  # it is negative here
     assert kinds["fd_classifier_1k"] == ["linear"]  # its floor is negative here
@@ -295,7 +296,6 @@ def test_curves_group_what_belongs_together(tmp_path):
     assert scales(found["fd_classifier_1k"], history) == ["log"]
     assert scales(found["psnr"], history) == scales(found["lr"], history) == ["linear"]
     assert draw(found["loss_by_sigma"], history).axes[0].get_legend().get_texts()[0].get_text() == "sigma 0.1"
-    assert history.last("train/loss") == 98.0  # the last that is finite
     assert title("rfd_classifier_360") == "Fréchet distance of reconstructions"
 
 
