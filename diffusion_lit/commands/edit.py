@@ -353,12 +353,17 @@ def invert(options: ImageOptions) -> None:
     )
 
 
-def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -> None:  # noqa: B006
-    """Draws the same seed for several conditions under several strengths of guidance.
+def guidance(
+    options: Options,
+    cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0],  # noqa: B006
+    num_samples: int = 1,
+) -> None:
+    """Draws the same seeds for several conditions under several strengths of guidance.
 
     Args:
         options: Model, the conditions (all classes by default, ten at most), sampling and output.
         cfg_scales: Strengths of guidance, a column each.
+        num_samples: Samples of each condition, a row each; every condition gets the same seeds.
     """
     model = options.load()
     if options.cfg_scale is not None:
@@ -368,11 +373,12 @@ def guidance(options: Options, cfg_scales: list[float] = [1.0, 2.5, 5.0, 7.0]) -
     sampling = options.sampling(model, model.sampling)
     for scale in cfg_scales:
         check_guidance(model, sampling.replace(cfg_scale=scale), labelled=True, cfg_scale=scale)
-    labels = torch.tensor(options.conditions(model) or list(range(min(10, model.num_classes))))
-    seeds = [options.seed] * len(labels)
+    kinds = torch.tensor(options.conditions(model) or list(range(min(10, model.num_classes))))
+    labels, seeds = kinds.repeat_interleave(num_samples), [*options.seeds(num_samples)] * len(kinds)
     made = editing.guidance_sweep(model, labels, cfg_scales, seeds=seeds, sampling=sampling).cpu()
     names = options.names(model, labels)
-    figure = labelled_grid([[Cell(x) for x in row] for row in made], [f"cfg_scale {s:g}" for s in cfg_scales], names)
+    rows = names if num_samples == 1 else [f"{n}\nseed {seed}" for n, seed in zip(names, seeds, strict=True)]
+    figure = labelled_grid([[Cell(x) for x in row] for row in made], [f"cfg_scale {s:g}" for s in cfg_scales], rows)
     facts = {"cfg_scales": cfg_scales, "labels": names, "seeds": seeds}
     images = {f"cfg_{scale:g}": made[:, column] for column, scale in enumerate(cfg_scales)}
     options.write("guidance", model, sampling, figure, images, facts)

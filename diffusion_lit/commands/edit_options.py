@@ -5,6 +5,7 @@ record.json: the model and its hash, the sampling, the options and the figures.
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.commands.options import DrawOptions
+from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.evaluation.single_image import psnr
 from diffusion_lit.modules.labels import check_guidance, class_indices
 from diffusion_lit.modules.load import load_data
@@ -33,6 +36,8 @@ from diffusion_lit.storage.room import try_folder
 
 OUT = "runs/edits"
 SAMPLES = ("flower", "china")  # of scikit-learn
+BRIGHT, DARK = 0.5, -0.4  # means at the border, in [-1, 1], from which an image looks inverted beside the model's
+FAR = 10.0  # a noise level at which nothing is seen of the image
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ class ImageOptions(Options):
         image: An image file of any size and mode: its centre square is fitted to the model. `flower` and `china` are
             photographs that come with scikit-learn. Without it a test image of the checkpoint's own data is taken.
         negative_image: Turn the image to its negative first: a drawing in black on white, for a model of white on
-            black.
+            black. Where an image looks like that and this is not given, a line says so.
         data_index: Number of the test image.
         data_root: Where the checkpoint's own data lies now.
     """
@@ -287,6 +292,10 @@ class ImageOptions(Options):
         channels, side, _ = model.image_shape
         pixels = self._test_image(model) if self.image is None else read_pixels(self.image, size or side, channels)
         image = pixels[None].float() / 127.5 - 1
+        if self.image is not None and not self.negative_image and size is None:
+            told = inverted(model, image)
+            if told:
+                print(f"lightning: {self.image} {told}", file=sys.stderr)
         return -image if self.negative_image else image
 
     def _test_image(self, model: Any) -> Tensor:
@@ -298,6 +307,40 @@ class ImageOptions(Options):
         if not 0 <= self.data_index < len(images):
             raise ValueError(f"data_index is {self.data_index}; the test split has images 0 to {len(images) - 1}.")
         return torch.as_tensor(images[self.data_index])
+
+
+def inverted(model: Any, image: Tensor) -> str:
+    """Whether an image looks like the negative of the model's: bright at its border where theirs are dark.
+
+    The model's images are asked of the model itself: far up in the noise it predicts their mean.
+
+    Args:
+        model: The model.
+        image: An image (1, C, H, W) in [-1, 1].
+
+    Returns:
+        What to say after the image's name; nothing where it is as the model's, or the model is none that denoises.
+    """
+    bright = _border(image)
+    if bright < BRIGHT or not hasattr(model, "denoiser"):
+        return ""
+    count, sigma = 8, min(FAR, model.denoiser.scaling.sigma_max)
+    labels = torch.arange(count) % model.num_classes if model.num_classes else None
+    device = editing.device_of(model)
+    x = sigma * SeededNoise(range(count))(torch.empty(count, *model.x_shape, device=device))
+    dark = _border(editing.denoise_once(model, x, sigma, labels=labels, sampling=model.sampling.replace(cfg_scale=1.0)))
+    if not dark < DARK:
+        return ""
+    return (
+        f"is bright at its border (mean {bright:.2f} in [-1, 1]) and the model's images are dark there ({dark:.2f}): "
+        "if it is drawn in black on white, --negative_image true turns it."
+    )
+
+
+def _border(images: Tensor) -> float:
+    """Mean of the outermost pixels of images (B, C, H, W)."""
+    sides = (images[..., 0, :], images[..., -1, :], images[..., 1:-1, 0], images[..., 1:-1, -1])
+    return float(torch.cat([side.flatten() for side in sides]).clamp(-1, 1).mean())
 
 
 def read_pixels(path: str, size: int, channels: int, resize: str = "lanczos") -> Tensor:

@@ -2,7 +2,9 @@
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from helpers.runs import stopped
 from PIL import Image
 
 from diffusion_lit import editing, load_module
-from diffusion_lit.commands.edit_options import ImageOptions
+from diffusion_lit.commands.edit_options import ImageOptions, inverted
+from diffusion_lit.diffusion.analytic import GaussianMixtureDenoiser
+from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 
 KEPT = Path(__file__).resolve().parents[1] / "data" / "checkpoints_of_0.1.0.zip"
@@ -65,3 +69,49 @@ def test_the_steps_of_denoising_are_shown_beside_its_results(edit, kept, capsys)
     assert edit("denoise", "latent", *options, "--shown_steps=[19]")["shown_steps"]
     for wrong, why in (([20], "no step 20 in --shown_steps"), ([3], "--shown_steps [3] lie above every noise level")):
         assert why in stopped(capsys, edit, "denoise", "edm", *options, f"--shown_steps={wrong}")
+
+
+def test_guidance_draws_several_samples_of_each_class(edit, kept, capsys):
+    options = ["--cfg_scales=[1, 3]", "--labels=3,7", "--num_steps=2", "--seed=4"]
+    edit("guidance", "edm", *options)
+    single, height = [pixels(f"cfg_3_{row}") for row in (0, 1)], Image.open("out/figure.png").height
+    record = edit("guidance", "edm", *options, "--num_samples=3")
+    assert record["labels"] == ["3", "3", "3", "7", "7", "7"] and record["seeds"] == [4, 5, 6, 4, 5, 6]
+    assert Image.open("out/figure.png").height > 2.5 * height
+    drawn = [pixels(f"cfg_3_{row}") for row in range(6)]
+    assert (drawn[0] - single[0]).abs().max() <= 1 and (drawn[3] - single[1]).abs().max() <= 1
+    model = load_module(kept / "edm.ckpt")
+    sampling = model.sampling.replace(num_steps=2, cfg_scale=3.0)
+    for row, seed in enumerate(record["seeds"]):
+        expected = to_uint8(model.generate([seed], torch.tensor([int(record["labels"][row])]), sampling))[0, 0].int()
+        assert (drawn[row] - expected).abs().max() <= 1
+    assert "num_samples is 0" in stopped(capsys, edit, "guidance", "edm", *options, "--num_samples=0")
+
+
+def model_of(images, sizes=(1, 8, 8)):
+    """An exact model of some images."""
+    net = GaussianMixtureDenoiser(torch.ones(len(images)), images, torch.full((len(images),), 0.01))
+    net.scaling = SimpleNamespace(sigma_max=80.0)
+    same = SimpleNamespace(image_shape=sizes, x_shape=sizes, denoiser=net, num_classes=0, decode=lambda x: x)
+    return SimpleNamespace(**vars(same), sampling=Sampling())
+
+
+def test_a_drawing_in_black_on_white_is_recognised(edit, capsys, tmp_path):
+    strokes = torch.full((3, 1, 8, 8), -1.0)  # bright on dark, as digits are
+    strokes[0, 0, 2:6, 3] = strokes[1, 0, 3, 2:6] = strokes[2, 0, 2:6, 2:6] = 1.0
+    grey = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    drawing = -strokes[:1]
+    said = inverted(model_of(strokes), drawing)
+    assert "bright at its border (mean 1.00 in [-1, 1])" in said and "dark there (-1.00)" in said
+    assert "--negative_image true turns it" in said
+    assert not inverted(model_of(strokes), strokes[:1]) and not inverted(model_of(strokes), grey[:1])
+    assert not inverted(model_of(-strokes), drawing) and not inverted(model_of(grey), drawing)
+    Image.new("L", (8, 8), 255).save(tmp_path / "drawing.png")
+    options = ImageOptions(image=str(tmp_path / "drawing.png"))
+    assert (options.read(model_of(strokes)) == 1).all()  # taken as it is
+    assert "drawing.png is bright at its border" in capsys.readouterr().err
+    assert (replace(options, negative_image=True).read(model_of(strokes)) == -1).all()
+    assert not capsys.readouterr().err
+    for family in ("edm", "ddpm", "latent"):  # barely trained: nothing is said, and nothing falls
+        edit("img2img", family, "--image=drawing.png", "--starts=[1]", "--num_steps=2")
+        assert "border" not in capsys.readouterr().err
