@@ -187,8 +187,7 @@ class Trajectory(DrawingCallback):
             return
         frames = recorder.frames(columns=4)
         self.write(trainer, "trajectory/animation", "trajectory", frames[-1], save_gif(frames, None))
-        recorder.x = [x[: self.count] for x in recorder.x]
-        self.write(trainer, "trajectory/strip", "trajectory", recorder.strip(self.columns))
+        self.write(trainer, "trajectory/strip", "trajectory", recorder.strip(self.columns, self.count))
 
 
 def gather_steps(module: LightningModule, steps: list[Tensor], count: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.nn.functional import interpolate as enlarge
 
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.edit_options import SAMPLES, ImageOptions, Options, decibels, image_size, read_pixels
 from diffusion_lit.commands.edit_steps import Passed
 from diffusion_lit.diffusion import editing
@@ -22,7 +22,7 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.modules.labels import check_guidance
-from diffusion_lit.report.images import Cell, grid_image, labelled_grid, save_gif
+from diffusion_lit.report.images import Cell, animation, grid_image, labelled_grid
 
 BLURS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
@@ -296,26 +296,26 @@ def hybrid(
     options.write("hybrid", model, sampling, figure, {"result": made}, facts)
 
 
-def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 25) -> None:
+def interpolate(options: Options, to_seed: int | None = None, num_frames: int = 25, scale: int | None = None) -> None:
     """Walks from one sample to another along the great circle between their noise: a strip and a GIF.
 
     Args:
         options: Model, condition, sampling and output.
         to_seed: Seed of the last image; by default the one after --seed.
         num_frames: Images on the way, both ends included.
+        scale: Whole factor by which the GIF enlarges pixels; by default small images grow to about 256 pixels a side.
     """
+    check_count(2, num_frames=num_frames)
+    check_number(least=1, most=64, whole=True, scale=scale)
     model = options.load()
     sampling = options.sampling(model, model.sampling)
-    check_count(2, num_frames=num_frames)
     last = options.seed + 1 if to_seed is None else to_seed
     shares, labels = torch.linspace(0, 1, num_frames), options.condition(model, num_frames)
     made = editing.interpolate(model, options.seed, last, shares, labels=labels, sampling=sampling).cpu()
     shown = sorted(set(evenly(0, num_frames - 1, 9)))
     figure = labelled_grid([[Cell(made[i]) for i in shown]], [f"{float(shares[i]):.2f}" for i in shown], [""])
     facts = {"seeds": [options.seed, last], "num_frames": num_frames, "labels": options.names(model, labels)[:1]}
-    scale = max(1, 256 // made.shape[-1])
-    frames = [grid_image(x[None], columns=1, scale=scale) for x in [*made, *made.flip(0)[1:]]]
-    animations = {"interpolation.gif": save_gif(frames, None)}
+    animations = {"interpolation.gif": animation([*made, *made.flip(0)[1:]], scale)}
     options.write("interpolate", model, sampling, figure, {"frame": made}, facts, animations)
 
 

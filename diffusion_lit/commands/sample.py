@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
@@ -24,6 +24,7 @@ from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
 
 PREVIEW_SIDE = 2048  # pixels of the grid's sides, about
+RECORDED = 16  # samples whose steps are kept for --trajectory
 
 
 def sample(
@@ -34,17 +35,18 @@ def sample(
     batch_size: int = 64,
     out: str = "runs/samples",
     trajectory: bool = False,
+    scale: int | None = None,
     compile: bool = False,
     devices: int = 1,
     strategy: str = "auto",
 ) -> None:
     """Draws images from a checkpoint, or from a pretrained model of diffusers.
 
-    Writes OUT/samples.npz (`arr_0`: uint8 images N x H x W x C, and `labels`), batch by batch, OUT/grid.png with the
-    first ones, and with --trajectory OUT/trajectory.png and OUT/trajectory.gif. Sample i has the seed SEED + i and is
-    the same image whatever the batch size and the number of devices. What is not given is as the model was trained to
-    be sampled (a pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are
-    used.
+    Writes OUT/samples.npz (`arr_0`: uint8 images N x H x W x C, and `labels`), batch by batch, and OUT/grid.png with
+    the first ones. With --trajectory it adds OUT/trajectory.png (4 samples), OUT/trajectory.gif (up to 16) and a GIF of
+    each of these, OUT/trajectory_0.gif, OUT/trajectory_1.gif, ... Sample i has the seed SEED + i and is the same image
+    whatever the batch size and the number of devices. What is not given is as the model was trained to be sampled (a
+    pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are used.
 
     Args:
         options: Model, condition and sampling. Without --labels or --prompt, a model with classes or of texts draws
@@ -55,6 +57,8 @@ def sample(
         batch_size: Images drawn at a time; does not change them.
         out: Folder for the results.
         trajectory: Also draws how the first images came to be.
+        scale: Whole factor by which the GIFs of one sample enlarge pixels; by default small images grow to about 256
+            pixels a side.
         compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
         devices: Number of processes, one per device, that share the work.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
@@ -63,6 +67,11 @@ def sample(
         ValueError: If the model cannot be used or an option does not fit it.
     """
     check_count(devices=devices, num_samples=num_samples, batch_size=batch_size)
+    check_number(least=1, most=64, whole=True, scale=scale)
+    if scale is not None and not trajectory:
+        raise ValueError(
+            f"--scale {scale} enlarges the GIFs of --trajectory, which was not given; add it, or leave --scale out."
+        )
     try_folder(Path(out))
     module = options.load_model(stage_2=stage_2, stage_2_options=stage_2_options)
     prompts = options.prompts
@@ -74,7 +83,7 @@ def sample(
     check_guidance(module, settings, classes is not None, *options.guidance)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
-    job = SampleJob(module, settings, classes, num_samples, options.seed, batch_size, trajectory, Path(out))
+    job = SampleJob(module, settings, classes, num_samples, options.seed, batch_size, trajectory, Path(out), scale)
     if several(devices):
         fabric(devices, options.device, strategy).launch(lambda ranks: job.run(ranks))
     else:
@@ -95,6 +104,7 @@ class SampleJob:
         batch_size: Samples drawn at a time.
         trajectory: Whether the steps of the first samples are kept.
         folder: Where to.
+        scale: Factor by which the GIFs of one sample enlarge pixels.
     """
 
     module: Any
@@ -105,6 +115,7 @@ class SampleJob:
     batch_size: int
     trajectory: bool
     folder: Path
+    scale: int | None = None
 
     def run(self, ranks: Fabric | None = None) -> None:
         """Draws all samples, each batch written as it comes; on rank 0 alone where there are several.
@@ -120,7 +131,7 @@ class SampleJob:
                 return
         channels, height, width = self.module.image_shape
         labels = None if self.classes is None else self.classes.numpy()
-        recorder = StepRecorder(keep=min(16, self.count)) if self.trajectory else None
+        recorder = StepRecorder(keep=min(RECORDED, self.count)) if self.trajectory else None
         preview = Preview(self.classes, self.count, height, getattr(self.module, "class_names", []))
         archive = SampleArchive(self.folder / "samples.npz", (self.count, height, width, channels), labels)
         try:
@@ -184,12 +195,15 @@ class SampleJob:
             preview: Some of the samples.
             recorder: How the first ones came to be, or None.
         """
-        for name in ("trajectory.png", "trajectory.gif", "samples.partial.npz"):
+        singles = [f"trajectory_{index}.gif" for index in range(RECORDED)]
+        for name in ("trajectory.png", "trajectory.gif", "samples.partial.npz", *singles):
             (self.folder / name).unlink(missing_ok=True)
         preview.image().save(self.folder / "grid.png")
         if recorder is not None and recorder.x:
             recorder.strip().save(self.folder / "trajectory.png")
             save_gif(recorder.frames(columns=4), self.folder / "trajectory.gif")
+            for name, gif in zip(singles, recorder.animations(self.scale), strict=False):
+                (self.folder / name).write_bytes(gif)
         nfe = self.settings.nfe
         calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
         some = "" if preview.shown == self.count else f" (with {preview.shown} of them)"

@@ -139,6 +139,20 @@ def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 
     return buffer.getvalue()
 
 
+def animation(images: Sequence[Tensor], scale: int | None = None) -> bytes:
+    """Encodes images as an animated GIF, each a frame of its own.
+
+    Args:
+        images: Images (C, H, W) in [-1, 1] of one size.
+        scale: Whole factor by which pixels are enlarged; by default small images grow to about 256 pixels a side.
+
+    Returns:
+        The GIF's bytes.
+    """
+    scale = scale or max(1, 256 // images[0].shape[-1])
+    return save_gif([grid_image(image[None], columns=1, scale=scale) for image in images], None)
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """Encodes an image as PNG.
 
@@ -179,18 +193,19 @@ class StepRecorder:
         self.x0_hat.append(x0_hat[: self.keep].detach().float().cpu())
         self.sigmas.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
 
-    def strip(self, columns: int = 10) -> Image.Image:
-        """For each image kept, a row of x above a row of x0_hat, from noise to image.
+    def strip(self, columns: int = 10, count: int = 4) -> Image.Image:
+        """For each of the first images, a row of x above a row of x0_hat, from noise to image.
 
         Args:
             columns: At most so many steps are shown, evenly spread, first and last among them.
+            count: At most so many images are shown.
 
         Returns:
             The strip; x is scaled to unit variance, x / sqrt(1 + sigma^2), so that it can be seen.
         """
         steps = self._spread(columns)
         rows = []
-        for index in range(self.x[0].shape[0]):
+        for index in range(min(count, self.x[0].shape[0])):
             rows.append([self._visible(step)[index] for step in steps])
             rows.append([self.x0_hat[step][index] for step in steps])
         headings = [f"sigma {self.sigmas[step]:.3g}" for step in steps]
@@ -208,6 +223,19 @@ class StepRecorder:
         """
         grids = [grid_image(self._visible(step), columns) for step in self._spread(most)]
         return [*grids, grid_image(self.x0_hat[-1], columns)]
+
+    def animations(self, scale: int | None = None, most: int = 60) -> list[bytes]:
+        """An animated GIF of each image kept, from noise to image.
+
+        Args:
+            scale: Whole factor by which pixels are enlarged; by default small images grow to about 256 pixels a side.
+            most: At most so many steps are shown.
+
+        Returns:
+            The GIF's bytes, image by image.
+        """
+        steps = [self._visible(step) for step in self._spread(most)]
+        return [animation([*(x[index] for x in steps), last], scale) for index, last in enumerate(self.x0_hat[-1])]
 
     def _visible(self, step: int) -> Tensor:
         return self.x[step] / math.sqrt(1 + self.sigmas[step] ** 2)

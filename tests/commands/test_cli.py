@@ -116,6 +116,11 @@ def test_sampling_needs_the_checkpoint_alone(lightning, checkpoint, tmp_path, ca
     assert grid.height > 4 * (grid.width - 40)  # ten rows of two, and the classes' names
     assert strip.size[0] > 0
     assert Image.open(tmp_path / "out/trajectory.gif").n_frames >= 3
+    assert strip.height < 9 * 70  # four samples of two rows, under headings
+    singles = [Image.open(path) for path in (tmp_path / "out").glob("trajectory_*.gif")]
+    assert len(singles) == 7  # the first batch, of at most 16
+    assert {one.n_frames for one in singles} == {Image.open(tmp_path / "out/trajectory.gif").n_frames}
+    assert {one.size for one in singles} == {(256, 256)}
 
     lightning(
         *[

@@ -200,8 +200,9 @@ def test_an_anagram_is_one_image_under_each_view(edit):
 
 
 def test_an_interpolation_moves(edit):
-    edit("interpolate", "edm", "--num_frames=4", "--seed=3", "--to_seed=9", "--label=2")
+    edit("interpolate", "edm", "--num_frames=4", "--seed=3", "--to_seed=9", "--label=2", "--scale=4")
     gif = Image.open("out/interpolation.gif")
+    assert gif.size == (32, 32)
     assert gif.n_frames == 7  # there and back
     assert (png("out/frame_0.png") != png("out/frame_3.png")).any()
 
@@ -386,6 +387,7 @@ def test_conditions_that_do_not_fit(edit, lightning, trained, capsys):
         (["img2img", "edm", "--num_samples=0"], "num_samples is 0"),
         (["super_resolve", "edm", "--factor=3"], "factor is 3"),
         (["interpolate", "edm", "--num_frames=1"], "num_frames is 1"),
+        (["interpolate", "edm", "--scale=0"], "scale is 0"),
         (["img2img", "latent", "--clip_x0=static"], "bounds pixels to [-1, 1]"),
         (["img2img", "vae_digits"], "holds a VAE, which does not denoise"),
     ]

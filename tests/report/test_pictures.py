@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -71,3 +72,20 @@ def test_a_titled_grid_leaves_the_ends_of_short_rows_blank():
     assert (body[72:, 140:] == 255).all()
     assert (figure[:, : figure.shape[1] - 208] < 100).any()  # the names
     assert titled_grid(rows).size == (208, 140)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(None, 256), (3, 24)])
+def test_each_sample_has_a_gif_of_its_own_that_ends_as_the_sample(scale, side):
+    recorder = StepRecorder(keep=5)
+    final = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
+    for sigma in (2.0, 1.0):
+        recorder(0, final * 0.1 + sigma, final, torch.tensor(sigma))
+    gifs = [Image.open(io.BytesIO(gif)) for gif in recorder.animations(scale)]
+    assert len(gifs) == 5
+    for index, gif in enumerate(gifs):
+        assert gif.n_frames == 3 and gif.size == (side, side)
+        gif.seek(2)
+        pixels = np.asarray(gif.convert("L"))[:: side // 8, :: side // 8].astype(int)
+        assert abs(pixels - to_uint8(final[index])[0].numpy().astype(int)).max() <= 1
+    assert recorder.strip(count=2).height < recorder.strip(count=4).height < recorder.strip(count=5).height
+    assert recorder.strip().size == recorder.strip(count=4).size
