@@ -89,7 +89,7 @@ class RunSummary(WritesToRunFolder):
         if not trainer.is_global_zero:
             return
         lines = hardware_lines(trainer, pl_module)
-        print("\n".join([*lines, *time_budget(trainer)]))
+        print("\n".join([*lines, *time_budget(trainer), *other_length(trainer)]))
         record = f"{hardware(pl_module.device, trainer.world_size)['processor']}. {lines[0]}"
         for logger in trainer.loggers:
             write = partial(note, logger, "hardware", record, trainer.global_step)
@@ -191,6 +191,31 @@ def time_budget(trainer: Trainer) -> list[str]:
             f"--trainer.max_time may end the run before its learning rate has decayed: it does from step {start:,} to "
             f"step {steps:,}, by the step and not by the clock. For a decay in time, set --trainer.max_steps to what "
             "fits into it; the time to the end is told after 20 steps."
+        )
+    return told
+
+
+def other_length(trainer: Trainer) -> list[str]:
+    """What it means that a schedule has a fixed length which is not the run's.
+
+    Args:
+        trainer: The trainer, its schedules made, which are stepped at each training step.
+
+    Returns:
+        A sentence for each such schedule.
+    """
+    run = trainer.estimated_stepping_batches
+    told = []
+    for config in trainer.lr_scheduler_configs if run != float("inf") else []:
+        schedule: Any = config.scheduler
+        name = "total_steps" if getattr(schedule, "total_steps", None) else "T_max"
+        steps = getattr(schedule, name, None)
+        if not steps or steps == run or getattr(schedule, "decay_fraction", 1) == 0:
+            continue
+        means = "does not come to its end" if steps > run else "ends, or rises again, before the run does"
+        told.append(
+            f"The schedule {type(schedule).__name__} has {name} {steps:,} and the run {run:,} steps, so that it "
+            f"{means}; for the run's length set --model.init_args.lr_scheduler.init_args.{name} {run}."
         )
     return told
 
