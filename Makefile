@@ -55,7 +55,7 @@ wheel: install ## build dist/, install the wheel in an environment of its own, a
 
 lock: install ## renew requirements.lock: the newest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra wandb --universal --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock --upgrade
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra wandb --extra docs --universal --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock --upgrade
 
 docs: install ## renew what README and docs take from the code: lines of links, the table of recipes
 	$(BIN)/python tools/renew_docs.py

@@ -260,9 +260,9 @@ def test_the_gallery_shows_each_piece_once_and_tells_of_failures(trained, lightn
 
     assert {piece.model for piece in PIECES} == set(ABOUT) and {piece.task for piece in PIECES} == set(TASKS)
     for piece in PIECES:
-        if "--label" in piece.options and piece.model == "fashion_mnist":
+        if "--labels" in piece.options and piece.model == "fashion_mnist":
             given = shlex.split(piece.options.format(drawing="x"))
-            assert set(given[given.index("--label") + 1].split(",")) <= set(FashionMNIST.names)
+            assert set(given[given.index("--labels") + 1].split(",")) <= set(FashionMNIST.names)
     pages = []
     for _ in range(2):
         pages.append(Page("Gallery"))

@@ -430,7 +430,8 @@ def test_files_that_training_cannot_go_on_from_are_one_sentence(lightning, capsy
         torch.save({**whole, field: value}, "malformed.ckpt")
         said = told(capsys, lightning, "fit", *FIT, "--trainer.max_steps=2", "--ckpt_path=malformed.ckpt")
         assert field in said and "malformed.ckpt" in said
-        assert field in told(capsys, lightning, "sample", "--ckpt_path=malformed.ckpt", "--num_samples=1")
+        if field != "optimizer_states":  # only training reads it
+            assert field in told(capsys, lightning, "sample", "--ckpt_path=malformed.ckpt", "--num_samples=1")
 
 
 # Which checkpoint is meant

@@ -312,7 +312,7 @@ def test_the_blur_is_torchvisions(sigma, size):
     made = E.gaussian_blur(images, sigma, size)
     assert torch.allclose(made, blur_by_torchvision(images, sigma, size), atol=1e-6)
     for bad in (0, 4, 17):
-        with pytest.raises(ValueError, match="odd number from 1 to 15"):
+        with pytest.raises(ValueError, match="kernel_size"):
             E.gaussian_blur(images, sigma, bad)
     with pytest.raises(ValueError, match="above 0"):
         E.gaussian_blur(images, 0.0)

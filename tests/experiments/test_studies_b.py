@@ -200,7 +200,7 @@ def test_a_subset_repeats_its_images_and_leaves_the_rest_alone():
     counts = distance.argmin(1).bincount()
     assert len(counts) == 3 and counts.min() > 1300
     assert torch.equal(labels, few.reference_labels("train")[distance.argmin(1)])
-    with pytest.raises(ValueError, match="count is 0; a subset has at least 1 image"):
+    with pytest.raises(ValueError, match="count is 0"):
         Subset(Digits(64), 0)
     with pytest.raises(ValueError, match="count is 2000, but the training split has 1437 images"):
         Subset(Digits(64), 2000).setup("fit")

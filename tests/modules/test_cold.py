@@ -249,7 +249,7 @@ def test_a_run_that_was_cut_ends_in_the_same_weights_and_its_checkpoint_is_all_t
     lightning("sample", "--ckpt_path", whole, "--num_samples=4", "--out=drawn", "--sampler=naive", "--trajectory")
     assert (tmp_path / "drawn/grid.png").exists() and (tmp_path / "drawn/trajectory.gif").exists()
     lightning("evaluate", "--ckpt_path", whole, "--num_samples=8", "--num_blocks=1", "--extractor=pixels")
-    assert (tmp_path / "report.json").exists()
+    assert (tmp_path / "runs/evaluations/report.json").exists()
     for command in (["sample", "--labels=all"], ["sample", "--grid=karras"], ["evaluate", "--likelihood"]):
         with pytest.raises(SystemExit) as refused:
             lightning(command[0], "--ckpt_path", whole, "--num_samples=4", *command[1:])

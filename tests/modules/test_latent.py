@@ -311,7 +311,7 @@ def test_a_latent_step_costs_a_third_of_a_pixel_step_at_most():
     """The same network on CIFAR-10-sized images and on their latents, by the processor time of training steps."""
 
     def seconds(channels, size):
-        net = UNet(channels, size, 10, 32, (1, 2), 1, (8,), noise_embedding="fourier")
+        net = UNet(channels, size, 10, 32, (1, 2), 1, noise_embedding="fourier")
         x, noise = torch.randn(8, channels, size, size), torch.randn(8)
         net(x, noise).square().mean().backward()
         begin = time.process_time()

@@ -11,7 +11,7 @@ from torch import nn
 from diffusion_lit.diffusion import Constant, CosineSchedule, DenoisingLoss, LinearSchedule, UnitWeight
 from diffusion_lit.modules import DDPM, EDM, WarmupStableDecay
 from diffusion_lit.nets import UNet
-from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.checkpoints import read_training_state
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -167,5 +167,5 @@ def test_a_plateau_is_looked_for_after_each_validation_and_when_a_run_goes_on(li
     ]
     lightning(*command, "--trainer.max_steps=6")
     lightning(*command, "--trainer.max_steps=9", "--ckpt_path=last")
-    state = read_checkpoint("runs/edm_digits/version_0/checkpoints/last.ckpt")
+    state = read_training_state("runs/edm_digits/version_0/checkpoints/last.ckpt")
     assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.125]  # halved three times

@@ -100,7 +100,7 @@ def test_a_batch_that_is_learned_by_heart_comes_back():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"kl_weight": -1.0}, "kl_weight -1"), ({"lpips_weight": 1.0, "lpips_net": "resnet"}, "lpips_net is 'resnet'")],
+    [({"kl_weight": -1.0}, "kl_weight is -1"), ({"lpips_weight": 1.0, "lpips_net": "resnet"}, "lpips_net is 'resnet'")],
 )
 def test_what_it_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=message):

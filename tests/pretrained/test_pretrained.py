@@ -531,21 +531,21 @@ def test_sample_draws_from_a_pretrained_model(lightning, tmp_path, deep_floyd, d
     save_unet(tmp_path / "plain", diffusers.DDPMScheduler())
     lightning("sample", "--pretrained", tmp_path / "plain", "--num_samples=2", "--num_steps=2", "--trajectory")
     assert "2 denoiser calls" in capsys.readouterr().out
-    assert np.load("out/samples.npz")["arr_0"].shape == (2, 8, 8, 3)
+    assert np.load("runs/samples/samples.npz")["arr_0"].shape == (2, 8, 8, 3)
     text = ["sample", "--pretrained", deep_floyd[1], "--prompt", "a rocket ship", "--prompt=two cats, and: a dog"]
     lightning(*text, "--num_samples=5", "--num_steps=2", "--batch_size=3", "--negative_prompt=the sea")
-    saved = np.load("out/samples.npz")
+    saved = np.load("runs/samples/samples.npz")
     assert saved["arr_0"].shape == (5, 8, 8, 3) and saved["labels"].tolist() == [0, 0, 0, 1, 1]
     few = {"num_steps": 2, "noise_level": 40, "cfg_scale": 1.5, "sampler_options": {"variance": "beta"}}
     small = f"--stage_2_options={json.dumps(few)}"
     lightning(*text, "--num_samples=2", "--num_steps=2", "--stage_2", deep_floyd_2[1], small, "--trajectory")
-    assert np.load("out/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
+    assert np.load("runs/samples/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--labels=0"], "reads texts and has no classes"),
+        (["--labels=0"], "has no classes"),
         (["--ckpt_path=x.ckpt"], "Give one model"),
         (["--num_samples=1"], "for 2 prompts"),
     ],

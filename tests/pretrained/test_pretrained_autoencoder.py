@@ -103,4 +103,4 @@ def test_latent_diffusion_trains_on_it(kl, lightning, tmp_path):
     )
     shutil.rmtree(folder)
     lightning(*["sample", "--ckpt_path", "runs/latent_digits/version_0/checkpoints/last.ckpt", "--num_samples=2"])
-    assert (tmp_path / "out/grid.png").is_file()
+    assert (tmp_path / "runs/samples/grid.png").is_file()

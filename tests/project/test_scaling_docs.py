@@ -60,4 +60,4 @@ def test_every_command_runs_as_it_is_printed(tmp_path):
     folders = sorted(path.name for path in (tmp_path / "runs/edm_cifar10").iterdir())
     assert folders == ["version_0", "version_1", "version_2"]
     assert all(list((tmp_path / "runs/edm_cifar10" / name / "samples").glob("*.png")) for name in folders)
-    assert (tmp_path / "out/grid.png").exists() and (tmp_path / "report.json").exists()
+    assert (tmp_path / "runs/samples/grid.png").exists() and (tmp_path / "runs/evaluations/report.json").exists()

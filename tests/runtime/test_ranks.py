@@ -197,7 +197,7 @@ def rank(number, world, port, out):
     said.append(turns[0] == min(turns))
     class Module:
         device = torch.device("cpu")
-        class _trainer:
+        class trainer:
             world_size, global_rank = world, number
     for count in (1, 2, 7):
         whole = share_rows(Module(), count, lambda rows: torch.arange(rows.start, rows.stop).float()[:, None])

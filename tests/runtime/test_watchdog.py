@@ -60,6 +60,7 @@ def test_a_second_signal_ends_what_no_handler_can(python, number):
     process = python(
         "import signal\nsignal.signal(signal.SIGTERM, print)\nwatchdog.watch()\nDraws().on_validation_end()"
     )
+    time.sleep(0.5)  # it said "ready" just before it hangs
     process.send_signal(number)
     process.send_signal(number)  # at once: a launcher that passes on what the terminal sent
     time.sleep(1.5)
