@@ -255,7 +255,7 @@ def test_out_of_memory_names_the_batch_size_and_what_helps(lightning, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
 
     monkeypatch.setattr(EDM, "training_step", full)
-    assert ended(lightning, *FIT) == 1
+    assert ended(lightning, *FIT) == 2
     said = capsys.readouterr().err
     for words in ("2.00 GiB", "batch_size 16", "accumulate_grad_batches", "bf16-mixed", "model_channels"):
         assert words in said

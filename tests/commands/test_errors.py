@@ -28,7 +28,7 @@ CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
         (["--data.class_path=Nope"], ["data is Nope; give a class's full name"]),
         (["--trajectory.count=1000000000"], ["1000000000", "trajectory.count"]),
         (["--model.init_args.optimizer.init_args.betas=null"], ["betas"]),
-        (["--model.init_args.noise_levels={}"], ["noise_level"]),
+        (["--model.init_args.noise_levels={}"], ["NoiseLevels"]),
         (["--name=../x"], ["../x"]),
         (["--name=" + "x" * 300], ["name"]),
     ],
