@@ -3,7 +3,7 @@
 A command takes one of these as an argument, and its parser makes an option of each field.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -114,6 +114,32 @@ class DrawOptions(SamplingOptions):
                 "it shall show by --prompt."
             )
         return model
+
+
+@dataclass(frozen=True)
+class StepsOptions(DrawOptions):
+    """As `DrawOptions`, with a list of steps, each of which is drawn.
+
+    Args:
+        num_steps: Number of sampling steps; a list such as 10,20 draws the same samples by each.
+    """
+
+    num_steps: str | None = None  # type: ignore[assignment]
+
+    def settings(self, default: Any) -> list[Any]:
+        """The settings, one for each number of steps.
+
+        Args:
+            default: The model's own.
+
+        Returns:
+            At least one.
+
+        Raises:
+            ValueError: If the list is none, or settings do not fit together.
+        """
+        steps = dict.fromkeys(_words("num_steps", self.num_steps, int))
+        return [replace(self, num_steps=count).applied(default) for count in steps]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.checks import check_count, check_number
-from diffusion_lit.commands.options import DrawOptions
+from diffusion_lit.commands.options import StepsOptions
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.samplers import sampler_table
@@ -28,7 +28,7 @@ RECORDED = 16  # samples whose steps are kept for --trajectory
 
 
 def sample(
-    options: DrawOptions,
+    options: StepsOptions,
     stage_2: str | None = None,
     stage_2_options: dict[str, int | float | str | bool | dict[str, float | str | bool]] | None = None,
     num_samples: int = 64,
@@ -47,6 +47,8 @@ def sample(
     each of these, OUT/trajectory_0.gif, OUT/trajectory_1.gif, ... Sample i has the seed SEED + i and is the same image
     whatever the batch size and the number of devices. What is not given is as the model was trained to be sampled (a
     pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are used.
+    With several --num_steps the samples by each lie in OUT/steps_10, OUT/steps_20, ..., and OUT/table.png has the first
+    one of each prompt or class in a row, a column per number of steps.
 
     Args:
         options: Model, condition and sampling. Without --labels or --prompt, a model with classes or of texts draws
@@ -77,18 +79,45 @@ def sample(
     prompts = options.prompts
     if num_samples < len(prompts):
         raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")
-    settings = options.applied(module.sampling)
+    settings = options.settings(module.sampling)
     names = getattr(module, "class_names", [])
     classes = parse_labels("all" if prompts else options.labels, num_samples, module.num_classes, names)
-    check_guidance(module, settings, classes is not None, *options.guidance)
+    check_guidance(module, settings[0], classes is not None, *options.guidance)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
-    job = SampleJob(module, settings, classes, num_samples, options.seed, batch_size, trajectory, Path(out), scale)
+    jobs = [
+        SampleJob(
+            *(module, setting, classes, num_samples, options.seed, batch_size, trajectory),
+            Path(out) / (f"steps_{setting.num_steps}" if len(settings) > 1 else ""),
+            scale,
+        )
+        for setting in settings
+    ]
     if several(devices):
-        fabric(devices, options.device, strategy).launch(lambda ranks: job.run(ranks))
+        fabric(devices, options.device, strategy).launch(lambda ranks: draw_all(jobs, Path(out), ranks))
     else:
         module.to(pick_device(options.device))
-        job.run()
+        draw_all(jobs, Path(out))
+
+
+def draw_all(jobs: "Sequence[SampleJob]", folder: Path, ranks: Fabric | None = None) -> None:
+    """Does jobs one after another, and shows those of several numbers of steps side by side.
+
+    Args:
+        jobs: The jobs, of the same samples.
+        folder: Where the table is written.
+        ranks: The processes that share the work.
+    """
+    previews = [job.run(ranks) for job in jobs]
+    table = folder / "table.png"
+    if ranks is None or ranks.is_global_zero:
+        table.unlink(missing_ok=True)
+    shown = [preview for preview in previews if preview is not None]
+    if len(shown) > 1:
+        names, first = shown[0].examples(jobs[0].seed)
+        rows = [[preview.samples[index] for preview in shown] for index in first]
+        titled_grid(rows, names, [f"{job.settings.num_steps} steps" for job in jobs]).save(table)
+        print(f"The same samples by each number of steps, side by side: {table}")
 
 
 @dataclass(frozen=True)
@@ -117,22 +146,26 @@ class SampleJob:
     folder: Path
     scale: int | None = None
 
-    def run(self, ranks: Fabric | None = None) -> None:
+    def run(self, ranks: Fabric | None = None) -> "Preview | None":
         """Draws all samples, each batch written as it comes; on rank 0 alone where there are several.
 
         Args:
             ranks: The processes that share the work, which draw batches in turn: who draws a sample is all the same.
+
+        Returns:
+            Some of the samples; nothing on other ranks than 0.
         """
         if ranks is not None:
             self.module.to(ranks.device)
             if not ranks.is_global_zero:
                 for _ in self.batches(ranks):
                     pass
-                return
+                return None
         channels, height, width = self.module.image_shape
         labels = None if self.classes is None else self.classes.numpy()
         recorder = StepRecorder(keep=min(RECORDED, self.count)) if self.trajectory else None
         preview = Preview(self.classes, self.count, height, getattr(self.module, "class_names", []))
+        self.folder.mkdir(parents=True, exist_ok=True)
         archive = SampleArchive(self.folder / "samples.npz", (self.count, height, width, channels), labels)
         try:
             with archive:
@@ -143,6 +176,7 @@ class SampleJob:
             if archive.partial is not None:
                 print(f"{archive.rows} of {self.count} samples were drawn and are in {archive.partial}.")
         self.write(preview, recorder)
+        return preview
 
     def batches(
         self, ranks: Fabric | None = None, recorder: StepRecorder | None = None
@@ -250,6 +284,22 @@ class Preview:
         for index, image in enumerate(images, start):
             if index in self.wanted:
                 self.samples[index] = image.clone()
+
+    def examples(self, seed: int, most: int = 8) -> tuple[list[str], list[int]]:
+        """One sample of each class, or the first ones where there are none, and what to call them.
+
+        Args:
+            seed: Seed of sample 0.
+            most: At most so many where there are no classes.
+
+        Returns:
+            Names, and the samples' indices.
+        """
+        if self.names:
+            named = [(name, row[0]) for name, row in zip(self.names, self.rows, strict=True) if name]
+            return [name for name, _ in named], [index for _, index in named]
+        first = sorted(self.wanted)[:most]
+        return [f"seed {seed + index}" for index in first], first
 
     def image(self) -> Image.Image:
         """The grid, the classes' names beside their rows."""

@@ -1,4 +1,4 @@
-"""What `edit denoise`, `edit guidance` and the reading of drawings show, on checkpoints that need no training."""
+"""What `edit denoise`, `edit guidance`, drawings and the table of `sample` show, on checkpoints that are there."""
 
 import json
 import zipfile
@@ -115,3 +115,44 @@ def test_a_drawing_in_black_on_white_is_recognised(edit, capsys, tmp_path):
     for family in ("edm", "ddpm", "latent"):  # barely trained: nothing is said, and nothing falls
         edit("img2img", family, "--image=drawing.png", "--starts=[1]", "--num_steps=2")
         assert "border" not in capsys.readouterr().err
+
+
+def test_the_same_samples_by_several_numbers_of_steps_stand_side_by_side(kept, lightning, capsys):
+    draw = [
+        "sample",
+        "--ckpt_path",
+        kept / "edm.ckpt",
+        "--device=cpu",
+        "--out=o",
+        "--num_samples=4",
+        "--labels=3,3,7,7",
+    ]
+    lightning(*draw, "--num_steps=2,4")
+    assert "by each number of steps, side by side: o/table.png" in capsys.readouterr().out
+    assert sorted(str(path) for path in Path("o").iterdir()) == ["o/steps_2", "o/steps_4", "o/table.png"]
+    table = np.asarray(Image.open("o/table.png").convert("L"))
+    for column, count in enumerate((2, 4)):
+        made = np.load(f"o/steps_{count}/samples.npz")["arr_0"]
+        lightning(*draw, f"--num_steps={count}", "--out=alone")
+        assert (np.load("alone/samples.npz")["arr_0"] == made).all()
+        cells = table[-2 * 68 :, table.shape[1] - (2 - column) * 68 :][:, :64]  # of 64 pixels with borders of 4
+        for row, index in enumerate((0, 2)):
+            assert (cells[68 * row : 68 * row + 64 : 8, ::8] == made[index, :, :, 0]).all()
+    lightning(*draw[:-1], "--num_steps=2")
+    assert not Path("o/table.png").exists()
+    lightning(*draw[:-1], "--num_steps=2,3")
+    assert Image.open("o/table.png").height > 4 * 64  # a row per seed
+    for wrong, why in (("2,x", "--num_steps 2,x is not a list of numbers"), ("2,0", "num_steps is 0")):
+        assert why in stopped(capsys, lightning, *draw, f"--num_steps={wrong}")
+
+
+def test_prompts_stand_against_steps(lightning, tmp_path):
+    pytest.importorskip("diffusers")
+    from helpers.pretrained_models import save_if
+
+    save_if(tmp_path / "if")
+    prompts = ["--prompt", "a rocket ship", "--prompt", "two cats and a dog"]
+    lightning("sample", "--pretrained=if", *prompts, "--num_samples=2", "--num_steps=2,3,4", "--device=cpu", "--out=o")
+    table = Image.open("o/table.png")
+    assert table.width > 3 * 64 + 80 and 2 * 64 < table.height < 3 * 64  # two rows beside their names
+    assert np.load("o/steps_3/samples.npz")["arr_0"].shape[0] == 2
