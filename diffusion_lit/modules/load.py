@@ -102,9 +102,10 @@ def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides:
     with naming(f"The checkpoint {path}"):
         check(record)
     record.pop("_instantiator", None)
-    net = (record.get("net") or {}).get("init_args") or {}
-    if list(net.get("attention_resolutions") or ()) == [8]:
-        del net["attention_resolutions"]  # the default of version 0.1.0, which meant: where there is such a map
+    net = record.get("net")
+    args = net.get("init_args") if isinstance(net, dict) else None
+    if isinstance(args, dict) and args.get("attention_resolutions") in ([8], (8,)):
+        del args["attention_resolutions"]  # the default of version 0.1.0, which meant: where there is such a map
     try:
         with guarded(), contextlib.redirect_stderr(io.StringIO()):
             built = instantiate_module(base, record)

@@ -5,7 +5,7 @@ moves. To allow a newer version: install it, run that test and tests/commands, a
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -117,10 +117,20 @@ def subcommand_parsers(parser: Any) -> dict[str, Any]:
 
 @contextmanager
 def import_check(check: Callable[[str], Any]) -> Iterator[None]:
-    """Within, jsonargparse asks a function before it imports what a text names."""
-    from jsonargparse import _typehints, _util
+    """Within, jsonargparse asks a function before it imports what a text names, and opens no path or URL.
 
-    with _replaced(_util, "check_import_path", check), _replaced(_typehints, "check_import_path", check):
+    Elsewhere it reads a text that is a path or a URL as a configuration, through fsspec, which imports a module by the
+    protocol's name.
+    """
+    from jsonargparse import _paths, _typehints, _util
+
+    def no_path(self: Any, path: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{path!r} is not opened: a file's arguments are values, not paths of files")  # as for no path
+
+    with ExitStack() as stack:
+        for place in (_util, _typehints):
+            stack.enter_context(_replaced(place, "check_import_path", check))
+        stack.enter_context(_replaced(_paths.Path, "__init__", no_path))
         yield
 
 

@@ -80,6 +80,8 @@ def _read(path: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ValueError(
             f"There is no checkpoint {path}; `lightning fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
         )
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file (a pipe or a device), which a checkpoint is.")
     try:
         checkpoint = read_pickled(path, without=without)
     except PermissionError as error:

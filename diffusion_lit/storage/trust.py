@@ -148,6 +148,8 @@ def check(value: Any) -> None:
     while left:
         held = left.pop()
         if isinstance(held, str):
+            if "&" in held and "*" in held and _has_alias(held):
+                raise Untrusted("a text that holds aliases of YAML, which may stand for any amount of data")
             left += [_parsed(held)] if "class_path" in held else []
         elif isinstance(held, Mapping | list | tuple | set | frozenset) and id(held) not in seen:
             seen.add(id(held))
@@ -159,11 +161,19 @@ def check(value: Any) -> None:
                     raise Untrusted(f"{named!r} is no way to build an object that a file may name")
 
 
+def _has_alias(text: str) -> bool:
+    """Whether a text is YAML in which one part stands for another."""
+    try:
+        return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+    except (yaml.YAMLError, RecursionError):
+        return False
+
+
 def _parsed(text: str) -> Any:
     """What a text holds as YAML, where that is more than the text."""
     try:
         parsed = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return None
     return None if isinstance(parsed, str) else parsed
 

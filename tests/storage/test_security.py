@@ -34,6 +34,9 @@ COMMAND = {"class_path": "subprocess.Popen", "init_args": {"args": "touch PWNED"
 APPLY = {"class_path": "torchvision.transforms.RandomApply", "init_args": {"transforms": COMMAND}}
 OWN = {"class_path": "evilmod.X"}
 LAMBDA = "torch.optim.lr_scheduler.LambdaLR"
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(11)
+)
 ATTACKS = {
     "a command under any value": {"sampling": {"sampler_options": {"x": COMMAND}}},
     "a class that calls what it is given": {"net": APPLY},
@@ -42,6 +45,10 @@ ATTACKS = {
     "the same as JSON": {"net": json.dumps(OWN)},
     "the same as JSON in disguise": {"net": '{"class\\u005fpath": "evilmod.X"}'},
     "a file in a class's place": {"net": "evil.yaml"},
+    "a URL whose protocol is a module of the folder": {"loss": "oss://a/b"},
+    "a chain of protocols": {"noise_levels": "zip://x::oss://a"},
+    "a file of the machine": {"loss": "/etc/passwd"},
+    "aliases that stand for gigabytes": {"loss": BOMB},
     "deep down": {"net": {"class_path": "diffusion_lit.nets.UNet", "init_args": {**NET, "x": [{"y": (OWN,)}]}}},
     "further arguments": {
         "net": {"class_path": "diffusion_lit.nets.UNet", "init_args": NET, "dict_kwargs": {"x": OWN}}
@@ -77,10 +84,11 @@ def here(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("DIFFUSION_LIT_TRUST", raising=False)
     (tmp_path / "evilmod.py").write_text("open('PWNED', 'w')\nclass X:\n    pass\n")
+    (tmp_path / "ossfs.py").write_text("open('PWNED', 'w')\n")  # what fsspec imports for oss://
     (tmp_path / "evil.yaml").write_text("class_path: evilmod.X\n")
     yield tmp_path
     assert not (tmp_path / "PWNED").exists()
-    assert "evilmod" not in sys.modules
+    assert not {"evilmod", "ossfs"} & sys.modules.keys()
 
 
 def test_what_is_sound_is_built(here):
