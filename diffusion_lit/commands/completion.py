@@ -79,7 +79,7 @@ def training_parsers() -> dict[str, Any]:
 
     parsers: dict[str, Any] = {}
 
-    class Built(Exception):
+    class Built(BaseException):
         """The parsers are there."""
 
     class Parsers(CLI):
