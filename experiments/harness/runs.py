@@ -27,8 +27,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
@@ -243,7 +241,6 @@ def _train(
     done = _done(run, out)
     if done is None:
         return Failed(run, "it ended without a checkpoint", log)
-    _write_hparams(done)
     tell(f"{run.name}: done in {seconds:.0f} s")
     return done
 
@@ -257,22 +254,6 @@ def _done(run: Run, out: Path) -> Trained | None:
     except (OSError, ValueError):
         return None
     return Trained(run, checkpoint.parent.parent, record["seconds"]) if record["status"] == 0 else None
-
-
-def _write_hparams(done: Trained) -> None:
-    """Puts the run's parameters where TensorBoard's HParams tab looks for them, its curves giving the metrics.
-
-    The summary of the whole experiment is left out: TensorBoard makes it from all runs that it sees.
-    """
-    shown = done.run.options if done.run.shown is None else done.run.shown
-    values = {
-        name.replace("init_args.", ""): value if isinstance(value, bool | int | float | str) else short(value)
-        for name, value in shown.items()
-    }
-    _, start, end = hparams({"run": done.run.name, **values}, {})  # type: ignore[no-untyped-call]
-    with SummaryWriter(str(done.folder), filename_suffix=".hparams") as writer:
-        for summary in (start, end):
-            writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
 
 class _Children:
