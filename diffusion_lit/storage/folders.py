@@ -68,7 +68,7 @@ def sweep(place: Path) -> None:
     for left in place.parent.glob(f".{place.name}.*"):
         named = pattern.fullmatch(left.name)
         ours = named is not None and named[1] == _host()
-        if (named is not None and ours and not _is_alive(int(named[2]))) or (not ours and _age(left) > ABANDONED):
+        if (named is not None and ours and not is_alive(int(named[2]))) or (not ours and _age(left) > ABANDONED):
             _remove(left)
 
 
@@ -97,13 +97,12 @@ def locked(path: Path, waiting: Callable[[], AbstractContextManager[object] | No
         yield
 
 
-def _host() -> str:
-    """Identifies this machine, and the container in it: 8 hexadecimal digits."""
-    space = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
-    return hashlib.sha256(f"{socket.gethostname()} {uuid.getnode()} {space}".encode()).hexdigest()[:8]
+def is_alive(process: int) -> bool:
+    """Whether a process of this host runs; in doubt it does.
 
-
-def _is_alive(process: int) -> bool:
+    Args:
+        process: Its number.
+    """
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -111,6 +110,12 @@ def _is_alive(process: int) -> bool:
     except (OSError, OverflowError):
         return True
     return True
+
+
+def _host() -> str:
+    """Identifies this machine, and the container in it: 8 hexadecimal digits."""
+    space = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
+    return hashlib.sha256(f"{socket.gethostname()} {uuid.getnode()} {space}".encode()).hexdigest()[:8]
 
 
 def _age(folder: Path) -> float:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_lit.storage.folders import is_alive
 from diffusion_lit.storage.room import try_folder
 
 RECORD = "record.json"
@@ -64,9 +65,6 @@ def recorded(folder: Path) -> set[str]:
 def _sweep(folder: Path) -> None:
     """Removes what killed runs left unfinished."""
     for left in folder.glob(".new-*-*"):
-        try:
-            os.kill(int(left.name.split("-")[1]), 0)
-        except (ProcessLookupError, ValueError):
+        process = left.name.split("-")[1]
+        if not (process.isdecimal() and is_alive(int(process))):
             shutil.rmtree(left, ignore_errors=True)
-        except OSError:  # it lives, and is another user's
-            continue

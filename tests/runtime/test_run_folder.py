@@ -16,7 +16,10 @@ SHORT = ["--trainer.max_steps=6", "--trainer.val_check_interval=3"]
 SNAPSHOTS = ["--ema.half_life=null", "--ema.sigma_rel=[0.05,0.1]", "--ema.snapshot_every=2"]
 
 
-@pytest.mark.parametrize("extra", [[], SNAPSHOTS], ids=["as shipped", "snapshots"])
+@pytest.mark.parametrize(
+    "extra",  # snapshots are on in tests/commands/test_as_shipped.py too, which is not slow
+    [pytest.param([], id="as shipped"), pytest.param(SNAPSHOTS, id="snapshots", marks=pytest.mark.slow)],
+)
 def test_a_run_on_two_ranks_ends_with_its_images_on_disk(extra, tmp_path):
     """The defaults, everything on: nothing of rank 0's own may wait for a rank that waits elsewhere."""
     command = [sys.executable, "-m", "diffusion_lit", "fit", f"--config={ROOT}/configs/edm_digits.yaml"]
