@@ -31,9 +31,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from datamodules.decode import BadImageError, Transform, significant_bits
 from datamodules.decode_pool import decode_all
 from datamodules.sources import Image, Listing, Skip, printable
+from diffusion_lit.runtime.lock import Lock
 from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
+from diffusion_lit.storage.folders import publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
 
@@ -100,7 +101,7 @@ def prepare(
         if cache is None:
             cache_dir.mkdir(parents=True, exist_ok=True)
             told = f"Another process is preparing the same images in {cache_dir}; waiting for it."
-            with locked(cache_dir / f"{key}.lock", lambda: rank_zero_info(told)):
+            with Lock(cache_dir / f"{key}.lock", lambda: rank_zero_info(told)):
                 cache = _open(place)  # another process may have written it meanwhile
                 if cache is None:
                     if place.exists():

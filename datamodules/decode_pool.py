@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from datamodules.decode import BadImageError, Transform, decode
 from datamodules.sources import Listing
-from diffusion_lit.storage.folders import locked
+from diffusion_lit.runtime.lock import Lock
 
 FEW = 64  # up to so many images, processes do not pay
 MOST_PROCESSES = 16
@@ -210,7 +211,7 @@ def _decode_some(
         for number in range(first, len(names), step):
             try:
                 with listing.open(names[number]) as file:
-                    array = decode(file, transform, lambda: locked(path))
+                    array = decode(file, transform, lambda: Lock(path, nullcontext))
                 output.seek(number * row)
                 output.write(array.tobytes())
                 yield number, None

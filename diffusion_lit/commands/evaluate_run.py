@@ -34,12 +34,12 @@ from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.report.receipt_page import attributed, setting_name
 from diffusion_lit.runtime.hardware import hardware
+from diffusion_lit.runtime.lock import Busy, Lock
 from diffusion_lit.runtime.precision import float32_arithmetic
 from diffusion_lit.runtime.ranks import meet, rank_zero_alone, rank_zero_first
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import file_hash, weights_hash
-from diffusion_lit.storage.lock import locked
 from diffusion_lit.storage.room import try_folder
 
 FORMAT = 1
@@ -156,8 +156,13 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
         def take_place() -> None:
             for folder in (plan.path.parent, *([] if plan.save_samples is None else [Path(plan.save_samples)])):
                 try_folder(folder)
-            busy = f"An evaluation ({{}}) is writing to {plan.out}; wait until it is done, or give another --out."
-            stack.enter_context(locked(plan.folder / "lock", busy))
+            try:
+                stack.enter_context(Lock(plan.folder / "lock"))
+            except Busy as holder:
+                refusal = (
+                    f"An evaluation ({holder}) is writing to {plan.out}; wait until it is done, or give another --out."
+                )
+                raise ValueError(refusal) from None
 
         rank_zero_alone(take_place, "the place of the report")
         return evaluate(fabric, plan)

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.runtime import watchdog
+from diffusion_lit.runtime.lock import Lock
 from diffusion_lit.runtime.ranks import rank_zero_alone
 from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.folders import locked, publish, scratch_of, sweep
+from diffusion_lit.storage.folders import publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
 
@@ -262,6 +263,6 @@ def _held(trainer: Trainer, place: Path) -> Iterator[str]:
                 rank_zero_info(told)
                 return watchdog.waiting("another run")
 
-            stack.enter_context(locked(place.with_name(f"{place.name}.lock"), waiting))
+            stack.enter_context(Lock(place.with_name(f"{place.name}.lock"), waiting))
 
         yield _on_rank_zero(trainer, hold, f"the lock of {place.parent}")

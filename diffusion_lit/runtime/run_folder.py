@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from diffusion_lit.runtime.lock import ProcessLock
+from diffusion_lit.runtime.lock import Busy, Lock
 
 _FOLDERS: "WeakKeyDictionary[Trainer, Path]" = WeakKeyDictionary()
 
@@ -33,7 +33,7 @@ class RunFolder(WritesToRunFolder):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock: ProcessLock | None = None
+        self._lock: Lock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Chooses the folder, locks it for training, and directs checkpoints to it."""
@@ -64,26 +64,25 @@ class RunFolder(WritesToRunFolder):
         return None
 
 
-def lock_run(folder: Path) -> ProcessLock:
+def lock_run(folder: Path) -> Lock:
     """Locks a run's folder for training, until the lock is released or this process ends, however it ends.
 
     Args:
         folder: The run's folder.
 
     Returns:
-        The lock. On Windows there is none: two processes that go on with one run are not told apart there.
+        The lock.
 
     Raises:
         ValueError: If another process trains there.
     """
     try:
-        return ProcessLock(folder / ".lock")
-    except BlockingIOError as error:
-        holder = str(error.strerror).removeprefix("held by ")
+        return Lock(folder / ".lock")
+    except Busy as holder:
         raise ValueError(
             f"{folder} is being trained by another process ({holder}); wait until it ends or stop it, or "
             "start a run of your own without --ckpt_path."
-        ) from error
+        ) from None
 
 
 def decide_run_folder(trainer: Trainer) -> Path:

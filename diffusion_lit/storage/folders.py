@@ -4,7 +4,6 @@ A folder is written under a scratch name that is unique over hosts and processes
 save work: on a shared file system without locks each host does the work and the first folder stays.
 """
 
-import contextlib
 import hashlib
 import os
 import re
@@ -13,8 +12,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 ABANDONED = 86400  # seconds without a write after which the scratch folder of another host is taken for left over
@@ -70,31 +68,6 @@ def sweep(place: Path) -> None:
         ours = named is not None and named[1] == _host()
         if (named is not None and ours and not is_alive(int(named[2]))) or (not ours and _age(left) > ABANDONED):
             _remove(left)
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], AbstractContextManager[object] | None] = nullcontext) -> Iterator[None]:
-    """Holds a lock on a file, which the system releases if this process dies; waits while another holds it.
-
-    Locks nothing on Windows and on file systems without locks.
-
-    Args:
-        path: The file, made where it is missing; its contents are left alone.
-        waiting: Called, and what it returns entered, where there is another that holds it.
-    """
-    with path.open("ab") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                with waiting() or nullcontext():
-                    fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def is_alive(process: int) -> bool:

@@ -331,11 +331,15 @@ def test_help_lists_samplers_and_options(lightning, capsys):
 def test_two_evaluations_never_share_a_report(evaluate, tmp_path, capsys):
     from helpers.runs import stopped
 
-    from diffusion_lit.storage.lock import locked
+    from diffusion_lit.runtime.lock import Lock
 
-    with locked(tmp_path / "report.parts" / "lock", "{}"):
+    with Lock(tmp_path / "report.parts" / "lock"):
         said = stopped(capsys, evaluate, "--extractor=pixels", "--num_blocks=1")
-    assert f"(process {os.getpid()}) is writing to {tmp_path / 'report.json'}" in said and "another --out" in said
+    assert (
+        f"(process {os.getpid()} on " in said
+        and f") is writing to {tmp_path / 'report.json'}" in said
+        and "another --out" in said
+    )
     assert not (tmp_path / "report.json").exists()
     evaluate("--extractor=pixels", "--num_blocks=1", "--num_steps=1")
     assert not (tmp_path / "report.parts").exists()

@@ -65,7 +65,10 @@ def test_a_second_signal_ends_what_no_handler_can(python, number):
     process.send_signal(number)  # at once: a launcher that passes on what the terminal sent
     time.sleep(1.5)
     assert process.poll() is None
-    process.send_signal(number)
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:  # a busy machine may see several of them as one
+        process.send_signal(number)
+        time.sleep(1)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number
     assert "second " + {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number] in said

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from diffusion_lit.runtime.lock import Busy, Lock
 from diffusion_lit.storage import tensors as store
-from diffusion_lit.storage.lock import Busy, locked
 from diffusion_lit.storage.own_files import RECORD, own_files
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
@@ -110,7 +111,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path):
 
 
 def hold(path, seconds):
-    with locked(path, "{}"):
+    with Lock(path):
         time.sleep(seconds)
 
 
@@ -121,14 +122,41 @@ def test_a_lock_is_held_while_its_process_lives(tmp_path):
     try:
         while not (path.is_file() and path.read_text()):
             time.sleep(0.05)
-        with pytest.raises(Busy, match=rf"process {child.pid} writes"), locked(path, "{} writes"):
-            pass
+        with pytest.raises(Busy, match=rf"process {child.pid} on "):
+            Lock(path)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        with locked(path, "{}"):
-            assert path.read_text() == str(os.getpid())
+        with Lock(path):
+            assert path.read_text().startswith(f"process {os.getpid()} on ")
     finally:
         child.kill()
+
+
+def test_a_lock_is_not_kept_by_the_children_of_its_process(tmp_path):
+    path, context = tmp_path / "lock", multiprocessing.get_context("fork")
+    lock = Lock(path)
+    child = context.Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        with pytest.raises(Busy):
+            Lock(path)
+        lock.release()
+        Lock(path).release()
+    finally:
+        child.kill()
+
+
+def test_a_lock_that_is_waited_for_leaves_the_contents_alone(tmp_path):
+    path, told = tmp_path / "data", []
+    path.write_text("rows")
+    lock = Lock(path, nullcontext)
+
+    def waiting():
+        told.append(path.read_text())
+        lock.release()
+
+    Lock(path, waiting).release()
+    assert told == ["rows"] and path.read_text() == "rows"
 
 
 def test_tensors_that_the_cache_cannot_take_stay_in_memory_and_are_the_same(tmp_path, monkeypatch):
