@@ -20,10 +20,10 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
-from diffusion_lit.diffusion.images import take, to_uint8
+from diffusion_lit.diffusion.images import psnr, take, to_uint8
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules.load import load_module
-from diffusion_lit.modules.vae import psnr, ssim
+from diffusion_lit.modules.vae import ssim
 from diffusion_lit.storage.hashing import file_hash
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained

@@ -7,8 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffusion_lit.callbacks.samples import MOST
 from diffusion_lit.checks import check_count
-from diffusion_lit.diffusion.images import to_uint8
-from diffusion_lit.evaluation.single_image import psnr
+from diffusion_lit.diffusion.images import psnr, to_uint8
 
 
 class ImagePSNR(Callback):
@@ -36,7 +35,7 @@ class ImagePSNR(Callback):
         data, module = cast(Any, trainer).datamodule, cast(Any, pl_module)
         image = torch.as_tensor(data.reference_images("train")[0])
         samples = module.generate(range(self.seed, self.seed + self.count))
-        decibels = psnr(to_uint8(samples), image).clamp(max=100).mean()
+        decibels = psnr(to_uint8(samples), image).mean()
         pl_module.log("psnr", decibels.float(), prog_bar=True, batch_size=1)
 
 

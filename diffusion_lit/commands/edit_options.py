@@ -20,9 +20,8 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.images import psnr, to_uint8
 from diffusion_lit.diffusion.rng import SeededNoise
-from diffusion_lit.evaluation.single_image import psnr
 from diffusion_lit.modules.labels import check_guidance, class_indices
 from diffusion_lit.modules.load import load_data
 from diffusion_lit.report.images import png_bytes
@@ -383,6 +382,6 @@ def as_image(image: Tensor) -> Image.Image:
 
 
 def decibels(images: Tensor, image: Tensor) -> list[float]:
-    """PSNR of images (B, C, H, W) against one (1, C, H, W), as 8-bit images, at most 99 dB (equal)."""
-    values: list[float] = psnr(to_uint8(images), to_uint8(image)[0]).clamp(max=99).tolist()
+    """PSNR of images (B, C, H, W) against one (1, C, H, W), as 8-bit images, at most 100 dB (equal)."""
+    values: list[float] = psnr(to_uint8(images), to_uint8(image)).tolist()
     return [round(value, 2) for value in values]

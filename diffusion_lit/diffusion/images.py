@@ -1,4 +1,4 @@
-"""Images as bytes and as batches: rounding to uint8, rows of an array."""
+"""Images as bytes and as batches: rounding to uint8, rows of an array, PSNR."""
 
 from typing import Any
 
@@ -39,3 +39,18 @@ def take(images: Any, rows: Tensor) -> Tensor:
         The images (B, C, H, W) as a tensor.
     """
     return images[rows] if isinstance(images, Tensor) else torch.as_tensor(images[rows.numpy()])
+
+
+def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image.
+
+    Args:
+        x_hat: Images (B, C, H, W), uint8, or floating point in [-1, 1].
+        x: What they should be, of the same type and of the same shape or that of one image.
+
+    Returns:
+        10 log10(range^2 / mean squared error) in dB, float32 (B,); at most 100.
+    """
+    span = 2.0 if x_hat.is_floating_point() else 255.0
+    error = ((x_hat.float() - x.float()) / span).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp(min=1e-10))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.images import psnr
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 
@@ -29,20 +30,6 @@ def is_single(images: Any) -> bool:
     """
     first = torch.as_tensor(images[0])
     return all(torch.equal(torch.as_tensor(images[index]), first) for index in range(1, len(images)))
-
-
-def psnr(samples: Tensor, image: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each sample against the image.
-
-    Args:
-        samples: Images uint8 (N, C, H, W).
-        image: The image, uint8 (C, H, W).
-
-    Returns:
-        Decibels, float64 (N,), infinite for an exact copy.
-    """
-    error = (samples.double() - image.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(255**2 / error)
 
 
 def patches(images: Tensor, size: int = PATCH) -> Tensor:
@@ -76,7 +63,7 @@ def single_image_metrics(samples: Tensor, image: Tensor) -> dict[str, float]:
     Returns:
         Mean PSNR, patch distance at full and at half size, and diversity.
     """
-    figures = {"psnr": float(psnr(samples, image).clamp(max=100).mean())}
+    figures = {"psnr": float(psnr(samples, image).mean())}
     for scale in (1, 2):
         made, real = (_shrink(images, scale) for images in (samples, image[None]))
         if min(made.shape[-2:]) >= PATCH:

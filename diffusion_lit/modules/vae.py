@@ -21,6 +21,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.generate import check_labels
+from diffusion_lit.diffusion.images import psnr
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.modules.autoencoders import describe
 from diffusion_lit.modules.base import BaseModule, run_seed
@@ -290,21 +291,6 @@ class VAE(BaseModule):
         """Records how to build the autoencoder, for the second stage."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["autoencoder"] = describe(self.net)
-
-
-def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image.
-
-    Args:
-        x_hat: Reconstructions (B, C, H, W) in [-1, 1].
-        x: Images of the same shape.
-
-    Returns:
-        10 log10(2^2 / mean squared error) in dB, shape (B,); at most 100.
-    """
-    error = (x_hat - x).float().square().flatten(1).mean(1)
-    decibels: Tensor = 10 * torch.log10(4 / error.clamp(min=4e-10))
-    return decibels
 
 
 def ssim(x_hat: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from helpers.runs import TINY_VAE, VAE_DIGITS
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from diffusion_lit.diffusion.images import psnr
 from diffusion_lit.modules import L2, VAE
-from diffusion_lit.modules.vae import active_channels, psnr
+from diffusion_lit.modules.vae import active_channels
 from diffusion_lit.nets import Autoencoder
 
 
