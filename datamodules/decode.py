@@ -87,7 +87,7 @@ class Transform:
 
 
 def decode(
-    file: IO[bytes], transform: Transform, gate: Callable[[], AbstractContextManager[None]] = nullcontext
+    file: IO[bytes], transform: Transform, gate: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> np.ndarray:
     """Decodes an image.
 
@@ -119,7 +119,7 @@ def decode(
             raise BadImageError(f"is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
-def _square(image: Image.Image, transform: Transform, gate: Callable[[], AbstractContextManager[None]]) -> np.ndarray:
+def _square(image: Image.Image, transform: Transform, gate: Callable[[], AbstractContextManager[object]]) -> np.ndarray:
     width, height = image.size
     side = transform.crop or min(width, height)
     if min(width, height) < side:
