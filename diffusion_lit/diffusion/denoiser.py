@@ -3,7 +3,10 @@
     D(x; sigma) = c_skip * x + c_out * net(c_in * x, c_noise, label)          x = x0 + sigma n
 
 Samplers, guidance, likelihood and editing see a denoiser as a callable and nothing of the network. A network may also
-predict the variance of a reverse step, which only the sampler `ddpm` uses.
+predict the variance of a reverse step, which only the sampler `ddpm` uses, or be told a second noise level, `until`:
+then D(x; sigma, until) is the estimate averaged over the way there, and one step of any length is
+
+    x_until = (until / sigma) x + (1 - until / sigma) D(x; sigma, until)              D(x; sigma, sigma) = D(x; sigma)
 """
 
 from collections.abc import Callable
@@ -31,6 +34,47 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def move(x: Tensor, x0_hat: Tensor, sigma: Tensor | float, until: Tensor | float) -> Tensor:
+    """The state at another noise level, for an estimate of the clean image that holds on the way there.
+
+    Args:
+        x: The state at sigma, shape (B, C, H, W).
+        x0_hat: The estimate, of the same shape.
+        sigma: Noise level, shape () or (B,).
+        until: The other one, shape () or (B,).
+
+    Returns:
+        Shape (B, C, H, W); x itself at until = sigma, x0_hat at until = 0.
+    """
+    ratio = _ratio(x, sigma, until)
+    return ratio * x + (1 - ratio) * x0_hat
+
+
+def estimate_of_move(x: Tensor, moved: Tensor, sigma: Tensor | float, until: Tensor | float) -> Tensor:
+    """The estimate of the clean image that took a state to another noise level; the inverse of `move`.
+
+    Args:
+        x: The state at sigma, shape (B, C, H, W).
+        moved: The state at until, of the same shape.
+        sigma: Noise level, shape () or (B,).
+        until: The other one, shape () or (B,).
+
+    Returns:
+        Shape (B, C, H, W); x where until = sigma, which any estimate leaves as it is.
+    """
+    ratio = _ratio(x, sigma, until)
+    return torch.where(ratio == 1, x, (moved - ratio * x) / torch.where(ratio == 1, 1.0, 1 - ratio))
+
+
+def _ratio(x: Tensor, sigma: Tensor | float, until: Tensor | float) -> Tensor:
+    return per_sample(_level(x, until) / _level(x, sigma), x)
+
+
+def _level(x: Tensor, value: Tensor | float) -> Tensor:
+    """A noise level in x's precision, at least float32, and on its device."""
+    return widen(value).to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
+
+
 class Denoiser(nn.Module):
     """A network under the preconditioning of a prediction type.
 
@@ -40,8 +84,12 @@ class Denoiser(nn.Module):
     Args:
         net: Called as `net(c_in * x (B, C, H, W), c_noise (B,), label (B,) or None)`, with `augment=` only when given;
             gives (B, C, H, W). Its attribute `num_classes`, where it has one, is the number of classes (0:
-            unconditional).
+            unconditional). If its attribute `takes_until` is true, it is called with `until=` (B,) too, the c_noise of
+            the second noise level; without, that is c_noise itself.
         scaling: The prediction type.
+
+    Raises:
+        ValueError: If the network takes a second noise level, and the prediction type cannot say 0 to it.
     """
 
     def __init__(self, net: nn.Module, scaling: Preconditioning) -> None:
@@ -49,11 +97,27 @@ class Denoiser(nn.Module):
         self.net = net
         self.scaling = scaling
         self.num_classes = int(getattr(net, "num_classes", 0))
+        if self.takes_until and not bool(scaling.coefficients(torch.zeros(1))[3].isfinite()):
+            raise ValueError(
+                f"The network takes a second noise level (takes_until), but {type(scaling).__name__} has no c_noise "
+                "for the level 0, where sampling ends; use FlowPreconditioning, or X0Preconditioning with no schedule."
+            )
+
+    @property
+    def takes_until(self) -> bool:
+        """Whether `until` may be given: the network was built for a second noise level."""
+        return bool(getattr(self.net, "takes_until", False))
 
     def forward(
-        self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None, augment: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+        *,
+        until: Tensor | float | None = None,
     ) -> Tensor:
-        """Estimates the clean image.
+        """Estimates the clean image, or takes x to another noise level.
 
         Args:
             x: Noisy image x0 + sigma n, shape (B, C, H, W).
@@ -61,15 +125,48 @@ class Denoiser(nn.Module):
             label: Class indices, shape (B,), in [0, num_classes], where num_classes is the null class; none means the
                 null class for all.
             augment: Augmentation labels, shape (B, augment_dim), for networks that take them.
+            until: A second noise level, shape () or (B,), from 0 to sigma, for networks that take it.
 
         Returns:
-            x0_hat, shape (B, C, H, W), in float64 for float64 x, else float32.
+            x0_hat, shape (B, C, H, W), in float64 for float64 x, else float32. With `until` the state at that level, in
+            one call of the network however far it is: x itself, without a call, where until = sigma for all.
 
         Raises:
-            ValueError: If sigma is outside the support, a shape does not fit, a label is outside the classes, or a
-                label is given to an unconditional model.
+            ValueError: If sigma is outside the support, a shape does not fit, a label is outside the classes, a label
+                is given to an unconditional model, or `until` above sigma or to a network that does not take it.
         """
-        x, output, c_skip, c_out = self._evaluate(x, sigma, label, augment)
+        if until is None:
+            return self.average(x, sigma, None, label, augment)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self._check_until(x, sigma, until)
+        if not torch.compiler.is_compiling() and bool((widen(until).to(x.dtype) == widen(sigma).to(x.dtype)).all()):
+            return x
+        return move(x, self.average(x, sigma, until, label, augment), sigma, until)
+
+    def average(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        until: Tensor | float | None,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+    ) -> Tensor:
+        """Estimates the clean image as `move` needs it: averaged over the way from sigma to another noise level.
+
+        Args:
+            x: As for `forward`.
+            sigma: As for `forward`.
+            until: The other noise level, shape () or (B,); none means sigma, the plain estimate.
+            label: As for `forward`.
+            augment: As for `forward`.
+
+        Returns:
+            Shape (B, C, H, W).
+
+        Raises:
+            ValueError: As for `forward`.
+        """
+        x, output, c_skip, c_out = self._evaluate(x, sigma, label, augment, until)
         if output.shape != x.shape:
             raise ValueError(
                 f"The network gave shape {tuple(output.shape)} for images of shape {tuple(x.shape)}; set its "
@@ -78,7 +175,12 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * output
 
     def _evaluate(
-        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, augment: Tensor | None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        label: Tensor | None,
+        augment: Tensor | None,
+        until: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The image and the network's output in working precision, and c_skip and c_out shaped to broadcast."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -89,6 +191,10 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in, c_noise = (per_sample(c.to(x), x) for c in coefficients)
         label = self._check_label(x, label, trusted)
         extra = {} if augment is None else {"augment": augment}
+        if until is not None:
+            self._refuse_until()
+            c_until = self.scaling.coefficients(_level(x, until))[3]
+            extra["until"] = c_until.to(x).expand(len(x)).contiguous()
         output = self.net(
             (c_in * x).to(self._net_dtype(x)), c_noise.flatten().expand(len(x)).contiguous(), label, **extra
         )
@@ -109,6 +215,29 @@ class Denoiser(nn.Module):
         if x.device.type == "mps":  # which has no float64
             sigma = sigma.to(x.dtype)
         return sigma.to(x.device, non_blocking=True)
+
+    def _refuse_until(self) -> None:
+        """Refuses a second noise level where the network takes none."""
+        if not self.takes_until:
+            raise ValueError(
+                "A second noise level (until) was given to a network that takes none; train one with takes_until, as "
+                "the MeanFlow configs do, or use another sampler than meanflow."
+            )
+
+    def _check_until(self, x: Tensor, sigma: Tensor | float, until: Tensor | float) -> None:
+        """Refuses a second noise level that is none of this network, has another shape or lies above sigma."""
+        self._refuse_until()
+        level = widen(until)
+        if level.shape not in ((), (len(x),)):
+            raise ValueError(
+                f"until has shape {tuple(level.shape)} for a batch of {len(x)} images; give one level, or one for each."
+            )
+        if torch.compiler.is_compiling():
+            return
+        outside = ((level < 0) | (level.to(x.dtype) > widen(sigma).to(x.dtype))).expand(len(x))
+        if bool(outside.any()):
+            worst = level.expand(len(x))[outside][0].item()
+            raise ValueError(f"until {worst:.6g} is not between 0 and sigma, from which the map falls; lower it.")
 
     def _check_label(self, x: Tensor, label: Tensor | None, trusted: bool) -> Tensor | None:
         if label is None:
@@ -144,10 +273,22 @@ class LearnedVarianceDenoiser(Denoiser):
     Source: Nichol and Dhariwal 2021 (arXiv 2102.09672), equation 15.
     """
 
-    def forward(
-        self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None, augment: Tensor | None = None
+    @property
+    def takes_until(self) -> bool:
+        """No: the variance is that of a step of the reverse process, which has no second noise level."""
+        return False
+
+    def average(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        until: Tensor | float | None,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
-        """Estimates the clean image; see `Denoiser.forward`."""
+        """Estimates the clean image; see `Denoiser.average`."""
+        if until is not None:
+            self._refuse_until()
         return self._both(x, sigma, label, augment)[0]
 
     def learned_variance(

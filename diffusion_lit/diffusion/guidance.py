@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_lit.checks import check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME, widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
-from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, evaluate_plain
+from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, at_rows
 
 Interval = tuple[float, float]
 
@@ -58,11 +58,6 @@ def _scales(
     levels = widen(sigma).cpu()
     low, high = (end * (1 + SAME) for end in interval)  # a level that is an end but for rounding counts as that end
     return torch.where((levels > low) & (levels <= high), scales, neutral)
-
-
-def _at(sigma: Tensor | float, rows: Tensor) -> Tensor | float:
-    """Sigma of the given samples."""
-    return sigma[rows.to(sigma.device)] if isinstance(sigma, Tensor) and sigma.ndim else sigma
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
@@ -145,10 +140,12 @@ class ClassifierFreeGuidance(DenoiserWrapper):
         if bool((scale == 0).all()):
             return evaluate(x, sigma, null)
         with_label, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
+        rows = torch.cat([with_label, without])
         outputs = evaluate(
             torch.cat([_take(x, with_label), _take(x, without)]),
-            _at(sigma, torch.cat([with_label, without])),
+            at_rows(sigma, rows),
             torch.cat([label[with_label], null[without]]),
+            rows,
         )
         weight = per_sample(scale.to(outputs[0].dtype).to(x.device), x)
         merged = []
@@ -199,7 +196,7 @@ class Autoguidance(DenoiserWrapper):
         if len(rows) == 0:
             return (x0_hat, *rest)
         guide_label = None if label is None or getattr(self.guide, "num_classes", None) == 0 else label[rows]
-        (worse,) = evaluate_plain(self.guide)(_take(x, rows), _at(sigma, rows), guide_label)
+        (worse,) = evaluate.of(self.guide)(_take(x, rows), at_rows(sigma, rows), guide_label, rows)
         weight = per_sample(scale.to(x0_hat.dtype).to(x.device)[rows], x)
         return (x0_hat.index_copy(0, rows, worse + weight * (x0_hat[rows] - worse)), *rest)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma, widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.noise import Schedule
-from diffusion_lit.diffusion.wrappers import evaluate_plain
+from diffusion_lit.diffusion.wrappers import Evaluate
 
 PATHS = ("ve", "vp", "flow")
 
@@ -81,7 +81,7 @@ class View(nn.Module):
         sigma = per_sample(levels, image)
         shrink = {"ve": torch.ones_like(sigma), "vp": 1 / (1 + sigma**2).sqrt(), "flow": 1 / (1 + sigma)}[self.path]
         x = image / shrink
-        (x0_hat,) = evaluate_plain(self.denoiser)(x, levels, label)
+        (x0_hat,) = Evaluate(self.denoiser)(x, levels, label)
         return self.read(x0_hat, (x - x0_hat) / sigma, sigma, shrink)
 
 

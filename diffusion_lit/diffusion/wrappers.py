@@ -5,33 +5,74 @@ A wrapper changes x0_hat and nothing else, so that samplers never see what wraps
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_number
-from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
+from diffusion_lit.diffusion.denoiser import DenoiserLike, estimate_of_move, move, per_sample
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 
-Evaluate = Callable[[Tensor, "Tensor | float", "Tensor | None"], tuple[Tensor, ...]]
-"""One evaluation of a denoiser: (x, sigma, label) -> (x0_hat,) or (x0_hat, v)."""
 
+class Evaluate:
+    """One evaluation of a denoiser under conditions that wrappers pass on: (x, sigma, label) -> (x0_hat,).
 
-def evaluate_plain(denoiser: DenoiserLike) -> Evaluate:
-    """A denoiser as an `Evaluate` that gives x0_hat alone.
+    With `until` x0_hat is the estimate averaged over the way to that noise level (`Denoiser.average`), so that what a
+    wrapper does to estimates it does to the map as well.
 
     Args:
-        denoiser: Called with the label only where there is one, so that any `denoise(x, sigma)` fits.
-
-    Returns:
-        The evaluation.
+        denoiser: Called with the label and `until` only where there is one, so that any `denoise(x, sigma)` fits.
+        until: A second noise level, shape () or (B,), for denoisers that take it.
     """
 
-    def evaluate(x: Tensor, sigma: Tensor | float, label: Tensor | None) -> tuple[Tensor, ...]:
-        return (denoiser(x, sigma) if label is None else denoiser(x, sigma, label),)
+    def __init__(self, denoiser: DenoiserLike, until: Tensor | float | None = None) -> None:
+        self.denoiser, self.until = denoiser, until
 
-    return evaluate
+    def __call__(
+        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates.
+
+        Args:
+            x: Shape (N, C, H, W).
+            sigma: Shape () or (N,).
+            label: Shape (N,), or none.
+            rows: The sample of the batch, shape (N,), that each of x belongs to, where they are not the batch itself.
+
+        Returns:
+            (x0_hat,) or (x0_hat, v).
+        """
+        given: tuple[Tensor, ...] = () if label is None else (label,)
+        if self.until is None:
+            return (self.denoiser(x, sigma, *given),)
+        until = self.until if rows is None else at_rows(self.until, rows)
+        moved = self.denoiser(x, sigma, *given, until=until)
+        return (estimate_of_move(x, moved, sigma, until),)
+
+    def of(self, denoiser: DenoiserLike) -> "Evaluate":
+        """Another denoiser under the same conditions."""
+        return Evaluate(denoiser, self.until)
+
+
+class _EvaluateVariance(Evaluate):
+    """One evaluation of `LearnedVarianceDenoiser.learned_variance`: (x, sigma, label) -> (x0_hat, v)."""
+
+    def __init__(
+        self, denoiser: DenoiserLike, learned_variance: Callable[..., tuple[Tensor, ...]], sigma_next: Tensor | float
+    ) -> None:
+        super().__init__(denoiser)
+        self.learned_variance, self.sigma_next = learned_variance, sigma_next
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates; see `Evaluate.__call__`."""
+        return self.learned_variance(x, sigma, self.sigma_next, *(() if label is None else (label,)))
+
+
+def at_rows(value: Tensor | float, rows: Tensor) -> Tensor | float:
+    """A value per sample at the given samples; one for all is itself."""
+    return value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
 
 
 class DenoiserWrapper(nn.Module):
@@ -59,6 +100,11 @@ class DenoiserWrapper(nn.Module):
         """The number of classes of the wrapped denoiser, 0 where it does not say."""
         return int(getattr(self.denoiser, "num_classes", 0))
 
+    @property
+    def takes_until(self) -> bool:
+        """Whether the wrapped denoiser takes a second noise level."""
+        return bool(getattr(self.denoiser, "takes_until", False))
+
     def transform(
         self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -75,18 +121,27 @@ class DenoiserWrapper(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it does to a denoiser.")
 
-    def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
-        """Estimates the clean image.
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        label: Tensor | None = None,
+        *,
+        until: Tensor | float | None = None,
+    ) -> Tensor:
+        """Estimates the clean image, or takes x to another noise level.
 
         Args:
             x: Noisy image x0 + sigma n, shape (B, C, H, W).
             sigma: Noise level, shape () or (B,).
             label: Class indices, shape (B,), or none.
+            until: A second noise level, shape () or (B,), for denoisers that take it; see `Denoiser.forward`.
 
         Returns:
-            x0_hat, shape (B, C, H, W).
+            x0_hat, or with `until` the state at that level, shape (B, C, H, W).
         """
-        return self.transform(evaluate_plain(self.denoiser), x, sigma, label)[0]
+        x0_hat = self.transform(Evaluate(self.denoiser, until), x, sigma, label)[0]
+        return x0_hat if until is None else move(x, x0_hat, sigma, until)
 
     def unclipped(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Estimates the clean image, after and before the threshold of `ClipX0`.
@@ -106,17 +161,12 @@ class DenoiserWrapper(nn.Module):
     @property
     def learned_variance(self) -> Callable[..., tuple[Tensor, ...]]:
         """The wrapped `LearnedVarianceDenoiser.learned_variance`, with what this wrapper does to x0_hat."""
-        inner: Any = self.denoiser.learned_variance  # type: ignore[attr-defined]
+        inner: Callable[..., tuple[Tensor, ...]] = self.denoiser.learned_variance  # type: ignore[attr-defined]
 
         def learned_variance(
             x: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, label: Tensor | None = None
         ) -> tuple[Tensor, ...]:
-            def evaluate(x: Tensor, sigma: Tensor | float, label: Tensor | None) -> tuple[Tensor, ...]:
-                given = () if label is None else (label,)
-                both: tuple[Tensor, ...] = inner(x, sigma, sigma_next, *given)
-                return both
-
-            return self.transform(evaluate, x, sigma, label)
+            return self.transform(_EvaluateVariance(self.denoiser, inner, sigma_next), x, sigma, label)
 
         return learned_variance
 
@@ -194,7 +244,7 @@ class ClipX0(DenoiserWrapper):
 
     def unclipped(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `DenoiserWrapper.unclipped`."""
-        (x0_hat,) = evaluate_plain(self.denoiser)(x, sigma, label)
+        (x0_hat,) = Evaluate(self.denoiser)(x, sigma, label)
         return self.clip(x0_hat), x0_hat
 
     def clip(self, x0_hat: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class DiT(nn.Module):
         augment_dim: Length of the augmentation labels, 0 for none.
         activation_checkpointing: Keep only the tokens between blocks for the backward pass and compute what lies within
             a block again: less than half the memory, for about a third more time.
+        takes_until: Whether the network is told a second noise level, the one that a step ends at (MeanFlow).
 
     Raises:
         ValueError: An argument is out of range, or the patches do not divide the image size.
@@ -103,8 +104,10 @@ class DiT(nn.Module):
         out_channels: int | None = None,
         augment_dim: int = 0,
         activation_checkpointing: bool = False,
+        takes_until: bool = False,
     ) -> None:
         super().__init__()
+        self.takes_until = takes_until
         self.activation_checkpointing = activation_checkpointing
         out_channels = in_channels if out_channels is None else out_channels
         check_count(
@@ -131,7 +134,7 @@ class DiT(nn.Module):
         self.patch_size = patch_size
         self.stem = nn.Linear(in_channels * patch_size**2, hidden_channels)
         self.conditioning = Conditioning(
-            256, hidden_channels, noise_embedding, num_classes, augment_dim, labels_join="after"
+            256, hidden_channels, noise_embedding, num_classes, augment_dim, "after", takes_until
         )
         self.blocks = nn.ModuleList(DiTBlock(hidden_channels, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden_channels, eps=1e-6, elementwise_affine=False)
@@ -153,12 +156,22 @@ class DiT(nn.Module):
         for layer in self.conditioning.modules():
             if isinstance(layer, nn.Linear | nn.Embedding):
                 nn.init.normal_(layer.weight, std=0.02)
+        if self.conditioning.until is not None:
+            nn.init.zeros_(self.conditioning.until.weight)
         for layer in self.modules():
             if isinstance(layer, DiTBlock | DiT):
                 nn.init.zeros_(layer.modulation.weight)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+        *,
+        until: Tensor | None = None,
+    ) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -166,6 +179,7 @@ class DiT(nn.Module):
             noise: c_noise, shape (B,).
             label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
             augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
+            until: c_noise of the second noise level, shape (B,), for a network that takes it; None for the first one.
 
         Returns:
             The prediction, shape (B, out_channels, H, W).
@@ -176,7 +190,7 @@ class DiT(nn.Module):
         """
         require_image(x, self.in_channels, self.patch_size)
         height, width = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        emb = self.conditioning(noise, label, augment)
+        emb = self.conditioning(noise, label, augment, until)
         p = self.patch_size
         x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         x = x + self.places(height, width).to(x)

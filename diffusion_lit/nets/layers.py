@@ -11,7 +11,7 @@ autocast:
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -23,6 +23,7 @@ from diffusion_lit.checks import check_numbers
 from diffusion_lit.nets.checks import require_one_of
 
 NoiseEmbeddingName = Literal["positional", "fourier", "none"]
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 ResampleName = Literal["conv", "pool", "unshuffle", "block"]
 
 
@@ -150,6 +151,8 @@ class Conditioning(nn.Module):
         num_classes: Number of classes, 0 for none. Row `num_classes` of the table is the null class.
         augment_dim: Length of the augmentation labels, 0 for none.
         labels_join: Whether class and augmentation join "before" or "after" the two linear layers.
+        takes_until: Whether there is a second noise level. A linear map of the features of c_noise - until joins
+            before the two layers; it starts at zero, so that a network trained without starts as it was.
     """
 
     def __init__(
@@ -160,9 +163,12 @@ class Conditioning(nn.Module):
         num_classes: int,
         augment_dim: int,
         labels_join: Literal["before", "after"] = "before",
+        takes_until: bool = False,
     ) -> None:
         super().__init__()
         require_one_of("noise_embedding", noise_embedding, get_args(NoiseEmbeddingName))
+        if takes_until and noise_embedding == "none":
+            raise ValueError("takes_until needs a noise embedding, and noise_embedding is 'none'; use 'fourier'.")
         if features < 4 or features % 2:
             raise ValueError(f"The noise embedding has {features} features; choose an even number of at least 4.")
         self.features = features
@@ -173,6 +179,7 @@ class Conditioning(nn.Module):
         width = features if labels_join == "before" else channels
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.until = zero_init(nn.Linear(features, features, bias=False)) if takes_until else None
         self.hidden = nn.Linear(features, channels)
         self.out = nn.Linear(channels, channels)
 
@@ -188,22 +195,34 @@ class Conditioning(nn.Module):
         angle = noise.to(dtype)[:, None] * frequency
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
-    def forward(self, noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Embed noise (B,), label (B,) int64 or None, and augment (B, augment_dim) or None, as (B, channels).
+    def forward(
+        self, noise: Tensor, label: Tensor | None, augment: Tensor | None, until: Tensor | None = None
+    ) -> Tensor:
+        """Embed the conditions as (B, channels).
+
+        Args:
+            noise: c_noise, shape (B,).
+            label: Class indices int64, shape (B,), or None.
+            augment: Augmentation labels, shape (B, augment_dim), or None.
+            until: c_noise of the second noise level, shape (B,); None for the first one.
 
         Raises:
-            ValueError: A label or an augmentation label is given to a network that was built without.
+            ValueError: A condition is given to a network that was built without.
         """
         if label is not None and self.label is None:
             raise ValueError("A label was given to a network without classes; build it with num_classes or drop it.")
         if augment is not None and self.augment is None:
             raise ValueError("Augmentation labels were given to a network with augment_dim=0; set augment_dim.")
+        if until is not None and self.until is None:
+            raise ValueError("A second noise level was given to a network without; build it with takes_until.")
         dtype = self.hidden.weight.dtype
         with no_autocast(noise.device):
             if self.noise_embedding == "none":
                 x = noise.new_zeros((noise.shape[0], self.features), dtype=dtype)
             else:
                 x = self.noise_features(noise).to(dtype)
+            if self.until is not None:
+                x = x + self.until(self.noise_features(noise - (noise if until is None else until)).to(dtype))
             if self.labels_join == "before":
                 return F.silu(self.out(F.silu(self.hidden(self.add_labels(x, label, augment)))))
             return F.silu(self.add_labels(self.out(F.silu(self.hidden(x))), label, augment))
@@ -303,8 +322,8 @@ def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     return made
 
 
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
-    """Mark a convolution for `initialise` to zero, so that its residual branch starts at zero."""
+def zero_init(layer: Layer) -> Layer:
+    """Mark a convolution or a linear layer for `initialise` to zero, so that its branch starts at zero."""
     layer.starts_at_zero = True  # type: ignore[assignment]
     return layer
 

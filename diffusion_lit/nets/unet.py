@@ -147,6 +147,7 @@ class UNet(nn.Module):
         decoder_attention: On the way up, attention behind "all" blocks of a level (DDPM) or its "last" (DDPM++).
         activation_checkpointing: Keep only the feature maps between blocks for the backward pass and compute what lies
             within a block again: less than half the memory, for about a third more time.
+        takes_until: Whether the network is told a second noise level, the one that a step ends at (MeanFlow).
 
     Raises:
         ValueError: An argument is out of range, or the levels do not divide the image size.
@@ -177,8 +178,10 @@ class UNet(nn.Module):
         skip_scale: float = 1.0,
         decoder_attention: Literal["all", "last"] = "all",
         activation_checkpointing: bool = False,
+        takes_until: bool = False,
     ) -> None:
         super().__init__()
+        self.takes_until = takes_until
         self.activation_checkpointing = activation_checkpointing
         out_channels = in_channels if out_channels is None else out_channels
         check_count(
@@ -208,10 +211,14 @@ class UNet(nn.Module):
             image_size, self.size_multiple, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult"
         )
 
-        informed = noise_embedding != "none" or num_classes > 0 or augment_dim > 0
+        informed = noise_embedding != "none" or num_classes > 0 or augment_dim > 0 or takes_until
         emb_channels = 4 * model_channels if informed else 0
         self.conditioning = (
-            Conditioning(model_channels, emb_channels, noise_embedding, num_classes, augment_dim) if informed else None
+            Conditioning(
+                model_channels, emb_channels, noise_embedding, num_classes, augment_dim, takes_until=takes_until
+            )
+            if informed
+            else None
         )
 
         def block(cin: int, cout: int, resample: Resample | None = None) -> ResBlock:
@@ -274,7 +281,15 @@ class UNet(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1))
         initialise(self)
 
-    def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        label: Tensor | None = None,
+        augment: Tensor | None = None,
+        *,
+        until: Tensor | None = None,
+    ) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -282,6 +297,7 @@ class UNet(nn.Module):
             noise: c_noise, shape (B,).
             label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
             augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
+            until: c_noise of the second noise level, shape (B,), for a network that takes it; None for the first one.
 
         Returns:
             The prediction, shape (B, out_channels, H, W).
@@ -292,11 +308,11 @@ class UNet(nn.Module):
         """
         require_image(x, self.in_channels, self.size_multiple)
         if self.conditioning is not None:
-            emb = self.conditioning(noise, label, augment)
-        elif label is None and augment is None:
+            emb = self.conditioning(noise, label, augment, until)
+        elif label is None and augment is None and until is None:
             emb = None
         else:
-            raise ValueError("This network was built without conditions; set num_classes or augment_dim.")
+            raise ValueError("This network was built without conditions; set num_classes, augment_dim or takes_until.")
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))
         skips = [x]
         for layer in self.encoder:

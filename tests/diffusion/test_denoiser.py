@@ -6,6 +6,8 @@ from helpers.tiny_net import TinyNet
 
 from diffusion_lit.diffusion import (
     SAMPLERS,
+    ClassifierFreeGuidance,
+    ClipX0,
     Conditioned,
     Denoiser,
     EDMPreconditioning,
@@ -187,3 +189,63 @@ def test_the_sampler_takes_the_extremes_of_a_learned_variance():
             lambda net, inputs, output, said=said: torch.cat([output[:, :2], torch.full_like(output[:, :2], said)], 1)
         )
         torch.testing.assert_close(sample("learned"), sample(variance))
+
+
+class TwoLevels(TinyNet):
+    """A network that is told a second noise level and depends on it."""
+
+    takes_until = True
+
+    def forward(self, x, noise, label=None, *, until=None):
+        output = super().forward(x, noise, label, until=until)
+        return output + torch.cos(3 * (noise if until is None else until))[:, None, None, None].to(x)
+
+
+def test_until_maps_to_another_level_by_one_call_of_the_network():
+    """Against the paper's own step z_r = z_t - (t - r) u(z_t, r, t) on the straight path (arXiv 2505.13447, eq. 12)."""
+    net = TwoLevels(num_classes=3).double()
+    denoiser = Denoiser(net, FlowPreconditioning())
+    x, sigma = noisy(dtype=torch.float64)
+    label, until = torch.tensor([0, 2, 1, 3]), sigma * torch.tensor([0.0, 0.3, 0.9, 0.99], dtype=torch.float64)
+    moved = denoiser(x, sigma, label, until=until)
+    assert len(net.calls) == 1
+    t, r = (level / (1 + level) for level in (sigma, until))
+    column = (slice(None), None, None, None)
+    z = (1 - t)[column] * x
+    expected = (z - (t - r)[column] * net(z, t, label, until=r)) / (1 - r)[column]
+    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
+    # at 0 it is an estimate of the clean image; a level for all is the same as one for each
+    torch.testing.assert_close(denoiser(x, sigma, until=0.0), denoiser.average(x, sigma, torch.zeros(4)))
+    assert torch.equal(denoiser(x, 9.0, until=1.5), denoiser(x, torch.full((4,), 9.0), until=torch.full((4,), 1.5)))
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: ClipX0(ClassifierFreeGuidance(d, 2.0))])
+def test_at_equal_levels_the_map_is_the_identity_and_no_network_is_called(wrap):
+    net = TwoLevels(num_classes=3)
+    denoiser = Denoiser(net, FlowPreconditioning())
+    x, sigma = noisy()
+    assert torch.equal(denoiser(x, sigma, until=sigma), x) and torch.equal(denoiser(x, 0.3, until=0.3), x)
+    assert net.calls == []
+    half = torch.where(torch.arange(4) < 2, sigma, 0.0)
+    label = torch.tensor([0, 1, 2, 2])
+    assert torch.equal(wrap(denoiser)(x, sigma, label, until=half)[:2], x[:2])
+    # without until the estimate is that of a way of no length
+    torch.testing.assert_close(denoiser(x, sigma), denoiser.average(x, sigma, sigma))
+
+
+def test_until_is_refused_where_it_has_no_meaning():
+    x, sigma = noisy()
+    with pytest.raises(ValueError, match="takes none; train one with takes_until"):
+        Denoiser(TinyNet(), FlowPreconditioning())(x, sigma, until=0.0)
+    with pytest.raises(ValueError, match="takes none"):
+        LearnedVarianceDenoiser(TwoLevels(out_channels=4), FlowPreconditioning())(x, sigma, until=0.0)
+    with pytest.raises(ValueError, match="EDMPreconditioning has no c_noise for the level 0"):
+        Denoiser(TwoLevels(), EDMPreconditioning())
+    denoiser = Denoiser(TwoLevels(), FlowPreconditioning())
+    for until, words in (
+        (3.0, "until 3 is not between"),
+        (-0.1, "until -0.1 is not"),
+        (torch.ones(3), r"shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            denoiser(x, torch.full((4,), 2.0), until=until)

@@ -5,6 +5,7 @@ import torch
 from helpers.tiny_net import TinyNet
 
 from diffusion_lit.diffusion import (
+    Autoguidance,
     ClassifierFreeGuidance,
     ClipX0,
     Conditioned,
@@ -12,6 +13,7 @@ from diffusion_lit.diffusion import (
     DenoiserWrapper,
     EDMPreconditioning,
     EpsPreconditioning,
+    FlowPreconditioning,
     LearnedVarianceDenoiser,
     LinearSchedule,
 )
@@ -118,3 +120,34 @@ def test_the_estimate_before_the_threshold_is_told_through_bound_labels():
     assert torch.equal(clipped, free.clamp(-1, 1)) and float(free.abs().max()) > 1
     first, second = Conditioned(guided, LABEL).unclipped(x, sigma)
     assert torch.equal(first, second)
+
+
+class Averaged(TinyNet):
+    """A network that is told a second noise level and depends on it."""
+
+    takes_until = True
+
+    def forward(self, x, noise, label=None, *, until=None):
+        return super().forward(x, noise, label) + torch.cos(3 * until)[:, None, None, None].to(x)
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_what_a_wrapper_does_to_estimates_it_does_to_the_map(each):
+    """x_until = (until/sigma) x + (1 - until/sigma) D with D changed as the wrapper says, a level per sample or one."""
+    denoiser = Denoiser(Averaged(num_classes=3), FlowPreconditioning()).double()
+    x, sigma = noisy()
+    x, sigma = x.double(), sigma.double()
+    until = torch.tensor([0.0, 0.7, 8.5]).double() if each else torch.tensor(0.2).double()
+    ratio = (until / sigma)[:, None, None, None]
+    conditional, unconditional = (denoiser.average(x, sigma, until, label) for label in (LABEL, None))
+    scale = torch.tensor([2.0, 1.0, 0.0])  # both branches, the first alone, the second alone
+    guided = unconditional + scale[:, None, None, None] * (conditional - unconditional)
+    for wrapped, x0_hat in (
+        (Conditioned(denoiser, LABEL), conditional),
+        (Conditioned(ClassifierFreeGuidance(denoiser, scale), LABEL), guided),
+        (Conditioned(ClipX0(ClassifierFreeGuidance(denoiser, scale)), LABEL), guided.clamp(-1, 1)),
+        (Conditioned(Autoguidance(denoiser, denoiser, 3.0), LABEL), conditional),
+    ):
+        assert wrapped.takes_until
+        torch.testing.assert_close(wrapped(x, sigma, until=until), ratio * x + (1 - ratio) * x0_hat)
+    assert not Conditioned(Denoiser(TinyNet(), FlowPreconditioning())).takes_until

@@ -329,3 +329,23 @@ def test_the_compiler_sees_one_graph(name):
 @pytest.mark.parametrize("name", ["unet", "dit"])
 def test_compiled_equals_eager(name):
     compiled_equals_eager(name, "inductor")
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_a_second_noise_level_matters_and_starts_out_as_if_it_did_not(name):
+    torch.manual_seed(0)
+    fresh = SMALL[name](in_channels=2, image_size=16, noise_embedding="fourier", takes_until=True)
+    with torch.no_grad():
+        for p in fresh.conditioning.out.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x, noise = batch()
+    embed = fresh.conditioning
+    assert torch.equal(embed(noise, None, None, noise / 3), embed(noise, None, None))
+    net = build(name, takes_until=True)
+    told, untold, same = (net(x, noise, until=until) for until in (noise / 3, None, noise))
+    assert torch.equal(untold, same)
+    assert float((told - untold).abs().max()) > 1e-4
+    with pytest.raises(ValueError, match="takes_until"):
+        build(name)(x, noise, until=noise)
+    with pytest.raises(ValueError, match="takes_until needs a noise embedding"):
+        build(name, takes_until=True, noise_embedding="none")

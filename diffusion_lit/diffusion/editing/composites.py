@@ -38,7 +38,8 @@ def _evaluate_each(
         )
     if isinstance(sigma, Tensor) and sigma.ndim:
         sigma = sigma.repeat(count)
-    outputs = evaluate(torch.cat(list(images)), sigma, None if label is None else label.T.flatten())
+    rows = torch.arange(len(images[0])).repeat(count)
+    outputs = evaluate(torch.cat(list(images)), sigma, None if label is None else label.T.flatten(), rows)
     return [list(output.chunk(count)) for output in outputs]
 
 
