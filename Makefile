@@ -32,13 +32,13 @@ studies: install ## run every study in its small form, in 20 minutes on 2 cores:
 	$(BIN)/python -m experiments.studies
 
 test: install ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 
 # Every processor has kernels of its own, whose exp and log differ in the last bit: these tests run on the plainest too.
 COMPUTE := grids or last_bit or gradients or noise or preconditioning or conversions or denoiser or guidance or wrappers \
 	or views or test_loss or generate or likelihood or analytic or averaging or reconstruction or test_samplers or nets_layers
 test-plain-kernels: install ## run the tests that compute with the kernels of a processor without AVX
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -k '$(COMPUTE)'
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal -k '$(COMPUTE)'
 
 test-slow: install ## run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -90,7 +90,7 @@ def training_parsers() -> dict[str, Any]:
             raise Built
 
     with contextlib.suppress(Built):
-        run(["fit"], Parsers)
+        run([], Parsers)
     return parsers
 
 

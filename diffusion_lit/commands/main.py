@@ -228,9 +228,10 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
         values["ckpt_path"] = _find(values["ckpt_path"])
     for name, kind in spread.items():
         values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
-    from diffusion_lit.runtime.precision import use_tf32
+    if "torch" in sys.modules:  # a command that computes nothing does without its 7 seconds
+        from diffusion_lit.runtime.precision import use_tf32
 
-    use_tf32(False)
+        use_tf32(False)
     function(**values)
 
 

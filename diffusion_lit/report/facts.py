@@ -6,9 +6,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import versions
 
+MAPPINGS = (("trainer",), ("model",), ("data",), ("model", "init_args"), ("data", "init_args"))
+COUNTS = (
+    *(("trainer", name) for name in ("max_steps", "max_epochs", "accumulate_grad_batches")),
+    ("data", "init_args", "batch_size"),
+)
 HARDWARE = "hardware/text_summary"  # TensorBoard's tag of what `RunSummary` records
 
 
@@ -49,6 +56,36 @@ def is_run(folder: Path) -> bool:
     )
 
 
+def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a run, as far as it is one.
+
+    Args:
+        path: Its file, config.yaml.
+
+    Returns:
+        What can be used of it, and a sentence on each thing that cannot.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+        json.dumps(content, default=str, skipkeys=True)  # which refuses a part that holds itself
+    except FileNotFoundError:
+        return {}, [f"The run has no {path.name}."]
+    except Exception:  # whatever a tag of YAML brings its reader to
+        return {}, [f"{path.name} cannot be read."]
+    if not isinstance(content, dict):
+        return {}, [f"{path.name} holds no configuration."]
+    problems = []
+    for kind, wanted, ways in ((dict, "a mapping", MAPPINGS), (int, "a whole number", COUNTS)):
+        for *above, key in ways:
+            part = inside(content, *above)
+            given = part.get(key) if isinstance(part, dict) else None
+            if given is not None and not isinstance(given, kind):
+                del part[key]
+                name = ".".join([*above, key])
+                problems.append(f"{path.name} is read without {name}, which is {given!r:.60} and must be {wanted}.")
+    return content, problems
+
+
 def inside(config: Any, *keys: str) -> Any:
     """A value of a nested configuration.
 
@@ -80,6 +117,7 @@ def describe(value: Any) -> str:
     """
     if isinstance(value, dict):
         name, values = class_name(value), value.get("init_args") or {} if "class_path" in value else value
+        values = values if isinstance(values, dict) else {"init_args": values}
         given = ", ".join(f"{key}={describe(one)}" for key, one in values.items() if one is not None)
         return f"{name}({given})"
     return "[" + ", ".join(map(describe, value)) + "]" if isinstance(value, list) else str(value)

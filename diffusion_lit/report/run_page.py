@@ -7,7 +7,6 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
-import yaml
 
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
@@ -21,6 +20,7 @@ from diffusion_lit.report.facts import (
     magnitude,
     moment,
     parameters,
+    read_config,
     receipts,
     settings,
     step_of,
@@ -53,8 +53,7 @@ class RunPage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.problems: list[str] = []
-        self.config = self._read_config()
+        self.config, self.problems = read_config(folder / "config.yaml")
         self.history: History = read_history(folder)
         for session in self.history.sessions:
             if not session.whole:
@@ -65,19 +64,6 @@ class RunPage:
         self.checkpoint: dict[str, Any] = {}
         self.module: Any = None
         self._read_checkpoint()
-
-    def _read_config(self) -> dict[str, Any]:
-        try:
-            content = yaml.safe_load((self.folder / "config.yaml").read_text())
-        except FileNotFoundError:
-            self.problems.append("The run has no config.yaml.")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            self.problems.append("config.yaml cannot be read.")
-        else:
-            if isinstance(content, dict):
-                return content
-            self.problems.append("config.yaml holds no configuration.")
-        return {}
 
     def _read_checkpoint(self) -> None:
         """The last checkpoint and the module that it describes, as far as they can be had."""

@@ -9,9 +9,10 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -149,7 +150,7 @@ def cpu_contention() -> str:
     )
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """A device by its name.
 
     Args:
@@ -161,6 +162,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: If this machine has no such device.
     """
+    import torch
+
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -170,7 +173,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"There is no device {name!r} here; use auto, cpu or one that this machine has.") from error
 
 
-def hardware(device: torch.device, ranks: int) -> dict[str, Any]:
+def hardware(device: "torch.device", ranks: int) -> dict[str, Any]:
     """What the samples were made on.
 
     Args:
@@ -180,6 +183,8 @@ def hardware(device: torch.device, ranks: int) -> dict[str, Any]:
     Returns:
         Name of the processor and numbers of ranks and threads.
     """
+    import torch
+
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -412,16 +412,16 @@ def said_by(capsys, run, *args):
     ],
     ids=["classes", "network", "module"],
 )
-def test_a_checkpoint_of_another_model_is_one_sentence(lightning, capsys, options, message):
-    lightning(*FIT, "--trainer.max_steps=1")
+def test_a_checkpoint_of_another_model_is_one_sentence(lightning, trained_once, capsys, options, message):
+    trained_once(*FIT, "--trainer.max_steps=1")
     capsys.readouterr()
     assert message in said_by(capsys, lightning, *FIT, "--ckpt_path=last", *options)
 
 
-def test_a_checkpoint_of_another_image_size_is_one_sentence(lightning, capsys, tmp_path):
+def test_a_checkpoint_of_another_image_size_is_one_sentence(lightning, trained_once, capsys, tmp_path):
     from PIL import Image
 
-    lightning(*FIT, "--trainer.max_steps=1")
+    trained_once(*FIT, "--trainer.max_steps=1")
     (tmp_path / "images" / "0").mkdir(parents=True)
     for index in range(40):
         Image.new("L", (16, 16), index).save(tmp_path / "images" / "0" / f"{index}.png")

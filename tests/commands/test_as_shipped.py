@@ -4,15 +4,13 @@ Images, trajectories, FID, averages with snapshots and checkpoints are all on, s
 hang for a user. A run that does not end in time fails.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.apart import run_apart
 from helpers.configs_tools import DATA, EXPERIMENTS, parts, write_images
 from helpers.project_files import ROOT, write_idx
 from helpers.runs import logged, read
@@ -24,22 +22,13 @@ EXACT = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]  # in bf16 
 AVERAGES = ["--ema.half_life=null", "--ema.sigma_rel=[0.05,0.1]", "--ema.snapshot_every=2"]
 
 
-def fit(folder, config, *options, ranks=1, strategy="ddp_fork", timeout=300):
+def fit(folder, config, *options, ranks=1):
     """Runs the command in a process of its own, whose cache is shared within a test."""
-    command = [
-        sys.executable,
-        "-c",
-        "from diffusion_lit.commands.main import main; main()",
-        "fit",
-        f"--config={config}",
-    ]
-    command += [] if ranks == 1 else [f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}"]
-    env = {**os.environ, "PYTHONPATH": ROOT, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, *EXACT, *options], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout + run.stderr
+    several = [] if ranks == 1 else [f"--trainer.devices={ranks}", "--trainer.strategy=ddp_fork"]
+    words = ["fit", f"--config={config}", *several, *EXACT, *options]
+    run = run_apart(words, folder, timeout=300, XDG_CACHE_HOME=str(folder / "cache"))
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run.stdout
 
 
 def smaller(folder, name, samples):

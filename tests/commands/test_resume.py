@@ -169,8 +169,8 @@ def test_the_seed_is_the_checkpoints_unless_typed(lightning, capsys):
     assert read(LAST)["diffusion_lit"]["seed"] == 6
 
 
-def test_another_optimizer_or_other_data_is_told(lightning, capsys, idx_folder):
-    lightning(*FIT, "--trainer.max_steps=1")
+def test_another_optimizer_or_other_data_is_told(lightning, trained_once, capsys):
+    trained_once(*FIT, "--trainer.max_steps=1")
     capsys.readouterr()
     assert (
         ended(lightning, *FIT, "--ckpt_path=last", "--model.init_args.optimizer=torch.optim.SGD", f"{OPTIMIZER}.lr=0.1")

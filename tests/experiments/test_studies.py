@@ -41,6 +41,7 @@ TINY = {
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
     "loss_by_noise_level.batches": 0,
+    "trainer.limit_val_batches": 2,
     "data.init_args.batch_size": 8,
     "model.init_args.net.init_args.model_channels": 8,
 }

@@ -28,6 +28,7 @@ TINY = {
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
     "loss_by_noise_level.batches": 0,
+    "trainer.limit_val_batches": 2,
     "model.init_args.net.init_args.model_channels": 8,
     "data.init_args.batch_size": 32,
 }
@@ -38,6 +39,7 @@ def study(tmp_path, monkeypatch):
     """Runs a study in an empty folder, its trainings in this process, measured by pixels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("experiments.harness.study.DPI", 40)
     trained = []
 
     def here(self, command, **options):

@@ -15,7 +15,7 @@ FIT = [
     *["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.callbacks=[]"],
     *["--model.init_args.net.init_args.model_channels=16", "--model.init_args.lr_scheduler=null"],
     *["--data.init_args.batch_size=16", "--sample_grid.every=0", "--trajectory.every=0"],
-    *["--loss_by_noise_level.batches=0", "--trainer.log_every_n_steps=1"],
+    *["--loss_by_noise_level.batches=0", "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=3"],
 ]
 
 
@@ -74,6 +74,7 @@ TINY = [
     "--model.init_args.net.init_args.model_channels=16",
     "--model.init_args.sampling.num_steps=2",
     "--data.init_args.batch_size=16",
+    "--trainer.limit_val_batches=3",
     "--sample_grid.columns=2",
     "--trajectory.count=1",
 ]
@@ -100,6 +101,7 @@ TINY_TRAINING = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--data.init_args.batch_size=16",
+    "--trainer.limit_val_batches=3",
 ]
 
 

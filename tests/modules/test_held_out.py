@@ -51,7 +51,7 @@ def means(make, world: int, batch_size: int) -> dict[str, float]:
         module.log = lambda name, value, batch_size, **_: sums.setdefault(name, []).append(
             torch.stack([value.detach().double() * batch_size, torch.tensor(float(batch_size)).double()])
         )
-        by_level = LossByNoiseLevel(batches=1000)
+        by_level = LossByNoiseLevel(sigmas=(0.1, 1.0), batches=1000)
         for index, batch in enumerate(EvalLoader(Split(images, None), batch_size, world, rank)):
             with torch.no_grad():
                 module.validation_step(batch, index)

@@ -222,6 +222,30 @@ def test_what_is_damaged_costs_its_own_part(lightning, run):
     assert "The run has no config.yaml." in RunPage(run).problems
 
 
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("trainer: [1]", "trainer, which is [1] and must be a mapping"),
+        ("trainer: {max_steps: many}", "trainer.max_steps, which is 'many' and must be a whole number"),
+        ("trainer: {max_epochs: {a: 1}}", "trainer.max_epochs, which is {'a': 1}"),
+        ("trainer: {accumulate_grad_batches: x}", "trainer.accumulate_grad_batches, which is 'x'"),
+        ("model: 3", "model, which is 3 and must be a mapping"),
+        ("model: {init_args: x}", "model.init_args, which is 'x'"),
+        ("data: {init_args: {batch_size: [8]}}", "data.init_args.batch_size, which is [8]"),
+        ("model: {init_args: {net: {class_path: 3, init_args: [4]}, x: {1: 2020-01-01}}}", ""),
+        ("ema: &a {b: *a}", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("x: !!int ''", "cannot be read"),
+    ],
+)
+def test_an_odd_configuration_is_a_sentence_on_the_page(tmp_path, text, left_out):
+    (tmp_path / "config.yaml").write_text(text)
+    page = RunPage(tmp_path)
+    page.build().write(tmp_path / "page.html")
+    assert left_out in " ".join(page.problems)
+    assert len(page.problems) == 1 + bool(left_out)  # it has no checkpoint
+
+
 def test_where_there_is_no_run(lightning, run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs/edm_digits/version_7").mkdir()  # made, but nothing in it

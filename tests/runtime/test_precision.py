@@ -84,8 +84,8 @@ def test_training_in_bf16_keeps_weights_average_and_optimizer_in_float32(lightni
     assert len(losses) == 6 and all(map(torch.isfinite, map(torch.tensor, losses)))
 
 
-def test_compiling_leaves_the_keys_of_the_checkpoint(lightning, monkeypatch):
-    lightning(*FIT, "--trainer.max_steps=1")
+def test_compiling_leaves_the_keys_of_the_checkpoint(lightning, trained_once, monkeypatch):
+    trained_once(*FIT, "--trainer.max_steps=1")
     keys = read(LAST)["state_dict"].keys()
     compiled = []
     before = torch.nn.Module.compile
@@ -101,8 +101,8 @@ def test_compiling_leaves_the_keys_of_the_checkpoint(lightning, monkeypatch):
     assert "_orig_mod" not in "".join(read(LAST)["current_model_state"])
 
 
-def test_sampling_compiles_the_network_for_graphs_and_draws_the_same(lightning, monkeypatch):
-    lightning(*FIT, "--trainer.max_steps=1")
+def test_sampling_compiles_the_network_for_graphs_and_draws_the_same(lightning, trained_once, monkeypatch):
+    trained_once(*FIT, "--trainer.max_steps=1")
     options = ["--ckpt_path", LAST, "--num_samples=2", "--num_steps=2", "--device=cpu"]
     lightning("sample", *options, "--out=plain")
     asked = []

@@ -10,7 +10,8 @@ import pytest
 from helpers.project_files import ROOT
 
 HANG = """
-import ctypes, os, sys, threading, time
+import ctypes, os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
 from diffusion_lit.runtime import watchdog
 watchdog.PERIOD = 0.1
 watchdog.GRACE = 0.5
