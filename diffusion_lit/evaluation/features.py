@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count
+from diffusion_lit.modules.data_classifier import MissingWeights as MissingWeights
 from diffusion_lit.runtime.precision import use_tf32
 from diffusion_lit.storage.hashing import weights_hash
 
@@ -77,10 +78,6 @@ class Features:
         """
         logits = [part.logits for part in parts if part.logits is not None]
         return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
-
-
-class MissingWeights(ValueError):
-    """The weights of an extractor are not here and cannot be had; the message says how to get them."""
 
 
 class FeatureExtractor(ABC):

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.classifiers import training_labels
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.modules.data_classifier import training_labels
 
 MOST_NEIGHBOURS = 5000  # the distances between all images of a large set would take minutes, for each figure
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from diffusion_lit.evaluation import fidelity, weights
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.classifiers import IMAGES_SEEN, ClassifierFeatures, classifier_of
+from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.evaluation.features import MissingWeights, Pixels, full_precision
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
+from diffusion_lit.modules.data_classifier import IMAGES_SEEN, classifier_of
 from diffusion_lit.storage.hashing import weights_hash
 
 
@@ -249,7 +250,7 @@ def test_the_classifier_of_the_data_is_trained_once_and_the_same_each_time(monke
     assert made.features.std(0).min() > 0
 
     assert len(list((tmp_path / "cache/classifiers").iterdir())) == 1
-    monkeypatch.setattr("diffusion_lit.evaluation.classifiers.train_classifier", None)  # the cache must serve
+    monkeypatch.setattr("diffusion_lit.modules.data_classifier.train_classifier", None)  # the cache must serve
     assert weights_hash(classifier_of(source).state_dict()) == weights_hash(first.state_dict())
     monkeypatch.undo()
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", "/proc/nowhere")  # cannot be written: trained again, to the same weights
@@ -286,7 +287,7 @@ def test_published_weights_are_named_by_the_option_of_the_command():
 def test_a_classifier_is_trained_where_gradients_are_off(tmp_path, monkeypatch):
     """As at the first validation of a command that trains nothing."""
     from datamodules import Digits
-    from diffusion_lit.evaluation import classifiers
+    from diffusion_lit.modules import data_classifier as classifiers
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(classifiers, "IMAGES_SEEN", 300)

@@ -7,8 +7,9 @@ import torch
 import yaml
 from helpers.project_files import write_idx
 
-from diffusion_lit.evaluation.classifiers import ClassifierFeatures, classifier_from_checkpoint
+from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.modules import Classifier
+from diffusion_lit.modules.data_classifier import classifier_from_checkpoint
 from diffusion_lit.nets import ConvClassifier
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
