@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diffusion_lit.nets.autoencoder import part
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.runs import find_last
 from diffusion_lit.storage.trust import check, find_class, naming
@@ -23,7 +24,7 @@ def describe(net: Any) -> dict[str, Any]:
     Returns:
         `class_path` and `init_args`.
     """
-    return {"class_path": f"{type(net).__module__}.{type(net).__qualname__}", "init_args": dict(net.config)}
+    return part(net)
 
 
 def build(record: dict[str, Any]) -> Any:
@@ -44,9 +45,19 @@ def build(record: dict[str, Any]) -> Any:
     if not (issubclass(kind, nn.Module) and hasattr(kind, "encode")):
         raise ValueError(f"{record['class_path']} is no autoencoder.")
     try:
-        return kind(**record["init_args"])
+        return kind(**{name: _built(value) for name, value in record["init_args"].items()})
     except (TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"The file's autoencoder {record['class_path']} cannot be built: {error}.") from error
+
+
+def _built(value: Any) -> Any:
+    """An argument of an autoencoder, built where it describes a part of it."""
+    if not (isinstance(value, dict) and set(value) == {"class_path", "init_args"}):
+        return value
+    kind = find_class(value["class_path"])
+    if not issubclass(kind, nn.Module):
+        raise ValueError(f"{value['class_path']} is no part of an autoencoder.")
+    return kind(**value["init_args"])
 
 
 def load_autoencoder(source: str) -> Any:

@@ -2,7 +2,9 @@
 
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 from diffusion_lit.nets.autoencoder import Autoencoder, Posterior
+from diffusion_lit.nets.bottlenecks import FSQ, VQ
 from diffusion_lit.nets.classifier import ConvClassifier
+from diffusion_lit.nets.discriminator import PatchDiscriminator
 from diffusion_lit.nets.dit import DiT
 from diffusion_lit.nets.presets import DDPMCIFAR10, DDPMpp, DiT_B_2, DiT_S_2, PlainUNet
 from diffusion_lit.nets.unet import UNet
@@ -10,6 +12,8 @@ from diffusion_lit.nets.unet import UNet
 __all__ = [
     "AUGMENT_DIM",
     "DDPMCIFAR10",
+    "FSQ",
+    "VQ",
     "Augment",
     "Autoencoder",
     "ConvClassifier",
@@ -17,6 +21,7 @@ __all__ = [
     "DiT",
     "DiT_B_2",
     "DiT_S_2",
+    "PatchDiscriminator",
     "PlainUNet",
     "Posterior",
     "UNet",

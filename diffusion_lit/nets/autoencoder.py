@@ -1,7 +1,8 @@
-"""The KL autoencoder: images to the parameters of a Gaussian over latents, and latents back to images.
+"""The autoencoder: images to latents, a Gaussian or codes, and latents back to images.
 
-    encoder:  x (B, C, H, W) -> mean, log-variance of q(z|x), each (B, c, H/f, W/f)
-    decoder:  z (B, c, H/f, W/f) -> x (B, C, H, W)
+    encoder:     x (B, C, H, W) -> h (B, k c, H/f, W/f)
+    bottleneck:  h -> the distribution of z (B, c, H/f, W/f), by default mean and log-variance of a Gaussian (k = 2)
+    decoder:     z -> x (B, C, H, W)
 
 Both are residual stages, self-attention at the bottom. The spatial factor f is patch_size * 2^(levels - 1): a stem
 folds squares of patch_size pixels into channels, which costs least on a CPU, and each level beyond the first halves the
@@ -12,48 +13,21 @@ With q = N(mean, std^2) and the prior N(0, 1) the divergence has a closed form, 
     KL(q || p) = sum (mean^2 + std^2 - 1 - ln std^2) / 2        (Kingma & Welling 2014, arXiv 1312.6114, appendix B)
 
 Any network with `encode(x) -> Posterior`, `decode(z) -> x`, the attributes in_channels, latent_channels and factor, and
-`config` (its constructor's arguments) can replace this one.
+`config` (its constructor's arguments) can replace this one. A second training phase (`VAE.frozen_encoder`) also asks
+for its `encoder`, an adversary for `last_layer`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count, check_counts, check_number
+from diffusion_lit.nets.bottlenecks import Bottleneck, Codes, GaussianBottleneck
+from diffusion_lit.nets.bottlenecks import Posterior as Posterior
 from diffusion_lit.nets.checks import require_image, require_image_size
 from diffusion_lit.nets.layers import Attention, GroupNorm, downsample, initialise, upsample
 from diffusion_lit.nets.unet import ResBlock
-
-LOGVAR_RANGE = (-30.0, 20.0)  # beyond it exp overflows or the divergence loses its digits
-
-
-class Posterior(NamedTuple):
-    """A Gaussian over latents with independent entries.
-
-    Args:
-        mean: Shape (B, c, h, w).
-        std: Standard deviations of the same shape, 0 for an autoencoder without noise.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Draws latents.
-
-        Args:
-            noise: Standard normal, of the mean's shape.
-
-        Returns:
-            mean + std * noise.
-        """
-        return self.mean + self.std * noise
-
-    def kl(self) -> Tensor:
-        """The divergence from the standard normal prior in nats, per entry; same shape as the mean."""
-        variance = self.std.square()
-        return 0.5 * (self.mean.square() + variance - 1 - variance.log())
 
 
 class Half(nn.Module):
@@ -94,7 +68,7 @@ class Half(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Residual convolutional autoencoder with a Gaussian bottleneck.
+    """Residual convolutional autoencoder.
 
     Args:
         in_channels: Channels of an image, any number.
@@ -107,6 +81,7 @@ class Autoencoder(nn.Module):
         attention: Whether the bottom has self-attention.
         head_channels: Most channels of an attention head.
         dropout: Dropout probability in the residual blocks.
+        bottleneck: What stands between encoder and decoder: `FSQ` or `VQ` for codes; by default a Gaussian (KL).
 
     Raises:
         ValueError: If an argument is out of range or the spatial factor does not divide the image size.
@@ -126,6 +101,7 @@ class Autoencoder(nn.Module):
         attention: bool = True,
         head_channels: int = 32,
         dropout: float = 0.0,
+        bottleneck: Bottleneck | None = None,
     ) -> None:
         super().__init__()
         check_count(
@@ -158,7 +134,10 @@ class Autoencoder(nn.Module):
             "attention": attention,
             "head_channels": head_channels,
             "dropout": dropout,
+            "bottleneck": None if bottleneck is None else part(bottleneck),
         }
+        self.bottleneck = bottleneck or GaussianBottleneck()
+        self.bottleneck.attach(latent_channels)
 
         widths = [model_channels * mult for mult in channel_mult]
         pixels = in_channels * patch_size**2
@@ -168,7 +147,7 @@ class Autoencoder(nn.Module):
             Half(widths, num_blocks, True, attention, head_channels, dropout),
             GroupNorm(widths[-1]),
             nn.SiLU(),
-            nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1),
+            nn.Conv2d(widths[-1], self.bottleneck.width * latent_channels, 3, padding=1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
@@ -186,7 +165,14 @@ class Autoencoder(nn.Module):
         side = self.image_size // self.factor
         return (self.latent_channels, side, side)
 
-    def encode(self, x: Tensor) -> Posterior:
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution."""
+        convolution = self.decoder[-2]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution.weight
+
+    def encode(self, x: Tensor) -> Posterior | Codes:
         """The distribution of the latent of each image.
 
         Args:
@@ -199,15 +185,15 @@ class Autoencoder(nn.Module):
             ValueError: If the images have another number of channels or a side that the factor does not divide.
         """
         require_image(x, self.in_channels, self.factor)
-        parameters = self.encoder(x)
-        mean, logvar = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).chunk(2, dim=1)
-        return Posterior(mean, (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp())
+        h = self.encoder(x)
+        made: Posterior | Codes = self.bottleneck(h.to(torch.promote_types(h.dtype, torch.float32)))
+        return made
 
     def decode(self, z: Tensor) -> Tensor:
         """Images from latents.
 
         Args:
-            z: Latents (B, latent_channels, h, w).
+            z: Latents (B, latent_channels, h, w); of a bottleneck of codes the nearest ones are taken.
 
         Returns:
             Images (B, in_channels, h * factor, w * factor), in [-1, 1] up to overshoot.
@@ -216,9 +202,21 @@ class Autoencoder(nn.Module):
             ValueError: If the latents have another number of channels.
         """
         require_image(z, self.latent_channels, 1)
-        x: Tensor = self.decoder(z)
+        x: Tensor = self.decoder(self.bottleneck.nearest(z))
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W), encoded to the mean of their latents and decoded."""
         return self.decode(self.encode(x).mean)
+
+
+def part(built: Any) -> dict[str, Any]:
+    """The description of a part of a network, as plain values.
+
+    Args:
+        built: The part, whose `config` holds its arguments.
+
+    Returns:
+        `class_path` and `init_args`.
+    """
+    return {"class_path": f"{type(built).__module__}.{type(built).__qualname__}", "init_args": dict(built.config)}
