@@ -23,7 +23,7 @@ from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
 from diffusion_lit.diffusion.images import psnr, take, to_uint8
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules.load import load_module
-from diffusion_lit.modules.vae import ssim
+from diffusion_lit.modules.quality import ssim
 from diffusion_lit.storage.hashing import file_hash
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained

@@ -121,7 +121,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
         if not self._weights[0]:  # the parameters stay the same objects for the whole run, also where they are swapped
             module = self._average_model.module
             pairs = zip(module.parameters(), pl_module.parameters(), strict=True)
-            trained = [pair for pair in pairs if pair[1].requires_grad]
+            trained = [pair for pair in pairs if _is_averaged(pair[1], pl_module)]
             self._weights = ([mine for mine, _ in trained], [current for _, current in trained])
             self._buffers = (list(module.buffers()), list(pl_module.buffers()))
         averages, currents = self._weights
@@ -137,7 +137,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
     def _move_others(self, pl_module: LightningModule) -> None:
         if not self.gammas[1:]:
             return
-        currents = [parameter.detach() for parameter in pl_module.parameters() if parameter.requires_grad]
+        currents = [parameter.detach() for parameter in pl_module.parameters() if _is_averaged(parameter, pl_module)]
         if self._step == 1 and not self._others:
             self._others = [[current.clone() for current in currents] for _ in self.gammas[1:]]
         for average, gamma in zip(self._others, self.gammas[1:], strict=True):
@@ -145,7 +145,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
 
     def _write_snapshots(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
-        names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+        names = [name for name, parameter in pl_module.named_parameters() if _is_averaged(parameter, pl_module)]
         first = dict(self._average_model.module.named_parameters())
         averages: list[list[Tensor]] = [[first[name] for name in names], *self._others]
         folder = run_folder(trainer) / "averages"
@@ -174,12 +174,12 @@ class EMA(WritesToRunFolder, WeightAveraging):
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shares frozen weights with the module instead of averaging a copy of them."""
+        """Shares weights that are frozen, or an adversary's, with the module instead of averaging a copy of them."""
         assert self._average_model is not None
         for mine, current in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
-            if not current.requires_grad:
+            if not _is_averaged(current, pl_module):
                 mine.data = current.data
-        trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in pl_module.parameters() if _is_averaged(parameter, pl_module)]
         self._others = [
             [value.to(parameter.device) for value, parameter in zip(average, trained, strict=True)]
             for average in self._others
@@ -224,3 +224,8 @@ class EMA(WritesToRunFolder, WeightAveraging):
                 f"The checkpoint holds {len(self._others) + 1} averages, but this run asks for {len(self.gammas) or 1} "
                 "(--ema.sigma_rel); go on with the setting that it was trained with."
             )
+
+
+def _is_averaged(parameter: Tensor, module: LightningModule) -> bool:
+    """Whether a parameter is trained and not one that its module keeps apart, as an adversary's."""
+    return parameter.requires_grad and not any(parameter is one for one in getattr(module, "unaveraged", ()))

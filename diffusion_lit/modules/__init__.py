@@ -1,5 +1,6 @@
 """LightningModules: thin wrappers that train what `diffusion_lit.diffusion` and `diffusion_lit.nets` define."""
 
+from diffusion_lit.modules.adversary import Adversary
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.classifier import Classifier
 from diffusion_lit.modules.cold import ColdDiffusion
@@ -7,6 +8,7 @@ from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.optim import Trapezoid, WarmupStableDecay
+from diffusion_lit.modules.perceptual import LPIPS, ClassifierPerceptual
 from diffusion_lit.modules.reconstruction import L1, L2, DiscretisedGaussian, DiscretisedLogistic
 from diffusion_lit.modules.vae import VAE
 
@@ -15,8 +17,11 @@ __all__ = [
     "EDM",
     "L1",
     "L2",
+    "LPIPS",
     "VAE",
+    "Adversary",
     "Classifier",
+    "ClassifierPerceptual",
     "ColdDiffusion",
     "DiffusionModule",
     "DiscretisedGaussian",

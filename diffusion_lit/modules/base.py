@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_lit.checks import check_share
 from diffusion_lit.diffusion.denoiser import Denoiser
@@ -129,6 +129,16 @@ class BaseModule(LightningModule):
         if trainer is not None and logs_now(trainer):
             self.log_dict(figures, prog_bar=True, batch_size=batch_size, sync_dist=True)
 
+    @property
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The trained parameters in groups, each with its learning rate relative to the optimizer's."""
+        return [([parameter for parameter in self.parameters() if parameter.requires_grad], 1.0)]
+
+    @property
+    def unaveraged(self) -> list[nn.Parameter]:
+        """Trained parameters that an average of the weights leaves out."""
+        return []
+
     def configure_optimizers(self) -> Any:
         """The optimizer and, where there is one, the learning-rate schedule."""
         return configure_optimizers(self, *self._makers())
@@ -202,7 +212,7 @@ class DiffusionModule(PixelModel, BaseModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         check_share(label_dropout=label_dropout)
-        told = getattr(denoiser.net, "augment_dim", 0)
+        told = getattr(denoiser.net, "augment_dim", 0)  # 1: the size of random crops, where the data has such
         if augment is not None and told != AUGMENT_DIM:
             raise ValueError(
                 f"The network has augment_dim {told}, but augmentation tells it labels of length {AUGMENT_DIM}; set "
@@ -279,6 +289,8 @@ class DiffusionModule(PixelModel, BaseModule):
         draws, augment = self.draw(batch.get("label"), x0.shape, *key), self.draw_augment(len(x0), *key)
         if augment is not None:
             x0 = augment_images(x0, augment)
+        elif "crop_size" in batch and getattr(self.denoiser.net, "augment_dim", 0) == 1:
+            augment = batch["crop_size"]
         loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment).mean()
         self.log_step({"train/loss": loss.detach()}, len(x0))
         return loss

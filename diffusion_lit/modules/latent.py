@@ -103,7 +103,10 @@ class LatentDiffusion(LatentModel, DiffusionModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the images."""
-        return self.space.image_shape
+        if self.drawn_size is None:
+            return self.space.image_shape
+        factor = self.space.net.factor
+        return (self.space.image_shape[0], self.drawn_size[0] * factor, self.drawn_size[1] * factor)
 
     def setup(self, stage: str) -> None:
         """Loads the autoencoder that `vae_ckpt` names.
@@ -221,16 +224,12 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         """Takes the latent space from the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint has none, or it was trained with another autoencoder than `vae_ckpt` names.
+            ValueError: If the checkpoint has none, or it was trained with another encoder than `vae_ckpt` has.
         """
         super().on_load_checkpoint(checkpoint)
         if "latent_space" not in checkpoint:
             raise ValueError("The checkpoint carries no autoencoder, so it is not one of LatentDiffusion.")
         trained = LatentSpace.from_state(checkpoint["latent_space"])
         if self._space is not None and self._space.sha256 != trained.sha256:
-            raise ValueError(
-                f"The checkpoint was trained on the latents of an autoencoder with the hash {trained.sha256[:12]}, and "
-                f"{self.vae_ckpt} has {self._space.sha256[:12]}; give vae_ckpt the one that it was trained "
-                "with, or train anew."
-            )
+            trained.take_decoder(self._space.net, f"vae_ckpt {self.vae_ckpt}")
         self._space = trained

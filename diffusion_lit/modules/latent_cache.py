@@ -1,7 +1,7 @@
 """Latents on disk, encoded once: mean and standard deviation of each image's posterior, mirrored as a second copy.
 
 A cache is a folder `latents/KEY` with `moments.f32`, float32 (copies, N, 2, c, h, w), and `index.json`. KEY is a hash
-of the autoencoder's weights, the fingerprint of the data (its transformed pixels) and whether there are mirrored
+of the encoder's weights, the fingerprint of the data (its transformed pixels) and whether there are mirrored
 copies, so that a change of any of them makes a new cache. All ranks write into one temporary file, which is renamed
 when complete, so that a killed run leaves no partial cache. A lock keeps two runs from doing the same work; without
 locks both do it, which is harmless. Opening a cache reads it once and compares its CRC-32 and the hash of its index
@@ -35,7 +35,7 @@ from diffusion_lit.storage.folders import publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
 
-FORMAT = 2
+FORMAT = 3
 DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
 
 
@@ -111,7 +111,7 @@ def latent_cache(
     images = data.reference_images(split)
     record = {
         "format": FORMAT,
-        "vae_sha256": space.sha256,
+        "encoder_sha256": space.encoder_sha256,
         "precision": space.precision,
         "data": type(data).__name__,
         "fingerprint": data.fingerprint(split),

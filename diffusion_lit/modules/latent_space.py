@@ -69,8 +69,28 @@ class LatentSpace(Frozen):
         self.shape = latent_shape(net, image_shape)
         self.precision = precision
         self.sha256 = weights_hash(self.net.state_dict())
+        self.encoder_sha256 = encoder_hash(self.net)
         self.mean: Tensor | None = None
         self.std: Tensor | None = None
+
+    def take_decoder(self, net: nn.Module, name: str) -> None:
+        """Decodes with another decoder from here on.
+
+        Args:
+            net: An autoencoder with the same encoder, as `VAE.frozen_encoder` trains it.
+            name: What it is called in the refusal.
+
+        Raises:
+            ValueError: If its encoder is another one.
+        """
+        if encoder_hash(net.to(DTYPES[self.precision])) != self.encoder_sha256:
+            raise ValueError(
+                f"{name} has another encoder than the autoencoder with the hash {self.sha256[:12]}, on whose latents "
+                "the model was trained, so that its decoder does not know them; give one that was trained with "
+                "frozen_encoder, or train anew."
+            )
+        self.net.load_state_dict(net.state_dict())
+        self.sha256 = weights_hash(self.net.state_dict())
 
     def set_scale(self, mean: Tensor, std: Tensor) -> None:
         """Takes the scale of the latents.
@@ -108,8 +128,8 @@ class LatentSpace(Frozen):
         """
         net = self.on(images.device)
         with torch.autocast(images.device.type, enabled=False):
-            mean, std = net.encode(images.to(DTYPES[self.precision]))
-        return Posterior(mean.float(), std.float())
+            posterior = net.encode(images.to(DTYPES[self.precision]))
+        return Posterior(posterior.mean.float(), posterior.std.float())
 
     def standardise(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder at the scale that the diffusion model sees.
@@ -188,6 +208,19 @@ class LatentSpace(Frozen):
         if state["mean"] is not None:
             space.set_scale(state["mean"], state["std"])
         return space
+
+
+def encoder_hash(net: nn.Module) -> str:
+    """The hash of the weights that latents depend on: all but the decoder's.
+
+    Args:
+        net: The autoencoder.
+
+    Returns:
+        A SHA-256.
+    """
+    apart = {"decoder", "post_quant_conv"}  # as diffusers' autoencoders name them too
+    return weights_hash({name: value for name, value in net.state_dict().items() if not apart & set(name.split("."))})
 
 
 def latent_shape(net: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -84,7 +84,9 @@ def configure_optimizers(
     Returns:
         Lightning's optimizer configuration.
     """
-    built = _fused(optimizer, [parameter for parameter in module.parameters() if parameter.requires_grad], module)
+    built = _fused(optimizer, module)
+    for group in built.param_groups:
+        group["lr"] *= group.get("lr_ratio", 1.0)
     built.register_load_state_dict_post_hook(lay_as_weights)
     if lr_scheduler is None:
         return built
@@ -152,14 +154,22 @@ def step_plateau(module: "LightningModule") -> None:
             config.scheduler.step(float(module.trainer.callback_metrics["val/loss"]))
 
 
-def _fused(optimizer: "OptimizerCallable", parameters: list[Tensor], module: "LightningModule") -> Optimizer:
+def _groups(module: Any) -> list[Any]:
+    """The parameters to optimise: a list of them, or of groups where a module has several."""
+    groups = module.parameter_groups
+    if len(groups) == 1:
+        return list(groups[0][0])
+    return [{"params": parameters, "lr_ratio": ratio} for parameters, ratio in groups]
+
+
+def _fused(optimizer: "OptimizerCallable", module: Any) -> Optimizer:
     """The optimizer, fused if it can be and the user did not choose.
 
     Fused AdamW took 5 ms instead of 14 of a step of 306 ms (1.7M parameters, 2 cores of a Xeon), and it skips a step
     that is not finite, so that `NonFiniteGuard` keeps no copies. Lightning refuses it with gradient clipping under its
     own mixed precision.
     """
-    built = optimizer(parameters)
+    built = optimizer(_groups(module))
     from diffusion_lit.runtime.internals import trainer_of
 
     trainer = trainer_of(module)
@@ -170,5 +180,5 @@ def _fused(optimizer: "OptimizerCallable", parameters: list[Tensor], module: "Li
         return built
     make: Callable[..., Optimizer] = optimizer
     with suppress(TypeError):  # a callable that takes the parameters alone
-        return make(parameters, fused=True)
+        return make(_groups(module), fused=True)
     return built

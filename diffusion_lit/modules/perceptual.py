@@ -1,16 +1,176 @@
-"""LPIPS by torchmetrics: a perceptual distance, between deep features of a pretrained network.
+"""Perceptual distances: between deep features of a network that was trained for something else.
 
-Source: Zhang 2018, arXiv 1801.03924.
+With f_l(x) the features of layer l at each position, scaled to unit length,
+
+    d(x_hat, x) = sum over l of the mean over positions of |f_l(x_hat) - f_l(x)|^2        (Zhang 2018)
+
+`ClassifierPerceptual` takes them from a classifier of the data set at hand, which needs no download. `LPIPS` takes them
+from a network trained on ImageNet and weights each channel as people judge.
+
+Source: Zhang 2018, arXiv 1801.03924, equation 1.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion_lit.checks import check_number
+from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
+from diffusion_lit.modules.latent_space import Frozen
+from diffusion_lit.nets.classifier import ConvClassifier
 
 NETWORKS = ("vgg", "alex", "squeeze")
+OWN_KEY = "perceptual classifier"  # of weights and order, so that it is not the classifier that measures
 
 
-class LPIPS(nn.Module):
-    """Mean perceptual distance of images.
+class Perceptual:
+    """Base class of perceptual distances. Light to make: the network is read or trained by `load`.
+
+    Args:
+        weight: Weight of the distance in the loss, positive.
+
+    Raises:
+        ValueError: If the weight is not positive.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        check_number(above=0, weight=weight)
+        self.weight = weight
+        self.frozen: Frozen | None = None
+
+    def load(self, data: Any) -> None:
+        """Gets the network, once; further calls do nothing. Called on all ranks, rank 0 first.
+
+        Args:
+            data: The data module, set up.
+
+        Raises:
+            ValueError: If it is not to be had.
+        """
+        if self.frozen is None:
+            self.frozen = Frozen(self.network(data))
+
+    def network(self, data: Any) -> nn.Module:
+        """A network from images (B, C, H, W) in [-1, 1], in pairs, to their distances (B,)."""
+        raise NotImplementedError
+
+    def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """The distance, in full float32.
+
+        Args:
+            x_hat: Reconstructions (B, C, H, W) in [-1, 1] up to overshoot.
+            x: Images of the same shape.
+
+        Returns:
+            Distances (B,).
+
+        Raises:
+            ValueError: If the network was not loaded.
+        """
+        if self.frozen is None:
+            raise ValueError(f"The network of {type(self).__name__} is not loaded; call load(data) first.")
+        with torch.autocast(x.device.type, enabled=False):
+            distance: Tensor = self.frozen.on(x.device)(x_hat.float(), x.float())
+        return distance
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Perceptual":
+        return self  # an average of the module shares it
+
+
+class ClassifierPerceptual(Perceptual):
+    """The distance of the features of a classifier of the same data.
+
+    The classifier is trained on the spot, in seconds to a minute, and kept in the user's cache. Its initial weights and
+    its order of images are its own, so that it is not the one that Fréchet distances are measured by.
+
+    Args:
+        weight: Weight of the distance in the loss, positive.
+        ckpt_path: Checkpoint of a `diffusion_lit.modules.Classifier` instead.
+    """
+
+    def __init__(self, weight: float = 1.0, ckpt_path: str | None = None) -> None:
+        super().__init__(weight)
+        self.ckpt_path = ckpt_path
+
+    def network(self, data: Any) -> nn.Module:
+        """The stages of the classifier."""
+        if self.ckpt_path is not None:
+            return StageDistance(classifier_from_checkpoint(Path(self.ckpt_path)))
+        return StageDistance(classifier_of(data, OWN_KEY))
+
+
+class LPIPS(Perceptual):
+    """LPIPS by torchmetrics; torchvision downloads its backbone's weights once.
+
+    Args:
+        weight: Weight of the distance in the loss, positive.
+        net: `vgg`, `alex` or `squeeze`.
+
+    Raises:
+        ValueError: If there is no such network.
+
+    Source: Zhang 2018, arXiv 1801.03924.
+    """
+
+    def __init__(self, weight: float = 1.0, net: str = "vgg") -> None:
+        if net not in NETWORKS:
+            raise ValueError(f"lpips_net is {net!r}; choose one of {', '.join(NETWORKS)}.")
+        super().__init__(weight)
+        self.net = net
+
+    def network(self, data: Any) -> nn.Module:
+        """Torchmetrics' network.
+
+        Raises:
+            ValueError: If its weights cannot be had.
+        """
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        try:
+            metric = LearnedPerceptualImagePatchSimilarity(net_type=self.net)  # type: ignore[arg-type]
+        except Exception as error:  # the download raises whatever the network does
+            raise ValueError(
+                f"The weights of LPIPS ({self.net}) are neither in torch's cache nor could be downloaded; take "
+                "perceptual: diffusion_lit.modules.ClassifierPerceptual, set lpips_weight to 0, or run once with "
+                "internet access."
+            ) from error
+        return OfColour(metric.net)
+
+
+class StageDistance(nn.Module):
+    """The distance above, with the stages of a classifier as layers.
+
+    Args:
+        classifier: The classifier.
+    """
+
+    def __init__(self, classifier: ConvClassifier) -> None:
+        super().__init__()
+        self.stages = classifier.stages
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        """What each stage makes of images, scaled to unit length at each position."""
+        made = []
+        for stage in self.stages:
+            x = stage(x)
+            if not isinstance(stage, nn.MaxPool2d):
+                made.append(F.normalize(x, dim=1, eps=1e-6))
+        return made
+
+    def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Distances (B,) of images (B, C, H, W)."""
+        with torch.no_grad():
+            targets = self.features(x)
+        pairs = zip(self.features(x_hat), targets, strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
+
+
+class OfColour(nn.Module):
+    """A distance of colour images, given grey or colour ones.
 
     Args:
         net: torchmetrics' network.
@@ -21,42 +181,7 @@ class LPIPS(nn.Module):
         self.net = net
 
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """The distance.
-
-        Args:
-            x_hat: Reconstructions (B, 1 or 3, H, W) in [-1, 1].
-            x: Images of the same shape.
-
-        Returns:
-            The mean over images, a scalar.
-        """
-        x_hat, x = (image.float().expand(-1, 3, -1, -1) for image in (x_hat, x))
-        with torch.autocast(x.device.type, enabled=False):
-            distance: Tensor = self.net(x_hat.clamp(-1, 1), x).mean()
-        return distance
-
-
-def load_lpips(name: str) -> LPIPS:
-    """Loads the network of LPIPS; torchvision downloads its backbone's weights once.
-
-    Args:
-        name: `vgg`, `alex` or `squeeze`.
-
-    Returns:
-        The distance.
-
-    Raises:
-        ValueError: If there is no such network or its weights cannot be had.
-    """
-    if name not in NETWORKS:
-        raise ValueError(f"lpips_net is {name!r}; choose one of {', '.join(NETWORKS)}.")
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    try:
-        metric = LearnedPerceptualImagePatchSimilarity(net_type=name)  # type: ignore[arg-type]
-    except Exception as error:  # the download raises whatever the network does
-        raise ValueError(
-            f"The weights of LPIPS ({name}) are neither in torch's cache nor could be downloaded; set lpips_weight to "
-            "0, or run once with internet access."
-        ) from error
-    return LPIPS(metric.net)
+        """Distances (B,) of images (B, 1 or 3, H, W)."""
+        x_hat, x = (image.expand(-1, 3, -1, -1) for image in (x_hat, x))
+        distance: Tensor = self.net(x_hat.clamp(-1, 1), x)
+        return distance.flatten()

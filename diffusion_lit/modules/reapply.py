@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 HOW = ("fused", "foreach")  # how, not what, an optimizer computes: what this run and its hardware say
+RATES = ("lr", "initial_lr")  # of an option, what a group has its own share of
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")  # what a plateau has seen so far
 
 
@@ -76,11 +77,12 @@ def reapply(
         new |= {name: reached[name] for name in reached if reached[name] != configured.get(name)}
         new["lr"] = reached["lr"]
     for group in optimizer.param_groups:
-        group.update(new)
+        share = group.get("lr_ratio", 1.0)
+        group.update({name: value * share if name in RATES else value for name, value in new.items()})
 
 
 def _options(optimizer: Optimizer) -> dict[str, Any]:
-    return {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    return {name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "lr_ratio")}
 
 
 def _play(played: Any, scheduler: Any, step: int) -> None:
@@ -92,8 +94,11 @@ def _play(played: Any, scheduler: Any, step: int) -> None:
         for _ in range(step):
             played.step()
     scheduler.load_state_dict(played.state_dict())
-    if hasattr(played, "base_lrs"):
-        scheduler.base_lrs = list(played.base_lrs)
+    shares = [group.get("lr_ratio", 1.0) for group in scheduler.optimizer.param_groups]
+    for one, like in zip(*([each, *getattr(each, "_schedulers", [])] for each in (scheduler, played)), strict=True):
+        for name in ("base_lrs", "_last_lr"):  # of one group, and the run may have several
+            if hasattr(like, name):
+                setattr(one, name, [getattr(like, name)[0] * share for share in shares])
 
 
 def _refuse_without_state(optimizer: Optimizer, make: Callable[..., Any], changed: dict[str, Any]) -> None:

@@ -1,76 +1,37 @@
-"""VAE: an autoencoder with a KL term, which is a baseline and the first stage of latent diffusion.
+"""VAE: an autoencoder with a KL term or codes, which is a baseline and the first stage of latent diffusion.
 
 With D values in an image, the loss is
 
-    (reconstruction(x_hat, x) + kl_weight * KL(q(z|x) || N(0, 1))) / D  (+ lpips_weight * LPIPS(x_hat, x)),
-    x_hat = decode(mean + std * noise)
+    (reconstruction(x_hat, x) + kl_weight * KL(q(z|x) || p(z))) / D,         x_hat = decode(z),  z ~ q(z|x)
+    + the bottleneck's penalty + weight * perceptual distance + adversary
 
-Under a likelihood and kl_weight 1 it is -ELBO in nats per value (Kingma & Welling 2014, arXiv 1312.6114), and divided
-by ln 2 a bound on the bits per dimension of 8-bit images.
+Under a likelihood and kl_weight 1 the first line is -ELBO in nats per value (Kingma & Welling 2014, arXiv 1312.6114),
+and divided by ln 2 a bound on the bits per dimension of 8-bit images. The bottleneck is the network's: a Gaussian with
+the prior N(0, 1), z = mean + std * noise, or codes. `modules.perceptual` and `modules.adversary` make images sharp that
+a distance of pixels alone would blur.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.generate import check_labels
 from diffusion_lit.diffusion.images import psnr
-from diffusion_lit.diffusion.rng import SeededNoise
-from diffusion_lit.modules.autoencoders import describe
+from diffusion_lit.modules.adversary import Adversary
+from diffusion_lit.modules.autoencoders import describe, load_autoencoder
 from diffusion_lit.modules.base import BaseModule, run_seed
-from diffusion_lit.modules.latent_space import Frozen, interpolate, latent_shape
-from diffusion_lit.modules.perceptual import load_lpips
+from diffusion_lit.modules.latent_space import interpolate, latent_shape
+from diffusion_lit.modules.perceptual import LPIPS, Perceptual
+from diffusion_lit.modules.prior import PriorSampling
+from diffusion_lit.modules.quality import active_channels, ssim
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
-
-ACTIVE_VARIANCE = 0.01
-
-
-@dataclass(frozen=True)
-class PriorSampling:
-    """How a VAE draws: from the prior, in one pass through the decoder. It stands where others have their `Sampling`.
-
-    Args:
-        sampler: The name, for receipts.
-        num_steps: 1.
-        cfg_scale: 1, since there are no classes.
-    """
-
-    sampler: str = "prior"
-    num_steps: int = 1
-    cfg_scale: float = 1.0
-
-    @property
-    def nfe(self) -> int:
-        """Passes through the decoder."""
-        return 1
-
-    def replace(self, **changes: Any) -> "PriorSampling":
-        """Itself; there is nothing to change.
-
-        Args:
-            changes: Options of samplers, all None.
-
-        Returns:
-            Itself.
-
-        Raises:
-            ValueError: If one is given.
-        """
-        for name, value in changes.items():
-            if value is not None:
-                raise ValueError(f"A VAE draws from its prior in one pass and has no {name}; leave --{name} out.")
-        return self
-
-    def record(self) -> dict[str, Any]:
-        """The settings as plain values, for receipts."""
-        return asdict(self)
+from diffusion_lit.runtime.internals import trainer_of
+from diffusion_lit.runtime.ranks import rank_zero_first
 
 
 class Terms(NamedTuple):
@@ -80,32 +41,45 @@ class Terms(NamedTuple):
         mean: Mean of the latents (B, c, h, w).
         reconstruction: Distance summed over each image, shape (B,).
         kl: Divergence of each image's latent in nats, shape (B,).
-        lpips: Mean perceptual distance, 0 where it is off.
+        perceptual: Perceptual distance of each image with its weight, shape (B,); 0 where it is off.
+        penalty: Of the bottleneck, shape (B,).
+        x_hat: The reconstructions.
     """
 
     mean: Tensor
     reconstruction: Tensor
     kl: Tensor
-    lpips: Tensor
+    perceptual: Tensor
+    penalty: Tensor
+    x_hat: Tensor
+
+    def fidelity(self) -> Tensor:
+        """How far reconstructions are from their images, by the distances that the loss names; a scalar."""
+        return self.reconstruction.mean() / self.x_hat[0].numel() + self.perceptual.mean()
 
 
 class VAE(BaseModule):
     """Variational autoencoder of images.
 
     Args:
-        net: The autoencoder, such as `diffusion_lit.nets.Autoencoder`.
+        net: The autoencoder, such as `diffusion_lit.nets.Autoencoder`; its bottleneck is a Gaussian, FSQ or VQ.
         reconstruction: Distance of images; by default a discretised logistic likelihood with a learned scale per
             channel.
         kl_weight: Weight of the divergence; 1 with a likelihood bounds the bits per dimension.
         kl_warmup_steps: Training steps over which that weight rises from 0.
-        lpips_weight: Weight of the perceptual distance LPIPS (Zhang 2018, arXiv 1801.03924); 0 for none. Its weights
-            are downloaded by torchvision.
+        lpips_weight: Weight of the perceptual distance LPIPS, short for `perceptual`; 0 for none. Its weights are
+            downloaded by torchvision.
         lpips_net: Network behind LPIPS: `vgg`, `alex` or `squeeze`.
+        perceptual: A perceptual distance with its weight: `ClassifierPerceptual`, which needs no download, or `LPIPS`.
+        adversary: A discriminator that is trained against the autoencoder, or none.
+        frozen_encoder: A second phase: checkpoint of a `VAE`, or the folder of its runs. Its autoencoder is what
+            training begins with, its encoder stays as it is and the decoder alone is trained, so that latents, and all
+            that was trained on them, stay valid.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
 
     Raises:
-        ValueError: If a weight or a number of steps is negative.
+        ValueError: If a weight or a number of steps is negative, or the network lacks what the others ask of it.
     """
 
     num_classes = 0
@@ -119,6 +93,9 @@ class VAE(BaseModule):
         kl_warmup_steps: int = 0,
         lpips_weight: float = 0.0,
         lpips_net: str = "vgg",
+        perceptual: Perceptual | None = None,
+        adversary: Adversary | None = None,
+        frozen_encoder: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -131,14 +108,73 @@ class VAE(BaseModule):
         self.reconstruction = reconstruction or DiscretisedLogistic(self.image_shape[0])
         self.kl_weight = kl_weight
         self.kl_warmup_steps = kl_warmup_steps
-        self.lpips_weight = lpips_weight
-        self._lpips = Frozen(load_lpips(lpips_net)) if lpips_weight else None
+        lpips = [LPIPS(lpips_weight, lpips_net)] if lpips_weight else []
+        self._perceptual: list[Perceptual] = [*lpips, *([] if perceptual is None else [perceptual])]
+        self.adversary = adversary
+        if adversary is not None:
+            _require(net, "last_layer", "an adversary")
+            adversary.attach(self.image_shape[0])
+        self.frozen_encoder = frozen_encoder
+        if frozen_encoder is not None:
+            _require(net, "encoder", "frozen_encoder")
+            for part in ("encoder", "bottleneck"):
+                getattr(net, part, nn.Identity()).requires_grad_(False)
         self._moments: Tensor | None = None  # of the latents' means over a validation, for the count of active channels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of an image."""
         return (int(self.net.in_channels), int(self.net.image_size), int(self.net.image_size))
+
+    @property
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The autoencoder's parameters, and the adversary's with its ratio of learning rates."""
+        apart = self.unaveraged
+        own = [each for each in self.parameters() if each.requires_grad and not any(each is one for one in apart)]
+        return [(own, 1.0), *([] if self.adversary is None else [(apart, self.adversary.lr_ratio)])]
+
+    @property
+    def unaveraged(self) -> list[nn.Parameter]:
+        """The adversary's parameters: the average is of the autoencoder alone."""
+        return [] if self.adversary is None else list(self.adversary.parameters())
+
+    def setup(self, stage: str) -> None:
+        """Takes over the autoencoder of the first phase, unless a checkpoint of this one is there.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            ValueError: If `frozen_encoder` is none, or has other weights than this network.
+        """
+        if stage != "fit" or self.frozen_encoder is None or self.trainer.ckpt_path is not None:
+            return
+        first = load_autoencoder(self.frozen_encoder)
+        try:
+            self.net.load_state_dict(first.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"frozen_encoder {self.frozen_encoder} is another autoencoder than this run's net; give net the same "
+                f"arguments, {describe(first)['init_args']}."
+            ) from error
+
+    def on_fit_start(self) -> None:
+        """Loads the networks of the perceptual distances."""
+        self._load_perceptual()
+
+    def on_validation_start(self) -> None:
+        """The same for `lightning validate`."""
+        self._load_perceptual()
+
+    def on_test_start(self) -> None:
+        """The same for `lightning test`."""
+        self._load_perceptual()
+
+    def _load_perceptual(self) -> None:
+        for one in self._perceptual:
+            if one.frozen is None:
+                data: Any = getattr(trainer_of(self), "datamodule", None)
+                rank_zero_first(lambda one=one, data=data: one.load(data), "the perceptual distance")
 
     def terms(self, image: Tensor, *key: int | str, index: Tensor | None = None) -> Terms:
         """The terms of the loss.
@@ -149,16 +185,18 @@ class VAE(BaseModule):
             index: Rows of the split for held-out images; see `keyed_noise`.
 
         Returns:
-            The terms, not yet weighted.
+            The terms, the divergence not yet weighted.
         """
+        if self.frozen_encoder is not None:
+            self.net.encoder.eval()  # its dropout would change the latents
         posterior = self.net.encode(image)
         noise = self.keyed_noise(posterior.mean.shape, "posterior", *key, index=index)
         x_hat = self.net.decode(posterior.sample(noise))
         kl = posterior.kl().flatten(1).sum(1)
-        lpips = kl.new_zeros(())
-        if self._lpips is not None:
-            lpips = self._lpips.on(image.device)(x_hat, image)
-        return Terms(posterior.mean, self.reconstruction(x_hat, image), kl, lpips)
+        perceptual = torch.zeros_like(kl)
+        for one in self._perceptual:
+            perceptual = perceptual + one.weight * one(x_hat, image)
+        return Terms(*(posterior.mean, self.reconstruction(x_hat, image), kl, perceptual, posterior.penalty(), x_hat))
 
     def loss(self, terms: Terms, values: int, kl_weight: float) -> Tensor:
         """The terms put together.
@@ -172,7 +210,7 @@ class VAE(BaseModule):
             A scalar.
         """
         bound = (terms.reconstruction + kl_weight * terms.kl).mean() / values
-        return bound + self.lpips_weight * terms.lpips
+        return bound + (terms.perceptual + terms.penalty).mean()
 
     def current_kl_weight(self) -> float:
         """The weight of the divergence at this training step."""
@@ -185,8 +223,29 @@ class VAE(BaseModule):
         image = batch["image"]
         terms = self.terms(image, "train", run_seed(), self.current_epoch, batch_idx)
         loss = self.loss(terms, image[0].numel(), self.current_kl_weight())
-        self.log_step({"train/loss": loss.detach(), "train/kl": terms.kl.detach().mean()}, len(image))
+        figures = {"train/loss": loss.detach(), "train/kl": terms.kl.detach().mean()}
+        if self.adversary is not None:
+            contest = self.adversary(
+                image, terms.x_hat, terms.fidelity(), self.net.last_layer, self.global_step, self.mean_over_ranks
+            )
+            loss = loss + contest.loss
+            figures |= {f"train/{name}": value for name, value in contest.figures.items()}
+        self.log_step(figures, len(image))
         return loss
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a detached tensor over ranks."""
+        trainer = trainer_of(self)
+        if trainer is None or trainer.world_size == 1:
+            return value
+        mean = trainer.strategy.reduce(value.clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Keeps the adversary as it is until its start."""
+        if self.adversary is not None:
+            self.adversary.rest(self.global_step)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss, with the same draws at every epoch, and the quality of reconstructions."""
@@ -208,6 +267,8 @@ class VAE(BaseModule):
             "kl": terms.kl.mean(),
             "kl_bits_per_dim": terms.kl.mean() / (values * math.log(2)),
         }
+        if self._perceptual:
+            figures["perceptual"] = sum((one(restored, image).mean() for one in self._perceptual), image.new_zeros(()))
         if self.reconstruction.is_likelihood:
             figures["bits_per_dim"] = (terms.reconstruction + terms.kl).mean() / (values * math.log(2))
         for name, value in figures.items():
@@ -260,12 +321,12 @@ class VAE(BaseModule):
         sampling: PriorSampling | None = None,
         callback: object = None,
     ) -> Tensor:
-        """Draws one image per seed by decoding a draw from the prior N(0, 1).
+        """Draws one image per seed by decoding a draw from the prior.
 
         Args:
             seeds: One seed per image.
             labels: None; a VAE has no classes.
-            sampling: There is but one way.
+            sampling: The prior; by default the module's own.
             callback: Never called, since there are no steps.
 
         Returns:
@@ -275,7 +336,8 @@ class VAE(BaseModule):
             ValueError: If labels are given.
         """
         check_labels(labels, 0, len(seeds))
-        z = SeededNoise(seeds)(torch.empty(len(seeds), *latent_shape(self.net, self.image_shape), device=self.device))
+        prior = (sampling or self.sampling).prior
+        z = prior.draw(self.net, latent_shape(self.net, self.image_shape), seeds, self.device)
         return self._evaluated(lambda: self.net.decode(z))
 
     def _evaluated(self, compute: Any) -> Tensor:
@@ -293,37 +355,10 @@ class VAE(BaseModule):
         checkpoint["autoencoder"] = describe(self.net)
 
 
-def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Mean structural similarity of images, with Gaussian windows of 11 pixels.
-
-    Args:
-        x_hat: Reconstructions (B, C, H, W) in [-1, 1], H and W at least 6.
-        x: Images of the same shape.
-
-    Returns:
-        A scalar, 1 for equal images.
-
-    Source: Wang 2004, Image quality assessment: from error visibility to structural similarity.
-    """
-    made = structural_similarity_index_measure(x_hat.float(), x.float(), data_range=(-1.0, 1.0))
-    assert isinstance(made, Tensor)
-    return made
-
-
-def active_channels(sums: Tensor) -> Tensor:
-    """Number of active latent channels.
-
-    A channel is active where the variance over images of its posterior mean, averaged over positions, is above 0.01.
-
-    Args:
-        sums: Number, sum and sum of squares of the means over images, shape (3, c, h, w).
-
-    Returns:
-        Their number, a scalar.
-
-    Source: Burda 2016, arXiv 1509.00519, section 5.2 (of single units; 0.01 is its threshold).
-    """
-    count, total, squares = sums
-    variance = squares / count - (total / count).square()
-    active: Tensor = variance.mean(dim=(1, 2)) > ACTIVE_VARIANCE
-    return active.sum()
+def _require(net: nn.Module, name: str, what: str) -> None:
+    """Refuses a network that lacks what an option asks for."""
+    if not hasattr(net, name):
+        raise ValueError(
+            f"{type(net).__name__} has no {name}, which {what} asks for; take diffusion_lit.nets.Autoencoder, or leave "
+            f"{what} out."
+        )
