@@ -13,11 +13,12 @@ from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.images import grid_image
+from diffusion_lit.report.reconstructions import difference
 from diffusion_lit.runtime.ranks import rank_zero_alone
 
 
 class Reconstructions(DrawingCallback):
-    """Held-out images above their reconstructions.
+    """Held-out images above their reconstructions, and these above the differences, three times enlarged.
 
     Args:
         count: Number of images.
@@ -37,7 +38,7 @@ class Reconstructions(DrawingCallback):
         self.columns = columns
 
     def show(self, trainer: Trainer, module: Any) -> None:
-        """Draws rows of images, each above the row of what became of them."""
+        """Draws rows of images, each above the rows of what became of them and of the differences."""
         if not hasattr(module, "reconstruct"):
             return
         images = real_images(trainer, self.count).to(module.device)
@@ -173,7 +174,7 @@ def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | Non
 def _above(images: Tensor, made: Tensor, start: int, columns: int) -> list[Tensor]:
     """Interleaves rows of images with the rows below, padding the last with white."""
     rows = []
-    for part in (images, made):
+    for part in (images, made, difference(made, images)):
         row = part[start : start + columns]
         rows.append(torch.cat([row, torch.ones_like(row[:1]).expand(columns - len(row), -1, -1, -1)]))
     return rows

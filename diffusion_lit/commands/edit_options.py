@@ -266,13 +266,11 @@ class ImageOptions(Options):
         negative_image: Turn the image to its negative first: a drawing in black on white, for a model of white on
             black. Where an image looks like that and this is not given, a line says so.
         data_index: Number of the test image.
-        data_root: Where the checkpoint's own data lies now.
     """
 
     image: str | None = None
     negative_image: bool = False
     data_index: int = 0
-    data_root: str | None = None
 
     def read(self, model: Any, size: int | None = None) -> Tensor:
         """The image, fitted to the model.

@@ -26,13 +26,16 @@ from diffusion_lit.evaluation.generation import (
     gather_shards,
     generate_shards,
 )
-from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
+from diffusion_lit.evaluation.measure import ReportedReference, measure, other_split, read_references
+from diffusion_lit.evaluation.reconstruction import measure_reconstructions
 from diffusion_lit.evaluation.single_image import is_single
 from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import load_data
+from diffusion_lit.modules.vae import VAE
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.report.receipt_page import attributed, setting_name
+from diffusion_lit.report.reconstructions import differences_image
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.lock import Busy, Lock
 from diffusion_lit.runtime.precision import float32_arithmetic
@@ -68,9 +71,10 @@ class Plan(SweepOptions):
             the worst pairs.
         likelihood: Also gives bits per dimension of the test images.
         likelihood_images: Number of images that the likelihood is taken over.
+        reconstruction: Also measures reconstructions of held-out images (rFD, PSNR, SSIM and a perceptual distance,
+            with floors) and draws a panel of them; by default for a VAE.
         save_samples: Keeps the samples as PNG files in this folder.
         data: Other data than the checkpoint's own, as a class of datamodules and its arguments.
-        data_root: Where the checkpoint's own data lies now.
         batch_size: Samples drawn at a time on each rank; does not change them.
         keep_shards: Keeps the features of all samples beside the report.
     """
@@ -85,9 +89,9 @@ class Plan(SweepOptions):
     memorization: bool = False
     likelihood: bool = False
     likelihood_images: int = 1000
+    reconstruction: bool | None = None
     save_samples: str | None = None
     data: LightningDataModule | None = None
-    data_root: str | None = None
     batch_size: int = 64
     keep_shards: bool = False
 
@@ -120,7 +124,27 @@ class Plan(SweepOptions):
 
     def model_hash(self, module: Any) -> str:
         """What the model's weights are known by: the hash of the checkpoint's file, or of pretrained weights."""
-        return weights_hash(module.state_dict()) if self.ckpt_path is None else file_hash(Path(self.ckpt_path))
+        known = weights_hash(module.state_dict()) if self.ckpt_path is None else file_hash(Path(self.ckpt_path))
+        return known if self.decoder is None else f"{known} decoded by {module.space.sha256}"
+
+    def reconstructs(self, module: Any) -> bool:
+        """Whether reconstructions are measured.
+
+        Args:
+            module: The model.
+
+        Returns:
+            What --reconstruction says, or whether the model is a VAE.
+
+        Raises:
+            ValueError: If they are asked for and the model has none.
+        """
+        if self.reconstruction and not hasattr(module, "reconstruct"):
+            raise ValueError(
+                f"{self.ckpt_path or self.pretrained} is a {type(module).__name__}, which gives no images back; leave "
+                "--reconstruction out."
+            )
+        return isinstance(module, VAE) if self.reconstruction is None else self.reconstruction
 
     def check_guidance(self, module: Any, settings: list[Sampling]) -> None:
         """Refuses guidance that does nothing; every sample has a class where there are any.
@@ -177,6 +201,7 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
             raise ValueError(f"--{name} needs classes or none, but {plan.pretrained} is a text model; leave it out.")
     settings = plan.settings(module.sampling)
     plan.check_guidance(module, settings)
+    plan.reconstructs(module)  # or refuses
 
     def prepare() -> tuple[Any, FeatureExtractor]:
         data = prepare_data(plan, module, fabric.is_global_zero)
@@ -218,6 +243,9 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     report["warnings"] += attributed(said)
     if plan.likelihood:
         report["likelihood"] = gather_bits(plan, module, data)
+    if plan.reconstructs(module):
+        report["reconstruction"], panel = reconstructions(plan, module, data, extractor, references)
+        differences_image(panel).save(plan.path.with_name(report["reconstruction"]["images"]))
     report["run"] = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
@@ -229,6 +257,22 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     if not plan.keep_shards:
         shutil.rmtree(plan.folder, ignore_errors=True)
     return written
+
+
+def reconstructions(
+    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, references: dict[str, ReportedReference]
+) -> tuple[dict[str, Any], Tensor]:
+    """The report's entry on reconstructions, against the first reference; see `measure_reconstructions`."""
+    name, one = next(iter(references.items()))
+    split = other_split(data, name)
+    if split is None:
+        raise ValueError(
+            f"There are no held-out images to reconstruct beside the reference {name}; give --reference train, or "
+            "--reconstruction false."
+        )
+    device = next(module.parameters()).device
+    entry, panel = measure_reconstructions(plan, module, data, extractor, one.reference, split, device)
+    return {"reference": name, **entry, "images": f"{plan.path.stem}.reconstructions.png"}, panel
 
 
 def prepare_data(plan: Plan, module: Any, first: bool) -> Any:

@@ -8,8 +8,15 @@ from itertools import product
 from typing import Any
 
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.modules.autoencoders import load_autoencoder
+from diffusion_lit.modules.latent import LatentDiffusion
+from diffusion_lit.modules.load import load_data
+from diffusion_lit.modules.prior import PriorSampling, mixture_of
+from diffusion_lit.modules.vae import VAE
 from diffusion_lit.pretrained.load_model import load_model
+from diffusion_lit.runtime.ranks import rank_zero_first
 
+PRIORS = ("standard", "gmm")
 LISTS: dict[str, Any] = {"sampler": str, "num_steps": int, "cfg_scale": float}  # of which a sweep takes several
 
 
@@ -78,6 +85,11 @@ class DrawOptions(SamplingOptions):
         labels: Classes by number or name, such as 3,3,7; `all`, each equally often, where a command draws many images.
         seed: Seed of the first image; the next ones follow.
         device: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        prior: What a VAE draws from: `standard`, the prior that it was trained with, or `gmm`, a Gaussian mixture
+            fitted to its latents of training images (once, then from the cache).
+        decoder: Checkpoint of a VAE, or the folder of its runs, whose decoder was trained on the model's own encoder
+            (`frozen_encoder`) and takes the place of a latent model's.
+        data_root: Where the checkpoint's own data lies now.
     """
 
     ckpt_path: str | None = None
@@ -87,6 +99,9 @@ class DrawOptions(SamplingOptions):
     labels: str | None = None
     seed: int = 0
     device: str = "auto"
+    prior: str | None = None
+    decoder: str | None = None
+    data_root: str | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -113,7 +128,42 @@ class DrawOptions(SamplingOptions):
                 f"--labels {self.labels} was given, but {self.pretrained} is a text model and has no classes; say what "
                 "it shall show by --prompt."
             )
+        if self.decoder is not None:
+            self._choose_decoder(model)
+        if self.prior is not None:
+            self._choose_prior(model)
         return model
+
+    def _choose_decoder(self, model: Any) -> None:
+        """Gives a latent model the decoder that is asked for."""
+        if not isinstance(model, LatentDiffusion):
+            raise ValueError(
+                f"--decoder {self.decoder} is for latent diffusion, and {self.ckpt_path or self.pretrained} is a "
+                f"{type(model).__name__}; leave it out."
+            )
+        model.space.take_decoder(load_autoencoder(str(self.decoder)), f"--decoder {self.decoder}")
+
+    def _choose_prior(self, model: Any) -> None:
+        """Gives a VAE the prior that is asked for."""
+        if self.prior not in PRIORS:
+            raise ValueError(f"--prior is {self.prior!r}; choose one of {', '.join(PRIORS)}.")
+        if not isinstance(model, VAE):
+            raise ValueError(
+                f"--prior {self.prior} is for a VAE, and {self.ckpt_path or self.pretrained} is a "
+                f"{type(model).__name__}, which draws by its sampler; leave it out."
+            )
+        if self.prior == "gmm":
+            model.sampling = PriorSampling(
+                rank_zero_first(lambda: mixture_of(model.net, self._training_data()), "the mixture")
+            )
+
+    def _training_data(self) -> Any:
+        """The data that the checkpoint was trained on, set up."""
+        assert self.ckpt_path is not None
+        data: Any = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
+        data.prepare_data()
+        data.setup("fit")
+        return data
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from diffusion_lit.evaluation.metrics import short_count
 
-LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_")
+LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_", "rfid_", "rfd_")
 
 
 def shown(value: dict[str, Any], name: str) -> str:
@@ -114,7 +114,12 @@ def tables(report: dict[str, Any]) -> list[Table]:
     Returns:
         A table per reference, the floor as its last row, and those of what else was asked for.
     """
-    others = (single_image_table(report), per_class_table(report), memorization_table(report))
+    others = (
+        single_image_table(report),
+        per_class_table(report),
+        memorization_table(report),
+        reconstruction_table(report),
+    )
     return [*reference_tables(report), *(table for table in others if table.rows)]
 
 
@@ -216,6 +221,28 @@ def memorization_table(report: dict[str, Any]) -> Table:
     )
     counts = ["copies", "below the quantile", "by chance", "p", "nearest is training", "by chance"]
     return Table("Memorisation", note, 2, ["setting", "space", *counts, "verdict"], rows, closing=1)
+
+
+def reconstruction_table(report: dict[str, Any]) -> Table:
+    """How near reconstructions come to held-out images.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Rows of reconstructions, the floor and unrelated images; none where they were not measured.
+    """
+    found = report.get("reconstruction")
+    if found is None:
+        return Table("Reconstructions", "", 1, [], [])
+    figures = list(found["reconstructions"])
+    names = {"reconstructions": "reconstructions", "floor": "the images themselves", "unrelated": "another image"}
+    rows = [[title, *(shown(found[name][figure], figure) for figure in figures)] for name, title in names.items()]
+    note = (
+        f"{found['blocks']} block(s) of {found['count']:,} images of {found['split']}; the Fréchet distance is to "
+        f"{found['reference']}. Side by side in {found['images']}."
+    )
+    return Table("Reconstructions", note, 1, ["in the place of an image", *figures], rows)
 
 
 def likelihood_sentence(report: dict[str, Any]) -> str | None:

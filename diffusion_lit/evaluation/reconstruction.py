@@ -1,0 +1,112 @@
+"""How well an autoencoder gives held-out images back: rFD, PSNR, SSIM and perceptual distance, each with its floor.
+
+Disjoint blocks of held-out images are encoded to the means of their latents and decoded. Beside each figure stand
+
+    floor        what a perfect autoencoder gets: the images themselves, after rounding to 8 bits
+    unrelated    what another image of the block gets in the place of the reconstruction: the scale of the figure
+
+The perceptual distance is `modules.perceptual.StageDistance` in the extractor's own classifier, or another of the data,
+where there are labels to train one on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_lit.diffusion.images import take, to_uint8
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
+from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_distance, summarise
+from diffusion_lit.evaluation.reference import Reference
+from diffusion_lit.modules.data_classifier import classifier_of, training_labels
+from diffusion_lit.modules.perceptual import StageDistance
+from diffusion_lit.modules.quality import psnr, ssim
+from diffusion_lit.nets.classifier import ConvClassifier
+
+SHOWN = 8  # images in the panel
+BATCH = 64
+SMALLEST_SSIM = 6  # pixels of a side
+
+
+def measure_reconstructions(
+    plan: Any, module: Any, data: Any, extractor: FeatureExtractor, reference: Reference, split: str, device: Any
+) -> tuple[dict[str, Any], Tensor]:
+    """Reconstructs held-out images and measures them.
+
+    Args:
+        plan: The options of the evaluation.
+        module: A model with `reconstruct`, on the device.
+        data: The data, set up.
+        extractor: The loaded extractor.
+        reference: What the Fréchet distance is taken to.
+        split: Split of the held-out images.
+        device: Where to compute.
+
+    Returns:
+        The report's entry, and images (n, 2, C, H, W) in [-1, 1] beside their reconstructions for a panel.
+    """
+    images = data.reference_images(split)
+    size = min(plan.num_samples, len(images) // plan.num_blocks)
+    distance = perceptual_distance(data, extractor, device)
+    found: dict[str, list[dict[str, float]]] = {"reconstructions": [], "floor": [], "unrelated": []}
+    shown: Tensor | None = None
+    for block in range(plan.num_blocks):
+        rows = torch.arange(block, size * plan.num_blocks, plan.num_blocks)
+        real = take(images, rows)
+        made = torch.cat([_restore(module, part.to(device)) for part in real.split(BATCH)])
+        for name, others in (("reconstructions", made), ("floor", real), ("unrelated", real.roll(1, 0))):
+            figures = nearness(others, real, distance, device)
+            features = _features(extractor, others)
+            figures[f"r{extractor.metric}"] = frechet_distance(Statistics.of(features.features), reference.statistics)
+            found[name].append(check_figures(figures))
+        if shown is None:
+            shown = torch.stack([real[:SHOWN], made[:SHOWN]], 1).float() / 127.5 - 1
+    assert shown is not None
+    entry: dict[str, Any] = {"split": split, "count": size, "blocks": plan.num_blocks}
+    entry |= {name: summarise(figures) for name, figures in found.items()}
+    return entry, shown
+
+
+def nearness(made: Tensor, real: Tensor, distance: Any, device: Any) -> dict[str, float]:
+    """Mean PSNR, SSIM and perceptual distance of uint8 images to others.
+
+    Args:
+        made: Images uint8 (N, C, H, W).
+        real: Images of the same shape.
+        distance: A perceptual distance of pairs, or None.
+        device: Where to compute.
+
+    Returns:
+        Figures by name; SSIM only for images of 6 pixels and more.
+    """
+    sums: dict[str, float] = {}
+    for mine, theirs in zip(made.split(BATCH), real.split(BATCH), strict=True):
+        pair = [part.to(device).float() / 127.5 - 1 for part in (mine, theirs)]
+        figures = {"psnr": psnr(*pair).sum()}
+        if min(real.shape[-2:]) >= SMALLEST_SSIM:
+            figures["ssim"] = ssim(*pair) * len(mine)
+        if distance is not None:
+            with full_precision(), torch.no_grad():
+                figures["perceptual_classifier"] = distance(*pair).sum()
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / len(real) for name, value in sums.items()}
+
+
+def perceptual_distance(data: Any, extractor: FeatureExtractor, device: Any) -> StageDistance | None:
+    """The perceptual distance that receipts give, or None where the data has no labels."""
+    network = extractor.network if isinstance(extractor.network, ConvClassifier) else None
+    if network is None and training_labels(data) is not None:
+        network = classifier_of(data)
+    return None if network is None else StageDistance(network).to(device).eval()
+
+
+@torch.no_grad()
+def _restore(module: Any, images: Tensor) -> Tensor:
+    """Reconstructions of uint8 images, uint8 on the CPU."""
+    made: Tensor = to_uint8(module.reconstruct(images.float() / 127.5 - 1)).cpu()
+    return made
+
+
+def _features(extractor: FeatureExtractor, images: Tensor) -> Features:
+    return extractor.extract(images, BATCH)
