@@ -47,7 +47,7 @@ class Cache:
     """Decoded images.
 
     Args:
-        images: Memory-mapped uint8 array (N, C, H, W), read-only.
+        images: Memory-mapped uint8 array (N, C, H, W), read-only; (N, squares, C, H, W) of several squares of each.
         names: The N names.
         hashes: Of each file's contents, 16 hexadecimal digits; empty where they were not asked for.
         pools: For each pool of images, its first row and the row after its last.
@@ -168,7 +168,7 @@ def _cache(index: dict[str, Any], images: np.ndarray) -> Cache:
 
 def _size(pools: Mapping[str, Sequence[Image]], transform: Transform) -> int:
     """Bytes of all images, once decoded."""
-    return sum(map(len, pools.values())) * int(np.prod(transform.shape))
+    return sum(map(len, pools.values())) * int(np.prod(transform.row_shape))
 
 
 def _write(
@@ -243,9 +243,9 @@ def _decode(
     kept = [number for number in range(len(names)) if number not in reasons]
     if not kept:
         raise ValueError(f"No image of {listing.label} can be used: {_summary(skipped, None)}")
-    sha256, crc32 = _compact(path, kept, int(np.prod(transform.shape)))
+    sha256, crc32 = _compact(path, kept, int(np.prod(transform.row_shape)))
     return {
-        "shape": [len(kept), *transform.shape],
+        "shape": [len(kept), *transform.row_shape],
         "names": [names[number] for number in kept],
         "hashes": [hashes[names[number]] for number in kept] if by_content else [],
         "pools": _kept_pools(pools, kept),

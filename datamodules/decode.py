@@ -1,4 +1,4 @@
-"""From any image file to one square of uint8 pixels.
+"""From any image file to a square of uint8 pixels, or to several.
 
     file -> centre square (of `crop` pixels, or of the shorter side) -> resize to `size` -> upright -> 1 or 3 channels
 
@@ -8,6 +8,7 @@ decoded at a half, quarter or eighth, never below four times the target, which c
 level and saves most of the time and memory. Colour profiles are not applied.
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
@@ -85,6 +86,79 @@ class Transform:
         """Shape (C, H, W) of the result."""
         return (self.channels, self.size, self.size)
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of all that is made of one image."""
+        return self.shape
+
+    @property
+    def least_share(self) -> float:
+        """The smallest share of the image's shorter side that is taken."""
+        return 1.0
+
+    def boxes(self, size: tuple[int, int], side: float, key: str) -> list[tuple[float, float, float, float]]:
+        """What is cut out of an image.
+
+        Args:
+            size: Its width and height.
+            side: Pixels of the centre square.
+            key: A hash of its file.
+
+        Returns:
+            Left, top, right and bottom of each square.
+        """
+        return [_centre(size, side)]
+
+
+@dataclass(frozen=True)
+class Crops(Transform):
+    """As `Transform`, and beside the centre square others of random places and sizes, which make a small set larger.
+
+    Where and how large is a function of the file's contents.
+
+    Args:
+        crops: Number of further squares.
+        smallest: The smallest share of the shorter side that a square has, in (0, 1].
+    """
+
+    crops: int = 4
+    smallest: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(crops=self.crops)
+        check_number(above=0, most=1, smallest_crop=self.smallest)
+        if self.crop is not None:
+            raise ValueError(f"crop is {self.crop} and crops {self.crops}; leave one of them out.")
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See `Transform.row_shape`."""
+        return (1 + self.crops, *self.shape)
+
+    @property
+    def least_share(self) -> float:
+        """See `Transform.least_share`."""
+        return self.smallest
+
+    def share(self, key: str, number: int) -> float:
+        """Share of the shorter side that a square has; 1 for the centre square, number 0."""
+        return 1.0 if number == 0 else self.smallest + (1 - self.smallest) * _uniform(key, number, "size")
+
+    def boxes(self, size: tuple[int, int], side: float, key: str) -> list[tuple[float, float, float, float]]:
+        """See `Transform.boxes`."""
+        found = [_centre(size, side)]
+        for number in range(1, 1 + self.crops):
+            mine = side * self.share(key, number)
+            left, top = ((whole - mine) * _uniform(key, number, axis) for whole, axis in zip(size, "xy", strict=True))
+            found.append((max(left, 0.0), max(top, 0.0), min(left + mine, size[0]), min(top + mine, size[1])))
+        return found
+
+
+def _uniform(*key: str | int) -> float:
+    """A number in [0, 1) that is a function of the key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:6], "big") / 2**48
+
 
 def decode(
     file: IO[bytes], transform: Transform, gate: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -97,7 +171,7 @@ def decode(
         gate: Entered while a huge image is in memory, so that a caller can let one pass at a time.
 
     Returns:
-        Pixels (C, size, size), uint8.
+        Pixels (C, size, size), uint8; of several squares (squares, C, size, size).
 
     Raises:
         BadImageError: If it is broken, cut off, no image, too large or too small.
@@ -105,8 +179,12 @@ def decode(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes and tags: what matters is caught below
         try:
+            key = ""
+            if isinstance(transform, Crops):
+                key = hashlib.sha256(file.read()).hexdigest()[:16]
+                file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
-                return _square(image, transform, gate)
+                return _squares(image, transform, gate, key).reshape(transform.row_shape)
         except BadImageError:
             raise
         except UnidentifiedImageError as error:
@@ -119,14 +197,22 @@ def decode(
             raise BadImageError(f"is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
-def _square(image: Image.Image, transform: Transform, gate: Callable[[], AbstractContextManager[object]]) -> np.ndarray:
+def _squares(
+    image: Image.Image, transform: Transform, gate: Callable[[], AbstractContextManager[object]], key: str
+) -> np.ndarray:
+    """All squares of an opened image, (squares, C, size, size)."""
     width, height = image.size
     side = transform.crop or min(width, height)
     if min(width, height) < side:
         raise BadImageError(f"is {width}x{height} pixels, smaller than the crop of {side}")
-    if side < transform.size and not transform.upscale:
+    smallest = side * transform.least_share
+    if smallest < transform.size and not transform.upscale:
+        if side >= transform.size:
+            raise BadImageError(
+                f"is {width}x{height} pixels, and its smallest crop {smallest:.0f}, less than {transform.size}"
+            )
         raise BadImageError(f"is {width}x{height} pixels, smaller than {transform.size}x{transform.size}")
-    shrink = DRAFT * transform.size / side
+    shrink = DRAFT * transform.size / smallest
     if shrink < 1:
         image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))  # does nothing but to a JPEG
     scale = min(image.size) / min(width, height)
@@ -135,15 +221,24 @@ def _square(image: Image.Image, transform: Transform, gate: Callable[[], Abstrac
         image.load()
         orientation = _orientation(image)  # read after loading: TIFF turns by itself
         image = _eight_bit(image) if deep is None else _reduced(deep, transform.bits)
-        kernel = Image.Resampling.BOX if transform.resize == "area" else Image.Resampling.LANCZOS
-        if side < transform.size:
-            kernel = Image.Resampling.LANCZOS  # there is no area to average over
-        left, top, right, bottom = _centre(image.size, side * scale)
-        if transform.crop is None:
-            image = image.resize((transform.size, transform.size), kernel, (left, top, right, bottom))
-        else:  # or the kernel would see beyond the crop
-            image = image.crop((round(left), round(top), round(right), round(bottom)))
-            image = image.resize((transform.size, transform.size), kernel)
+        boxes = transform.boxes(image.size, side * scale, key)
+        cut = [_cut(image, box, transform) for box in boxes]
+    return np.stack([_pixels(square, orientation, transform) for square in cut])
+
+
+def _cut(image: Image.Image, box: tuple[float, float, float, float], transform: Transform) -> Image.Image:
+    """A square of an image, resized."""
+    kernel = Image.Resampling.BOX if transform.resize == "area" else Image.Resampling.LANCZOS
+    if box[2] - box[0] < transform.size:
+        kernel = Image.Resampling.LANCZOS  # there is no area to average over
+    if transform.crop is None:
+        return image.resize((transform.size, transform.size), kernel, box)
+    left, top, right, bottom = (round(edge) for edge in box)  # cut first, or the kernel would see beyond the crop
+    return image.crop((left, top, right, bottom)).resize((transform.size, transform.size), kernel)
+
+
+def _pixels(image: Image.Image, orientation: int, transform: Transform) -> np.ndarray:
+    """A square as pixels (C, size, size): opaque, upright, grey or in colour."""
     image = _opaque(image, transform.background)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])

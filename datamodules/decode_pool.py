@@ -6,6 +6,7 @@ gone exits. Huge images are decoded one at a time, which bounds the memory.
 """
 
 import contextlib
+import math
 import mmap
 import multiprocessing
 import os
@@ -206,7 +207,7 @@ def _decode_some(
     Yields:
         The image's number, and why it cannot be used or None.
     """
-    row = transform.channels * transform.size**2
+    row = math.prod(transform.row_shape)
     with path.open("r+b", buffering=0) as output:
         for number in range(first, len(names), step):
             try:

@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
-from datamodules.decode import ENDINGS, Transform
+from datamodules.decode import ENDINGS, Crops, Transform
 from datamodules.loaders import Split
 from datamodules.sources import Image, Listing, Skip, list_images, printable
 from diffusion_lit.checks import check_count, check_number
@@ -159,6 +160,10 @@ class ImageFolder(ImageDataModule):
         random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
+        crops: Number of further squares that are cut out of each training image, at random places and sizes, for small
+            sets of large photographs; 0 for the centre alone. Held-out images are the centres.
+        smallest_crop: The smallest share of an image's shorter side that such a square has. Batches carry log2 of that
+            share as "crop_size", which a network with augment_dim 1 is told; samples are then drawn as of whole images.
     """
 
     def __init__(
@@ -182,6 +187,8 @@ class ImageFolder(ImageDataModule):
         use_labels: bool = True,
         random_flip: bool = True,
         on_device: bool | None = None,
+        crops: int = 0,
+        smallest_crop: float = 0.5,
     ) -> None:
         super().__init__(batch_size, num_workers, use_labels, random_flip, on_device)
         check_number(least=0, below=0.5, val_fraction=val_fraction, test_fraction=test_fraction)
@@ -189,7 +196,11 @@ class ImageFolder(ImageDataModule):
         self.root = root
         if split_by not in ("content", "order"):
             raise ValueError(f"split_by is {split_by!r}; choose 'content' or 'order'.")
-        self.transform = Transform(image_size, channels, resize, crop, upscale, background, bits)
+        check_count(0, crops=crops)
+        if crops and split_by != "content":
+            raise ValueError(f"crops is {crops} and split_by {split_by!r}; random crops take split_by 'content'.")
+        how = (image_size, channels, resize, crop, upscale, background, bits)
+        self.transform = Crops(*how, crops, smallest_crop) if crops else Transform(*how)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_by = split_by
@@ -315,7 +326,31 @@ class ImageFolder(ImageDataModule):
             Memory-mapped images, and classes where folders are such.
         """
         start, end = self.rows(split)
-        return Split(self.cache.images[start:end], self.labels(self.cache.names[start:end]))
+        images, labels = self.cache.images[start:end], self.labels(self.cache.names[start:end])
+        if not isinstance(self.transform, Crops):
+            return Split(images, labels)
+        if split != "train":
+            return Split(np.ascontiguousarray(images[:, 0]), labels)
+        squares = images.shape[1]
+        whole = images.reshape(-1, *self.image_shape)
+        return Split(whole, None if labels is None else labels.repeat_interleave(squares))
+
+    @functools.cached_property
+    def crop_sizes(self) -> Tensor:
+        """log2 of the share of its image's shorter side that each training square has, float32 (N, 1)."""
+        transform = self.transform
+        assert isinstance(transform, Crops)
+        start, end = self.rows("train")
+        keys = self.cache.hashes[start:end]
+        shares = [transform.share(key, number) for key in keys for number in range(1 + transform.crops)]
+        return torch.tensor(shares, dtype=torch.float32).log2()[:, None]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Adds the sizes of random crops to a training batch."""
+        if isinstance(self.transform, Crops) and self.trainer is not None and self.trainer.training:
+            rows = batch["index"]
+            batch["crop_size"] = self.crop_sizes[rows.cpu()].to(rows.device)
+        return batch
 
     def labels(self, names: Sequence[str]) -> Tensor | None:
         """The classes of images.
@@ -350,7 +385,7 @@ class ImageFolder(ImageDataModule):
         return hashlib.sha256(repr((self.transform, files)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "cache"}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("cache", "crop_sizes")}
 
 
 class Landscapes(ImageFolder):
@@ -370,6 +405,8 @@ class Landscapes(ImageFolder):
         num_workers: Processes that read ahead from the cache while training.
         random_flip: Whether half of the training images are mirrored.
         on_device: Whether the images live on the training device.
+        crops: Number of further squares that are cut out of each training image; see `ImageFolder`.
+        smallest_crop: The smallest share of an image's shorter side that such a square has.
     """
 
     def __init__(
@@ -386,6 +423,8 @@ class Landscapes(ImageFolder):
         num_workers: int = 0,
         random_flip: bool = True,
         on_device: bool | None = None,
+        crops: int = 0,
+        smallest_crop: float = 0.5,
     ) -> None:
         super().__init__(
             root,
@@ -401,6 +440,8 @@ class Landscapes(ImageFolder):
             use_labels=False,
             random_flip=random_flip,
             on_device=on_device,
+            crops=crops,
+            smallest_crop=smallest_crop,
         )
 
 

@@ -15,6 +15,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.options import StepsOptions
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.report.images import StepRecorder, save_gif, titled_grid
@@ -36,6 +37,7 @@ def sample(
     out: str = "runs/samples",
     trajectory: bool = False,
     scale: int | None = None,
+    size: str | None = None,
     compile: bool = False,
     devices: int = 1,
     strategy: str = "auto",
@@ -61,6 +63,8 @@ def sample(
         trajectory: Also draws how the first images came to be.
         scale: Whole factor by which the GIFs of one sample enlarge pixels; by default small images grow to about 256
             pixels a side.
+        size: Height and width of the images, such as 128x192, in the place of those that the model was trained on; both
+            must divide by the network's factor. Far from the trained size images repeat their parts.
         compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
         devices: Number of processes, one per device, that share the work.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
@@ -76,6 +80,8 @@ def sample(
         )
     try_folder(Path(out))
     module = options.load_model(stage_2=stage_2, stage_2_options=stage_2_options)
+    if size is not None:
+        take_size(module, size)
     prompts = options.prompts
     if num_samples < len(prompts):
         raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")
@@ -98,6 +104,24 @@ def sample(
     else:
         module.to(pick_device(options.device))
         draw_all(jobs, Path(out))
+
+
+def take_size(module: Any, size: str) -> None:
+    """Lets a model draw images of another size.
+
+    Args:
+        module: The model.
+        size: Height and width, such as `128x192`.
+
+    Raises:
+        ValueError: If it is none, or the model draws but one size.
+    """
+    sides = size.lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise ValueError(f"--size is {size!r}; give height and width, such as 128x192.")
+    if not isinstance(module, PixelModel):
+        raise ValueError(f"--size is {size}, but a {type(module).__name__} draws one size alone; leave it out.")
+    module.draw_size(int(sides[0]), int(sides[1]))
 
 
 def draw_all(jobs: "Sequence[SampleJob]", folder: Path, ranks: Fabric | None = None) -> None:

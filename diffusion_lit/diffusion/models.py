@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 
@@ -21,10 +22,12 @@ class PixelModel(nn.Module):
     Attributes:
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
         sampling: How images are drawn unless told otherwise.
+        drawn_size: Height and width of what is denoised where another size than the network's own is drawn.
     """
 
     denoiser: Denoiser
     sampling: Sampling
+    drawn_size: tuple[int, int] | None = None
 
     @property
     def net(self) -> nn.Module:
@@ -40,12 +43,31 @@ class PixelModel(nn.Module):
     def x_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of what is denoised."""
         net: Any = self.net
-        return (int(net.in_channels), int(net.image_size), int(net.image_size))
+        height, width = self.drawn_size or (net.image_size, net.image_size)
+        return (int(net.in_channels), int(height), int(width))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the images that the model makes."""
         return self.x_shape
+
+    def draw_size(self, height: int, width: int) -> None:
+        """Draws images of another size from now on; a network of convolutions and attention can.
+
+        Args:
+            height: Pixels.
+            width: Pixels.
+
+        Raises:
+            ValueError: If the network's or the autoencoder's factor does not divide them.
+        """
+        net: Any = self.net
+        factor = self.image_shape[1] // self.x_shape[1]
+        multiple = factor * int(getattr(net, "size_multiple", None) or getattr(net, "patch_size", None) or 1)
+        check_count(height=height, width=width)
+        if height % multiple or width % multiple:
+            raise ValueError(f"size is {height}x{width}; this model draws sides that divide by {multiple}.")
+        self.drawn_size = (height // factor, width // factor)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] as what is denoised: themselves, unless a subclass works on latents."""
