@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import take, to_uint8
+from diffusion_lit.diffusion.images import psnr, take, to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
 from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_distance, summarise
 from diffusion_lit.evaluation.reference import Reference
 from diffusion_lit.modules.data_classifier import classifier_of, training_labels
 from diffusion_lit.modules.perceptual import StageDistance
-from diffusion_lit.modules.quality import psnr, ssim
+from diffusion_lit.modules.quality import ssim
 from diffusion_lit.nets.classifier import ConvClassifier
 
 SHOWN = 8  # images in the panel
