@@ -63,6 +63,26 @@ FAMILIES = {
     "ddpm": Family("ddpm_digits.yaml", DENOISER),
     "edm": Family("edm_digits.yaml", DENOISER),
     "vae": Family("vae_digits.yaml", SMALL, ("Reconstructions", "Interpolations", "ReconstructionFID", "FID")),
+    "vae_sharp": Family(
+        "vae_digits.yaml",
+        [
+            *SMALL,
+            "--model.init_args.adversary=diffusion_lit.modules.Adversary",
+            "--model.init_args.adversary.init_args.start_step=5",
+            "--model.init_args.adversary.init_args.levels=1",
+            "--model.init_args.adversary.init_args.lr_ratio=0.5",
+            "--model.init_args.perceptual=diffusion_lit.modules.ClassifierPerceptual",
+        ],
+        ("Reconstructions", "ReconstructionFID"),
+    ),
+    "vae_codes": Family(
+        "vae_digits.yaml",
+        [
+            *SMALL,
+            "--model.init_args.net.init_args.bottleneck={class_path: diffusion_lit.nets.VQ, init_args: {codes: 32}}",
+        ],
+        ("Reconstructions", "Interpolations", "FID"),
+    ),
     "cold": Family(
         "cold_digits.yaml",
         [*SMALL, "--model.init_args.degradation=diffusion_lit.diffusion.Mask"],
