@@ -110,10 +110,10 @@ def test_every_family_on_two_ranks_is_as_on_one(tmp_path, name):
 )
 def test_every_config_ends_on_two_ranks_with_its_images(tmp_path, config):
     """As it is, but for a tiny network and data: FID is left out where its extractor is Inception, without weights."""
-    _, model, data = parts(config)
+    content, model, data = parts(config)
     more = [*STEPS, *DATA[data](tmp_path / "data")]
-    if data in ("ImageFolder", "Landscapes"):  # enough that each rank has a held-out image
-        write_images(tmp_path / "data", 80)
+    if data in ("ImageFolder", "Landscapes"):  # enough that each rank has a held-out image, and large enough for crops
+        write_images(tmp_path / "data", 80, max(80, 2 * content["data"]["init_args"]["image_size"]))
     if data != "SingleImage":
         more.append("--data.init_args.batch_size=4")
     if "Classifier" not in model:
