@@ -53,7 +53,7 @@ def measure_reconstructions(
     for block in range(plan.num_blocks):
         rows = torch.arange(block, size * plan.num_blocks, plan.num_blocks)
         real = take(images, rows)
-        made = torch.cat([_restore(module, part.to(device)) for part in real.split(BATCH)])
+        made = torch.cat([_restore(module, part.to(device)) for part in torch.split(real, BATCH)])
         for name, others in (("reconstructions", made), ("floor", real), ("unrelated", real.roll(1, 0))):
             figures = nearness(others, real, distance, device)
             features = _features(extractor, others)
@@ -80,7 +80,7 @@ def nearness(made: Tensor, real: Tensor, distance: Any, device: Any) -> dict[str
         Figures by name; SSIM only for images of 6 pixels and more.
     """
     sums: dict[str, float] = {}
-    for mine, theirs in zip(made.split(BATCH), real.split(BATCH), strict=True):
+    for mine, theirs in zip(torch.split(made, BATCH), torch.split(real, BATCH), strict=True):
         pair = [part.to(device).float() / 127.5 - 1 for part in (mine, theirs)]
         figures = {"psnr": psnr(*pair).sum()}
         if min(real.shape[-2:]) >= SMALLEST_SSIM:

@@ -141,4 +141,5 @@ class Adversary(nn.Module):
 
 def ratio(fidelity: Tensor, judged: Tensor) -> Tensor:
     """The lambda of two gradients of one shape, in [0, 10^4]."""
-    return (fidelity.norm() / (judged.norm() + EPSILON)).clamp(0, MOST).detach()
+    scale: Tensor = fidelity.norm() / (judged.norm() + EPSILON)
+    return scale.clamp(0, MOST).detach()

@@ -108,7 +108,7 @@ def training_labels(data: Any) -> Tensor | None:
     Returns:
         Class indices int64 (N,), or None where the data set has none.
     """
-    labels = data.reference_labels("train")
+    labels: Tensor | None = data.reference_labels("train")
     read = getattr(data, "read", None)
     if labels is None and read is not None:
         labels = read("train")[1]

@@ -105,7 +105,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         """Shape (C, H, W) of the images."""
         if self.drawn_size is None:
             return self.space.image_shape
-        factor = self.space.net.factor
+        factor = int(self.space.net.factor)  # type: ignore[arg-type]
         return (self.space.image_shape[0], self.drawn_size[0] * factor, self.drawn_size[1] * factor)
 
     def setup(self, stage: str) -> None:

@@ -170,11 +170,10 @@ def fit_mixture(latents: Tensor, components: int = COMPONENTS, seed: int = 0) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it went on to the last iteration
         model.fit(latents.double().numpy())
-    covariances = torch.from_numpy(model.covariances_)
-    return GaussianMixturePrior(
-        *(torch.from_numpy(values).float() for values in (model.weights_, model.means_)),
-        torch.linalg.cholesky(covariances).float(),
+    weights, means, covariances = (
+        torch.from_numpy(values) for values in (model.weights_, model.means_, model.covariances_)
     )
+    return GaussianMixturePrior(weights.float(), means.float(), torch.linalg.cholesky(covariances).float())
 
 
 @torch.no_grad()
@@ -207,7 +206,7 @@ def mixture_of(net: Any, data: Any, components: int = COMPONENTS, batch_size: in
     def fit() -> dict[str, Tensor]:
         rows, parts = torch.arange(count) * len(images) // count, []
         generator = keyed_generator("mixture")
-        for chunk in rows.split(batch_size):
+        for chunk in torch.split(rows, batch_size):
             posterior = net.encode(take(images, chunk).to(device).float() / 127.5 - 1)
             noise = torch.randn(posterior.mean.shape, generator=generator)
             parts.append(posterior.sample(noise.to(device)).flatten(1).cpu())

@@ -13,6 +13,7 @@ a distance of pixels alone would blur.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ class VAE(BaseModule):
         for one in self._perceptual:
             if one.frozen is None:
                 data: Any = getattr(trainer_of(self), "datamodule", None)
-                rank_zero_first(lambda one=one, data=data: one.load(data), "the perceptual distance")
+                rank_zero_first(partial(one.load, data), "the perceptual distance")
 
     def terms(self, image: Tensor, *key: int | str, index: Tensor | None = None) -> Terms:
         """The terms of the loss.

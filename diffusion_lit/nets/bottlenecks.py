@@ -190,29 +190,29 @@ class FSQ(Bottleneck):
         half = (levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(h)  # an even number of levels has none at 0
         squeezed = torch.tanh(h + torch.atanh(offset / half)) * half - offset
-        codes = _straight_through(squeezed, squeezed.round()) / self.half
+        codes = _straight_through(squeezed, squeezed.round()) / self.reach
         return Codes(codes, torch.zeros_like(codes), levels.log(), codes.new_zeros(len(codes)))
 
     @property
-    def half(self) -> Tensor:
-        """Half the number of levels of each channel, rounded down: the distance of levels is 1 / half."""
+    def reach(self) -> Tensor:
+        """Half the number of levels of each channel, rounded down: the distance of levels is 1 / reach."""
         return self.levels // 2
 
     def nearest(self, z: Tensor) -> Tensor:
         """See `Bottleneck.nearest`."""
-        step = (z * self.half).round()
-        step = torch.maximum(torch.minimum(step, (self.levels - 1) - self.half), -self.half)
-        return _straight_through(z, (step / self.half).to(z.dtype))
+        step = (z * self.reach).round()
+        step = torch.maximum(torch.minimum(step, (self.levels - 1) - self.reach), -self.reach)
+        return _straight_through(z, (step / self.reach).to(z.dtype))
 
     def of_normal(self, noise: Tensor) -> Tensor:
         """Each level equally often, through the normal distribution function; see `Bottleneck.of_normal`."""
         share = torch.special.ndtr(noise)
-        step = torch.minimum((share * self.levels).floor(), self.levels - 1) - self.half
-        return (step / self.half).to(noise.dtype)
+        step = torch.minimum((share * self.levels).floor(), self.levels - 1) - self.reach
+        return (step / self.reach).to(noise.dtype)
 
     def index(self, z: Tensor) -> Tensor:
         """Number of the code at each position, (B, h, w)."""
-        step = (z * self.half).round().long() + self.half
+        step = (z * self.reach).round().long() + self.reach
         place = torch.cumprod(torch.cat([self.levels.new_ones(1), self.levels.flatten()[:-1]]), 0)
         return (step * place.reshape(-1, 1, 1)).sum(1)
 
