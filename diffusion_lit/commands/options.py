@@ -29,12 +29,12 @@ class SamplingOptions:
             unconditional one.
         sampler: Name of the sampler; `lightning sample --help` lists them.
         num_steps: Number of sampling steps.
-        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace or trailing.
+        grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace, trailing or levels.
         sigma_min: Smallest noise level of the grid above 0.
         sigma_max: Largest noise level of the grid.
         clip_x0: Threshold on predicted images: none, static or dynamic.
         sampler_options: Options of the sampler, as JSON: '{"S_churn": 40}'.
-        grid_options: Options of the grid, as JSON: '{"rho": 7}'.
+        grid_options: Options of the grid, as JSON: '{"rho": 7}'. '{"levels": [80, 0.8]}' is a grid of these levels.
         guidance_interval: Noise levels within which guidance acts, as JSON: '[0.3, 5]'.
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
     """
@@ -47,7 +47,7 @@ class SamplingOptions:
     sigma_max: float | None = None
     clip_x0: str | None = None
     sampler_options: dict[str, int | float | str | bool] | None = None
-    grid_options: dict[str, int | float | str | bool] | None = None
+    grid_options: dict[str, int | float | str | bool | list[float]] | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
 

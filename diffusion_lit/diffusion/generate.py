@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
-from diffusion_lit.diffusion.grids import GRIDS
+from diffusion_lit.diffusion.grids import GRIDS, check_levels
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import SeededNoise
@@ -26,6 +26,8 @@ from diffusion_lit.diffusion.samplers.common import Noise
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
 
 CLIP_OPTIONS = {"none": set[str](), "static": {"limit"}, "dynamic": {"limit", "percentile", "ceiling"}}
+
+NUM_STEPS, GRID = 18, "karras"  # unless told otherwise
 
 StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -36,7 +38,8 @@ class Sampling:
 
     Args:
         sampler: Name of a sampler, a key of `diffusion_lit.diffusion.SAMPLERS`.
-        num_steps: Number of steps N, at least 1.
+        num_steps: Number of steps N, at least 1; with `levels` in `grid_options` as many as these by default, else the
+            first N of them.
         grid: Name of a grid of noise levels, a key of `diffusion_lit.diffusion.GRIDS`.
         sigma_min: Smallest noise level above 0 of the grid; by default that of the model.
         sigma_max: Largest noise level of the grid, where sampling starts; by default that of the model.
@@ -47,7 +50,8 @@ class Sampling:
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions (Lin 2023, section 3.4).
         clip_x0: Threshold on predicted images: `none`, `static` (to [-1, 1]) or `dynamic` (a quantile, Saharia 2022).
         sampler_options: Further arguments of the sampler, such as `{"S_churn": 40}` or `{"eta": 0.5}`.
-        grid_options: Further arguments of the grid, such as `{"rho": 7}`.
+        grid_options: Further arguments of the grid, such as `{"rho": 7}`. `{"levels": [80, 0.8]}` makes the grid
+            `levels`: just these noise levels.
         clip_options: Further arguments of the threshold: `limit`, and of a dynamic one `percentile` and `ceiling`.
 
     Raises:
@@ -55,8 +59,8 @@ class Sampling:
     """
 
     sampler: str = "heun"
-    num_steps: int = 18
-    grid: str = "karras"
+    num_steps: int = NUM_STEPS
+    grid: str = GRID
     sigma_min: float | None = None
     sigma_max: float | None = None
     cfg_scale: float = 1.0
@@ -70,6 +74,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuses what no sampler could run."""
         _one_of("sampler", self.sampler, SAMPLERS)
+        self._take_levels()
         _one_of("grid", self.grid, GRIDS)
         _one_of("clip_x0", self.clip_x0, CLIP_OPTIONS)
         check_count(num_steps=self.num_steps)
@@ -81,18 +86,28 @@ class Sampling:
             raise ValueError(
                 f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; give a rising range."
             )
-        known = {
-            name
-            for name, parameter in inspect.signature(SAMPLERS[self.sampler].function).parameters.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("noise", "callback")
-        }
-        _check_options(f"sampler {self.sampler!r}", self.sampler_options, known)
+        of_sampler = _options_of(SAMPLERS[self.sampler].function, "noise", "callback")
+        _check_options(f"sampler {self.sampler!r}", self.sampler_options, of_sampler)
+        of_grid = _options_of(GRIDS[self.grid], "sigma_min", "sigma_max")
+        _check_options(f"grid {self.grid!r}", self.grid_options, of_grid)
         _check_options(f"threshold {self.clip_x0!r}", self.clip_options, CLIP_OPTIONS[self.clip_x0])
+
+    def _take_levels(self) -> None:
+        """Explicit noise levels are the grid, and their number that of the steps, where nothing else was said."""
+        given = self.grid_options.get("levels", () if self.grid == "levels" else None)
+        if given is None or self.grid not in (GRID, "levels"):
+            return
+        check_levels(given)
+        object.__setattr__(self, "grid", "levels")
+        if self.num_steps == NUM_STEPS:
+            object.__setattr__(self, "num_steps", len(given))
+        _check_steps(self.num_steps, given)
 
     def replace(self, **changes: Any) -> "Sampling":
         """The same settings with some replaced, `None` meaning unchanged.
 
         Options of the sampler, the grid and the threshold belong to their name: they are dropped when the name changes.
+        Noise levels among the options of the grid are the grid, with a step for each.
 
         Args:
             changes: Fields and their new values.
@@ -101,9 +116,13 @@ class Sampling:
             New settings.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
+        if "levels" in changes.get("grid_options", {}):
+            check_levels(changes["grid_options"]["levels"])
+            changes = {"grid": "levels", "num_steps": len(changes["grid_options"]["levels"]), **changes}
         for name, options in (("sampler", "sampler_options"), ("grid", "grid_options"), ("clip_x0", "clip_options")):
             if changes.get(name, getattr(self, name)) != getattr(self, name):
                 changes.setdefault(options, {})
+        _check_steps(changes.get("num_steps"), changes.get("grid_options", self.grid_options).get("levels"))
         return replace(self, **changes)
 
     def sigmas(self, scaling: Preconditioning) -> Tensor:
@@ -308,6 +327,21 @@ def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor 
     if outside.numel():
         raise ValueError(f"Label {int(outside[0])} is outside the model's classes 0 to {num_classes - 1}.")
     return labels.long()
+
+
+def _check_steps(num_steps: int | None, levels: Sequence[float] | None) -> None:
+    """Refuses more steps than there are explicit noise levels."""
+    if isinstance(num_steps, int) and levels is not None and num_steps > len(levels):
+        raise ValueError(
+            f"num_steps is {num_steps}, but there are {len(levels)} levels, {list(levels)}; give a level for each "
+            "step, or fewer steps."
+        )
+
+
+def _options_of(function: Callable[..., Tensor], *others: str) -> set[str]:
+    """Names of the options of a sampler or a grid: its arguments by keyword alone, but for some."""
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY} - {*others}
 
 
 def _check_options(what: str, options: dict[str, Any], known: set[str]) -> None:

@@ -8,20 +8,22 @@ A grid is `name(num_steps, scaling, *, sigma_min=None, sigma_max=None, **options
 - uniform_t: the time of the model's own path falls linearly.
 - leading, linspace, trailing: whole steps of the model's T-step schedule, spaced as DDPM's strided samplers do
   (arXiv 2305.08891, table 2).
+- levels: the noise levels that are given.
 
 Time is that of the model's schedule. A flow has sigma = t / (1 - t), with 1000 equal steps over its range of training.
 A model with neither (EDM) uses DDPM's linear schedule, cut to its range.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.checks import check_count, check_number, check_numbers
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
 from diffusion_lit.diffusion.preconditioning import FlowPreconditioning, Preconditioning, X0Preconditioning
@@ -251,6 +253,58 @@ def trailing(
     )
 
 
+def levels(
+    num_steps: int,
+    scaling: Preconditioning,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    levels: Sequence[float] = (),
+) -> Tensor:
+    """The first N of the noise levels that are given, as the few steps of a consistency model need them.
+
+    Args:
+        num_steps: The number of steps N, from 1 to the number of levels.
+        scaling: The model's scaling; the denoiser refuses levels outside its support.
+        sigma_min: None; the levels say where the grid ends.
+        sigma_max: None; the levels say where it begins.
+        levels: Noise levels above 0, falling.
+
+    Returns:
+        Float64 levels of shape (N+1,), falling, the last 0.
+
+    Raises:
+        ValueError: If the levels do not fall to a positive one, are fewer than num_steps, or a range is given as well.
+    """
+    check_count(num_steps=num_steps)
+    check_levels(levels)
+    if sigma_min is not None or sigma_max is not None:
+        given = f"sigma_min {sigma_min}" if sigma_max is None else f"sigma_max {sigma_max}"
+        raise ValueError(f"{given} was given beside levels {list(levels)}, which say the range; leave it out.")
+    if num_steps > len(levels):
+        raise ValueError(f"num_steps is {num_steps}, but levels {list(levels)} are {len(levels)}; give as many levels.")
+    return _to_zero(torch.tensor(levels[:num_steps], dtype=torch.float64))
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    """Refuses noise levels that are no grid.
+
+    Args:
+        levels: As for `levels`.
+
+    Raises:
+        ValueError: If there is none, or they are not numbers that fall to a positive one.
+    """
+    given = isinstance(levels, Sequence) and not isinstance(levels, str) and len(levels) > 0
+    if not given:
+        example = """--grid_options '{"levels": [80, 0.8]}'"""
+        raise ValueError(f"levels is {levels!r}; give the noise levels, such as {example}.")
+    check_numbers("levels", levels, above=0)
+    for level, level_next in pairwise(levels):
+        if level_next >= level:
+            raise ValueError(f"levels {list(levels)} do not fall from {level} to {level_next}; give falling ones.")
+
+
 GRIDS: dict[str, Callable[..., Tensor]] = {
     "karras": karras,
     "exponential": exponential,
@@ -259,6 +313,7 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
     "leading": leading,
     "linspace": linspace,
     "trailing": trailing,
+    "levels": levels,
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.exact import PREDICTIONS, cosine_betas, linear_betas, sigmas_of, vp_sigma
 
+from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import FLOW_STEPS, GRIDS
 from diffusion_lit.diffusion.noise import ContinuousVP, CosineSchedule, LinearSchedule
 from diffusion_lit.diffusion.preconditioning import (
@@ -19,15 +20,16 @@ from diffusion_lit.diffusion.preconditioning import (
 
 CONTINUOUS = ["karras", "exponential", "uniform_t", "log_snr"]
 STRIDED = ["leading", "linspace", "trailing"]
+COMPUTED = [*CONTINUOUS, *STRIDED]
 
 
 def test_the_table_is_whole():
-    assert list(GRIDS) == ["karras", "exponential", "uniform_t", "log_snr", *STRIDED]
+    assert list(GRIDS) == [*COMPUTED, "levels"]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 100])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", COMPUTED)
 def test_a_grid_falls_within_the_range_and_ends_in_zero(grid, prediction, num_steps):
     if grid == "leading" and num_steps == 1:
         return
@@ -120,7 +122,7 @@ def test_a_flow_has_a_thousand_steps(grid):
     np.testing.assert_allclose(sigmas / (1 + sigmas), np.linspace(0.999, 0.001, 1000), rtol=1e-9)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", COMPUTED)
 def test_a_range_of_ones_own_is_kept(grid):
     scaling = EpsPreconditioning(LinearSchedule(1000))
     sigmas = GRIDS[grid](9, scaling, sigma_min=0.1, sigma_max=10.0)
@@ -135,7 +137,7 @@ def test_a_range_of_ones_own_is_kept(grid):
         assert float(sigmas[0]) > (7.5 if grid != "leading" else 5)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", COMPUTED)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -180,3 +182,52 @@ def test_an_offset_beyond_the_schedule_is_refused():
         GRIDS["leading"](1000, EpsPreconditioning(LinearSchedule()), steps_offset=1)
     with pytest.raises(ValueError, match="steps_offset is -1"):
         GRIDS["leading"](10, EpsPreconditioning(LinearSchedule()), steps_offset=-1)
+
+
+def test_explicit_levels_are_the_grid_as_they_stand():
+    scaling = EDMPreconditioning()
+    assert GRIDS["levels"](2, scaling, levels=[80, 0.8]).tolist() == [80, 0.8, 0]
+    assert GRIDS["levels"](1, scaling, levels=[80, 0.8]).tolist() == [80, 0]
+    assert GRIDS["levels"](2, scaling, levels=(3.5, 0.1)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"levels is \(\); give the noise levels, such as --grid_options"),
+        ({"levels": []}, r"levels is \[\]; give the noise levels"),
+        ({"levels": "80"}, "levels is '80'; give the noise levels"),
+        ({"levels": [80, 0]}, "levels is 0; give a finite number above 0"),
+        ({"levels": [math.nan]}, "levels is nan; give a finite number above 0"),
+        ({"levels": [1.0, 2.0]}, "do not fall from 1.0 to 2.0; give falling ones"),
+        ({"levels": [2.0, 2.0]}, "do not fall from 2.0 to 2.0"),
+        ({"num_steps": 3, "levels": [80, 0.8]}, r"num_steps is 3, but levels \[80, 0.8\] are 2"),
+        ({"num_steps": 0, "levels": [80, 0.8]}, "num_steps is 0; give a whole number from 1"),
+        ({"levels": [80, 0.8], "sigma_max": 40.0}, "sigma_max 40.0 was given beside levels"),
+        ({"levels": [80, 0.8], "sigma_min": 0.1}, "sigma_min 0.1 was given beside levels"),
+    ],
+)
+def test_levels_that_are_no_grid_are_refused_in_a_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GRIDS["levels"](**{"num_steps": 1, "scaling": EDMPreconditioning(), **arguments})
+
+
+def test_settings_take_levels_as_grid_and_number_of_steps():
+    scaling, levels = EDMPreconditioning(), {"levels": [80, 5.0, 0.8]}
+    assert Sampling(sampler="consistency", grid_options=levels).sigmas(scaling).tolist() == [80, 5, 0.8, 0]
+    ddpm = Sampling(sampler="ddpm", num_steps=1000, grid="trailing")
+    assert ddpm.replace(sampler="consistency", grid_options=levels).sigmas(scaling).tolist() == [80, 5, 0.8, 0]
+    own = Sampling(sampler="consistency", grid_options=levels)
+    assert own.replace(num_steps=1).sigmas(scaling).tolist() == [80, 0]
+    assert own.replace(grid_options={"levels": [40]}).sigmas(scaling).tolist() == [40, 0]
+    assert len(own.replace(sampler="heun", grid="karras", num_steps=18).sigmas(scaling)) == 19
+    assert Sampling(**own.record()) == own
+    for changes, message in (
+        ({"num_steps": 4}, "num_steps is 4, but there are 3 levels"),
+        ({"num_steps": 18}, "num_steps is 18, but there are 3 levels"),
+        ({"grid_options": {"levels": 5}}, "levels is 5; give the noise levels"),
+        ({"grid": "trailing", "grid_options": levels}, "'trailing' has no option 'levels'"),
+        ({"grid": "karras", "grid_options": {"roh": 5}}, "'karras' has no option 'roh'; it takes rho"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            own.replace(**changes)

@@ -157,7 +157,9 @@ def test_deterministic_samplers_invert(name):
     torch.testing.assert_close(sampler(denoise, noisy, rising.flip(0)), x0, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "ddim", "heun"])
+@pytest.mark.parametrize(
+    "name", ["ddpm", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "ddim", "heun", "consistency"]
+)
 def test_samplers_that_add_noise_refuse_a_rising_grid(name):
     with pytest.raises(ValueError, match="rising grid; invert with a deterministic one"):
         with_noise(name)(denoise, start(2, 3), FALLING[:-1].flip(0))
@@ -289,6 +291,37 @@ def mixture():
     means = torch.tensor([[0.8, 0.1], [-0.5, 0.6], [-0.2, -0.7]], dtype=torch.float64)
     spread = torch.tensor([[[0.03, 0.02], [0.02, 0.05]], [[0.02, 0.0], [0.0, 0.10]], [[0.05, -0.03], [-0.03, 0.04]]])
     return GaussianMixtureDenoiser(torch.tensor([0.5, 0.3, 0.2]), means, spread)
+
+
+def test_consistency_is_the_map_and_fresh_noise():
+    """Algorithm 1 of arXiv 2303.01469, written out; every level of the grid is called once."""
+    counting, draws = Counting(), []
+
+    def noise(x):
+        draws.append(torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(len(draws))))
+        return draws[-1]
+
+    got = SAMPLERS["consistency"].function(counting, start(2, 3), torch.tensor([5.0, 0.8, 0.3, 0.0]), noise=noise)
+    x = denoise(start(2, 3), 5.0)
+    for level, drawn in zip((0.8, 0.3), draws, strict=True):
+        x = denoise(x + level * drawn, level)
+    torch.testing.assert_close(got, x, rtol=1e-6, atol=1e-6)
+    assert [float(sigma) for sigma in counting.sigmas] == pytest.approx([5.0, 0.8, 0.3])
+    half = SAMPLERS["consistency"].function(denoise, start(2, 3), torch.tensor([5.0, 0.8]), noise=torch.ones_like)
+    torch.testing.assert_close(half, denoise(start(2, 3), 5.0) + 0.8, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [[80.0, 0.0], [80.0, 0.8, 0.0], [80.0, 5.0, 0.3, 0.0]])
+def test_consistency_with_the_true_map_draws_the_data_at_any_levels(levels):
+    """N(0.2, 0.25) has the map m + sqrt(v / (v + s²)) (x - m)."""
+    draw = torch.Generator().manual_seed(0)
+    noise = lambda x: torch.randn(x.shape, dtype=x.dtype, generator=draw)  # noqa: E731
+    x = levels[0] * noise(torch.empty(40_000, 1, dtype=torch.float64))
+    made = SAMPLERS["consistency"].function(
+        lambda x, s: 0.2 + (0.25 / (0.25 + s.double() ** 2)).sqrt() * (x - 0.2), x, torch.tensor(levels), noise=noise
+    )
+    assert float(made.mean()) == pytest.approx(0.2, abs=4 * 0.5 / 200 + 0.2 * 0.5 / 80)
+    assert float(made.std()) == pytest.approx(0.5, abs=4 * 0.5 / (2 * 40_000) ** 0.5)
 
 
 NUM_SAMPLES = 2500

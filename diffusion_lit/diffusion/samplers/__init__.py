@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_lit.diffusion.samplers.adaptive import rk45
+from diffusion_lit.diffusion.samplers.consistency import consistency
 from diffusion_lit.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
 from diffusion_lit.diffusion.samplers.single_step import ddim, ddpm, euler, euler_ancestral, heun
 from diffusion_lit.diffusion.samplers.unipc import unipc
@@ -17,6 +18,7 @@ from diffusion_lit.diffusion.samplers.unipc import unipc
 __all__ = [
     "SAMPLERS",
     "Sampler",
+    "consistency",
     "ddim",
     "ddpm",
     "dpmpp_2m",
@@ -38,7 +40,7 @@ class Sampler:
     Args:
         function: The sampler itself.
         order: Its order of convergence in the number of steps: to the solution of the probability-flow ODE, or in
-            distribution where it draws noise.
+            distribution where it draws noise; 0 where steps do not converge, as each takes the model's own map.
         stochastic: Whether it draws noise with its default options.
         calls_per_step: Its denoiser calls per step; None where step control decides. The step to level 0 takes one.
         summary: What it is, in a line.
@@ -75,6 +77,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 2, True, 1, "SDE-DPM-Solver++(2M); dpmpp_2m with noise"),
     "unipc": Sampler(unipc, 3, False, 1, "UniPC: predictor of two evaluations, corrected by the next"),
     "rk45": Sampler(rk45, 5, False, None, "Dormand-Prince to a tolerance, step control per sample"),
+    "consistency": Sampler(consistency, 0, True, 1, "for consistency models: one step, or fresh noise at each level"),
 }
 
 
