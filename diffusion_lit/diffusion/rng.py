@@ -5,7 +5,8 @@ batch size, nor the number of ranks changes what is drawn. A key is any tuple of
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -49,6 +50,41 @@ def seed_default_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
+
+
+def network_draws(device: torch.device) -> tuple[Tensor, ...]:
+    """Where torch's default generators stand, from which a network draws its dropout.
+
+    Args:
+        device: Where the network works.
+
+    Returns:
+        The state of the CPU's generator and, for an accelerator, of its own.
+    """
+    states = (torch.default_generator.get_state(),)
+    return states if device.type == "cpu" else (*states, getattr(torch, device.type).get_rng_state())
+
+
+@contextmanager
+def repeating(states: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
+    """Within this context, a network draws the same dropout once more; later draws go on as if it had not.
+
+    Args:
+        states: From `network_draws`, before the network drew.
+        device: Where it works.
+    """
+    now = network_draws(device)
+    try:
+        _set_draws(states, device)
+        yield
+    finally:
+        _set_draws(now, device)
+
+
+def _set_draws(states: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.default_generator.set_state(states[0])
+    if device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(states[1])
 
 
 BLOCK = 64  # images of a split that share a generator

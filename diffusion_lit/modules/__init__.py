@@ -4,6 +4,7 @@ from diffusion_lit.modules.adversary import Adversary
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.classifier import Classifier
 from diffusion_lit.modules.cold import ColdDiffusion
+from diffusion_lit.modules.consistency import Consistency, LatentConsistency
 from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
 from diffusion_lit.modules.latent import LatentDiffusion
@@ -23,9 +24,11 @@ __all__ = [
     "Classifier",
     "ClassifierPerceptual",
     "ColdDiffusion",
+    "Consistency",
     "DiffusionModule",
     "DiscretisedGaussian",
     "DiscretisedLogistic",
+    "LatentConsistency",
     "LatentDiffusion",
     "Trapezoid",
     "WarmupStableDecay",

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from diffusion_lit.checks import check_share
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.diffusion.loss import DenoisingLoss
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
@@ -187,7 +186,7 @@ class DiffusionModule(PixelModel, BaseModule):
     Args:
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
         noise_levels: Distribution that training draws sigma from.
-        loss: Denoising loss with its weight.
+        loss: Called as a `DenoisingLoss` is, with its arguments and result.
         sampling: How images are drawn from the model unless told otherwise.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
@@ -203,7 +202,7 @@ class DiffusionModule(PixelModel, BaseModule):
         self,
         denoiser: Denoiser,
         noise_levels: NoiseLevels,
-        loss: DenoisingLoss,
+        loss: nn.Module,
         sampling: Sampling,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -291,9 +290,23 @@ class DiffusionModule(PixelModel, BaseModule):
             x0 = augment_images(x0, augment)
         elif "crop_size" in batch and getattr(self.denoiser.net, "augment_dim", 0) == 1:
             augment = batch["crop_size"]
-        loss: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment).mean()
+        loss = self.losses(x0, draws, augment).mean()
         self.log_step({"train/loss": loss.detach()}, len(x0))
         return loss
+
+    def losses(self, x0: Tensor, draws: Draws, augment: Tensor | None) -> Tensor:
+        """The loss of each sample of a training step.
+
+        Args:
+            x0: What is denoised, shape (B, *x_shape).
+            draws: The draws of the step.
+            augment: Augmentation labels, shape (B, 9), or None.
+
+        Returns:
+            Shape (B,).
+        """
+        losses: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment)
+        return losses
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs the loss, with the same draws at every epoch."""

@@ -16,7 +16,15 @@ from helpers.project_files import ROOT, write_idx
 from helpers.runs import logged, read
 from PIL import Image
 
-FAMILIES = ("edm_digits", "ddpm_digits", "vae_digits", "latent_digits", "cold_digits", "classifier_mnist")
+FAMILIES = (
+    "edm_digits",
+    "ddpm_digits",
+    "vae_digits",
+    "latent_digits",
+    "cold_digits",
+    "consistency_digits",
+    "classifier_mnist",
+)
 STEPS = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
 EXACT = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]  # in bf16 the order of sums shows
 AVERAGES = ["--ema.half_life=null", "--ema.sigma_rel=[0.05,0.1]", "--ema.snapshot_every=2"]
@@ -118,8 +126,8 @@ def test_every_config_ends_on_two_ranks_with_its_images(tmp_path, config):
         more.append("--data.init_args.batch_size=4")
     if "Classifier" not in model:
         more.append("--model.init_args.net.init_args.model_channels=16")
-    if "LatentDiffusion" in model:
-        vae = config.with_name(config.name.replace("latent", "vae"))
+    if "Latent" in model:
+        vae = config.with_name(f"vae_{config.stem.split('latent_')[1]}.yaml")
         fit(tmp_path, vae, *more, f"--name={vae.stem}")
     fit(tmp_path, config, *more, ranks=2)
     folder = tmp_path / "runs" / config.stem / "version_0"

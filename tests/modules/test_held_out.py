@@ -10,7 +10,7 @@ from datamodules.loaders import EvalLoader, Split
 from diffusion_lit.callbacks import LossByNoiseLevel
 from diffusion_lit.diffusion.degradations import Mask
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index
-from diffusion_lit.modules import EDM, VAE, ColdDiffusion, LatentDiffusion
+from diffusion_lit.modules import EDM, VAE, ColdDiffusion, Consistency, LatentDiffusion
 from diffusion_lit.modules.latent_space import LatentSpace
 from diffusion_lit.nets import Autoencoder, UNet
 
@@ -33,6 +33,7 @@ def latent():
 
 FAMILIES = {
     "edm": lambda: EDM(unet()),
+    "consistency": lambda: Consistency(unet()),
     "vae": lambda: VAE(Autoencoder(1, 8, 2, 8, (1, 2))),
     "cold": lambda: ColdDiffusion(unet(), Mask(4)),
     "latent": latent,

@@ -265,7 +265,14 @@ NETS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
-    "path", ["edm_digits", "ddpm_digits", "cold_digits", *("nets/" + p.stem for p in (NETS / "nets").glob("unet*"))]
+    "path",
+    [
+        "edm_digits",
+        "ddpm_digits",
+        "cold_digits",
+        "consistency_digits",
+        *("nets/" + p.stem for p in (NETS / "nets").glob("unet*")),
+    ],
 )
 @pytest.mark.parametrize("size", [48, 64, 80])
 def test_the_network_of_a_config_takes_images_of_another_size(path, size):

@@ -15,7 +15,7 @@ from diffusion_lit.callbacks.watchdog import Watchdog
 from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
 from diffusion_lit.commands.evaluate_run import Plan
 from diffusion_lit.commands.fit import _check_numbers_of_trainer as check_trainer
-from diffusion_lit.diffusion import degradations, loss, noise, preconditioning
+from diffusion_lit.diffusion import consistency_loss, degradations, loss, noise, preconditioning
 from diffusion_lit.diffusion.cold import ColdSampling
 from diffusion_lit.diffusion.editing.composites import Hybrid, gaussian_blur
 from diffusion_lit.diffusion.editing.sweeps import NoiseBetween
@@ -28,7 +28,7 @@ from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.wrappers import ClipX0
 from diffusion_lit.evaluation.features import Pixels
 from diffusion_lit.evaluation.generation import GenerationJob
-from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, LatentDiffusion
+from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, Consistency, LatentDiffusion
 from diffusion_lit.modules.optim import WarmupStableDecay
 from diffusion_lit.modules.reconstruction import DiscretisedGaussian, DiscretisedLogistic
 from diffusion_lit.pretrained.models import Upsampler
@@ -58,6 +58,7 @@ GIVEN = {  # what has no default
     "shares": torch.zeros(1),
     "denoiser": denoiser,
     "guide": denoiser,
+    "teacher": denoiser,
     "classifier": denoiser,
     "optimizer": torch.optim.SGD(PARAMETER, 0.1),
     "num_steps": 4,
@@ -97,6 +98,9 @@ def cases():
         *public(noise, noise.NoiseLevels),
         *public(preconditioning, preconditioning.Preconditioning),
         *public(loss, torch.nn.Module),
+        *public(consistency_loss, consistency_loss.Gap),
+        *public(consistency_loss, consistency_loss.Distance),
+        *public(consistency_loss, consistency_loss.PathPoint),
         *public(degradations, degradations.Degradation),
         *(getattr(callbacks, name) for name in callbacks.__all__),
         *(ClipX0, ClassifierFreeGuidance, Autoguidance, ClassifierGuidance, Sampling, ColdSampling, Likelihood),
@@ -110,7 +114,7 @@ def cases():
             yield Case(one, one.__name__, {})
     unet = nets.UNet(1, 16, 2, model_channels=8, num_blocks=1)
     for module, net, more in (
-        *((module, unet, {}) for module in (DDPM, EDM, ColdDiffusion)),
+        *((module, unet, {}) for module in (DDPM, EDM, ColdDiffusion, Consistency)),
         (LatentDiffusion, unet, {"vae_ckpt": "runs/none"}),
         (VAE, nets.Autoencoder(1, 16, model_channels=8), {}),
         (Classifier, nets.ConvClassifier(1, 16, 2), {}),
@@ -123,7 +127,7 @@ def cases():
     yield Case(Pixels().extract, "Pixels.extract", {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)})
     yield Case(gaussian_blur, "gaussian_blur", {"images": torch.zeros(1, 1, 8, 8)})
     for name, grid in GRIDS.items():
-        yield Case(grid, name, {})
+        yield Case(grid, name, {"levels": [80.0, 8.0, 0.8, 0.08]} if name == "levels" else {})
     for name, sampler in SAMPLERS.items():
         call = {"denoise": denoiser, "x": torch.zeros(1, 1, 2, 2), "sigmas": LEVELS}
         yield Case(sampler.function, name, call)
