@@ -3,9 +3,10 @@
     python tools/mutation.py [--only NAME ...] [--jobs N] [--list]
 
 A mutant is the package with one arithmetic change in one of these functions: a plus for a minus, a product for a
-quotient, a sign left out, a number changed by 5 percent (by 0.05 where it is 0). The tests run on it until the first
-one fails. A table says for each function how many were planted and caught, and then what survived; the exit status is 1
-if anything did. Each mutant runs in a forked process, so that torch is imported once.
+quotient, a sign left out, a number changed by 5 percent (by 0.05 where it is 0); or with one of the changes written out
+in `BY_HAND`. The tests must pass on the code as it is, and run on each mutant until the first one fails. A table says
+for each function how many were planted and caught, and then what survived; the exit status is 1 if anything did. Each
+mutant runs in a forked process, so that torch is imported once.
 """
 
 import argparse
@@ -36,6 +37,8 @@ TESTS = {
         "test_samplers_moments.py",
     ],
     f"{CORE}/preconditioning.py": ["test_preconditioning.py", "test_samplers_moments.py"],
+    f"{CORE}/samplers/consistency.py": SAMPLER_TESTS[-1:],
+    f"{CORE}/consistency_loss.py": ["test_consistency_loss.py"],
     f"{CORE}/grids.py": ["test_grids.py"],
     f"{CORE}/analytic.py": ["test_analytic.py"],
     f"{CORE}/likelihood.py": ["test_likelihood.py"],
@@ -50,6 +53,18 @@ SKIP = {
 EQUIVALENT = {
     ("GaussianMixtureDenoiser.sample", "self.means[label] - spread"): "the spread is symmetric",
     ("denoise_and_trace", "product / signs"): "signs are 1 and -1",
+}
+BY_HAND = {  # what no change of arithmetic plants: file, function, what is there, what is put in its place
+    f"{CORE}/consistency_loss.py": [
+        ("ConsistencyLoss.forward", "torch.no_grad()", "torch.enable_grad()"),  # gradients through the target
+        ("ConsistencyLoss.forward", "self.point(x, x0, noise, t, r,", "self.point(x, x0, noise, r, t,"),
+        ("ConsistencyLoss.forward", "self.weight(t, r, scaling)", "self.weight(r, t, scaling)"),
+        ("ConsistencyLoss.forward", "denoiser(x, t, label", "denoiser(x, r, label"),
+        ("ConsistencyLoss.forward", "self.gap(t, progress)", "t - self.gap(t, progress)"),
+        ("ConsistencyLoss.forward", "repeating(draws, x.device)", "repeating(network_draws(x.device), x.device)"),
+        ("TeacherStep.__call__", "per_sample(r - t, x)", "per_sample(t - r, x)"),
+        ("InverseGap.__call__", "return 1 / (t - r)", "return 1 / t"),
+    ],
 }
 CPU_SECONDS = 300
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
@@ -113,7 +128,13 @@ def functions(tree):
 
 def mutants(path):
     """All mutants of a file."""
-    tree = ast.parse((ROOT / path).read_text())
+    text = (ROOT / path).read_text()
+    for name, before, after in BY_HAND.get(path, []):
+        if text.count(before) != 1:
+            sys.exit(f"{path} holds {before!r} {text.count(before)} times and not once; mend BY_HAND.")
+        line = text[: text.index(before)].count("\n") + 1
+        yield Mutant(path, name, line, before, after, text.replace(before, after))
+    tree = ast.parse(text)
     for name, function in functions(tree):
         for node, parent, put in list(arithmetic(function)):
             for changed in changes(node, parent):
@@ -155,7 +176,7 @@ def verdict(mutant):
         os.dup2(quiet, 2)
         module = mutant.path.removesuffix(".py").replace("/", ".")
         sys.meta_path.insert(0, Planted(module, str(ROOT / mutant.path), mutant.source))
-        files = [str(ROOT / "tests" / name) for name in TESTS[mutant.path]]
+        files = [str(ROOT / "tests/diffusion" / name) for name in TESTS[mutant.path]]
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files])))
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return "survived" if code == 0 else "hangs" if code == -signal.SIGKILL else "caught"
@@ -206,6 +227,10 @@ def main():
     import pytest  # noqa: F401  (imported here so that no fork has to)
     import torch  # noqa: F401
 
+    for path in dict.fromkeys(mutant.path for mutant in planted):
+        whole = Mutant(path, "", 0, "", "", (ROOT / path).read_text())
+        if verdict(whole) != "survived":
+            sys.exit(f"The tests of {path} fail on the code as it is, so that they would catch anything.")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = []
         for mutant, result in zip(planted, pool.map(verdict, planted), strict=True):
