@@ -149,9 +149,10 @@ class EMA(WritesToRunFolder, WeightAveraging):
         first = dict(self._average_model.module.named_parameters())
         averages: list[list[Tensor]] = [[first[name] for name in names], *self._others]
         folder = run_folder(trainer) / "averages"
+        classes = [str(name) for name in getattr(getattr(trainer, "datamodule", None), "class_names", None) or []]
         try:
             for width, average in zip(self.sigma_rel, averages, strict=True):
-                Snapshots.write(folder, self._step, width, dict(zip(names, average, strict=True)))
+                Snapshots.write(folder, self._step, width, dict(zip(names, average, strict=True)), classes)
         except OSError as error:
             rank_zero_warn(f"A snapshot of the averages could not be written to {folder}: {error}. Training goes on.")
 

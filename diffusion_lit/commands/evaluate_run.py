@@ -399,6 +399,7 @@ def header(
             "module": f"{type(module).__module__}.{type(module).__name__}",
             "step": checkpoint.get("global_step"),
             "weights": weights,
+            **({"init_from": begun} if (begun := getattr(module, "init_from", None)) else {}),
         },
         "data": {"class": f"{type(data).__module__}.{type(data).__name__}", **parameters},
         "extractor": {**extractor.identity(), "metric": extractor.metric},

@@ -32,23 +32,16 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
         ValueError: If the checkpoint cannot be used or holds no such weights.
     """
     from diffusion_lit.modules.load import load_module
-    from diffusion_lit.storage.checkpoints import read_checkpoint
+    from diffusion_lit.storage.checkpoints import choose_weights, read_checkpoint
 
     checkpoint = read_checkpoint(ckpt_path)
-    if weights not in ("average", "raw"):
-        raise ValueError(f"weights is {weights!r}; choose average or raw.")
-    exported = checkpoint.get("weights", "")  # the source is an export itself
-    averaged = weights == "average" and ("current_model_state" in checkpoint or exported.startswith("average"))
-    if weights == "raw" and exported.startswith("average"):
-        raise ValueError(f"{ckpt_path} is an export of average weights and holds no raw ones; export the checkpoint.")
-    if weights == "raw" and "current_model_state" in checkpoint:
-        checkpoint["state_dict"] = checkpoint["current_model_state"]
+    state, which = choose_weights(checkpoint, weights, ckpt_path)
     module = load_module(ckpt_path)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint["state_dict"].items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
     encoded = save_tensors(tensors)
     record = {
         "format": FORMAT,
-        "weights": "average (EMA)" if averaged else "raw",
+        "weights": which,
         "sha256": hashlib.sha256(encoded).hexdigest(),
         "parameters": sum(value.numel() for value in tensors.values()),
         "module": f"{type(module).__module__}.{type(module).__name__}",

@@ -50,6 +50,7 @@ from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.monitors import check_monitors
 from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.commands.beginning import begin, source_of
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length_said_last
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
@@ -176,6 +177,19 @@ class CLI(LightningCLI):
             default=None,
             help="Keeps feature maps in the layout NHWC; by default on CUDA and, in float32, on x86 CPUs.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Starts from the weights of another run as far as they fit: a checkpoint, runs/NAME, an export's "
+            "folder or a snapshot of averages. Optimizer, schedule and step begin anew.",
+        )
+        parser.add_argument(
+            "--init_weights",
+            type=str,
+            default="average",
+            help="Which of its weights: average (EMA) or raw.",
+        )
         parser.add_argument("--trust", type=str | None, default=None, help=TRUST_HELP)  # `main` has taken it
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
@@ -206,6 +220,7 @@ class CLI(LightningCLI):
         config = self.config[subcommand]
         trust((config.get("trust") or "").split(","))
         self.place = Place.of(config)
+        self.source = source_of(config, subcommand, self.place.run)
         given = config.get("ckpt_path")
         if given is None:
             if subcommand != "fit" and not config.trainer.get("fast_dev_run"):
@@ -325,6 +340,8 @@ class CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Suits the network to the hardware, and compares the configuration with the checkpoint."""
         self._refuse_what_the_data_decides()
+        if self.source is not None:
+            say(*begin(self.model, self.datamodule, self.source))
         if self.subcommand == "fit":
             check_monitors(self.trainer, self.model)
         chosen = self.config[self.subcommand].get("channels_last")

@@ -78,6 +78,7 @@ def help_text() -> str:
         "  --print_config                     shows the whole configuration and stops",
         "  --ckpt_path last                   continues the newest run of this name; best, runs/NAME and",
         "                                     runs/NAME/version_N are understood too, by every command",
+        "  --init_from runs/NAME              starts from the weights of another run, as far as they fit",
         "  --trust MODULE                     lets a file name classes of this module; for every command",
         "  fit --model.help CLASS             lists the options of a class, e.g. diffusion_lit.modules.EDM",
         "",

@@ -50,6 +50,7 @@ class BaseModule(LightningModule):
         self._makers: Callable[[], tuple[OptimizerCallable, LRSchedulerCallable | None]]
         self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names: list[str] = []
+        self.init_from: dict[str, Any] | None = None  # what its first weights were, of a run that did not draw them
         self._has_checked = False
         if is_built_by_command():  # built by the command: plain values that describe the checkpoint
             self.save_hyperparameters()
@@ -151,7 +152,7 @@ class BaseModule(LightningModule):
         step_plateau(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records what the hyperparameters lack: class names and the data."""
+        """Records what the hyperparameters lack: class names, the data, and what the run started from."""
         data: Any = getattr(trainer_of(self), "datamodule", None)
         identity = getattr(data, "identity", None)
         checkpoint["diffusion_lit"] = {
@@ -160,6 +161,7 @@ class BaseModule(LightningModule):
             "data": {} if identity is None else identity(),
             "seed": run_seed(),
             "precision": "32-true" if trainer_of(self) is None else str(self.trainer.precision),
+            **({} if self.init_from is None else {"init_from": self.init_from}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -170,6 +172,7 @@ class BaseModule(LightningModule):
         """
         recorded = checkpoint.get("diffusion_lit", {})
         self.class_names = recorded.get("class_names", self.class_names)
+        self.init_from = recorded.get("init_from")
         data: Any = getattr(trainer_of(self), "datamodule", None)
         if hasattr(data, "continue_from"):
             data.continue_from(recorded.get("data") or {}, self.class_names if self._is_conditional else [])

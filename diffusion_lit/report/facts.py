@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from diffusion_lit.modules.warm_start import sentence
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import versions
 
@@ -165,6 +166,21 @@ def parameters(module: Any) -> list[str]:
     told += [f"{magnitude(whole)} in all ({whole:,})"] if whole > own else []
     space = getattr(module, "space", None)
     return told if space is None else [*told, f"{magnitude(count(space.net))} in the autoencoder, which is frozen"]
+
+
+def begun_from(record: Any) -> str | None:
+    """What a run's first weights were.
+
+    Args:
+        record: The `init_from` of a checkpoint or a receipt; None where the run drew them.
+
+    Returns:
+        A sentence without a full stop; None where there is nothing to say, or no sound record.
+    """
+    try:
+        return sentence(record) if record else None
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
 
 
 def count(module: Any) -> int:

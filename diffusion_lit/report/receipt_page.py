@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from diffusion_lit.evaluation.metrics import short_count
+from diffusion_lit.report.facts import begun_from
 
 LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_", "rfid_", "rfd_")
 
@@ -299,7 +300,10 @@ def markdown(report: dict[str, Any]) -> str:
     if report["warnings"]:
         lines += ["## Warnings", "", *[f"- {warning}" for warning in report["warnings"]], ""]
     lines += ["## Receipt", ""]
-    for key in ("checkpoint", "data", "extractor", "samples", "versions", "run"):
+    checkpoint = {key: value for key, value in report["checkpoint"].items() if key != "init_from"}
+    begun = begun_from(report["checkpoint"].get("init_from"))
+    lines.append(f"- checkpoint: {_listed(checkpoint)}{f'. {begun}' if begun else ''}")
+    for key in ("data", "extractor", "samples", "versions", "run"):
         lines.append(f"- {key}: {_listed(report[key])}")
     for name, reference in report["references"].items():
         lines.append(f"- reference {name}: {_listed(reference['record'])}")

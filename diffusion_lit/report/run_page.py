@@ -14,6 +14,7 @@ from diffusion_lit.report.curves import LAST, draw, panels, scales, title
 from diffusion_lit.report.events import History, read_history
 from diffusion_lit.report.facts import (
     HARDWARE,
+    begun_from,
     class_name,
     duration,
     inside,
@@ -245,6 +246,8 @@ class RunPage:
             rows += [["parameters", text] for text in parameters(self.module)]
         batch = inside(self.config, "data", "init_args", "batch_size")
         rows.append(["training steps", f"{self.steps:,}"])
+        begun = begun_from(getattr(self.module, "init_from", None))
+        rows += [["first weights", begun]] if begun else []
         if isinstance(batch, int):
             accumulated = (self.config.get("trainer") or {}).get("accumulate_grad_batches") or 1
             rows.append(["images seen", f"about {magnitude(self.steps * batch * accumulated)} in batches of {batch:,}"])

@@ -122,3 +122,27 @@ def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
             f"{path} holds weights without the state of training ({', '.join(missing)} missing), as save_weights_only "
             "leaves it; training cannot go on from it. Take last.ckpt; sampling and evaluating need weights alone."
         )
+
+
+def choose_weights(checkpoint: dict[str, Any], weights: str, path: str | Path) -> tuple[dict[str, Any], str]:
+    """The average or the raw weights of a checkpoint or an export.
+
+    Args:
+        checkpoint: Its contents.
+        weights: `average`, which is what a checkpoint without an average has to give, or `raw`.
+        path: Its file.
+
+    Returns:
+        Tensors by name, and what they are: `average (EMA)` or `raw`.
+
+    Raises:
+        ValueError: If `weights` is neither, or there are none.
+    """
+    if weights not in ("average", "raw"):
+        raise ValueError(f"weights is {weights!r}; choose average or raw.")
+    exported = checkpoint.get("weights", "").startswith("average")
+    if weights == "raw" and exported:
+        raise ValueError(f"{path} is an export of average weights and holds no raw ones; take the checkpoint.")
+    if weights == "raw":
+        return checkpoint.get("current_model_state", checkpoint["state_dict"]), "raw"
+    return checkpoint["state_dict"], "average (EMA)" if exported or "current_model_state" in checkpoint else "raw"

@@ -1,6 +1,7 @@
 """Snapshots of averages of the weights, as safetensors files in a folder of the run."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +33,9 @@ class Snapshots:
             )
 
     @staticmethod
-    def write(folder: Path, step: int, sigma_rel: float, average: dict[str, Tensor]) -> None:
+    def write(
+        folder: Path, step: int, sigma_rel: float, average: dict[str, Tensor], class_names: Sequence[str] = ()
+    ) -> None:
         """Writes a snapshot.
 
         Args:
@@ -40,12 +43,13 @@ class Snapshots:
             step: Training time.
             sigma_rel: Width of the average.
             average: Its weights.
+            class_names: Names of the model's classes in the order of their numbers, kept with them, a line each.
 
         Raises:
             OSError: If it cannot be written.
         """
         with atomic(folder / f"step_{step:07d}_sigma_{sigma_rel:g}.safetensors") as file:
-            file.write(encode(average))
+            file.write(encode(average, {"class_names": "\n".join(class_names)}))
 
     @property
     def steps(self) -> list[int]:

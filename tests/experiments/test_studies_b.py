@@ -206,3 +206,24 @@ def test_a_subset_repeats_its_images_and_leaves_the_rest_alone():
         Subset(Digits(64), 0)
     with pytest.raises(ValueError, match="count is 2000, but the training split has 1437 images"):
         Subset(Digits(64), 2000).setup("fit")
+
+
+def test_a_subset_without_classes_numbers_the_others_anew():
+    whole, part = Digits(64), Subset(Digits(64), without=["3", "0"])
+    part.setup()
+    assert part.class_names == ["1", "2", "4", "5", "6", "7", "8", "9"] and part.num_classes == 8
+    for split in ("train", "test"):
+        images, labels = whole.reference_images(split), whole.reference_labels(split)
+        kept = (labels != 3) & (labels != 0)
+        assert torch.equal(part.reference_images(split), images[kept])
+        names = [part.class_names[label] for label in part.reference_labels(split)]
+        assert names == [str(label) for label in labels[kept].tolist()]
+    few = Subset(Digits(64), count=5, without=["0"])
+    few.setup()
+    assert len(few.reference_images("train")) == 5 and len(few.reference_images("test")) > 300
+    assert len(few.train_dataloader()) > 4000 // 64
+    for wrong, said in ((["ten"], "'ten'"), ([str(digit) for digit in range(10)], "leave at least one")):
+        with pytest.raises(ValueError, match=said):
+            Subset(Digits(64), without=wrong).setup("fit")
+    with pytest.raises(ValueError, match="labels are not used"):
+        Subset(Digits(64, use_labels=False), without=["3"]).setup("fit")
