@@ -27,6 +27,7 @@ class Source:
 
     Args:
         path: Their file, or the folder of an export.
+        sha256: Hash of the file.
         state: Tensors by name.
         weights: Which they are: `average (EMA)`, `raw` or `snapshot of an average`.
         class_names: The classes' names in the order of their numbers; none where they are not known.
@@ -34,6 +35,7 @@ class Source:
     """
 
     path: Path
+    sha256: str
     state: dict[str, Tensor]
     weights: str
     class_names: list[str]
@@ -67,7 +69,7 @@ class Source:
             "init_from": known.get("init_from"),
         }
         names = [str(name) for name in known.get("class_names") or []]
-        return cls(path, _tensors(state, path), which, names, _given(record))
+        return cls(path, file_hash(path), _tensors(state, path), which, names, _given(record))
 
     @classmethod
     def _snapshot(cls, path: Path, weights: str) -> "Source":
@@ -83,7 +85,7 @@ class Source:
                 f"There is no snapshot {path}, or it cannot be read: {error.strerror or error}."
             ) from error
         names = metadata.get("class_names", "").split("\n") if metadata.get("class_names") else []
-        return cls(path, _tensors(state, path), "snapshot of an average", names, {})
+        return cls(path, file_hash(path), _tensors(state, path), "snapshot of an average", names, {})
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Start:
         """What checkpoints and receipts keep, as plain values."""
         return {
             "file": str(self.source.path),
-            "sha256": file_hash(self.source.path),
+            "sha256": self.source.sha256,
             "weights": self.source.weights,
             **self.source.record,
             "values": list(self.values),

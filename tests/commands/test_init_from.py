@@ -88,6 +88,7 @@ def test_exports_and_snapshots_are_sources_too(here):
         assert same(run["current_model_state"], before), path
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_same_weights(here):
     torch.set_num_threads(1)
     here(*SIX, FROM, STILL, "--trainer.max_steps=2", "--trainer.devices=2", "--trainer.strategy=ddp_fork")

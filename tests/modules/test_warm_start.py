@@ -24,7 +24,7 @@ def unet(seed, **changes):
 
 def source(module, names=(), **record):
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    return Source(Path("other.ckpt"), state, "average (EMA)", list(names), record)
+    return Source(Path("other.ckpt"), "0" * 64, state, "average (EMA)", list(names), record)
 
 
 def digits(*without):
@@ -119,7 +119,7 @@ def test_weights_that_are_not_finite_are_refused_and_change_nothing():
 def test_tensors_of_a_file_that_are_no_weights_do_not_fit(value):
     module = nn.Sequential(nn.LayerNorm(4), nn.Linear(2, 2))
     state = {"0.weight": value, "0.bias": torch.ones(4), "1.weight": torch.ones(2, 2), "1.bias": torch.ones(2)}
-    start = start_from(module, Source(Path("a.ckpt"), state, "raw", [], {}))
+    start = start_from(module, Source(Path("a.ckpt"), "0" * 64, state, "raw", [], {}))
     assert start.taken == ["1"] and list(start.new) == ["0"]
 
 
