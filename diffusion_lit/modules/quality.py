@@ -1,5 +1,9 @@
-"""Structural similarity of reconstructions, and how much of a latent is in use."""
+"""Structural similarity of reconstructions, and how much of the latents is in use."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -21,6 +25,49 @@ def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
     made = structural_similarity_index_measure(x_hat.float(), x.float(), data_range=(-1.0, 1.0))
     assert isinstance(made, Tensor)
     return made
+
+
+class LatentUse:
+    """How much of the latents is in use over the images of a validation: active channels, and perplexity of codes."""
+
+    def __init__(self) -> None:
+        self._moments: Tensor | None = None
+        self._counts: Tensor | None = None
+
+    def add(self, means: Tensor, bottleneck: Any) -> None:
+        """Counts a batch.
+
+        Args:
+            means: Means of the latents (B, c, h, w).
+            bottleneck: The autoencoder's, or None.
+        """
+        means = means.detach()
+        exact = means.double() if means.device.type != "mps" else means
+        sums = torch.stack([torch.ones_like(exact[0]) * len(exact), exact.sum(0), exact.square().sum(0)])
+        self._moments = sums if self._moments is None else self._moments + sums
+        count = getattr(bottleneck, "count", 0)
+        if count:
+            seen = torch.bincount(bottleneck.index(means).flatten(), minlength=count)
+            self._counts = seen if self._counts is None else self._counts + seen
+
+    def figures(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The figures since the last call.
+
+        Args:
+            over_ranks: Sums a tensor over ranks.
+
+        Returns:
+            `active_channels` and, of codes, `code_perplexity`: exp of the entropy of their frequencies, at most their
+            number; none where nothing was counted.
+        """
+        if self._moments is None:
+            return {}
+        found = {"active_channels": active_channels(over_ranks(self._moments)).float()}
+        if self._counts is not None:
+            shares = over_ranks(self._counts).float()
+            found["code_perplexity"] = torch.special.entr(shares / shares.sum()).sum().exp()
+        self._moments = self._counts = None
+        return found
 
 
 def active_channels(sums: Tensor) -> Tensor:

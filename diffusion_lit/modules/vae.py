@@ -29,7 +29,7 @@ from diffusion_lit.modules.base import BaseModule, run_seed
 from diffusion_lit.modules.latent_space import interpolate, latent_shape
 from diffusion_lit.modules.perceptual import LPIPS, Perceptual
 from diffusion_lit.modules.prior import PriorSampling
-from diffusion_lit.modules.quality import active_channels, ssim
+from diffusion_lit.modules.quality import LatentUse, ssim
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
 from diffusion_lit.runtime.internals import trainer_of
 from diffusion_lit.runtime.ranks import rank_zero_first
@@ -120,7 +120,7 @@ class VAE(BaseModule):
             _require(net, "encoder", "frozen_encoder")
             for part in ("encoder", "bottleneck"):
                 getattr(net, part, nn.Identity()).requires_grad_(False)
-        self._moments: Tensor | None = None  # of the latents' means over a validation, for the count of active channels
+        self._use = LatentUse()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -275,25 +275,25 @@ class VAE(BaseModule):
         for name, value in figures.items():
             shown = name in ("loss", "psnr") and split == "val"
             self.log(f"{split}/{name}", value, prog_bar=shown, batch_size=len(image), sync_dist=True)
-        means = terms.mean.double() if image.device.type != "mps" else terms.mean
-        sums = torch.stack([torch.ones_like(means[0]) * len(means), means.sum(0), means.square().sum(0)])
-        self._moments = sums if self._moments is None else self._moments + sums
+        self._use.add(terms.mean, getattr(self.net, "bottleneck", None))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the number of active latent channels."""
+        """Logs how much of the latents is in use."""
         super().on_validation_epoch_end()
-        self._log_active("val")
+        self._log_use("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the number of active latent channels."""
-        self._log_active("test")
+        """Logs how much of the latents is in use."""
+        self._log_use("test")
 
-    def _log_active(self, split: str) -> None:
-        if self._moments is not None:
-            sums = self.trainer.strategy.reduce(self._moments, reduce_op="sum")
-            self._moments = None
-            assert isinstance(sums, Tensor)
-            self.log(f"{split}/active_channels", active_channels(sums).float(), batch_size=1)
+    def _log_use(self, split: str) -> None:
+        for name, value in self._use.figures(self._sum_over_ranks).items():
+            self.log(f"{split}/{name}", value, batch_size=1)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(value, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -90,12 +90,12 @@ class Bottleneck(nn.Module):
     Attributes:
         config: The arguments that build it again.
         width: Channels of the encoder's output for each channel of a latent.
-        is_discrete: Whether latents are codes.
+        count: Number of codes at a position; 0 where latents are no codes.
     """
 
     config: dict[str, Any]
     width = 1
-    is_discrete = True
+    count = 0
 
     def attach(self, channels: int) -> None:
         """Takes the number of channels of a latent.
@@ -142,7 +142,6 @@ class GaussianBottleneck(Bottleneck):
     """Mean and log-variance of a Gaussian, as in Kingma & Welling 2014 (arXiv 1312.6114)."""
 
     width = 2
-    is_discrete = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,6 +172,7 @@ class FSQ(Bottleneck):
         super().__init__()
         check_counts("levels", levels, least=2, empty=False)
         self.config = {"levels": list(levels)}
+        self.count = math.prod(levels)
         self.register_buffer("levels", torch.tensor(levels).reshape(-1, 1, 1), persistent=False)
 
     def attach(self, channels: int) -> None:
@@ -238,7 +238,7 @@ class VQ(Bottleneck):
         check_count(2, codes=codes)
         check_number(above=0, commitment=commitment)
         self.config = {"codes": codes, "commitment": commitment}
-        self.codes = codes
+        self.count = codes
         self.commitment = commitment
         self.codebook = nn.Parameter(torch.empty(0))
 
@@ -248,14 +248,14 @@ class VQ(Bottleneck):
             raise ValueError(
                 f"VQ takes latents of at least 2 channels, and these have {channels}; raise latent_channels."
             )
-        self.codebook = nn.Parameter(torch.randn(self.codes, channels))
+        self.codebook = nn.Parameter(torch.randn(self.count, channels))
 
     def forward(self, h: Tensor) -> Codes:
         """The nearest codes, with both terms that draw latents and codebook together."""
         h = F.normalize(h, dim=1)
         z = self._nearest(h)
         apart = (z - h.detach()).square() + self.commitment * (z.detach() - h).square()
-        nats = torch.tensor(math.log(self.codes) / h.shape[1])
+        nats = torch.tensor(math.log(self.count) / h.shape[1])
         return Codes(_straight_through(h, z.detach()), torch.zeros_like(h), nats, apart.flatten(1).mean(1))
 
     def _nearest(self, h: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class VQ(Bottleneck):
 
     def of_normal(self, noise: Tensor) -> Tensor:
         """Each code equally often, through the first channel's distribution function; see `Bottleneck.of_normal`."""
-        index = (torch.special.ndtr(noise[:, 0]) * self.codes).long().clamp(max=self.codes - 1)
+        index = (torch.special.ndtr(noise[:, 0]) * self.count).long().clamp(max=self.count - 1)
         return F.embedding(index, self._unit()).permute(0, 3, 1, 2).to(noise.dtype)
 
     def index(self, z: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from diffusion_lit.diffusion.images import psnr
 from diffusion_lit.modules import L2, VAE
-from diffusion_lit.modules.quality import active_channels
-from diffusion_lit.nets import Autoencoder
+from diffusion_lit.modules.quality import LatentUse, active_channels
+from diffusion_lit.nets import FSQ, Autoencoder
 
 
 def draw(*shape, seed=0):
@@ -142,3 +142,16 @@ def test_a_run_leaves_its_images_and_figures(lightning, tmp_path):
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["autoencoder"]["class_path"].endswith("Autoencoder")
     assert checkpoint["autoencoder"]["init_args"]["image_size"] == 8
+
+
+def test_the_use_of_codes_is_the_perplexity_of_their_frequencies():
+    bottleneck, use = FSQ([2, 3]), LatentUse()
+    codes = bottleneck.of_normal(torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [2.0, 2.0], [2.0, 0.0]]).reshape(4, 2, 1, 1))
+    use.add(codes[:1], bottleneck)
+    use.add(codes[1:], bottleneck)  # frequencies 1/2, 1/4, 1/4
+    figures = use.figures(lambda x: x)
+    assert float(figures["code_perplexity"]) == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
+    assert int(figures["active_channels"]) == 2
+    assert use.figures(lambda x: x) == {}
+    use.add(codes, None)
+    assert "code_perplexity" not in use.figures(lambda x: x)
