@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 HOW = ("fused", "foreach")  # how, not what, an optimizer computes: what this run and its hardware say
-RATES = ("lr", "initial_lr")  # of an option, what a group has its own share of
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of the options, those of which a group has its own share
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")  # what a plateau has seen so far
 
 

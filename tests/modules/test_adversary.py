@@ -208,3 +208,21 @@ def test_the_classifier_that_a_loss_looks_through_is_not_the_one_that_measures(t
 def test_what_it_cannot_be_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_checkpoint_of_the_second_phase_opens_nothing_and_goes_on_alone(lightning, tmp_path):
+    import shutil
+
+    from diffusion_lit.modules.load import load_module
+
+    lightning(*RUN, "--trainer.max_steps=1")
+    second = [*RUN, *SHARP, "--model.init_args.frozen_encoder=runs/vae_digits", "--name=second"]
+    lightning(*second, "--trainer.max_steps=3")
+    shutil.rmtree("runs/vae_digits")
+    path = "runs/second/version_0/checkpoints/last.ckpt"
+    assert load_module(path).frozen_encoder == "runs/vae_digits"
+    lightning(*second, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert last("second")["global_step"] == 4
+    lightning("export", "--ckpt_path", path, "--out=exported")
+    again = load_module("exported").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in last("second")["state_dict"].items())

@@ -130,3 +130,40 @@ def test_an_option_that_keeps_state_of_its_own_is_refused_and_momentum_is_not():
     weight, optimizer, _ = go_on((sgd(), None), (sgd(momentum=0.9), None), {"momentum": (0, 0.9)})
     train(weight, optimizer, None, 2)
     assert optimizer.state[weight]["momentum_buffer"] is not None
+
+
+@pytest.mark.parametrize(
+    "schedule", [of(CosineAnnealingLR, T_max=20), of(WarmupStableDecay, warmup_steps=3, total_steps=30), in_turn, None]
+)
+def test_each_group_keeps_its_share_of_the_learning_rate(schedule):
+    """As the adversary of a VAE has one: after a change both rates are those of a run that began with the new one."""
+
+    def built(lr):
+        first, second = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+        groups = [{"params": [first], "lr_ratio": 1.0}, {"params": [second], "lr_ratio": 0.25}]
+        optimizer = AdamW(groups, lr=lr)
+        for group in optimizer.param_groups:
+            group["lr"] *= group["lr_ratio"]
+        return optimizer, schedule(optimizer) if schedule else None
+
+    def steps(optimizer, scheduler, count):
+        for _ in range(count):
+            for group in optimizer.param_groups:
+                group["params"][0].grad = torch.ones(2, 2)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer, scheduler = built(0.1)
+        steps(optimizer, scheduler, STEPS)
+        saved = copy.deepcopy(scheduler.state_dict()) if scheduler else {}
+        makers = (lambda weights: AdamW(weights, lr=0.04), schedule)
+        reapply(optimizer, scheduler, makers, {"lr": (0.1, 0.04)}, saved, STEPS)
+        unbroken = built(0.04)
+        expected = steps(*unbroken, STEPS)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+        assert expected[1] == pytest.approx(expected[0] / 4)
+        assert steps(optimizer, scheduler, 5) == pytest.approx(steps(*unbroken, 5))
