@@ -116,6 +116,7 @@ class VAE(BaseModule):
             _require(net, "last_layer", "an adversary")
             adversary.attach(self.image_shape[0])
         self.frozen_encoder = frozen_encoder
+        self._is_restored = False
         if frozen_encoder is not None:
             _require(net, "encoder", "frozen_encoder")
             for part in ("encoder", "bottleneck"):
@@ -139,28 +140,26 @@ class VAE(BaseModule):
         """The adversary's parameters: the average is of the autoencoder alone."""
         return [] if self.adversary is None else list(self.adversary.parameters())
 
-    def setup(self, stage: str) -> None:
-        """Takes over the autoencoder of the first phase, unless a checkpoint of this one is there.
-
-        Args:
-            stage: "fit", "validate", "test" or "predict".
-
-        Raises:
-            ValueError: If `frozen_encoder` is none, or has other weights than this network.
-        """
-        if stage != "fit" or self.frozen_encoder is None or self.trainer.ckpt_path is not None:
-            return
-        first = load_autoencoder(self.frozen_encoder)
-        try:
-            self.net.load_state_dict(first.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"frozen_encoder {self.frozen_encoder} is another autoencoder than this run's net; give net the same "
-                f"arguments, {describe(first)['init_args']}."
-            ) from error
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes that the weights are there; see `BaseModule.on_load_checkpoint`."""
+        super().on_load_checkpoint(checkpoint)
+        self._is_restored = True
 
     def on_fit_start(self) -> None:
-        """Loads the networks of the perceptual distances."""
+        """Takes over the autoencoder of the first phase, and loads the networks of the perceptual distances.
+
+        Raises:
+            ValueError: If `frozen_encoder` is none, or another autoencoder than this one.
+        """
+        if self.frozen_encoder is not None and not self._is_restored:
+            first = load_autoencoder(self.frozen_encoder)
+            try:
+                self.net.load_state_dict(first.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"frozen_encoder {self.frozen_encoder} is another autoencoder than this run's net; give net the "
+                    f"same arguments, {describe(first)['init_args']}."
+                ) from error
         self._load_perceptual()
 
     def on_validation_start(self) -> None:
