@@ -23,10 +23,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.diffusion import Autoguidance, ClassifierFreeGuidance, Sampling
+from diffusion_lit.diffusion import ClassifierFreeGuidance, Sampling
 from diffusion_lit.evaluation import ClassifierFeatures
 from diffusion_lit.evaluation.generation import GenerationJob, Samples, gather_shards, generate_shards
 from diffusion_lit.evaluation.metrics import kernel_distance
+from diffusion_lit.modules.guides import take_guide
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.hashing import file_hash
@@ -47,7 +48,6 @@ class Way:
         denoiser: The guided denoiser; none where `sampling` guides.
         record: What determines the denoiser, as plain values.
         scale: Its scale, for the plot of plain ones.
-        extra_forwards: Network forwards per denoiser call of another network.
         later: Whether other seeds are drawn than those that the way was chosen on.
     """
 
@@ -56,7 +56,6 @@ class Way:
     denoiser: nn.Module | None = None
     record: dict[str, Any] | None = None
     scale: float | None = None
-    extra_forwards: int = 0
     later: bool = False
 
 
@@ -124,16 +123,9 @@ def guidance_scale(
             plain.replace(cfg_scale=interval_scale, guidance_interval=interval),
         )
     )
-    worse: Any = load_module(guide).to(study.device)
-    ways.append(
-        Way(
-            f"autoguidance {autoguidance:g}",
-            plain,
-            Autoguidance(module.denoiser, worse.denoiser, autoguidance),
-            {"guide": file_hash(guide), "scale": autoguidance},
-            extra_forwards=1,
-        )
-    )
+    worse = take_guide(module, str(guide))
+    setting = plain.replace(guide_ckpt=str(guide), guide_scale=autoguidance)
+    ways.append(Way(f"autoguidance {autoguidance:g}", setting, record={"guide": worse.sha256}))
     drawn = {way.name: draw(study, evaluator, model, module, way, labels) for way in ways}
 
     best = best_scales(evaluator, {way.scale: drawn[way.name] for way in ways if way.scale is not None}, labels)
@@ -161,7 +153,7 @@ def guidance_scale(
                 "accuracy": float((logits.argmax(1) == labels).double().mean()),
                 "mean |x|, real = 1": float((samples.images / 127.5 - 1).abs().mean()) / real,
                 "clipped": samples.clipped,
-                "forwards": samples.forwards + way.extra_forwards * (way.sampling.nfe or 0),
+                "forwards": samples.forwards,
             }
         )
     count = study.setup.num_samples

@@ -99,7 +99,7 @@ class Options(DrawOptions):
             ValueError: If guidance is asked for that does nothing.
         """
         sampling = self.applied(default)
-        check_guidance(model, sampling, bool(self.prompts) or self.labels is not None, *self.guidance)
+        check_guidance(model, sampling, bool(self.prompts) or self.labels is not None, **self.guidance)
         return sampling
 
     def conditions(self, model: Any) -> list[int]:
@@ -229,6 +229,7 @@ class Options(DrawOptions):
             "task": task,
             "model": self._identity(model),
             "sampling": None if sampling is None else {**sampling.record(), "nfe": sampling.nfe},
+            **({"guide": guide.identity()} if sampling and (guide := sampling.guide_of(model.denoiser)) else {}),
             "options": {name: value for name, value in asdict(self).items() if value not in (None, "")},
             **facts,
             "versions": versions(),

@@ -153,13 +153,23 @@ class Plan(SweepOptions):
             module: The model.
             settings: All that are to be measured, of which one at least must be guided where options of guidance stand.
         """
-        guided = [setting for setting in settings if getattr(setting, "cfg_scale", 1) not in (0, 1)] or settings
+        guided = [one for one in settings if getattr(one, "cfg_scale", 1) not in (0, 1) or autoguided(one)] or settings
         for setting in settings:
-            scale = None if self.cfg_scale is None else setting.cfg_scale
-            interval, rescale = (
-                (self.guidance_interval, self.guidance_rescale) if setting is guided[0] else (None, None)
-            )
-            check_guidance(module, setting, module.num_classes > 0, scale, interval, rescale)
+            given = {**self.guidance, "cfg_scale": None if self.cfg_scale is None else setting.cfg_scale}
+            if setting is not guided[0]:
+                given |= {"guidance_interval": None, "guidance_rescale": None}
+            check_guidance(module, setting, module.num_classes > 0, **given)
+
+
+def autoguided(setting: Any) -> bool:
+    """Whether a setting is guided by a worse model, which settings of restoration never are."""
+    return bool(getattr(setting, "autoguided", False))
+
+
+def guide_of(module: Any, settings: list[Any]) -> dict[str, str] | None:
+    """The file and the hash of the worse model that guides any of the settings, or None."""
+    found = [setting.guide_of(module.denoiser) for setting in settings if autoguided(setting)]
+    return found[0].identity() if found else None
 
 
 def run(fabric: Fabric, plan: Plan) -> list[str]:
@@ -331,6 +341,7 @@ def make_job(
         "format": FORMAT,
         "checkpoint": plan.model_hash(module),
         "sampling": setting.record(),
+        "guide": guide_of(module, [setting]),
         "labels": rule,
         "image_shape": list(module.image_shape),
         "extractor": extractor.identity(),
@@ -401,6 +412,7 @@ def header(
             "weights": weights,
             **({"init_from": begun} if (begun := getattr(module, "init_from", None)) else {}),
         },
+        **({"guide": guide} if (guide := guide_of(module, plan.settings(module.sampling))) else {}),
         "data": {"class": f"{type(data).__module__}.{type(data).__name__}", **parameters},
         "extractor": {**extractor.identity(), "metric": extractor.metric},
         "samples": {

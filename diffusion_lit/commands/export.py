@@ -2,6 +2,7 @@
 
     OUT/model.safetensors   the weights that sample, each tensor under its name in the module
     OUT/model.json          what builds the module and draws from it: classes and arguments, sampling, classes' names
+    OUT/guide               the same of the worse model that guides it, where the run's sampling names one
 
 `lightning sample` and `lightning evaluate` take the folder in a checkpoint's place.
 """
@@ -15,9 +16,10 @@ from typing import Any
 import lightning
 import torch
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from diffusion_lit.storage.atomic import atomic
-from diffusion_lit.storage.exports import FORMAT, KEPT, RECORD, WEIGHTS, record_checksum
+from diffusion_lit.storage.exports import FORMAT, GUIDE, KEPT, RECORD, WEIGHTS, record_checksum
 
 
 def export(ckpt_path: str, out: str, weights: str = "average") -> None:
@@ -37,26 +39,44 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
     checkpoint = read_checkpoint(ckpt_path)
     state, which = choose_weights(checkpoint, weights, ckpt_path)
     module = load_module(ckpt_path)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-    encoded = save_tensors(tensors)
     record = {
-        "format": FORMAT,
         "weights": which,
-        "sha256": hashlib.sha256(encoded).hexdigest(),
-        "parameters": sum(value.numel() for value in tensors.values()),
         "module": f"{type(module).__module__}.{type(module).__name__}",
         **_described(module),
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
         **{name: checkpoint[name] for name in KEPT if name in checkpoint},
     }
-    record["crc32"] = f"{zlib.crc32(encoded):08x}"
-    described = _json(record, ckpt_path).encode()
-    folder = Path(out)
+    folder, guide = Path(out), module.denoiser.guide if hasattr(module, "denoiser") else None
+    if guide is not None:
+        held = {"weights": "of a guide", **{name: guide.content[name] for name in KEPT if name in guide.content}}
+        _write(folder / GUIDE, held, guide.content["state_dict"], ckpt_path)
+        record["guide"] = guide.identity()
+    count = _write(folder, record, state, ckpt_path)
+    print(f"{count:,} {which} weights of step {record.get('global_step')} are in {folder}/.")
+
+
+def _write(folder: Path, record: dict[str, Any], state: dict[str, Tensor], source: str) -> int:
+    """Writes both files of a model.
+
+    Args:
+        folder: Where to.
+        record: What is known of the model, plain values.
+        state: Its weights.
+        source: The checkpoint that it is from.
+
+    Returns:
+        The number of its weights.
+    """
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    encoded = save_tensors(tensors)
+    count = sum(value.numel() for value in tensors.values())
+    sums = {"sha256": hashlib.sha256(encoded).hexdigest(), "crc32": f"{zlib.crc32(encoded):08x}"}
+    described = _json({"format": FORMAT, "parameters": count, **record, **sums}, source).encode()
     with atomic(folder / WEIGHTS) as file:
         file.write(encoded)
     with atomic(folder / RECORD) as file:
         file.write(described)
-    print(f"{record['parameters']:,} {record['weights']} weights of step {record.get('global_step')} are in {folder}/.")
+    return count
 
 
 def _described(module: Any) -> dict[str, Any]:

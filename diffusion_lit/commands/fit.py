@@ -45,6 +45,7 @@ from diffusion_lit.callbacks import (
     Trajectory,
     Watchdog,
 )
+from diffusion_lit.callbacks.guide import KeepGuide
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.monitors import check_monitors
@@ -274,7 +275,7 @@ class CLI(LightningCLI):
         """Adds the callbacks that have no options, and how checkpoints are written."""
         _check_numbers_of_trainer(config)
         refuse_sharding(config.get("strategy"))
-        always: list[Callback] = [Resume(self._settings()), Throughput(), RunSummary(), Cost()]
+        always: list[Callback] = [Resume(self._settings()), KeepGuide(), Throughput(), RunSummary(), Cost()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
         for key in ("callbacks", "plugins"):

@@ -227,6 +227,8 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     warnings.filterwarnings("ignore", category=FutureWarning)
     if values.get("ckpt_path"):
         values["ckpt_path"] = _find(values["ckpt_path"])
+    if values.get("guide_ckpt"):
+        values["guide_ckpt"] = _find(values["guide_ckpt"])
     for name, kind in spread.items():
         values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
     if "torch" in sys.modules:  # a command that computes nothing does without its 7 seconds

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.modules.autoencoders import load_autoencoder
+from diffusion_lit.modules.guides import take_guide
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.load import load_data
 from diffusion_lit.modules.prior import PriorSampling, mixture_of
@@ -17,7 +18,7 @@ from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.runtime.ranks import rank_zero_first
 
 PRIORS = ("standard", "gmm")
-LISTS: dict[str, Any] = {"sampler": str, "num_steps": int, "cfg_scale": float}  # of which a sweep takes several
+LISTS: dict[str, Any] = {"sampler": str, "num_steps": int, "cfg_scale": float, "guide_scale": float}  # sweeps
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class SamplingOptions:
     Args:
         cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond): 1 is the plain conditional model, 0 the
             unconditional one.
+        guide_ckpt: Checkpoint of a worse model of the same images, which samples are led away from (autoguidance): of
+            a smaller network, an earlier checkpoint of the run, an export, or a snapshot of averages.
+        guide_scale: Strength of that, guide + guide_scale * (model - guide): 1 is the model alone, 2 by default.
         sampler: Name of the sampler; `lightning sample --help` lists them.
         num_steps: Number of sampling steps.
         grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace, trailing or levels.
@@ -40,6 +44,8 @@ class SamplingOptions:
     """
 
     cfg_scale: float | None = None
+    guide_ckpt: str | None = None
+    guide_scale: float | None = None
     sampler: str | None = None
     num_steps: int | None = None
     grid: str | None = None
@@ -52,9 +58,10 @@ class SamplingOptions:
     guidance_rescale: float | None = None
 
     @property
-    def guidance(self) -> tuple[Any, Any, Any]:
-        """The options of guidance as given: scale, interval, rescale."""
-        return self.cfg_scale, self.guidance_interval, self.guidance_rescale
+    def guidance(self) -> dict[str, Any]:
+        """The options of guidance as given, by their names."""
+        names = ("cfg_scale", "guidance_interval", "guidance_rescale", "guide_scale")
+        return {name: getattr(self, name) for name in names}
 
     def applied(self, default: Sampling) -> Sampling:
         """The settings with what is given in place.
@@ -118,7 +125,7 @@ class DrawOptions(SamplingOptions):
             A `DiffusionModule`, or what has its interface.
 
         Raises:
-            ValueError: If not one model is given, or --labels stands beside a text model.
+            ValueError: If not one model is given, --labels stands beside a text model, or the guide does not fit.
         """
         model = load_model(
             self.ckpt_path, self.pretrained, self.prompts, negative_prompt=self.negative_prompt, **further
@@ -132,6 +139,8 @@ class DrawOptions(SamplingOptions):
             self._choose_decoder(model)
         if self.prior is not None:
             self._choose_prior(model)
+        if self.guide_ckpt is not None:
+            take_guide(model, self.guide_ckpt)
         return model
 
     def _choose_decoder(self, model: Any) -> None:
@@ -198,11 +207,13 @@ class SweepOptions(DrawOptions):
 
     Args:
         cfg_scale: Guidance, uncond + cfg_scale * (cond - uncond); a list such as 1,2.5 takes each.
+        guide_scale: Autoguidance, guide + guide_scale * (model - guide); a list such as 1,2 takes each.
         sampler: Name of the sampler; a list such as heun,ddim takes each.
         num_steps: Number of sampling steps; a list such as 9,18 takes each.
     """
 
     cfg_scale: str | None = None  # type: ignore[assignment]
+    guide_scale: str | None = None  # type: ignore[assignment]
     sampler: str | None = None
     num_steps: str | None = None  # type: ignore[assignment]
 

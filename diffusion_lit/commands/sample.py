@@ -88,7 +88,7 @@ def sample(
     settings = options.settings(module.sampling)
     names = getattr(module, "class_names", [])
     classes = parse_labels("all" if prompts else options.labels, num_samples, module.num_classes, names)
-    check_guidance(module, settings[0], classes is not None, *options.guidance)
+    check_guidance(module, settings[0], classes is not None, **options.guidance)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
     jobs = [

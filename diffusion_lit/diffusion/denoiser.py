@@ -96,6 +96,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net = net
         self.scaling = scaling
+        self.guide: DenoiserLike | None = None  # a worse model, beside it and no part of it: `guidance.Guide`
         self.num_classes = int(getattr(net, "num_classes", 0))
         if self.takes_until and not bool(scaling.coefficients(torch.zeros(1))[3].isfinite()):
             raise ValueError(

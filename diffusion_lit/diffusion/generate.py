@@ -18,7 +18,7 @@ from diffusion_lit.checks import check_count, check_number, check_numbers, check
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS, check_levels
-from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
+from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Guide
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
@@ -45,8 +45,11 @@ class Sampling:
         sigma_max: Largest noise level of the grid, where sampling starts; by default that of the model.
         cfg_scale: Classifier-free guidance, `uncond + cfg_scale * (cond - uncond)`: 1 is the plain conditional model,
             0 the unconditional one.
-        guidance_interval: Noise levels (lo, hi) within which guidance acts; everywhere when omitted (Kynkäänniemi
-            2024).
+        guide_ckpt: Checkpoint of a worse model of the same images that guides too (autoguidance, Karras 2024): a
+            smaller network, an earlier checkpoint, an export or a snapshot of an average.
+        guide_scale: Its strength, `guide + guide_scale * (model - guide)`: 1 is the model alone.
+        guidance_interval: Noise levels (lo, hi) within which guidance of both kinds acts; everywhere when omitted
+            (Kynkäänniemi 2024).
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions (Lin 2023, section 3.4).
         clip_x0: Threshold on predicted images: `none`, `static` (to [-1, 1]) or `dynamic` (a quantile, Saharia 2022).
         sampler_options: Further arguments of the sampler, such as `{"S_churn": 40}` or `{"eta": 0.5}`.
@@ -64,6 +67,8 @@ class Sampling:
     sigma_min: float | None = None
     sigma_max: float | None = None
     cfg_scale: float = 1.0
+    guide_ckpt: str | None = None
+    guide_scale: float = 2.0
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     clip_x0: str = "none"
@@ -79,7 +84,7 @@ class Sampling:
         _one_of("clip_x0", self.clip_x0, CLIP_OPTIONS)
         check_count(num_steps=self.num_steps)
         check_number(above=0, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        check_number(cfg_scale=self.cfg_scale)
+        check_number(cfg_scale=self.cfg_scale, guide_scale=self.guide_scale)
         check_share(guidance_rescale=self.guidance_rescale)
         check_numbers("guidance_interval", self.guidance_interval, least=0, infinite=True)
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
@@ -139,6 +144,11 @@ class Sampling:
         )
 
     @property
+    def autoguided(self) -> bool:
+        """Whether a worse model guides."""
+        return self.guide_ckpt is not None and self.guide_scale != 1
+
+    @property
     def nfe(self) -> int | None:
         """Denoiser calls per sample; None for an adaptive sampler, which makes as many as it needs."""
         return SAMPLERS[self.sampler].nfe(self.num_steps)
@@ -172,13 +182,42 @@ class Sampling:
 
         Returns:
             `denoiser(x, sigma, label) -> x0_hat`.
+
+        Raises:
+            ValueError: If a worse model is to guide and was not loaded.
         """
         model: Any = denoiser
+        guide = self.guide_of(denoiser)
+        if guide is not None:
+            model = Autoguidance(model, guide, self.guide_scale, self.guidance_interval)
         if labelled:
             model = ClassifierFreeGuidance(model, self.cfg_scale, self.guidance_interval, self.guidance_rescale)
         if self.clip_x0 != "none":
             model = ClipX0(model, dynamic=self.clip_x0 == "dynamic", **self.clip_options)
         return model
+
+    def guide_of(self, denoiser: Any) -> Guide | None:
+        """The worse model that guides, which was put beside the denoiser.
+
+        Args:
+            denoiser: The model.
+
+        Returns:
+            The guide, or None where these settings have none.
+
+        Raises:
+            ValueError: If it was not put there, or another was.
+        """
+        if not self.autoguided:
+            return None
+        guide: Guide | None = getattr(denoiser, "guide", None)
+        if guide is None or guide.file != self.guide_ckpt:
+            raise ValueError(
+                f"Sampling is to be guided by {self.guide_ckpt}, which is not loaded: give --guide_ckpt "
+                f"{self.guide_ckpt}, or in Python take_guide(model, {self.guide_ckpt!r}) of "
+                "diffusion_lit.modules.guides; with --guide_scale 1 the model draws alone."
+            )
+        return guide
 
     @torch.no_grad()
     def generate(

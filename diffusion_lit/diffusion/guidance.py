@@ -12,13 +12,14 @@ Source of the interval: Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_lit.checks import check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME, widen
-from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
+from diffusion_lit.diffusion.denoiser import Denoiser, DenoiserLike, per_sample
 from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, at_rows
 
 Interval = tuple[float, float]
@@ -161,6 +162,40 @@ class ClassifierFreeGuidance(DenoiserWrapper):
                 mixed = _rescaled(mixed, conditional, self.rescale)
             merged.append(torch.where(weight == 1, conditional, torch.where(weight == 0, unconditional, mixed)))
         return tuple(merged)
+
+
+class Guide:
+    """The worse model of autoguidance, beside the denoiser that it guides (`Denoiser.guide`) and no part of it.
+
+    It is in no state, optimizer or average, copies of the denoiser share it, and it follows the images to their device.
+
+    Args:
+        denoiser: The worse denoiser.
+        file: What it was asked for by.
+        sha256: Hash of its weights.
+        content: What a checkpoint keeps to build it from, as plain values and tensors.
+    """
+
+    def __init__(self, denoiser: Denoiser, file: str, sha256: str, content: dict[str, Any] | None = None) -> None:
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.file, self.sha256, self.content = file, sha256, content
+        self.num_classes = denoiser.num_classes
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Estimates the clean image; see `Denoiser.forward`."""
+        parameter = next(self.denoiser.parameters(), None)
+        if parameter is not None and parameter.device != x.device:
+            self.denoiser.to(x.device)
+        x0_hat: Tensor = self.denoiser(x, sigma, label, **inputs)
+        return x0_hat
+
+    def __deepcopy__(self, memo: Any) -> "Guide":
+        """Itself: it never changes."""
+        return self
+
+    def identity(self) -> dict[str, str]:
+        """What receipts name it by."""
+        return {"file": self.file, "sha256": self.sha256}
 
 
 class Autoguidance(DenoiserWrapper):

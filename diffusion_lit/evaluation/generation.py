@@ -174,7 +174,12 @@ def _make_shard(
     """Generates a shard's samples and their features, in batches."""
     started = time.perf_counter()
     forwards = [0]
-    hook = module.net.register_forward_hook(lambda net, args, made: forwards.__setitem__(0, forwards[0] + len(args[0])))
+
+    def count(net: Any, args: tuple[Tensor, ...], made: Tensor) -> None:
+        forwards[0] += len(args[0])
+
+    guide = getattr(getattr(module, "denoiser", None), "guide", None)
+    hooks = [net.register_forward_hook(count) for net in (module.net, *([guide.denoiser.net] if guide else []))]
     features, images, clipped = [], [], []
     try:
         for start in range(rows.start, rows.stop, job.batch_size):
@@ -192,7 +197,8 @@ def _make_shard(
             if progress is not None:
                 progress(len(batch))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     made = {
         **Features.cat(features).tensors(),
         "seeds": torch.arange(rows.start, rows.stop) + job.seed,

@@ -87,6 +87,7 @@ def check_guidance(
     cfg_scale: Any = None,
     guidance_interval: Any = None,
     guidance_rescale: float | None = None,
+    guide_scale: Any = None,
 ) -> None:
     """Refuses guidance that does nothing, and samples through a class that was never trained.
 
@@ -97,13 +98,19 @@ def check_guidance(
         cfg_scale: As it was given, None where it was not.
         guidance_interval: The same.
         guidance_rescale: The same.
+        guide_scale: The same.
 
     Raises:
         ValueError: If an option does nothing, or a class that the samples go through was left out of training.
     """
+    if guide_scale is not None and getattr(sampling, "guide_ckpt", None) is None:
+        raise ValueError(
+            f"--guide_scale {guide_scale} does nothing without a model that guides; give --guide_ckpt CKPT, or leave "
+            "it out."
+        )
     given = {
         "cfg_scale": cfg_scale,
-        "guidance_interval": guidance_interval,
+        "guidance_interval": None if getattr(sampling, "autoguided", False) else guidance_interval,
         "guidance_rescale": guidance_rescale or None,
     }
     typed = [f"--{name} {value}" for name, value in given.items() if value is not None]

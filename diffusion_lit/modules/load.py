@@ -12,11 +12,15 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import instantiate_module
 
+from diffusion_lit.diffusion.denoiser import Denoiser
+from diffusion_lit.diffusion.guidance import Guide
 from diffusion_lit.runtime.hardware import channels_last_pays
 from diffusion_lit.runtime.installation import refuse_hidden_datamodules
 from diffusion_lit.storage.checkpoints import read_checkpoint
+from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.storage.trust import Untrusted, check, find_class, guarded, naming
 
+HELD = ("hyper_parameters", "state_dict", "diffusion_lit")  # of a guide, in the checkpoint of what it guides
 JSONARGPARSE_SAYS_TOO = (
     *("Given value", "Subtypes", "Does not validate", "Expected a <class 'NoneType'>", "Expected a <class 'list'>"),
 )
@@ -41,9 +45,39 @@ def load_module(path: str | Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module: Any = _build(LightningModule, checkpoint, path)
+        guide = held_guide(checkpoint, path)
+    if guide is not None:
+        module.denoiser.guide = guide
     if hasattr(module, "net") and channels_last_pays("cpu"):
         module.net.to(memory_format=torch.channels_last)
     return module.eval()
+
+
+def held_guide(checkpoint: dict[str, Any], path: str | Path) -> Guide | None:
+    """Builds the worse model that a checkpoint holds to guide its own; see `modules.guides`.
+
+    Args:
+        checkpoint: The contents.
+        path: The file.
+
+    Returns:
+        The guide, or None where there is none.
+
+    Raises:
+        ValueError: If it cannot be built or is not the one that its hash names.
+    """
+    held = checkpoint.get("guide")
+    if held is None:
+        return None
+    if not isinstance(held, dict) or not all(isinstance(held.get(name), dict) for name in HELD):
+        raise ValueError(f"The guide in the checkpoint {path} is not whole; take another checkpoint of the run.")
+    content = {name: held[name] for name in HELD}
+    _described(content, "hyper_parameters", "module", f"{path}, of the guide,")
+    latents = {name: checkpoint[name] for name in ("latent_space",) if name in checkpoint}
+    denoiser = getattr(_build(LightningModule, {**content, **latents}, path), "denoiser", None)
+    if not isinstance(denoiser, Denoiser) or weights_hash(denoiser.state_dict()) != held.get("sha256"):
+        raise ValueError(f"The guide in the checkpoint {path} is not the one that its hash names; the file is damaged.")
+    return Guide(denoiser, str(held.get("file")), str(held["sha256"]), content)
 
 
 def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:

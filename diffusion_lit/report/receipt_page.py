@@ -38,7 +38,14 @@ def setting_name(result: dict[str, Any]) -> str:
     """
     sampling = result["sampling"]
     name = f"{sampling['sampler']}, {sampling['num_steps']} steps"
-    return name + (f", cfg {sampling['cfg_scale']:g}" if result["conditional"] else "")
+    return name + guidance_name(result)
+
+
+def guidance_name(result: dict[str, Any]) -> str:
+    """The guidance of a setting in a few words, after a comma; nothing where there is none."""
+    sampling = result["sampling"]
+    name = f", cfg {sampling['cfg_scale']:g}" if result["conditional"] else ""
+    return name + (f", guide {sampling['guide_scale']:g}" if sampling.get("guide_ckpt") else "")
 
 
 def attributed(warnings: dict[str, list[str]]) -> list[str]:
@@ -303,7 +310,7 @@ def markdown(report: dict[str, Any]) -> str:
     checkpoint = {key: value for key, value in report["checkpoint"].items() if key != "init_from"}
     begun = begun_from(report["checkpoint"].get("init_from"))
     lines.append(f"- checkpoint: {_listed(checkpoint)}{f'. {begun}' if begun else ''}")
-    for key in ("data", "extractor", "samples", "versions", "run"):
+    for key in (*(["guide"] if "guide" in report else []), "data", "extractor", "samples", "versions", "run"):
         lines.append(f"- {key}: {_listed(report[key])}")
     for name, reference in report["references"].items():
         lines.append(f"- reference {name}: {_listed(reference['record'])}")
@@ -335,8 +342,7 @@ def plot(report: dict[str, Any]) -> Figure:
         lines: dict[str, list[tuple[int, float, float]]] = {}
         for result in report["results"]:
             value = result["references"][name]["figures"][metric]
-            guidance = f", cfg {result['sampling']['cfg_scale']:g}" if result["conditional"] else ""
-            label = result["sampling"]["sampler"] + guidance
+            label = result["sampling"]["sampler"] + guidance_name(result)
             lines.setdefault(label, []).append((result["nfe"], value["mean"], value["std"] or 0.0))
         for label, points in lines.items():
             calls, means, deviations = zip(*sorted(points), strict=True)

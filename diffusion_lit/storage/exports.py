@@ -17,6 +17,7 @@ FORMAT = "diffusion-lit 1"
 
 
 WEIGHTS, RECORD = "model.safetensors", "model.json"
+GUIDE = "guide"  # the folder of the model that guides it, where there is one: an export too
 
 
 KEPT = ("hyper_parameters", "datamodule_hyper_parameters", "diffusion_lit", "global_step", "pytorch-lightning_version")
@@ -84,4 +85,8 @@ def read_export(path: str | Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no safetensors file: {error}.") from error
     kept = {name: record[name] for name in KEPT if name in record}
+    if isinstance(record.get("guide"), dict):
+        if not is_export(folder / GUIDE):
+            raise ValueError(f"{folder / GUIDE}, the model that guides this one, is missing; export it again.")
+        kept["guide"] = {**read_export(folder / GUIDE), **record["guide"]}
     return {**kept, "state_dict": tensors, "weights": record["weights"]}

@@ -1,0 +1,34 @@
+"""Autoguidance of a run's own samples: reads the guide that its settings name, and keeps it in the checkpoints."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffusion_lit.modules.guides import take_guide
+from diffusion_lit.modules.load import held_guide
+
+
+class KeepGuide(Callback):
+    """Puts the model that `sampling.guide_ckpt` names beside the trained one, and holds it in the checkpoint.
+
+    So a checkpoint draws as it was trained to, and a run goes on, without the guide's own file.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the guide, unless the checkpoint that the run goes on from has brought it."""
+        given = getattr(getattr(pl_module, "sampling", None), "guide_ckpt", None)
+        denoiser: Any = getattr(pl_module, "denoiser", None)
+        if given is not None and (denoiser.guide is None or denoiser.guide.file != given):
+            take_guide(pl_module, given)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the guide."""
+        guide = getattr(getattr(pl_module, "denoiser", None), "guide", None)
+        if guide is not None and guide.content is not None:
+            checkpoint["guide"] = {**guide.identity(), **guide.content}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the guide out of a checkpoint."""
+        guide = held_guide(checkpoint, str(trainer.ckpt_path))
+        if guide is not None:
+            pl_module.denoiser.guide = guide  # type: ignore[union-attr]
