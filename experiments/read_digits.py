@@ -23,7 +23,11 @@ from diffusion_lit.report.images import grid_image
 
 
 def read_digits(
-    ckpt_path: str, per_class: int = 100, seed: int = 0, out: str = "runs/studies/read_digits"
+    ckpt_path: str,
+    per_class: int = 100,
+    seed: int = 0,
+    num_steps: int | None = None,
+    out: str = "runs/studies/read_digits",
 ) -> dict[str, float]:
     """Draws digits, reads them, and measures their variety.
 
@@ -31,6 +35,7 @@ def read_digits(
         ckpt_path: Checkpoint of a class-conditional model of `datamodules.Digits`.
         per_class: Samples per class.
         seed: Seed of the first sample.
+        num_steps: Sampling steps; those of the model by default.
         out: Folder for grid.png and figures.json.
 
     Returns:
@@ -41,7 +46,7 @@ def read_digits(
     data.prepare_data()
     data.setup()
     labels = torch.arange(10).repeat_interleave(per_class)
-    sampling = module.sampling.replace(cfg_scale=1.0)
+    sampling = module.sampling.replace(cfg_scale=1.0, num_steps=num_steps)
     samples = torch.cat(
         [
             module.generate(range(seed + start, seed + start + per_class), labels[start : start + per_class], sampling)

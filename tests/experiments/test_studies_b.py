@@ -14,6 +14,7 @@ from experiments.attention_ablation import attention_ablation
 from experiments.capacity import capacity
 from experiments.coarse_first import coarse_first, level_of, summary
 from experiments.cold_diffusion import cold_diffusion
+from experiments.few_steps import few_steps, levels
 from experiments.guidance_scale import guidance_scale
 from experiments.harness import runs
 from experiments.harness.frequencies import band_edges, band_masks, band_power, settled, tile_mean
@@ -87,6 +88,22 @@ def test_guidance(study):
     again = study(guidance_scale, "--scales=[0, 1, 3]", "--num_steps=2")
     assert again.count == before  # nothing is trained twice
     assert table(again, "quality") == table(made, "quality")
+
+
+def test_few_steps(study):
+    made = study(few_steps, "--nfe=[1, 2, 4]", "--samplers=[heun, euler]", "--cfg_scale=1")
+    rows = table(made, "quality")
+    assert [(row["model"], int(row["NFE"])) for row in rows] == [
+        (m, n) for m in ("teacher", "tuned") for n in (1, 2, 4)
+    ]
+    assert all(int(row["steps"]) == int(row["NFE"]) for row in rows if row["sampler"] != "heun")
+    assert {row["sampler"] for row in rows[3:]} == {"consistency"}
+    assert {"kd_pixels", "fd_pixels", "precision", "recall"} <= rows[0].keys()
+    steps = {name: int(run.run.options["trainer.max_steps"]) for name, run in made.trained.items()}
+    assert steps["half"] + steps["tuned"] == steps["teacher"] == 2
+    assert levels(1, 5.0, 0.2, 0.8, made.trained["tuned"]) == [80.0]
+    assert levels(2, 5.0, 0.2, 0.8, made.trained["tuned"]) == [80.0, 0.8]
+    assert levels(4, 5.0, 0.2, 0.8, made.trained["tuned"]) == pytest.approx([80.0, 5.0, 1.0, 0.2])
 
 
 def test_coarse_first(study):

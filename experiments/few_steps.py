@@ -1,0 +1,202 @@
+"""Few steps: what is left of quality when a sample may cost one denoiser call, two, four, ...
+
+A teacher (EDM) is drawn by each sampler with the most steps that so many calls allow, of which the best counts. Beside
+it stands a consistency model that is tuned from a teacher of half the length for the other half, so that both have seen
+the same number of training images. Its first step maps pure noise; further ones are spaced evenly in log sigma from
+`high` to `low`. The same seeds and classes are drawn by all.
+
+    python -m experiments.few_steps
+    python -m experiments.few_steps --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER \
+        --tuned configs/consistency_fashion_mnist.yaml
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.evaluation.generation import Samples
+from diffusion_lit.evaluation.metrics import kernel_distance
+from diffusion_lit.modules.load import load_module
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.runs import Trained
+from experiments.harness.study import Study, image_rows, main
+from experiments.sampler_comparison import settings_of
+
+SHOWN = 10  # images of each row
+
+
+def few_steps(
+    study: Study,
+    nfe: list[int] = [1, 2, 4, 8, 16, 35],  # noqa: B006 (never changed)
+    samplers: list[str] = ["heun", "dpmpp_2m", "unipc", "euler"],  # noqa: B006
+    tuned: str = "configs/consistency_digits.yaml",
+    high: float = 5.0,
+    low: float = 0.2,
+    second: float = 0.8,
+    cfg_scale: float | None = None,
+) -> None:
+    """How good are samples of one step, two, four, and more?
+
+    Trains a diffusion model, and one of half the length that is then tuned to a consistency model for the other half,
+    and measures both at equal numbers of denoiser calls.
+
+    Args:
+        study: Where it works.
+        nfe: Denoiser calls per sample.
+        samplers: Samplers of the teacher.
+        tuned: Config of the consistency model, on the same data and network.
+        high: Noise level of the consistency model's second step, where it takes more than two.
+        low: Noise level of its last step, where it takes more than two.
+        second: Noise level of its second step, where it takes two.
+        cfg_scale: Guidance of the teacher; as it is trained to be drawn by default.
+    """
+    trained = train(study, tuned)
+    evaluator = study.evaluator(trained)
+    rows, images = [], {}
+    for name, run in trained.items():
+        default = load_module(run.ckpt_path).sampling
+        for calls in nfe:
+            if name == "tuned":
+                settings = [default.replace(grid_options={"levels": levels(calls, high, low, second, run)})]
+            else:
+                settings = teacher_settings(default.replace(cfg_scale=cfg_scale), samplers, calls)
+            found = [(measure(study, run, evaluator, setting), setting) for setting in settings]
+            (figures, drawn), setting = min(found, key=lambda one: one[0][0][evaluator.metric])
+            row = {"model": name, "NFE": calls, "sampler": setting.sampler, "steps": setting.num_steps, **figures}
+            rows.append(row)
+            images[f"{name}, {calls}"] = drawn.images[:SHOWN] / 127.5 - 1
+    count = study.setup.num_samples
+    study.table("quality", rows, f"{count:,} samples of the same seeds against the training images.")
+    study.figure("quality", curves(rows, evaluator), "Quality and variety against denoiser calls per sample.")
+    study.figure("images", image_rows(images), "The same seeds and classes: the model, and its denoiser calls.")
+    study.finding(sentence(rows, evaluator))
+
+
+def train(study: Study, tuned: str) -> dict[str, Trained]:
+    """The teacher, and the model tuned from one of half the length, after as many images in all.
+
+    Args:
+        study: Where it works.
+        tuned: Config of the consistency model.
+
+    Returns:
+        "teacher" and "tuned".
+    """
+    total = int(study.value("trainer.max_steps"))
+    first = total // 2
+    found = study.fit({"teacher": {"trainer.max_steps": total}, "half": {"trainer.max_steps": first}})
+    start = found["half"].ckpt_path.resolve()
+    options = {"trainer.max_steps": total - first, "init_from": str(start)}
+    return {"teacher": found["teacher"], **study.fit({"tuned": options}, tuned)}
+
+
+def levels(calls: int, high: float, low: float, second: float, run: Trained) -> list[float]:
+    """Noise levels of a consistency model's steps.
+
+    Args:
+        calls: Number of steps.
+        high: The second of more than two.
+        low: The last of more than two.
+        second: The second of two.
+        run: The model, which knows where it starts.
+
+    Returns:
+        Falling levels.
+    """
+    start = float(load_module(run.ckpt_path).denoiser.scaling.sampling_range[1])
+    if calls < 3:
+        return [start, second][:calls]
+    spaced = torch.linspace(torch.tensor(high).log(), torch.tensor(low).log(), calls - 1, dtype=torch.float64).exp()
+    return [start, *spaced.tolist()]
+
+
+def teacher_settings(default: Sampling, samplers: list[str], calls: int) -> list[Sampling]:
+    """Each sampler with the most steps that so many denoiser calls allow.
+
+    Args:
+        default: The model's own settings.
+        samplers: Their names.
+        calls: Denoiser calls per sample.
+
+    Returns:
+        At least one.
+    """
+    return [setting for name in samplers for setting in settings_of(default, name, [calls], [])]
+
+
+def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling) -> tuple[dict[str, float], Samples]:
+    """The figures of a model's samples, and the samples.
+
+    Args:
+        study: Where it works.
+        run: The model.
+        evaluator: What measures.
+        setting: How they are drawn.
+
+    Returns:
+        Distance, kernel distance, precision and recall by name; and the samples.
+    """
+    drawn = study.draw(run, evaluator, setting)
+    assert evaluator.reference.features is not None and drawn.images is not None
+    figures = evaluator.measure(drawn)
+    kernel = kernel_distance(drawn.features.features, evaluator.reference.features.features)
+    return {**figures, evaluator.metric.replace("fd_", "kd_").replace("fid_", "kid_"): kernel}, drawn
+
+
+def curves(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
+    """The distance, precision and recall over the denoiser calls.
+
+    Args:
+        rows: The measurements.
+        evaluator: What measured them.
+
+    Returns:
+        The figure.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    calls = sorted({row["NFE"] for row in rows})
+    for axes, name in zip(panels, (evaluator.metric, "precision", "recall"), strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == model]
+            axes.plot([row["NFE"] for row in own], [row[name] for row in own], marker="o", label=model)
+        axes.set(xscale="log", xlabel="denoiser calls per sample (NFE)", ylabel=name)
+        axes.set_xticks(calls, [str(count) for count in calls])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(True, which="both", alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter(ScalarFormatter())
+    evaluator.draw_floor(panels[0])
+    panels[0].legend()
+    return figure
+
+
+def sentence(rows: list[dict[str, Any]], evaluator: Evaluator) -> str:
+    """What was found.
+
+    Args:
+        rows: The measurements.
+        evaluator: What measured them.
+
+    Returns:
+        A sentence.
+    """
+    metric = evaluator.metric
+
+    def told(model: str) -> str:
+        own = [row for row in rows if row["model"] == model]
+        return ", ".join(f"{row[metric]:.3g} in {row['NFE']}" for row in own)
+
+    floor = f" (real images get {evaluator.floor[0]:.3g})" if evaluator.floor else ""
+    best = told("teacher")
+    others = [
+        f"the {model} {told(model)}" for model in dict.fromkeys(row["model"] for row in rows) if model != "teacher"
+    ]
+    return f"In denoiser calls per sample, {'; '.join(others)}; the teacher under its best sampler {best}{floor}."
+
+
+if __name__ == "__main__":
+    SMALL = {"trainer.max_steps": 900, "trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}
+    main(few_steps, "configs/edm_digits.yaml", SMALL, num_samples=300)
