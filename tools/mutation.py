@@ -39,6 +39,7 @@ TESTS = {
     f"{CORE}/preconditioning.py": ["test_preconditioning.py", "test_samplers_moments.py"],
     f"{CORE}/samplers/consistency.py": SAMPLER_TESTS[-1:],
     f"{CORE}/consistency_loss.py": ["test_consistency_loss.py"],
+    f"{CORE}/consistency_parts.py": ["test_consistency_loss.py"],
     f"{CORE}/grids.py": ["test_grids.py"],
     f"{CORE}/analytic.py": ["test_analytic.py"],
     f"{CORE}/likelihood.py": ["test_likelihood.py"],
@@ -56,12 +57,17 @@ EQUIVALENT = {
 }
 BY_HAND = {  # what no change of arithmetic plants: file, function, what is there, what is put in its place
     f"{CORE}/consistency_loss.py": [
-        ("ConsistencyLoss.forward", "torch.no_grad()", "torch.enable_grad()"),  # gradients through the target
+        ("ConsistencyLoss.forward", "torch.no_grad():", "torch.enable_grad():"),  # gradients through the target
+        ("ConsistencyLoss.forward", "# First with gradients", "t, r = r, t  # First"),
         ("ConsistencyLoss.forward", "self.point(x, x0, noise, t, r,", "self.point(x, x0, noise, r, t,"),
         ("ConsistencyLoss.forward", "self.weight(t, r, scaling)", "self.weight(r, t, scaling)"),
-        ("ConsistencyLoss.forward", "denoiser(x, t, label", "denoiser(x, r, label"),
         ("ConsistencyLoss.forward", "self.gap(t, progress)", "t - self.gap(t, progress)"),
-        ("ConsistencyLoss.forward", "repeating(draws, x.device)", "repeating(network_draws(x.device), x.device)"),
+        ("ConsistencyLoss.forward", "with repeating(draws,", "with repeating(network_draws(x.device),"),
+        ("ContinuousConsistencyLoss.forward", "(slope, torch.ones_like(t))", "(slope, torch.zeros_like(t))"),
+        ("ContinuousConsistencyLoss.forward", "target = estimate - per", "target = estimate + per"),
+        ("ContinuousConsistencyLoss.forward", "torch.no_grad(), repeating", "torch.enable_grad(), repeating"),
+    ],
+    f"{CORE}/consistency_parts.py": [
         ("TeacherStep.__call__", "per_sample(r - t, x)", "per_sample(t - r, x)"),
         ("InverseGap.__call__", "return 1 / (t - r)", "return 1 / t"),
     ],

@@ -18,7 +18,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.edit_options import SAMPLES, ImageOptions, Options, decibels, image_size, read_pixels
 from diffusion_lit.commands.edit_steps import Passed
 from diffusion_lit.diffusion import editing
-from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.generate import Sampling, check_follows_ode
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.modules.labels import check_guidance
@@ -329,6 +329,7 @@ def invert(options: ImageOptions) -> None:
     """
     model = options.load()
     own: Sampling = model.sampling
+    check_follows_ode(own, "no image can be taken back to its noise")
     quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.replace(sampler="heun")
     sampling = options.sampling(model, quiet.replace(num_steps=100))
     image, labels = options.read(model), options.condition(model, 1)

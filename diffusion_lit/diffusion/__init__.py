@@ -2,8 +2,8 @@
 
 from diffusion_lit.diffusion.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from diffusion_lit.diffusion.cold import ColdSampling
-from diffusion_lit.diffusion.consistency_loss import (
-    ConsistencyLoss,
+from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss
+from diffusion_lit.diffusion.consistency_parts import (
     Distance,
     Gap,
     InverseGap,
@@ -86,6 +86,7 @@ __all__ = [
     "Conditioned",
     "ConsistencyLoss",
     "Constant",
+    "ContinuousConsistencyLoss",
     "ContinuousVP",
     "CosineSchedule",
     "Degradation",

@@ -341,6 +341,23 @@ def refuse_clipping(sampling: Sampling) -> None:
         )
 
 
+def check_follows_ode(sampling: Sampling, what: str) -> None:
+    """Refuses a model of few steps where the probability-flow ODE is needed.
+
+    Args:
+        sampling: The model's own settings.
+        what: What is not to be had, as the end of a sentence.
+
+    Raises:
+        ValueError: If the model's estimate is the end of a path, and so gives no slope.
+    """
+    if SAMPLERS[sampling.sampler].order == 0:
+        raise ValueError(
+            f"The model draws by {sampling.sampler}: it maps noise to an image at once and follows no ODE, so that "
+            f"{what}; take the diffusion model that it was tuned from."
+        )
+
+
 def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor | None:
     """Refuses labels that the model cannot take.
 

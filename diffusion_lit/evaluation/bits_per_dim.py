@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_lit.diffusion.generate import check_follows_ode
 from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.wrappers import Conditioned
@@ -64,6 +65,7 @@ def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) 
     net = module.denoiser.net
     if tuple(module.image_shape) != (net.in_channels, net.image_size, net.image_size):
         raise ValueError("The model denoises a code and not images, so that it gives them no likelihood.")
+    check_follows_ode(module.sampling, "it gives no likelihood")
     record, device = _record(plan, module, data), next(module.parameters()).device
     images, labels = data.reference_images(SPLIT), data.reference_labels(SPLIT)
     mine = _parts(plan, data)[rank::world]

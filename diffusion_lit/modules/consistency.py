@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, check_boundary
+from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss, check_boundary
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.noise import LogNormal, NoiseLevels
@@ -44,7 +44,7 @@ def few_steps(scaling: Preconditioning) -> Sampling:
 class _FewSteps(DiffusionModule):
     """What consistency models of images and of latents share: the progress of the training, and the teacher."""
 
-    loss: ConsistencyLoss
+    loss: ConsistencyLoss | ContinuousConsistencyLoss
     _teacher_sha256: str | None = None
 
     def losses(self, x0: Tensor, draws: Draws, augment: Tensor | None) -> Tensor:
@@ -102,7 +102,8 @@ class Consistency(_FewSteps):
             0.5.
         noise_levels: Distribution that training draws the upper noise level from; by default log-normal with P_mean
             -1.1 and P_std 2 (Song & Dhariwal 2023, section 3.5).
-        loss: By default pseudo-Huber distances of the same draw at two noise levels whose gap shrinks over the run.
+        loss: By default pseudo-Huber distances of the same draw at two noise levels whose gap shrinks over the run;
+            `ContinuousConsistencyLoss` is the limit of no gap.
         sampling: How images are drawn; by default in two steps, from sigma_max and from 1.6 sigma_data.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
@@ -118,7 +119,7 @@ class Consistency(_FewSteps):
         net: nn.Module,
         scaling: Preconditioning | None = None,
         noise_levels: NoiseLevels | None = None,
-        loss: ConsistencyLoss | None = None,
+        loss: ConsistencyLoss | ContinuousConsistencyLoss | None = None,
         sampling: Sampling | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -167,7 +168,7 @@ class LatentConsistency(_FewSteps, LatentDiffusion):
         vae_ckpt: str,
         scaling: Preconditioning | None = None,
         noise_levels: NoiseLevels | None = None,
-        loss: ConsistencyLoss | None = None,
+        loss: ConsistencyLoss | ContinuousConsistencyLoss | None = None,
         sampling: Sampling | None = None,
         cache_latents: bool = True,
         cache_dir: str | None = None,

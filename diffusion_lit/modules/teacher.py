@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusion_lit.diffusion.consistency_loss import TeacherStep
+from diffusion_lit.diffusion.consistency_parts import TeacherStep
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.latent_space import Frozen

@@ -22,8 +22,8 @@ from diffusion_lit.diffusion import (
     X0Preconditioning,
     rk45,
 )
-from diffusion_lit.diffusion.consistency_loss import (
-    ConsistencyLoss,
+from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss, check_boundary
+from diffusion_lit.diffusion.consistency_parts import (
     Gap,
     InverseGap,
     PairWeight,
@@ -33,7 +33,6 @@ from diffusion_lit.diffusion.consistency_loss import (
     ShrinkingRatio,
     SquaredDistance,
     TeacherStep,
-    check_boundary,
 )
 from diffusion_lit.nets import UNet
 
@@ -312,14 +311,19 @@ class Plane(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "point", [None, pytest.param(TeacherStep(MIXTURE), marks=pytest.mark.slow)], ids=["same draw", "teacher"]
+    "loss",
+    [
+        ConsistencyLoss(ShrinkingRatio(stages=6), None, PseudoHuber(0.01)),
+        pytest.param(ConsistencyLoss(ShrinkingRatio(stages=6), TeacherStep(MIXTURE)), marks=pytest.mark.slow),
+        pytest.param(ContinuousConsistencyLoss(), marks=pytest.mark.slow),
+    ],
+    ids=["same draw", "teacher", "continuous"],
 )
-def test_a_small_network_learns_the_true_map(point):
+def test_a_small_network_learns_the_true_map(loss):
     """Its distance to the ends of the ODE's paths falls with training, far below that of the posterior mean."""
     torch.manual_seed(0)
     steps, generator = 900, torch.Generator().manual_seed(0)
     denoiser = Denoiser(Plane(), EDMPreconditioning())
-    loss = ConsistencyLoss(ShrinkingRatio(stages=6), point, PseudoHuber(0.01))
     levels = LogNormal(-0.5, 1.2)
     x0, t, noise = pairs("mixture", 300, levels=(0.5, 2.0, 10.0))
     x = x0 + t[:, None] * noise
@@ -344,6 +348,48 @@ def test_a_small_network_learns_the_true_map(point):
     posterior_mean = float((MIXTURE(x, t) - ends).square().mean().sqrt())
     assert errors[0] > errors[1] > errors[-1], errors
     assert errors[-1] < 0.25 * posterior_mean, (errors, posterior_mean)
+
+
+class Path(PathPoint):
+    """The slope of the exact ODE."""
+
+    def __init__(self, exact):
+        self.exact = exact
+
+    def slope(self, x, x0, noise, t, label, augment):
+        return (x - self.exact(x, t)) / t[:, None]
+
+
+def test_the_continuous_form_vanishes_at_the_true_map_and_its_derivative_is_that_of_finite_differences():
+    x0, t, noise = pairs("gaussian", 200)
+    loss = ContinuousConsistencyLoss(Path(GAUSSIAN))
+    assert float(loss(TrueMap(gaussian_map), x0, t, noise).max()) < 1e-24
+    assert float(loss(TrueMap(GAUSSIAN), x0, t, noise).min()) > 1e-3
+    assert torch.equal(
+        TeacherStep(GAUSSIAN).slope(x0, x0, noise, t, None, None), Path(GAUSSIAN).slope(*[x0] * 2, noise, t, None, None)
+    )
+
+    denoiser = Denoiser(small_net().double(), EDMPreconditioning())
+    x0, noise = torch.rand(5, 1, 8, 8, dtype=torch.float64), torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    t, step = torch.tensor([0.05, 0.3, 1.0, 5.0, 40.0], dtype=torch.float64), 1e-5
+    with torch.no_grad():
+        ends = [denoiser(x0 + (t * (1 + s)).view(-1, 1, 1, 1) * noise, t * (1 + s)) for s in (step, -step)]
+    c_out = denoiser.scaling.coefficients(t)[1].view(-1, 1, 1, 1)
+    u = (ends[0] - ends[1]) / (2 * step) / c_out
+    rms = u.square().mean((1, 2, 3), keepdim=True).sqrt()
+    made = ContinuousConsistencyLoss()(denoiser, x0, t, noise)
+    torch.testing.assert_close(made, (u / (rms + 0.1)).square().mean((1, 2, 3)), rtol=1e-6, atol=1e-9)
+
+    weights = list(denoiser.parameters())
+    estimate = denoiser(x0 + t.view(-1, 1, 1, 1) * noise, t)
+    expected = torch.autograd.grad((2 * estimate / c_out * u / (rms + 0.1)).mean((1, 2, 3)).sum(), weights)
+    for mine, theirs in zip(torch.autograd.grad(made.sum(), weights), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_its_mean_gradient_at_the_true_map_vanishes_but_for_the_cut_of_large_derivatives():
+    mean, error = mean_gradient("gaussian", ContinuousConsistencyLoss(c=1e6), 30_000)
+    assert bool((mean.abs() < 4 * error).all()), mean / error
 
 
 def test_the_weight_is_that_of_the_gap():

@@ -125,3 +125,16 @@ def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, caps
     module = load_module(LAST)
     assert module.loss.point.cfg_scale == 1.5
     assert module.generate([0], torch.tensor([3])).shape == (1, 1, 8, 8)
+
+
+def test_what_needs_an_ode_is_refused(lightning, capsys):
+    lightning(*FIT, "--trainer.max_steps=1")
+    for command in (
+        ["edit", "invert", f"--ckpt_path={LAST}", "--image=test:3", "--labels=3"],
+        ["evaluate", f"--ckpt_path={LAST}", "--num_samples=8", "--extractor=pixels", "--likelihood=true"],
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            lightning(*command)
+        said = capsys.readouterr().err
+        assert "follows no ODE" in said and "it was tuned from" in said and "Traceback" not in said

@@ -15,7 +15,7 @@ from diffusion_lit.callbacks.watchdog import Watchdog
 from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
 from diffusion_lit.commands.evaluate_run import Plan
 from diffusion_lit.commands.fit import _check_numbers_of_trainer as check_trainer
-from diffusion_lit.diffusion import consistency_loss, degradations, loss, noise, preconditioning
+from diffusion_lit.diffusion import consistency_loss, consistency_parts, degradations, loss, noise, preconditioning
 from diffusion_lit.diffusion.cold import ColdSampling
 from diffusion_lit.diffusion.editing.composites import Hybrid, gaussian_blur
 from diffusion_lit.diffusion.editing.sweeps import NoiseBetween
@@ -98,9 +98,10 @@ def cases():
         *public(noise, noise.NoiseLevels),
         *public(preconditioning, preconditioning.Preconditioning),
         *public(loss, torch.nn.Module),
-        *public(consistency_loss, consistency_loss.Gap),
-        *public(consistency_loss, consistency_loss.Distance),
-        *public(consistency_loss, consistency_loss.PathPoint),
+        *public(consistency_loss, torch.nn.Module),
+        *public(consistency_parts, consistency_parts.Gap),
+        *public(consistency_parts, consistency_parts.Distance),
+        *public(consistency_parts, consistency_parts.PathPoint),
         *public(degradations, degradations.Degradation),
         *(getattr(callbacks, name) for name in callbacks.__all__),
         *(ClipX0, ClassifierFreeGuidance, Autoguidance, ClassifierGuidance, Sampling, ColdSampling, Likelihood),
