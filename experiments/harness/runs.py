@@ -75,9 +75,10 @@ class Run:
     def command(self, out: Path) -> list[str]:
         """The arguments of `lightning`, which go on with what is there."""
         folder = self.folder(out)
-        given = [f"--{name}={_spelled(value)}" for name, value in self.options.items()]
         place = [f"--trainer.logger.init_args.save_dir={out}", f"--name={folder.name}"]
         begun = any(folder.glob("version_*/checkpoints/last.ckpt"))
+        options = {name: value for name, value in self.options.items() if not (begun and name == "init_from")}
+        given = [f"--{name}={_spelled(value)}" for name, value in options.items()]
         return ["fit", f"--config={self.path}", *given, *place, *(["--ckpt_path=last"] if begun else [])]
 
 

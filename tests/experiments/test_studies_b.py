@@ -244,3 +244,14 @@ def test_a_subset_without_classes_numbers_the_others_anew():
             Subset(Digits(64), without=wrong).setup("fit")
     with pytest.raises(ValueError, match="labels are not used"):
         Subset(Digits(64, use_labels=False), without=["3"]).setup("fit")
+
+
+def test_a_run_that_goes_on_is_not_begun_again_from_other_weights(tmp_path):
+    run = runs.Run("tuned", "configs/consistency_digits.yaml", {"init_from": "teacher.ckpt", "trainer.max_steps": 3})
+    assert "--init_from=teacher.ckpt" in run.command(tmp_path)
+    last = run.folder(tmp_path) / "version_0/checkpoints/last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    command = run.command(tmp_path)
+    assert "--ckpt_path=last" in command and "--trainer.max_steps=3" in command
+    assert not any(word.startswith("--init_from") for word in command)
