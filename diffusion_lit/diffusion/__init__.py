@@ -5,6 +5,7 @@ from diffusion_lit.diffusion.cold import ColdSampling
 from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss
 from diffusion_lit.diffusion.consistency_parts import (
     Distance,
+    EvenWeight,
     Gap,
     InverseGap,
     PairWeight,
@@ -100,6 +101,7 @@ __all__ = [
     "EmpiricalDenoiser",
     "EpsPreconditioning",
     "EpsScaling",
+    "EvenWeight",
     "FlowPreconditioning",
     "FlowScaling",
     "Gap",

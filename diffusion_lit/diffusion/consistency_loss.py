@@ -13,6 +13,7 @@ Sources: Song et al. 2023 (arXiv 2303.01469); Song and Dhariwal 2023 (arXiv 2310
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.consistency_parts import (
@@ -119,8 +120,8 @@ class ContinuousConsistencyLoss(nn.Module):
 
     dD/dt is the derivative along the path, in forward mode and without gradients. u is its size as the network's output
     has it, so that every noise level counts alike, and rms(u) is over an image's pixels; the loss is below 1, and its
-    gradient is that of F . v. Forward mode costs about as much as a further call of the network, and more memory than
-    one without gradients.
+    gradient is that of F . v. Forward mode costs about as much as a further call of the network, and computes attention
+    as plain products, since fused ones have no derivative of this kind.
 
     Args:
         point: Whose slope the path has; by default the same draw's.
@@ -155,12 +156,15 @@ class ContinuousConsistencyLoss(nn.Module):
         c_out = denoiser.scaling.coefficients(t)[1]
         draws = network_draws(x.device)
         estimate = denoiser(x, t, label, augment=augment)
-        with torch.no_grad(), repeating(draws, x.device):
-            slope = self.point.slope(x, x0, noise, t, label, augment)
+        slope = self.point.slope(x, x0, noise, t, label, augment).detach()
+        # Fused attention has no forward mode, and bf16 would round the derivative away.
+        exact = (sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False))
+        with torch.no_grad(), repeating(draws, x.device), exact[0], exact[1]:
             change = torch.func.jvp(
                 lambda x, t: denoiser(x, t, label, augment=augment), (x, t), (slope, torch.ones_like(t))
             )[1]
             u = per_sample(t / c_out, x) * change
             v = u / (per_sample(u.square().flatten(1).mean(1).sqrt(), u) + self.c)
             target = estimate - per_sample(c_out, x) * v
-        return ((estimate - target) / per_sample(c_out, x)).square().flatten(1).mean(1)
+        loss: Tensor = ((estimate - target) / per_sample(c_out, x)).square().flatten(1).mean(1)
+        return loss

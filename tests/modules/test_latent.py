@@ -365,3 +365,21 @@ def test_on_a_full_disk_latents_stay_in_memory_and_train_the_same(here, monkeypa
     monkeypatch.setattr("diffusion_lit.modules.latent_cache.fits_in_memory", lambda size: False)
     with pytest.raises(OSError, match=r"cannot be kept in .*set cache_dir"):
         fitted(here, flips=True)
+
+
+def test_a_consistency_model_of_latents_starts_from_a_latent_model_and_draws_by_its_own_settings(here, lightning):
+    config = yaml.safe_load(LATENT_DIGITS.read_text())
+    config["model"]["class_path"] = "diffusion_lit.modules.LatentConsistency"
+    config["model"]["init_args"]["sampling"] = {"sampler": "consistency", "grid_options": {"levels": [80, 1.6]}}
+    (here / "consistency.yaml").write_text(yaml.safe_dump(config))
+    lightning(
+        *["fit", f"--config={here}/consistency.yaml", *TINY_LATENT, "--trainer.max_steps=2"],
+        "--init_from=runs/latent_digits",
+    )
+    module = load_module(here / "runs/consistency/version_0/checkpoints/last.ckpt")
+    assert module.sampling.sampler == "consistency" and module.sampling.nfe == 2
+    assert module.generate([0, 1], torch.tensor([0, 2])).shape == (2, 1, 8, 8)
+    before = load_module(here / "runs/latent_digits/version_0/checkpoints/last.ckpt")
+    assert module.space.sha256 == before.space.sha256
+    first, now = (next(iter(one.net.parameters())) for one in (before, module))
+    assert 0 < float((first - now).detach().abs().max()) < 0.02, "from its weights, and two steps on"
