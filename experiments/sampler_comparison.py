@@ -67,7 +67,7 @@ def sampler_comparison(
     Args:
         ckpt_path: Checkpoint of a diffusion model.
         nfe: Denoiser calls per sample; each sampler takes the most steps that these allow.
-        samplers: Their names; all but the aliases when omitted.
+        samplers: Their names; when omitted all that follow the ODE or its SDE, but the aliases.
         rtol: Tolerances of the adaptive rk45, which has no number of steps.
         num_samples: Samples of each point.
         extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
@@ -81,7 +81,7 @@ def sampler_comparison(
     Returns:
         The measurements.
     """
-    chosen = samplers or [name for name in SAMPLERS if name not in ALIASES]
+    chosen = samplers or [name for name in SAMPLERS if name not in ALIASES and SAMPLERS[name].order]
     module = load_module(ckpt_path).to(pick_device(device))
     settings = [setting for name in chosen for setting in settings_of(module.sampling, name, nfe, rtol)]
     data: Any = load_data(ckpt_path, **({} if data_root is None else {"root": data_root}))
