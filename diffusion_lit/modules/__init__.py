@@ -8,6 +8,7 @@ from diffusion_lit.modules.consistency import Consistency, LatentConsistency
 from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
 from diffusion_lit.modules.latent import LatentDiffusion
+from diffusion_lit.modules.muon import MuonAdamW
 from diffusion_lit.modules.optim import Trapezoid, WarmupStableDecay
 from diffusion_lit.modules.perceptual import LPIPS, ClassifierPerceptual
 from diffusion_lit.modules.reconstruction import L1, L2, DiscretisedGaussian, DiscretisedLogistic
@@ -30,6 +31,7 @@ __all__ = [
     "DiscretisedLogistic",
     "LatentConsistency",
     "LatentDiffusion",
+    "MuonAdamW",
     "Trapezoid",
     "WarmupStableDecay",
 ]

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from diffusion_lit.checks import check_count, check_share
+from diffusion_lit.modules.muon import MuonAdamW, muon_groups
+from diffusion_lit.nets.magnitude import MPConv, force_norms
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -85,9 +87,13 @@ def configure_optimizers(
         Lightning's optimizer configuration.
     """
     built = _fused(optimizer, module)
+    if isinstance(built, MuonAdamW):
+        built = optimizer(muon_groups(module, _groups(module)))
     for group in built.param_groups:
         group["lr"] *= group.get("lr_ratio", 1.0)
     built.register_load_state_dict_post_hook(lay_as_weights)
+    if any(isinstance(layer, MPConv) for layer in module.modules()):
+        built.register_step_post_hook(lambda *_: force_norms(module))
     if lr_scheduler is None:
         return built
     scheduler = lr_scheduler(built)

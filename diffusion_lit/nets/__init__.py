@@ -6,6 +6,8 @@ from diffusion_lit.nets.bottlenecks import FSQ, VQ
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.nets.discriminator import PatchDiscriminator
 from diffusion_lit.nets.dit import DiT
+from diffusion_lit.nets.magnitude import force_norms
+from diffusion_lit.nets.mp_unet import MPUNet
 from diffusion_lit.nets.presets import DDPMCIFAR10, DDPMpp, DiT_B_2, DiT_S_2, PlainUNet
 from diffusion_lit.nets.unet import UNet
 
@@ -21,9 +23,11 @@ __all__ = [
     "DiT",
     "DiT_B_2",
     "DiT_S_2",
+    "MPUNet",
     "PatchDiscriminator",
     "PlainUNet",
     "Posterior",
     "UNet",
     "augment_images",
+    "force_norms",
 ]
