@@ -8,6 +8,10 @@ The image is cut into squares of patch_size pixels, each a token with a fixed si
 
 The layers for shift, scale and gate and the last layer start at zero, so that each block starts as the identity and a
 new network predicts zero.
+
+Four options make of it the transformer of today's image models (Yao & Wang 2025): `rms_norm` divides by the root mean
+square instead of a layer norm, `qk_norm` normalises queries and keys before their product, `rope` turns them by angles
+of their places instead of adding a code to the tokens, and `swiglu` gates the perceptron, W3 (silu(W1 x) * W2 x).
 """
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.nets.checks import require_image, require_image_size
 from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName, attention, recomputed
+from diffusion_lit.nets.tokens import SwiGLU, rotary_angles, rotate, token_norm
 
 
 def position_code(height: int, width: int, channels: int) -> Tensor:
@@ -41,23 +46,40 @@ class DiTBlock(nn.Module):
         channels: Width of the tokens.
         num_heads: Attention heads; must divide `channels`.
         mlp_ratio: Width of the perceptron's hidden layer, as a multiple of `channels`.
+        rms_norm: Normalise tokens by their root mean square.
+        qk_norm: Normalise queries and keys, with gains.
+        swiglu: Gate the perceptron.
     """
 
-    def __init__(self, channels: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        mlp_ratio: float,
+        rms_norm: bool = False,
+        qk_norm: bool = False,
+        swiglu: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+        self.norm = token_norm(channels, rms_norm)
         self.qkv = nn.Linear(channels, 3 * channels)
+        self.q_norm = nn.RMSNorm(channels // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(channels // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(channels, channels)
         hidden = round(channels * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, channels))
+        plain = (nn.Linear(channels, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, channels))
+        self.mlp = SwiGLU(channels, hidden) if swiglu else nn.Sequential(*plain)
         self.modulation = nn.Linear(channels, 6 * channels)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Return the tokens (B, N, channels) after the block, under emb (B, channels)."""
+    def forward(self, x: Tensor, emb: Tensor, angles: Tensor | None = None) -> Tensor:
+        """Return the tokens (B, N, channels) after the block, under emb (B, channels), turned by angles (N, d / 2)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=-1)
         y = torch.addcmul(shift1, self.norm(x), scale1 + 1)
         q, k, v = rearrange(self.qkv(y), "b n (t h d) -> t b h n d", t=3, h=self.num_heads).unbind(0)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         y = rearrange(attention(q, k, v), "b h n d -> b n (h d)")
         x = torch.addcmul(x, gate1, self.proj(y))
         y = torch.addcmul(shift2, self.norm(x), scale2 + 1)
@@ -83,11 +105,17 @@ class DiT(nn.Module):
         activation_checkpointing: Keep only the tokens between blocks for the backward pass and compute what lies within
             a block again: less than half the memory, for about a third more time.
         takes_until: Whether the network is told a second noise level, the one that a step ends at (MeanFlow).
+        rms_norm: Normalise tokens by their root mean square alone (Zhang & Sennrich 2019, arXiv 1910.07467).
+        qk_norm: Normalise queries and keys by their root mean square, with gains (Dehghani 2023, arXiv 2302.05442).
+        rope: Turn queries and keys by their place instead of adding a code to the tokens; a head needs a multiple of 4
+            channels.
+        swiglu: Gate the perceptrons, whose hidden width becomes two thirds for as many weights.
 
     Raises:
         ValueError: An argument is out of range, or the patches do not divide the image size.
 
-    Source: Peebles & Xie 2023, arXiv 2212.09748, section 3 and table 1.
+    Source: Peebles & Xie 2023, arXiv 2212.09748, section 3 and table 1; the options as in Yao & Wang 2025, arXiv
+    2501.01423, section 4.
     """
 
     def __init__(
@@ -105,6 +133,10 @@ class DiT(nn.Module):
         augment_dim: int = 0,
         activation_checkpointing: bool = False,
         takes_until: bool = False,
+        rms_norm: bool = False,
+        qk_norm: bool = False,
+        rope: bool = False,
+        swiglu: bool = False,
     ) -> None:
         super().__init__()
         self.takes_until = takes_until
@@ -125,6 +157,12 @@ class DiT(nn.Module):
             raise ValueError(
                 f"hidden_channels={hidden_channels} must be a multiple of 4 and of num_heads={num_heads}: change one."
             )
+        self.head_channels = hidden_channels // num_heads
+        if rope and self.head_channels % 4:
+            raise ValueError(
+                f"num_heads={num_heads} leaves {self.head_channels} of hidden_channels={hidden_channels} to a head, "
+                "and rope needs a multiple of 4: change one, or leave rope out."
+            )
         check_number(above=0, mlp_ratio=mlp_ratio, hint="; the paper's is 4")
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -132,16 +170,19 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.augment_dim = augment_dim
         self.patch_size = patch_size
+        self.hidden_channels = hidden_channels
         self.stem = nn.Linear(in_channels * patch_size**2, hidden_channels)
         self.conditioning = Conditioning(
             256, hidden_channels, noise_embedding, num_classes, augment_dim, "after", takes_until
         )
-        self.blocks = nn.ModuleList(DiTBlock(hidden_channels, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(hidden_channels, eps=1e-6, elementwise_affine=False)
+        options = (hidden_channels, num_heads, mlp_ratio, rms_norm, qk_norm, swiglu)
+        self.blocks = nn.ModuleList(DiTBlock(*options) for _ in range(depth))
+        self.norm = token_norm(hidden_channels, rms_norm)
         self.modulation = nn.Linear(hidden_channels, 2 * hidden_channels)
         self.out = nn.Linear(hidden_channels, out_channels * patch_size**2)
         grid = image_size // patch_size
-        self.register_buffer("place", position_code(grid, grid, hidden_channels), persistent=False)
+        self.rope = rope
+        self.register_buffer("place", self.code(grid, grid, hidden_channels), persistent=False)
         self.initialise()
 
     place: Tensor
@@ -193,10 +234,14 @@ class DiT(nn.Module):
         emb = self.conditioning(noise, label, augment, until)
         p = self.patch_size
         x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
-        x = x + self.places(height, width).to(x)
+        places, angles = self.places(height, width), None
+        if self.rope:
+            angles = places
+        else:
+            x = x + places.to(x)
         for block in self.blocks:
             checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
-            x = recomputed(block, x, emb) if checkpointing else block(x, emb)
+            x = recomputed(block, x, emb, angles) if checkpointing else block(x, emb, angles)
         shift, scale = self.modulation(emb)[:, None].chunk(2, dim=-1)
         x = self.out(torch.addcmul(shift, self.norm(x), scale + 1))
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
@@ -205,4 +250,8 @@ class DiT(nn.Module):
         """The code of each place of a grid of patches: stored for the image size, computed for any other."""
         if height == width == self.image_size // self.patch_size:
             return self.place
-        return position_code(height, width, self.place.shape[1])
+        return self.code(height, width, self.hidden_channels).to(self.place)
+
+    def code(self, height: int, width: int, channels: int) -> Tensor:
+        """The code or, for `rope`, the angles of each place of a grid."""
+        return rotary_angles(height, width, self.head_channels) if self.rope else position_code(height, width, channels)
