@@ -24,7 +24,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import count
 from typing import Any
 
 import torch
@@ -238,14 +237,42 @@ Step = Callable[[Tensor], None]
 Draw = Callable[[int], Tensor]
 
 
-def peer(job: BenchmarkJob) -> tuple[Step, Draw]:
-    """A peer's training step on a batch in [-1, 1], and its sampler.
+@dataclass
+class Peer:
+    """A peer at work.
+
+    Args:
+        net: Its network.
+        step: Its training step on a batch in [-1, 1].
+        draw: Its sampler, from a number of images to images in [-1, 1].
+        parts: What holds its state, by name: whatever has `state_dict` and `load_state_dict`.
+    """
+
+    net: nn.Module
+    step: Step
+    draw: Draw
+    parts: dict[str, Any]
+
+    def state(self) -> dict[str, Any]:
+        """All that training changes."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def restore(self, state: dict[str, Any], x: Tensor) -> None:
+        """Goes back to a state.
+
+        Args:
+            state: From `state`.
+            x: The batch of the step that it was taken after, for peers that pause within a step.
+        """
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def peer(job: BenchmarkJob) -> Peer:
+    """A peer's network with its training step and its sampler.
 
     Args:
         job: What to build.
-
-    Returns:
-        `step(x)` and `draw(count)`.
     """
     from accelerate import Accelerator
 
@@ -257,7 +284,7 @@ def peer(job: BenchmarkJob) -> tuple[Step, Draw]:
     return makers.get(job.name, _denoising_diffusion_pytorch)(job, net, accelerator)
 
 
-def _diffusers(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Draw]:
+def _diffusers(job: BenchmarkJob, net: Any, accelerator: Any) -> Peer:
     """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py, at its defaults."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -289,10 +316,10 @@ def _diffusers(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Dra
             x = sampler.step(model(x, t).sample, t, x).prev_sample
         return x
 
-    return step, draw
+    return Peer(net, step, draw, {"net": net, "optimizer": optimizer, "schedule": schedule})
 
 
-def _denoising_diffusion_pytorch(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Draw]:
+def _denoising_diffusion_pytorch(job: BenchmarkJob, net: Any, accelerator: Any) -> Peer:
     """The loop of denoising_diffusion_pytorch.Trainer.train, at its defaults or its README's learning rate."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
@@ -322,10 +349,10 @@ def _denoising_diffusion_pytorch(job: BenchmarkJob, net: Any, accelerator: Any) 
             made: Tensor = average.ema_model.ddim_sample(shape) * 2 - 1
             return made
 
-    return step, draw
+    return Peer(net, step, draw, {"net": diffusion, "optimizer": optimizer, "average": average})
 
 
-def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step, Draw]:
+def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> Peer:
     """The training_loop and samples of smalldiffusion, with the schedule of its FashionMNIST and CIFAR-10 examples."""
     import smalldiffusion
 
@@ -342,15 +369,16 @@ def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step
     loop = smalldiffusion.training_loop(Fed(), net, schedule, accelerator=accelerator, lr=7e-4)
     weights = [parameter.data for parameter in net.parameters()]
     average = [weight.clone() for weight in weights] if job.documented else []
-    turns = count()
+    turns = 0
 
     def step(x: Tensor) -> None:
         """One turn of the loop, which pauses between the forward and the backward of a step."""
+        nonlocal turns
         batches[:] = [x]
         next(loop)
         if average:  # as torch_ema does in the example, at its decay of 0.999
-            decay = min(0.999, (1 + (turn := next(turns))) / (10 + turn))
-            torch._foreach_lerp_(average, weights, 1 - decay)
+            torch._foreach_lerp_(average, weights, 1 - min(0.999, (1 + turns) / (10 + turns)))
+        turns += 1
 
     def swap() -> None:
         for weight, mean in zip(weights if average else [], average, strict=True):
@@ -369,7 +397,24 @@ def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> tuple[Step
         made: Tensor = x
         return made
 
-    return step, draw
+    class Paused(Peer):
+        """Its state is that before the backward pass of the last batch, whose forward pass is done again."""
+
+        def state(self) -> dict[str, Any]:
+            optimizer = accelerator._optimizers[0].state_dict()
+            return {"net": net.state_dict(), "optimizer": optimizer, "average": average, "turns": turns}
+
+        def restore(self, state: dict[str, Any], x: Tensor) -> None:
+            nonlocal turns
+            net.load_state_dict(state["net"])
+            batches[:] = [x]
+            next(loop)
+            accelerator._optimizers[0].load_state_dict(state["optimizer"])
+            for mean, value in zip(average, state["average"], strict=True):
+                mean.copy_(value)
+            turns = state["turns"]
+
+    return Paused(net, step, draw, {})
 
 
 class RandomImages(ImageDataModule):
@@ -477,13 +522,13 @@ def work(pipe: Any, job: BenchmarkJob, folder: str) -> None:
     torch.set_num_threads(job.threads)
     if job.name == OURS:
         _fit(pipe, job, folder)
-    step, draw = peer(job)
+    made = peer(job)
     x = torch.rand(job.batch_size, job.channels, job.size, job.size).to(job.device) * 2 - 1
     while True:
-        steps = serve(pipe, job, draw)
+        steps = serve(pipe, job, made.draw)
         watch = Stopwatch(job.device)
         for _ in range(steps):
-            step(x)
+            made.step(x)
         pipe.send(watch.read(steps * job.batch_size))
 
 

@@ -1,14 +1,20 @@
 """The contest at equal time: all take part for as long, an interrupted one goes on, and the table is right."""
 
 import json
-import sys
 
 import pytest
 import torch
+from helpers.in_process import run_in_process
 
-from experiments.benchmarks import contenders
+from experiments.benchmarks import contenders, fit_training, seeds
 from experiments.benchmarks import time_to_quality as study
 from experiments.benchmarks.contenders import OURS, BenchmarkJob
+from experiments.benchmarks.trainings import GUIDED
+
+
+def names(ran):
+    return [training.entry.name for _, training in ran]
+
 
 NAMES = [OURS, *[name for name in study.PEERS if name in contenders.installed()]]
 SMALL = [f"--model.init_args.net.init_args.{option}" for option in ("model_channels=8", "num_blocks=1")]
@@ -22,33 +28,8 @@ def contest(idx_folder, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(study, "PACE_STEPS", 3)
-    monkeypatch.setattr(study, "PEERS", {name: 8 for name in study.PEERS})
-    ran = []
-
-    class Process:
-        exitcode = 0
-
-        def __init__(self, target, args):
-            self.target, self.args = target, args
-
-        def start(self):
-            ran.append(self.args[1]["contender"])
-            stdout, threads = sys.stdout, torch.get_num_threads()
-            try:
-                self.target(*self.args)
-            finally:
-                sys.stdout = stdout
-                torch.set_num_threads(threads)
-
-        def join(self):
-            pass
-
-    class Context:
-        pass
-
-    Context.Process = Process
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: Context)
+    monkeypatch.setattr(fit_training, "PACE_STEPS", 3)
+    ran = run_in_process(monkeypatch, seeds)
     usual = dict(root=str(idx_folder), minutes=0.02, seeds=1, nfe=2, num_samples=12, batch_size=8, options=SMALL)
     return ran, lambda **changes: study.time_to_quality(**{**usual, **changes}, out=str(tmp_path / "out"))
 
@@ -56,22 +37,23 @@ def contest(idx_folder, tmp_path, monkeypatch):
 def test_all_train_for_the_time_and_an_interrupted_contest_goes_on(contest, tmp_path, capsys):
     ran, run = contest
     records = run()
-    assert ran == NAMES
+    assert names(ran) == NAMES
     for record in records:
         assert record["images"] == 8 * record["steps"] >= 8 and record["distance"] > 0
     assert [one["contender"] for one in records] == [OURS, study.UNGUIDED, *NAMES[1:]]
     assert (tmp_path / "out" / "samples.png").exists()
     for name in NAMES:
-        assert (tmp_path / "out" / f"{name}_0" / f"{name}.png").exists()
+        assert (tmp_path / "out" / f"{name}_0" / f"{GUIDED}.png").exists()
     assert records[0]["steps"] <= records[0]["planned"]
     (tmp_path / "out" / f"{NAMES[-1]}_0" / "record.json").unlink()
     again = run()
-    assert ran == [*NAMES, NAMES[-1]]
+    assert names(ran) == [*NAMES, NAMES[-1]]
     assert [one["distance"] for one in again[:-1]] == [one["distance"] for one in records[:-1]]
     said = capsys.readouterr().out
     assert "of the best peer's distance" in said and "| real images" in said
-    run(nfe=1, contenders=[OURS])  # other settings, another run
-    assert ran[-1] == OURS and json.loads((tmp_path / f"out/{OURS}_0/record.json").read_text())["nfe"] == 1
+    run(nfe=3, contenders=[OURS])  # other settings, another run
+    assert names(ran)[-1] == OURS
+    assert json.loads((tmp_path / f"out/{OURS}_0/record.json").read_text())["evaluations"][GUIDED] == 2
 
 
 def test_the_share_is_of_the_best_peer():
@@ -89,13 +71,13 @@ def test_the_documented_average_draws_and_the_weights_stay(monkeypatch):
     built = []
     before = contenders.build
     monkeypatch.setattr(contenders, "build", lambda *args: built.append(before(*args)) or built[-1])
-    step, draw = contenders.peer(BenchmarkJob("smalldiffusion", "32-true", 32, 1, 16, 4, 1, "cpu", 1, documented=True))
+    made = contenders.peer(BenchmarkJob("smalldiffusion", "32-true", 32, 1, 16, 4, 1, "cpu", 1, documented=True))
     first = built[0].conv_in.weight.detach().clone()
     for _ in range(3):
-        step(torch.rand(4, 1, 16, 16))
+        made.step(torch.rand(4, 1, 16, 16))
     weights, seen = built[0].conv_in.weight.detach().clone(), []
     built[0].conv_in.register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.detach().clone()))
-    draw(1)
+    made.draw(1)
     assert torch.equal(built[0].conv_in.weight, weights)
     assert not torch.equal(seen[0], weights) and not torch.equal(seen[0], first)
 

@@ -1,0 +1,133 @@
+"""Entries of the speedrun: who takes part.
+
+An entry is a YAML. Most are trained by `lightning fit`: the file is one of its configs, or names one and what differs,
+
+    config: configs/edm_fashion_mnist.yaml
+    options: {model.init_args.sampling.num_steps: 10}
+    code: my_net.py                     # if need be: a module beside the file, whose classes the config names
+
+or it names another library, whose own network, training step and sampler take part (`contenders`):
+
+    contender: smalldiffusion
+    width: 32                           # channels of the first level of its network
+    batch_size: 32
+
+With `code` beside `contender` that file's `peer(job)` is taken instead of a known one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_lit.commands.configs import find_config
+from diffusion_lit.storage.hashing import key_of
+from experiments.benchmarks.contenders import OURS, installed
+from experiments.benchmarks.tracks import SPEEDRUNS
+
+KEYS = ("config", "options", "code", "contender", "width", "batch_size")
+DECIDED = ("ckpt_path", "init_from", "trust", "config", "name")  # what an entry must not set
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What takes part.
+
+    Args:
+        name: Its name in tables.
+        config: Settings of `lightning fit`, nested, as config.yaml of a run has them; None for another library.
+        options: What differs from them, by the names of its command line.
+        contender: Name of another library; "" with `config`.
+        width: Channels of the first level of that library's network.
+        batch_size: Images per step of that library.
+        code: Text of its Python file.
+        module: Name of that file's module.
+    """
+
+    name: str
+    config: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    contender: str = ""
+    width: int = 32
+    batch_size: int = 32
+    code: str | None = None
+    module: str = ""
+
+    @property
+    def key(self) -> str:
+        """The hash of all that it says."""
+        return key_of({name: value for name, value in vars(self).items() if name != "name"})
+
+
+def read_entry(name: str, track: str) -> Entry:
+    """Reads an entry.
+
+    Args:
+        name: A YAML, or the name of one in `speedruns/TRACK/` or `speedruns/`.
+        track: Name of the track.
+
+    Raises:
+        ValueError: If there is none, or it is neither a config nor names one or a library that is installed.
+    """
+    places = [SPEEDRUNS / track / f"{name}.yaml", SPEEDRUNS / f"{name}.yaml", Path(name)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        known = sorted({place.stem for folder in (track, ".") for place in (SPEEDRUNS / folder).glob("*.yaml")})
+        raise ValueError(f"There is no entry {name}; give a YAML, or one of {', '.join(known)}.")
+    content = yaml.safe_load(path.read_text())
+    if isinstance(content, dict) and "model" in content:
+        return _checked(Entry(path.stem, read_config(path)), path)
+    if not isinstance(content, dict) or not ("config" in content) ^ ("contender" in content):
+        raise ValueError(f"{path} is no entry: it is a config of lightning fit, or has a line config: or contender:.")
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{path} says {key}, but an entry has {', '.join(KEYS)}.")
+    code = None if content.get("code") is None else path.parent / content["code"]
+    if code is not None and not code.is_file():
+        raise ValueError(f"{path} names the code {code}, which is not there.")
+    told = {"code": None if code is None else code.read_text(), "module": "" if code is None else code.stem}
+    if "config" in content:
+        config = path.parent / content["config"]
+        config = config if config.is_file() else find_config(content["config"])
+        return _checked(Entry(path.stem, read_config(config), content.get("options") or {}, **told), path)
+    contender = str(content["contender"])
+    if code is None and (contender not in installed() or contender == OURS):
+        raise ValueError(f"{contender} is no library that is known and installed here; pip install it, or give code.")
+    sizes = {key: int(content[key]) for key in ("width", "batch_size") if key in content}
+    return Entry(path.stem, None, {}, contender, **sizes, **told)
+
+
+def _checked(entry: Entry, path: Path) -> Entry:
+    """Refuses what would take an entry out of the race: it trains on its own, from scratch.
+
+    Raises:
+        ValueError: If it starts from a checkpoint, or has no data.
+    """
+    config = entry.config or {}
+    for name in (*config, *entry.options):
+        if name in DECIDED and (config.get(name) or entry.options.get(name)):
+            raise ValueError(
+                f"{path} sets {name}, but an entry trains from scratch and lets the track decide the rest."
+            )
+    if "batch_size" not in ((config.get("data") or {}).get("init_args") or {}):
+        raise ValueError(f"{path} has no data.init_args.batch_size, which the track leaves to the entry.")
+    return entry
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a config, with those of the files that it names in their place.
+
+    Args:
+        path: The YAML.
+    """
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, str) and value.endswith(".yaml") and (path.parent / value).is_file():
+            return read_config(path.parent / value)
+        if isinstance(value, dict):
+            return {key: filled(part) for key, part in value.items()}
+        return [filled(part) for part in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = filled(yaml.safe_load(path.read_text()))
+    return found

@@ -1,0 +1,261 @@
+"""Tracks of the speedrun: what is the same for all who take part.
+
+A track fixes the data (to the hash of its training images), the time and the device, the seeds, the number of samples
+and of network evaluations, and what the samples are measured by (to the hash of the extractor's weights). Its key is
+the hash of all this and stands in each receipt: two figures compare only under the same key.
+
+FashionMNIST and the digits are measured on the features of small classifiers whose weights lie beside the entries
+(`speedruns/*.safetensors`, made by `classifier_of`, 160 kB each), colour images on `efficientnet_lite0`.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from diffusion_lit.evaluation.choose import make_extractor
+from diffusion_lit.evaluation.classifiers import ClassifierFeatures
+from diffusion_lit.evaluation.features import FeatureExtractor, MissingWeights
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, kernel_distance
+from diffusion_lit.evaluation.reference import real_pairs, reference_of
+from diffusion_lit.nets.classifier import ConvClassifier
+from diffusion_lit.runtime.hardware import use_threads
+from diffusion_lit.storage.hashing import key_of, weights_hash
+from experiments.harness.evaluator import choose_extractor
+
+SPEEDRUNS = Path(__file__).parent / "speedruns"
+BATCH = 250  # images that are measured at a time
+
+
+@dataclass(frozen=True)
+class Track:
+    """What is the same for all who take part.
+
+    Args:
+        data: Path of the class of the data.
+        minutes: Training time of each seed, the time of the clock from the first step on.
+        data_options: Arguments of the data, other than its folder and the batch size.
+        images: SHA-256 of its training images and labels (`fingerprint`); None where it is not locked.
+        device: `cpu` or `cuda`.
+        threads: Threads of torch, None for as many as there are.
+        seeds: Seeds of the trainings.
+        num_samples: Images that each draws.
+        evaluations: Evaluations of the network per image, at most; a guided step takes two.
+        extractor: What images are compared by, as in `lightning evaluate`; `locked` is the classifier beside the
+            entries, and `auto` what the studies take.
+        weights: SHA-256 of the extractor's weights (`weights_hash`); None where they are not locked.
+        metric: `fd`, the Fréchet distance, or `kd`, the kernel distance, to the training images.
+        replayed: Number of steps at either end of a training that are done again when a receipt is verified.
+    """
+
+    data: str
+    minutes: float
+    data_options: dict[str, Any] = field(default_factory=dict)
+    images: str | None = None
+    device: str = "cpu"
+    threads: int | None = 2
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_samples: int = 2000
+    evaluations: int = 20
+    extractor: str = "locked"
+    weights: str | None = None
+    metric: str = "fd"
+    replayed: int = 100
+
+    @property
+    def key(self) -> str:
+        """The hash of all that it fixes."""
+        return key_of(asdict(self))
+
+    def make_data(self, root: str | None, batch_size: int) -> Any:
+        """The data, set up.
+
+        Args:
+            root: Its folder, where it has one.
+            batch_size: Images per training step.
+
+        Raises:
+            ValueError: If its training images are not those of the track.
+        """
+        module, _, name = self.data.rpartition(".")
+        data = getattr(import_module(module), name)(**self.arguments(root), batch_size=batch_size)
+        data.prepare_data()
+        data.setup()
+        found = data.fingerprint("train")
+        if self.images not in (None, found):
+            raise ValueError(
+                f"The training images of {name}{f' in {root}' if root else ''} have the hash {found[:16]} and those of "
+                f"the track {str(self.images)[:16]}; the track needs the published files, unchanged."
+            )
+        return data
+
+    def arguments(self, root: str | None) -> dict[str, Any]:
+        """Arguments of the data but for the batch size."""
+        folder = {} if root is None or self.data.endswith("Digits") else {"root": root}
+        return {**self.data_options, **folder}
+
+    def make_extractor(self, data: Any, weights: str | None = None) -> FeatureExtractor:
+        """What the images are compared by, loaded.
+
+        Args:
+            data: The data, set up.
+            weights: File of the weights of an extractor that is not locked.
+
+        Raises:
+            MissingWeights: If it cannot be had here.
+            ValueError: If its weights are not those of the track.
+        """
+        if self.extractor == "locked":
+            name = self.data.rpartition(".")[2]
+            extractor: FeatureExtractor = LockedClassifier(SPEEDRUNS / f"classifier_{name}.safetensors")
+        else:
+            extractor = _named(self.extractor, weights, data)
+        extractor.load(data)
+        found = None if extractor.network is None else weights_hash(extractor.network.state_dict())
+        if self.weights not in (None, found):
+            raise ValueError(
+                f"The weights of {self.extractor} have the hash {str(found)[:16]} and those of the track "
+                f"{str(self.weights)[:16]}; the track needs these weights."
+            )
+        return extractor
+
+    def check_machine(self) -> int:
+        """Sets the threads.
+
+        Returns:
+            Their number.
+
+        Raises:
+            ValueError: If this machine has fewer.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("The track is for a GPU, and torch finds none here; choose a track for CPUs.")
+        there = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
+        if self.threads is not None and (there or 1) < self.threads:
+            raise ValueError(f"The track is for {self.threads} cores of a CPU, and this process has {there}.")
+        if self.threads is None:
+            return use_threads()
+        torch.set_num_threads(self.threads)
+        return self.threads
+
+
+def _named(name: str, weights: str | None, data: Any) -> FeatureExtractor:
+    """An extractor of `lightning evaluate`.
+
+    Raises:
+        MissingWeights: If this version has none of the name.
+    """
+    if name == "auto":
+        return choose_extractor(data, name, weights, print)
+    try:
+        return make_extractor(name, weights, data.image_shape)
+    except ValueError as error:
+        raise MissingWeights(
+            f"The track is measured by the extractor {name}, which is not to be had here: {error}"
+        ) from error
+
+
+class LockedClassifier(ClassifierFeatures):
+    """A small classifier whose weights lie in a file of the repository.
+
+    Args:
+        path: The .safetensors file, which holds the network's arguments too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def load(self, data: Any = None) -> None:
+        """Reads the file.
+
+        Raises:
+            MissingWeights: If it is missing.
+        """
+        if not self.path.exists():
+            raise MissingWeights(f"There is no {self.path}; speedruns run from a clone of the repository.")
+        with safe_open(self.path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            network = ConvClassifier(**json.loads(file.metadata()["config"]))
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        self._network = network.eval().requires_grad_(False)
+
+
+class Judge:
+    """Measures samples as a track says.
+
+    Args:
+        track: The track.
+        data: Its data, set up.
+        weights: File of the weights of an extractor that is not locked.
+    """
+
+    def __init__(self, track: Track, data: Any, weights: str | None = None) -> None:
+        self.track = track
+        self.extractor = track.make_extractor(data, weights)
+        self.reference = reference_of(data, "train", self.extractor, BATCH)
+        held_out = reference_of(data, "val", self.extractor, BATCH).features if len(data.split("val").images) else None
+        pairs = real_pairs(self.reference, held_out, track.num_samples)
+        self.floor: tuple[float, int] | None = None  # figure of real images, and their number
+        if pairs:
+            features = None if pairs[0].reference is None else pairs[0].reference.features
+            self.floor = self._figure(pairs[0].drawn.features, features, pairs[0].rest), len(pairs[0].drawn)
+
+    @property
+    def metric(self) -> str:
+        """Name of the figure, such as `fd_classifier`."""
+        return f"{self.track.metric}_{self.extractor.name}"
+
+    def measure(self, images: Tensor) -> float:
+        """The figure of samples.
+
+        Args:
+            images: uint8 (N, C, H, W).
+        """
+        features = self.extractor.extract(images, BATCH).features
+        real = self.reference.features
+        return self._figure(features, None if real is None else real.features, self.reference.statistics)
+
+    def blocks(self, images: Tensor, count: int) -> list[float]:
+        """The figure of each of several disjoint blocks of samples.
+
+        Args:
+            images: uint8 (N, C, H, W).
+            count: Number of blocks.
+        """
+        features = self.extractor.extract(images, BATCH).features
+        real = None if self.reference.features is None else self.reference.features.features
+        return [self._figure(block, real, self.reference.statistics) for block in features.chunk(count)]
+
+    def _figure(self, features: Tensor, real: Tensor | None, statistics: Statistics) -> float:
+        if self.track.metric == "fd":
+            return frechet_distance(Statistics.of(features), statistics)
+        assert real is not None
+        return kernel_distance(features, real)
+
+
+DIGITS: dict[str, str] = {
+    "images": "8956a92d97e1c2f34293404e184613590ebb899d21710e8608f6b9088d886131",
+    "weights": "f8061138ec90457942bfd7eb489768c4abe351fa8d5a59408510f013045868e1",
+}
+TRACKS = {
+    "fashion_mnist": Track(
+        "datamodules.FashionMNIST",
+        7.0,
+        images="f14a76fc6036014b7482f03d1f42460d99ebeff6b9744c0f470a2e7db52cce75",
+        weights="0e9145e75662a8748f9fc25e385fab9d89e70c7de0468da0e9ca942da471522b",
+    ),
+    "cifar10": Track("datamodules.CIFAR10", 30.0, extractor="efficientnet_lite0", metric="kd"),
+    "digits_one_step": Track("datamodules.Digits", 3.0, evaluations=1, **DIGITS),
+    "cifar10_gpu": Track(
+        "datamodules.CIFAR10", 10.0, device="cuda", threads=None, extractor="efficientnet_lite0", metric="kd"
+    ),
+    "digits_seconds": Track(  # to try an entry, and for the tests
+        "datamodules.Digits", 0.05, threads=1, seeds=(0, 1), num_samples=100, evaluations=4, replayed=5, **DIGITS
+    ),
+}

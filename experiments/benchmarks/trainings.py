@@ -1,0 +1,153 @@
+"""A training of the speedrun, or a part of one: what it is, its clock, and what is recorded of it.
+
+Its order of data and its draws are functions of (seed, step), so that the same steps give the same weights, bit for
+bit, on like hardware. `fit_training` and `peer_training` do it, `seeds` in a process of its own.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from diffusion_lit.storage.hashing import key_of, weights_hash
+from experiments.benchmarks.entries import Entry
+from experiments.benchmarks.tracks import Track
+
+GUIDED, UNGUIDED = "as configured", "without guidance"
+LAST, BEFORE = "last", "previous"  # states of a training: at its end, and `replayed` steps before
+CHUNK = 100  # images that are drawn at a time
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of an entry, or a part of one.
+
+    Args:
+        entry: What is trained.
+        track: On what terms.
+        seed: Its seed.
+        root: Folder of the data.
+        minutes: Ends it after that time; None for the end that `planned` and `stop` set.
+        planned: Length of its schedule in steps; None to find out from the pace of the first steps, in the time.
+        stop: Ends it after that step.
+        resume: State to go on from, of a training of the same entry.
+        draws: Whether samples are drawn at its end.
+        unguided: Whether samples without guidance are drawn too.
+    """
+
+    entry: Entry
+    track: Track
+    seed: int
+    root: str | None = None
+    minutes: float | None = None
+    planned: int | None = None
+    stop: int | None = None
+    resume: Path | None = None
+    draws: bool = True
+    unguided: bool = True
+
+    def state(self, place: Path, which: str) -> Path:
+        """File of a state that the training leaves in its folder."""
+        return place / f"{which}.{'pt' if self.entry.config is None else 'ckpt'}"
+
+
+class Clock(Callback):
+    """Notes when training began and when each step ended, and ends it by the time or at a step.
+
+    Attributes:
+        seconds: The time.
+        stop: The step, or None.
+        every: Steps between two states. In time it ends at a state after which the next would not be in time.
+        latest: The one of the latest run.
+    """
+
+    seconds = float("inf")
+    stop: int | None = None
+    every = 100
+    latest: "Clock"
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.first: str | None = None  # hash of the weights after the step `every`
+        Clock.latest = self
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Notes when the first step began."""
+        self.times = self.times or [time.perf_counter()]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Notes the time, and ends the training where it is over."""
+        step = trainer.global_step
+        if step == self.every and self.first is None:
+            self.first = weights_hash(pl_module.state_dict())
+        if self.ends(step):
+            trainer.should_stop = True
+
+    def ends(self, step: int) -> bool:
+        """Notes the time of a step, and says whether it is the last."""
+        self.times.append(time.perf_counter())
+        passed = self.times[-1] - self.times[0]
+        at_state = step % self.every == 0 and len(self.times) > self.every
+        next_state = passed + self.times[-1] - self.times[-1 - self.every] if at_state else passed
+        return step == self.stop or next_state > self.seconds
+
+
+def facts_of(clock: Clock, planned: int, spent: float, step: int, batch: int) -> dict[str, Any]:
+    """What is recorded of a training.
+
+    Args:
+        clock: Its clock.
+        planned: Length of its schedule in steps.
+        spent: Seconds before the clock, for the pace.
+        step: Number of steps taken.
+        batch: Images per step.
+    """
+    seconds = clock.times[-1] - clock.times[0] + spent
+    made = {"steps": step, "images": step * batch, "batch_size": batch, "planned": planned, "seconds": seconds}
+    return {**made, "hashes": {"first": clock.first}}
+
+
+def planned_steps(times: list[float], budget: float, every: int) -> tuple[int, float]:
+    """The length of a schedule that fits into the time.
+
+    Args:
+        times: When the first steps began and when each ended, in seconds.
+        budget: Seconds, with theirs.
+        every: The length is a multiple of it, where one fits.
+
+    Returns:
+        Number of steps, and the seconds that the first steps took.
+    """
+    slow = min(2, len(times) - 2)  # the first steps, which warm up
+    pace = (times[-1] - times[slow]) / (len(times) - 1 - slow)
+    spent = times[-1] - times[0]
+    steps = max(1, int(0.98 * (budget - spent) / pace))
+    return (steps // every * every or steps), spent
+
+
+def fingerprint(state: Any) -> str:
+    """A hash of nested tensors and plain values.
+
+    Args:
+        state: Dictionaries and lists of them.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, str] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                walk(part, f"{name}.{key}")
+        elif isinstance(value, list | tuple):
+            for index, part in enumerate(value):
+                walk(part, f"{name}.{index}")
+        else:
+            plain[name] = repr(value)
+
+    walk(state, "")
+    return key_of({"tensors": weights_hash(tensors), "plain": plain})

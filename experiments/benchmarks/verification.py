@@ -1,0 +1,174 @@
+"""Verifies receipts of the speedrun, by doing again what they say as far as need be."""
+
+import json
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_lit.storage.trust import check, naming
+from experiments.benchmarks.entries import Entry, read_entry
+from experiments.benchmarks.fit_training import own_part
+from experiments.benchmarks.seeds import figures_of, machine_of, summary_of, train
+from experiments.benchmarks.tracks import TRACKS, Judge, Track
+from experiments.benchmarks.trainings import BEFORE, Training
+
+ELSEWHERE = 0.02  # of a figure, on other hardware
+ROUNDING = 1e-6
+RECORDED = ("seed", "steps", "images", "batch_size", "planned", "seconds", "hashes", "before", "evaluations", "figures")
+
+
+def verify_receipt(
+    path: Path,
+    root: str | None,
+    weights: str | None,
+    entry: str | None = None,
+    retrain: bool = False,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Does again what a receipt says, as far as need be.
+
+    Args:
+        path: The receipt.
+        root: Folder of the track's data.
+        weights: File of the extractor's weights, where it needs one.
+        entry: The entry that it is said to be of.
+        retrain: Whether trainings whose states are missing are done again as a whole.
+        trust: Whether code and foreign classes in it are run.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        ValueError: If it does not hold, with all that differs.
+    """
+    try:
+        receipt = json.loads(path.read_text())
+        track = Track(**{key: value for key, value in receipt["track"].items() if key not in ("name", "key")})
+        track = replace(track, seeds=tuple(track.seeds))
+        told = Entry(**receipt["entry"])
+        seeds = [{key: one[key] for key in RECORDED}["seed"] for one in receipt["runs"]]
+        name, _ = receipt["track"]["name"], [receipt[key] for key in ("hardware", "images", "summary", "extractor")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no receipt of a speedrun: {error}") from error
+    if name not in TRACKS or {TRACKS[name].key, receipt["track"]["key"]} != {track.key}:
+        raise ValueError(f"{path} is of a track {name} other than this version's, so that its figures do not compare.")
+    if entry is not None and read_entry(entry, name).key != told.key:
+        raise ValueError(f"{path} is the receipt of another config than {entry}.")
+    if not trust:
+        check_code(path, told)
+    if seeds != list(track.seeds):
+        raise ValueError(f"{path} has the seeds {seeds}, and the track {name} has {list(track.seeds)}.")
+    alike = machine_of(track) == receipt["hardware"]
+    if not alike:
+        print(f"{path} is of other hardware or another torch: figures may differ by {ELSEWHERE:.0%}, bits do.")
+    data = track.make_data(root, 1)
+    found = Verification(path.parent, Judge(track, data, weights), alike)
+    found.same("the hash of the training images", receipt["images"], data.fingerprint("train"))
+    found.same("the extractor", receipt["extractor"], found.judge.extractor.identity())
+    floor = None if found.judge.floor is None else found.judge.floor[0]
+    found.same_figure("real images", (receipt.get("real_against_real") or {}).get("figure"), floor)
+    for one in receipt["runs"]:
+        found.seed(one, Training(told, track, one["seed"], root), retrain)
+    for kind, values in summary_of(receipt["runs"]).items():
+        for what, value in values.items():
+            found.same_figure(f"{what} {kind}", receipt["summary"].get(kind, {}).get(what), value)
+    if found.wrong:
+        raise ValueError(f"{path} does not hold: {'; '.join(found.wrong)}.")
+    print(f"{path} holds{'' if alike else ', as far as other hardware can tell'}.")
+    return dict(receipt)
+
+
+def check_code(path: Path, entry: Entry) -> None:
+    """Refuses a receipt that would run code of others.
+
+    Args:
+        path: The receipt.
+        entry: What it says.
+
+    Raises:
+        ValueError: If it holds a Python file, or its config names a class that is not of this project or torch.
+    """
+    if entry.code is not None:
+        raise ValueError(f"{path} holds the Python file {entry.module}.py; read it, and give --trust true to run it.")
+    with naming(f"The receipt {path}"):
+        check([own_part(entry), entry.options])
+
+
+class Verification:
+    """What was found of a receipt.
+
+    Args:
+        folder: Where it lies.
+        judge: Measures samples.
+        alike: Whether this machine is like that of the receipt.
+
+    Attributes:
+        wrong: A phrase on each thing that differs.
+    """
+
+    def __init__(self, folder: Path, judge: Judge, alike: bool) -> None:
+        self.folder = folder
+        self.judge = judge
+        self.alike = alike
+        self.wrong: list[str] = []
+
+    def same(self, what: str, told: Any, found: Any) -> None:
+        """Compares two values."""
+        if told != found:
+            self.wrong.append(f"{what} is {told} in the receipt and {found} when done again")
+
+    def same_figure(self, what: str, told: float | None, found: float | None) -> None:
+        """Compares two figures: up to the rounding of a sum, or on other hardware up to `ELSEWHERE`."""
+        if told is None or found is None:
+            self.same(what, told, found)
+        elif not math.isclose(told, found, rel_tol=ROUNDING if self.alike else ELSEWHERE, abs_tol=ROUNDING):
+            self.wrong.append(f"the figure of {what} is {told:.6g} in the receipt and {found:.6g} when measured again")
+
+    def seed(self, told: dict[str, Any], training: Training, retrain: bool) -> None:
+        """Does a training's first and last steps again, and its samples.
+
+        Args:
+            told: What the receipt says of it.
+            training: The training.
+            retrain: Whether it is done as a whole where its states are missing.
+        """
+        seed, place = training.seed, self.folder / f"seed_{training.seed}"
+        whole = replace(training, planned=told["planned"], stop=told["steps"])
+        before = training.state(place, BEFORE)
+        with tempfile.TemporaryDirectory() as scratch:
+            if told["before"] is None or (retrain and not before.exists()):
+                self.part(told, "all", whole, Path(scratch))
+            else:
+                first = replace(whole, stop=training.track.replayed, draws=False)
+                self.part(told, "first", first, Path(scratch) / "first")
+                if before.exists():
+                    self.part(told, "last", replace(whole, resume=before), Path(scratch) / "last")
+                else:
+                    self.wrong.append(f"{before} is missing, so that no figure can be checked; --retrain makes it")
+        if training.track.minutes * 60 * 1.02 + 1 < told["seconds"]:
+            self.wrong.append(f"seed {seed} trained for {told['seconds']:.0f} s, and the track has less")
+
+    def part(self, told: dict[str, Any], which: str, training: Training, place: Path) -> None:
+        """Does a part of a training again.
+
+        Args:
+            told: What the receipt says of the training.
+            which: `first`, `last` or `all` of its steps.
+            training: The part.
+            place: Folder for it.
+        """
+        found, seed = train(place, training), training.seed
+        print(f"seed {seed}: the {which} steps are done again, {found['seconds']:.0f} s")
+        if which != "last" and self.alike:
+            what = f"the hash of seed {seed}'s weights after the first steps"
+            self.same(what, told["hashes"]["first"], found["hashes"]["first"])
+        if which != "first":
+            if self.alike:
+                self.same(f"the hash of seed {seed}'s last state", told["hashes"]["end"], found["hashes"]["end"])
+            for key in ("steps", "images", "batch_size", "evaluations"):
+                self.same(f"seed {seed}'s {key}", told[key], found[key])
+            again = figures_of(place, self.judge)
+            for kind in told["figures"] | again:
+                self.same_figure(f"seed {seed} {kind}", told["figures"].get(kind), again.get(kind))

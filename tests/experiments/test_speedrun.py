@@ -1,0 +1,155 @@
+"""The speedrun: a receipt holds when it is done again, and fails where a figure, the config or the data is another."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from helpers.in_process import run_in_process
+
+from diffusion_lit.nets.classifier import ConvClassifier
+from experiments.benchmarks import seeds, speedrun, tracks
+from experiments.benchmarks.contenders import installed
+from experiments.benchmarks.entries import Entry, read_entry
+from experiments.benchmarks.tracks import TRACKS, Judge, LockedClassifier
+from experiments.benchmarks.trainings import GUIDED, UNGUIDED
+from experiments.benchmarks.verification import verify_receipt
+
+NAME = "digits_seconds"
+
+
+@pytest.fixture
+def track(monkeypatch, tmp_path):
+    """The small track with less of everything, its processes being calls."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(TRACKS, NAME, replace(TRACKS[NAME], minutes=0.02, seeds=(0,), num_samples=20, replayed=2))
+    monkeypatch.setattr("experiments.benchmarks.fit_training.PACE_STEPS", 3)
+    return run_in_process(monkeypatch, seeds)
+
+
+def entry_file(tmp_path, **changes):
+    """An entry: the track's own, narrowed."""
+    told = {"model.init_args.net.init_args.model_channels": 8, "data.init_args.batch_size": 8}
+    told |= {"model.init_args.sampling": {"sampler": "euler", "num_steps": 2, "cfg_scale": 2.0}}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"config": "configs/edm_digits.yaml", "options": {**told, **changes}}))
+    return str(path)
+
+
+def test_a_receipt_holds_and_fails_where_it_was_edited(track, tmp_path, capsys):
+    out = tmp_path / "out"
+    mine = entry_file(tmp_path)
+    receipt = speedrun.speedrun(NAME, mine, out=str(out))
+    (one,) = receipt["runs"]
+    assert one["images"] == 8 * one["steps"] and one["steps"] % 2 == 0
+    assert one["before"] == one["steps"] - 2 and one["seconds"] < 60 * TRACKS[NAME].minutes * 1.5
+    assert one["evaluations"] == {GUIDED: 4, UNGUIDED: 4}
+    assert receipt["entry"]["config"]["model"]["class_path"] == "diffusion_lit.modules.EDM"
+    ran = len(track)
+    assert speedrun.speedrun(NAME, mine, out=str(out))["runs"] == receipt["runs"] and len(track) == ran  # none again
+    path = out / "receipt.json"
+    verify_receipt(path, None, None, mine)
+    assert f"{path} holds." in capsys.readouterr().out
+    parts = [(training.resume is not None, training.stop) for _, training in track[ran:]]
+    assert parts == [(False, 2), (True, one["steps"])]
+
+    def edited(change):
+        told = json.loads(json.dumps(receipt))
+        change(told)
+        (out / "edited.json").write_text(json.dumps(told))
+        return out / "edited.json"
+
+    def other_figures(told):
+        told["runs"][0]["figures"][GUIDED] *= 0.99
+        told["summary"][UNGUIDED]["mean"] *= 0.99
+
+    with pytest.raises(ValueError, match=f"seed 0 {GUIDED}.*measured again.*mean {UNGUIDED}"):
+        verify_receipt(edited(other_figures), None, None)
+    ran = len(track)
+    with pytest.raises(ValueError, match="another config than"):
+        verify_receipt(path, None, None, entry_file(tmp_path, **{"data.init_args.batch_size": 16}))
+    with pytest.raises(ValueError, match="of a track digits_seconds other than"):
+        verify_receipt(edited(lambda told: told["track"].update(minutes=7)), None, None)
+    with pytest.raises(ValueError, match="holds the Python file mine.py"):
+        verify_receipt(edited(lambda told: told["entry"].update(code="1/0", module="mine")), None, None)
+    with pytest.raises(ValueError, match="os.system"):
+        loss = {"model.init_args.loss": {"class_path": "os.system"}}
+        verify_receipt(edited(lambda told: told["entry"]["options"].update(loss)), None, None)
+    assert len(track) == ran  # told before anything is trained
+    (out / "seed_0/previous.ckpt").unlink()
+    with pytest.raises(ValueError, match="seed_0/previous.ckpt is missing.*--retrain"):
+        verify_receipt(path, None, None)
+    verify_receipt(path, None, None, retrain=True)
+    with pytest.raises(ValueError, match="first steps.*last state"):
+        rate = {"model.init_args.optimizer.init_args.lr": 0.001}
+        verify_receipt(edited(lambda told: told["entry"]["options"].update(rate)), None, None, retrain=True)
+
+
+PEERS = [name for name in ("smalldiffusion", "denoising-diffusion-pytorch", "diffusers") if name in installed()]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_another_librarys_training_goes_on_from_its_state(track, tmp_path, name, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setitem(tracks.TRACKS, NAME, replace(TRACKS[NAME], num_samples=4, evaluations=2, minutes=0.01))
+    path = tmp_path / "peer.yaml"
+    path.write_text(yaml.safe_dump({"contender": name, "width": 8, "batch_size": 4}))
+    receipt = speedrun.speedrun(NAME, str(path), out=str(tmp_path / "out"))
+    assert receipt["runs"][0]["images"] == 4 * receipt["runs"][0]["steps"] > 0
+    verify_receipt(tmp_path / "out/receipt.json", None, None)
+
+
+def test_the_tracks_are_locked(tmp_path):
+    for name, track in TRACKS.items():
+        assert (track.images is None) == ("CIFAR10" in track.data), name
+        assert (track.weights is None) == (track.extractor != "locked"), name
+        assert isinstance(read_entry("diffusion-lit", name), Entry)
+    assert len({track.key for track in TRACKS.values()}) == len(TRACKS)
+    track = TRACKS[NAME]
+    judge = Judge(track, track.make_data(None, 1))
+    assert judge.metric == "fd_classifier" and 0 < judge.floor[0] < 10
+    with pytest.raises(ValueError, match="needs the published files"):
+        replace(track, images="0" * 64).make_data(None, 1)
+    with pytest.raises(ValueError, match="needs these weights"):
+        Judge(replace(track, weights="0" * 64), track.make_data(None, 1))
+
+
+def test_the_locked_classifier_reads_digits():
+    data = TRACKS[NAME].make_data(None, 1)
+    extractor = LockedClassifier(tracks.SPEEDRUNS / "classifier_Digits.safetensors")
+    extractor.load()
+    made = extractor.extract(data.reference_images("val"))
+    assert isinstance(extractor.network, ConvClassifier)
+    assert (made.logits.argmax(1) == data.reference_labels("val")).float().mean() > 0.95
+
+
+def test_what_takes_no_part_is_told(track, tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    for content, words in {
+        "config: configs/edm_digits.yaml\noptions: {ckpt_path: last.ckpt}": "ckpt_path.*from scratch",
+        "config: configs/edm_digits.yaml\nmore: 1": "says more",
+        "contender: nobody": "nobody is no library",
+        "[]": "is no entry",
+        "config: configs/edm_digits.yaml\ncode: missing.py": "missing.py, which is not there",
+    }.items():
+        bad.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            read_entry(str(bad), NAME)
+    with pytest.raises(ValueError, match="no entry nobody.*diffusion-lit"):
+        read_entry("nobody", NAME)
+    with pytest.raises(ValueError, match="no track 'mars'"):
+        speedrun.speedrun("mars")
+    (tmp_path / "receipt.json").write_text("{}")
+    with pytest.raises(ValueError, match="no receipt"):
+        speedrun.speedrun(verify=str(tmp_path / "receipt.json"))
+    mine = entry_file(tmp_path, **{"model.init_args.sampling": {"sampler": "euler", "num_steps": 5}})
+    with pytest.raises(RuntimeError, match="status 2"):
+        speedrun.speedrun(NAME, mine, out=str(tmp_path / "many"))
+    assert "speedrun: mine evaluates its network 5 times per image" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="for a GPU"):
+            speedrun.speedrun("cifar10_gpu", out=str(tmp_path / "gpu"))
