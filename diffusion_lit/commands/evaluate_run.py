@@ -55,14 +55,15 @@ class Plan(SweepOptions):
     Args:
         num_samples: Samples in each block; figures at different numbers do not compare.
         out: The report, a .json file.
-        extractor: What images are compared by: inception, classifier, pixels, vgg16, clip or clip-VARIANT, dinov2 or
-            dinov2-VARIANT; auto is inception for colour images, else classifier (trained on the data set on the spot
-            unless --extractor_weights names one). Its name is part of every figure's name.
+        extractor: What images are compared by: inception, efficientnet_lite0, classifier, pixels, vgg16, clip or
+            clip-VARIANT, dinov2 or dinov2-VARIANT. auto is inception for colour images, efficientnet_lite0 where that
+            one's weights are not here (extra `features`), and for others classifier (trained on the data set on the
+            spot unless --extractor_weights names one). Its name is part of every figure's name.
         extractor_weights: Local file of the extractor's weights; a checkpoint of configs/classifier_NAME.yaml for
             classifier.
         reference: Split to compare with: train, val, test or train+val; or a file: .npz with mu and sigma (EDM's,
             guided-diffusion's) or with arr_0. A list such as train,test gives the figures against each.
-        num_blocks: Number of blocks; error bars need at least 3.
+        num_blocks: Number of blocks; their own scatter needs at least 3.
         labels: Classes to draw: `all` (each equally often) or a list of numbers or names, such as 3,3,7,
             that is repeated. Without it, a
             model with classes draws each sample's class by the training set's frequencies.

@@ -1,17 +1,19 @@
 """Extractors by the names that a command line gives them."""
 
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
+from diffusion_lit.evaluation.efficientnet import EfficientNetLite0
 from diffusion_lit.evaluation.features import FeatureExtractor, Pixels
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
 
-NAMES = "auto, inception, classifier, pixels, vgg16, clip, clip-VARIANT, dinov2 or dinov2-VARIANT"
+NAMES = "auto, inception, efficientnet_lite0, classifier, pixels, vgg16, clip, clip-VARIANT, dinov2 or dinov2-VARIANT"
 
 
 def make_extractor(name: str, weights: str | None, image_shape: tuple[int, int, int]) -> FeatureExtractor:
     """An extractor, not loaded yet.
 
     Args:
-        name: One of `NAMES`; `auto` is inception for RGB images, else classifier.
+        name: One of `NAMES`; `auto` is classifier for images that are not RGB, else inception, and efficientnet_lite0
+            where Inception's weights are not here and the extra `features` is installed.
         weights: Local file of its weights, or None.
         image_shape: Shape (C, H, W) of the images.
 
@@ -23,11 +25,15 @@ def make_extractor(name: str, weights: str | None, image_shape: tuple[int, int, 
     """
     if name == "auto":
         name = "inception" if image_shape[0] == 3 else "classifier"
+        if name == "inception" and weights is None and not Inception.is_here() and EfficientNetLite0.is_installed():
+            name = "efficientnet_lite0"
     kind, _, variant = name.partition("-")
-    if kind in ("inception", "vgg16", "pixels", "classifier") and variant:
+    if kind in ("inception", "vgg16", "pixels", "classifier", "efficientnet_lite0") and variant:
         kind = ""
     if kind == "inception":
         return Inception(weights)
+    if kind == "efficientnet_lite0":
+        return EfficientNetLite0(weights)
     if kind == "vgg16":
         return VGG(weights)
     if kind == "classifier":

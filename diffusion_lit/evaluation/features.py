@@ -86,8 +86,10 @@ class FeatureExtractor(ABC):
     Attributes:
         name: Part of the name of every figure that is computed with it.
         transform: What is done to an image before the network sees it, in words, for receipts.
+        mmd_sigma: Width of the Gaussian kernel on features of length 1, where such a distance is usual.
     """
 
+    mmd_sigma: float | None = None
     name: str
     transform: str
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, MissingWeights
-from diffusion_lit.evaluation.weights import fetch, read_state
+from diffusion_lit.evaluation.weights import fetch, hub_folder, read_state
 
 OPTION = "--extractor_weights FILE (feature_extractor_weights_path in a config)"
 
@@ -117,6 +117,13 @@ class Inception(TorchFidelityExtractor):
     registered = "inception-v3-compat"
     layers = ("2048", "logits_unbiased")
 
+    @staticmethod
+    def is_here() -> bool:
+        """Whether the published weights lie in PyTorch's cache."""
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        return (hub_folder() / URL_INCEPTION_V3.rsplit("/", 1)[1]).is_file()
+
     def published(self) -> dict[str, Tensor]:
         """The weights that the field's FID uses, 95 MB."""
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -159,6 +166,7 @@ class CLIP(TorchFidelityExtractor):
     """
 
     layers = ("clip",)
+    mmd_sigma = 10.0
 
     def __init__(self, variant: str = "vit-b-32", feature_extractor_weights_path: str | None = None) -> None:
         super().__init__(feature_extractor_weights_path)

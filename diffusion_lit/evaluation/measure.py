@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_lit.evaluation import neighbours
+from diffusion_lit.evaluation.errors import DRAWS, SHARE, standard_errors
 from diffusion_lit.evaluation.external import is_file, reference_from_file
+from diffusion_lit.evaluation.extrapolation import POINTS
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.generation import GenerationJob, Samples
 from diffusion_lit.evaluation.memorization import compare, worst_triples
@@ -103,6 +106,10 @@ def _reported(
     summary["metrics"] = {
         "kernel_distance": None if size is None else {"subsets": KID_SUBSETS, "subset_size": size},
         "precision_recall_neighbours": None if size is None else NEIGHBOURS,
+        "density_coverage_neighbours": None if size is None else neighbours.NEIGHBOURS,
+        "extrapolation_points": POINTS,
+        "errors": f"of a block over draws of both sides, by {DRAWS} subsamples of {SHARE:.0%}; of the kernel distance "
+        "by its known variance",
         "inception_score_splits": min(ISC_SPLITS, plan.num_samples),
     }
     warnings = []
@@ -115,7 +122,8 @@ def _reported(
     if pairs:
         count = len(pairs[0].drawn)
         figures = [compute_metrics(extractor, pair.drawn, pair.reference, pair.rest) for pair in pairs]
-        summary["floor"] = {"count": count, "held_out": other, "figures": summarise(figures)}
+        errors = standard_errors(extractor, pairs[0].drawn, pairs[0].reference, pairs[0].rest)
+        summary["floor"] = {"count": count, "held_out": other, "figures": summarise(figures, errors)}
         if count != plan.num_samples:
             warnings.append(
                 f"There are {count:,} real images that are not in the reference, so that the floor is at n = "
@@ -170,7 +178,8 @@ def measure(
     for name, one in references.items():
         reference = one.reference
         figures = [compute_metrics(extractor, block, reference.features, reference.statistics) for block in blocks]
-        result["references"][name] = {"figures": summarise(figures)}
+        errors = standard_errors(extractor, blocks[0], reference.features, reference.statistics)
+        result["references"][name] = {"figures": summarise(figures, errors)}
     if plan.per_class:
         result["per_class"], said = per_class(samples, module, extractor, references)
         warnings += said

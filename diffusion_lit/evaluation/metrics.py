@@ -8,7 +8,7 @@ score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statist
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from diffusion_lit.evaluation import neighbours
+from diffusion_lit.evaluation.extrapolation import LEAST, FrechetTo
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
+from diffusion_lit.evaluation.kernels import gaussian_mmd
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -174,8 +177,9 @@ def compute_metrics(
         statistics: The reference's statistics; taken from `reference` when omitted.
 
     Returns:
-        Figures by name: the Fréchet distance, and as far as there is what they need the kernel distance, precision,
-        recall and the Inception score.
+        Figures by name: the Fréchet distance, and as far as there is what they need its extrapolation to infinitely
+        many samples, the kernel distance, precision, recall, density, coverage, the distance under a Gaussian kernel
+        and the Inception score.
 
     Raises:
         ValueError: If neither the reference's features nor its statistics are given, or a figure is not finite.
@@ -186,15 +190,43 @@ def compute_metrics(
         statistics = Statistics.of(reference.features)
     name = extractor.name
     figures = {extractor.metric: frechet_distance(Statistics.of(generated.features), statistics)}
+    if len(generated) >= LEAST:
+        to_reference = FrechetTo(statistics.mu, statistics.sigma)
+        figures[f"{extractor.metric}_infinity"] = to_reference.infinity(generated.features)
     if reference is not None:
-        kernel = "kid" if name == "inception" else "kd"
-        figures[f"{kernel}_{name}"] = kernel_distance(generated.features, reference.features)
-        if min(len(generated), len(reference)) > NEIGHBOURS:
-            precision, recall = precision_recall(generated.features, reference.features)
-            figures |= {f"precision_{name}": precision, f"recall_{name}": recall}
+        figures[kernel_name(name)] = kernel_distance(generated.features, reference.features)
+        figures |= neighbour_figures(name, generated.features, reference.features)
+        if extractor.mmd_sigma is not None:
+            figures[f"mmd_{name}"] = gaussian_mmd(generated.features, reference.features, extractor.mmd_sigma)
     if generated.logits is not None:
         figures[f"isc_{name}"] = inception_score(generated.logits)
     return check_figures(figures)
+
+
+def kernel_name(name: str) -> str:
+    """Name of the kernel distance on an extractor's features: KID is Inception's alone."""
+    return f"{'kid' if name == 'inception' else 'kd'}_{name}"
+
+
+def neighbour_figures(name: str, generated: Tensor, reference: Tensor) -> dict[str, float]:
+    """The figures of nearest neighbours, as far as there are enough images.
+
+    Args:
+        name: The extractor's name.
+        generated: Features (N, d).
+        reference: Features (M, d).
+
+    Returns:
+        Precision, recall, density and coverage by name.
+    """
+    figures = {}
+    if min(len(generated), len(reference)) > NEIGHBOURS:
+        precision, recall = precision_recall(generated, reference)
+        figures |= {f"precision_{name}": precision, f"recall_{name}": recall}
+    if len(reference) > neighbours.NEIGHBOURS:
+        density, coverage = neighbours.density_coverage(generated, reference)
+        figures |= {f"density_{name}": density, f"coverage_{name}": coverage}
+    return figures
 
 
 def check_figures(figures: dict[str, float]) -> dict[str, float]:
@@ -266,18 +298,23 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def summarise(blocks: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+def summarise(
+    blocks: Sequence[dict[str, float]], errors: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Any]]:
     """Figures of several blocks as mean, standard deviation, minimum and the values themselves.
 
     Args:
         blocks: Figures by name, one dictionary per block.
+        errors: How much a figure scatters over draws of both sides, by name.
 
     Returns:
-        For each name `mean`, `std` (None for one block), `min` and `blocks`.
+        For each name `mean`, `std` (over the blocks; None for one), `error` (of a block, the reference's own scatter
+        included; None where it is not known), `min` and `blocks`.
     """
     summary = {}
     for name in blocks[0]:
         values = [block[name] for block in blocks]
         mean, deviation = mean_and_deviation(values)
-        summary[name] = {"mean": mean, "std": deviation, "min": min(values), "blocks": values}
+        error = (errors or {}).get(name)
+        summary[name] = {"mean": mean, "std": deviation, "error": error, "min": min(values), "blocks": values}
     return summary

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.facts import begun_from
 
-LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_", "rfid_", "rfd_")
+LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_", "mmd_", "rfid_", "rfd_")
 
 
 def shown(value: dict[str, Any], name: str) -> str:
-    """A figure as text: mean ± standard deviation, and the minimum of distances.
+    """A figure as text: mean ± error (of older reports the standard deviation), and the minimum of distances.
 
     Args:
         value: As from `receipt.summarise`.
@@ -21,10 +21,12 @@ def shown(value: dict[str, Any], name: str) -> str:
     Returns:
         Four significant digits.
     """
-    if value["std"] is None:
+    bar = value["std"] if value.get("error") is None else value["error"]
+    if bar is None:
         return f"{value['mean']:.4g}"
-    least = f" (min {value['min']:.4g})" if name.startswith(LOWER_IS_BETTER) else ""
-    return f"{value['mean']:.4g} ± {value['std']:.2g}{least}"
+    several = name.startswith(LOWER_IS_BETTER) and value["std"] is not None
+    least = f" (min {value['min']:.4g})" if several else ""
+    return f"{value['mean']:.4g} ± {bar:.2g}{least}"
 
 
 def setting_name(result: dict[str, Any]) -> str:
@@ -283,8 +285,8 @@ def blocks_sentence(report: dict[str, Any]) -> str:
     extractor, samples = report["extractor"], report["samples"]
     return (
         f"{samples['num_blocks']} block(s) of {samples['num_samples']:,} samples "
-        f"({extractor['metric']}_{short_count(samples['num_samples'])}): mean ± standard deviation over the blocks "
-        "(minimum)."
+        f"({extractor['metric']}_{short_count(samples['num_samples'])}): mean ± error (minimum). The error is how much "
+        "one block's figure would scatter if samples and reference were both drawn anew."
     )
 
 
@@ -343,7 +345,8 @@ def plot(report: dict[str, Any]) -> Figure:
         for result in report["results"]:
             value = result["references"][name]["figures"][metric]
             label = result["sampling"]["sampler"] + guidance_name(result)
-            lines.setdefault(label, []).append((result["nfe"], value["mean"], value["std"] or 0.0))
+            bar = value.get("error") or value["std"] or 0.0
+            lines.setdefault(label, []).append((result["nfe"], value["mean"], bar))
         for label, points in lines.items():
             calls, means, deviations = zip(*sorted(points), strict=True)
             panel.errorbar(calls, means, deviations, marker="o", capsize=3, label=label)

@@ -223,7 +223,6 @@ def test_dinov2_takes_its_code_from_the_hub_and_its_weights_apart(tmp_path, monk
 
 
 def test_names_of_the_command_line():
-    assert isinstance(make_extractor("auto", None, (3, 32, 32)), Inception)
     assert isinstance(make_extractor("auto", None, (1, 28, 28)), ClassifierFeatures)
     assert make_extractor("clip-vit-l-14", None, (3, 8, 8)).name == "clip_vit_l_14"
     assert make_extractor("dinov2", None, (3, 8, 8)).name == "dinov2_vit_l_14"

@@ -154,7 +154,8 @@ def test_figures_carry_the_name_of_the_extractor_and_only_what_there_is():
     images = make_images(20)[0]
     features = Pixels().extract(images)
     full = compute_metrics(Pixels(), features, features)
-    assert set(full) == {"fd_pixels", "kd_pixels", "precision_pixels", "recall_pixels"}
+    neighbours = {f"{name}_pixels" for name in ("precision", "recall", "density", "coverage")}
+    assert set(full) == {"fd_pixels", "kd_pixels", *neighbours}
     assert abs(full["fd_pixels"]) < 1e-4
     statistics = Statistics.of(features.features)
     assert set(compute_metrics(Pixels(), features, None, statistics)) == {"fd_pixels"}

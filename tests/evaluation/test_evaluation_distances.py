@@ -1,0 +1,131 @@
+"""Density, coverage, extrapolated and Gaussian-kernel distances, and how much figures scatter."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
+from sklearn.neighbors import NearestNeighbors
+
+from diffusion_lit.diffusion.rng import keyed_generator
+from diffusion_lit.evaluation import neighbours
+from diffusion_lit.evaluation.errors import standard_errors
+from diffusion_lit.evaluation.extrapolation import POINTS, FrechetTo
+from diffusion_lit.evaluation.features import Features, Pixels
+from diffusion_lit.evaluation.kernels import gaussian_mmd, kernel_distance_variance
+from diffusion_lit.evaluation.metrics import Statistics, compute_metrics, frechet_distance, summarise
+from diffusion_lit.evaluation.neighbours import density_coverage
+from diffusion_lit.report.receipt_page import shown
+
+
+def normal(seed, *shape, shift=0.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_are_those_of_a_tree_of_neighbours(monkeypatch, k):
+    monkeypatch.setattr(neighbours, "DISTANCES", 300)  # in several parts
+    real, made = normal(0, 120, 6), torch.cat([normal(1, 50, 6, shift=0.5), normal(0, 120, 6)[:7]])
+    radii = NearestNeighbors(n_neighbors=k + 1).fit(real).kneighbors(real)[0][:, -1]
+    distances = np.linalg.norm(real.double().numpy()[:, None] - made.double().numpy()[None], axis=-1)
+    inside = distances < radii[:, None] * (1 - 1e-9)  # a copy of the k-th neighbour lies on the edge, which is outside
+    density, coverage = density_coverage(made, real, k)
+    assert density == pytest.approx(inside.sum(0).mean() / k, abs=1e-6)
+    assert coverage == pytest.approx(inside.any(1).mean(), abs=1e-6)
+
+
+def test_density_and_coverage_of_one_distribution_are_as_the_lemmas_say():
+    """Naeem 2020, lemmas 1 and 2; and a generator of one mode has little coverage, whatever its density."""
+    k, n, m = 5, 150, 100
+    draws = [density_coverage(normal(2 * seed, m, 4), normal(2 * seed + 1, n, 4)) for seed in range(40)]
+    density, coverage = (float(np.mean(one)) for one in zip(*draws, strict=True))
+    expected = 1 - math.prod((n - i) / (m + n - i) for i in range(1, k + 1))
+    assert density == pytest.approx(1, abs=0.05) and coverage == pytest.approx(expected, abs=0.02)
+    real = torch.cat([normal(0, 75, 4), normal(1, 75, 4, shift=9.0)])
+    density, coverage = density_coverage(normal(2, 100, 4), real)
+    assert density > 0.8 and coverage < 0.55
+    with pytest.raises(ValueError, match="more than 5 real images"):
+        density_coverage(real, real[:5])
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 300), (9, 300), (200, 9), (9, 8)])
+def test_fast_frechet_distances_are_torch_fidelitys(n, m):
+    made, real = normal(0, n, 12, shift=0.3) * torch.linspace(0.5, 2, 12), normal(1, m, 12)
+    statistics = Statistics.of(real)
+    expected = frechet_distance(Statistics.of(made), statistics)
+    assert FrechetTo.of(real)(made) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert FrechetTo(statistics.mu, statistics.sigma)(made) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_the_extrapolated_distance_is_the_intercept_and_nearer_to_the_truth():
+    d = 64
+    exact = FrechetTo(np.zeros(d), np.eye(d))
+    made = normal(0, 1000, d, shift=0.05)
+    truth, biased, infinite = d * 0.05**2, exact(made), exact.infinity(made)
+    assert abs(infinite - truth) < 0.3 * abs(biased - truth)
+    generator = keyed_generator("extrapolation")
+    sizes = np.array([1000 * (10 + 90 * i // (POINTS - 1)) // 100 for i in range(POINTS)])
+    parts = [made[torch.randperm(1000, generator=generator)[:size]] for size in sizes]
+    values = [frechet_distance(Statistics.of(part), Statistics(np.zeros(d), np.eye(d))) for part in parts]
+    design = np.stack([np.ones(POINTS), 1 / sizes], 1)
+    assert infinite == pytest.approx(np.linalg.lstsq(design, np.array(values), rcond=None)[0][0], abs=1e-6)
+
+
+def test_the_gaussian_kernel_distance_is_scikit_learns():
+    made, real = normal(0, 70, 5, shift=0.4).double(), normal(1, 90, 5).double()
+    x, y = (one.numpy() / np.linalg.norm(one.numpy(), axis=1, keepdims=True) for one in (made, real))
+    kernel = [rbf_kernel(a, b, gamma=1 / 200).mean() for a, b in ((x, x), (y, y), (x, y))]
+    assert gaussian_mmd(made, real, 10.0) == pytest.approx(1000 * (kernel[0] + kernel[1] - 2 * kernel[2]), abs=1e-6)
+    assert gaussian_mmd(made, made, 10.0) == pytest.approx(0, abs=1e-9)
+
+
+def unbiased(x, y):
+    """The kernel distance of whole sets, from scikit-learn's kernel."""
+    d = x.shape[1]
+    xx, yy, xy = (polynomial_kernel(a, b, 3, 1 / d, 1) for a, b in ((x, x), (y, y), (x, y)))
+    n, m = len(x), len(y)
+    return (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * xy.mean()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_known_variance_of_the_kernel_distance(shift):
+    n, m, draws = 60, 90, 250
+    pairs = [(normal(2 * i, n, 8, shift=shift), normal(2 * i + 1, m, 8)) for i in range(draws)]
+    scatter = np.std([unbiased(x.numpy(), y.numpy()) for x, y in pairs], ddof=1)
+    predicted = [kernel_distance_variance(x, y, 90, 100) for x, y in pairs[:40]]
+    assert np.sqrt(np.mean(predicted)) == pytest.approx(scatter, rel=0.3)
+
+
+def test_errors_are_the_scatter_over_draws_of_both_sides():
+    """Figures of unlike distributions; those of nearest neighbours and of the Fréchet distance by subsampling."""
+    extractor = Pixels()
+    extractor.mmd_sigma = 10.0
+    pairs = [(Features(normal(2 * i, 120, 6, shift=0.4)), Features(normal(2 * i + 1, 150, 6))) for i in range(40)]
+    figures = [compute_metrics(extractor, made, real) for made, real in pairs]
+    errors = [standard_errors(extractor, made, real, Statistics.of(real.features)) for made, real in pairs[:6]]
+    assert (
+        errors[0].keys()
+        == figures[0].keys()
+        == {
+            *("fd_pixels", "fd_pixels_infinity", "kd_pixels", "precision_pixels", "recall_pixels"),
+            *("density_pixels", "coverage_pixels", "mmd_pixels"),
+        }
+    )
+    for name in errors[0]:
+        scatter = np.std([one[name] for one in figures], ddof=1)
+        assert 0.6 < np.mean([one[name] for one in errors]) / scatter < 1.7, name
+
+
+def test_an_error_counts_the_reference_where_blocks_do_not():
+    """Many samples against few real images: the blocks agree, and the figure is no better known for it."""
+    real = normal(1, 40, 6)
+    blocks = [Features(normal(seed, 400, 6)) for seed in range(2, 6)]
+    figures = [compute_metrics(Pixels(), block, Features(real)) for block in blocks]
+    summary = summarise(figures, standard_errors(Pixels(), blocks[0], Features(real), Statistics.of(real)))
+    distance = summary["kd_pixels"]
+    assert distance["error"] > 2 * distance["std"]
+    assert shown(distance, "kd_pixels").split(" (")[0].endswith(f"± {distance['error']:.2g}")
+    assert standard_errors(Pixels(), blocks[0][:3], Features(real), Statistics.of(real)) == {}
+    alone = standard_errors(Pixels(), blocks[0], None, Statistics.of(real))
+    assert alone.keys() == {"fd_pixels", "fd_pixels_infinity"}
