@@ -33,6 +33,8 @@ STUDIES = [
     "attention_ablation",
     "capacity",
     "memorization",
+    "warm_start",
+    "metrics",
     "cold_diffusion",
 ]
 

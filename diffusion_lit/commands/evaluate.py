@@ -17,10 +17,10 @@ def evaluate(plan: Plan, devices: int = 1, strategy: str = "auto", json: bool = 
     """Measures a checkpoint: Fréchet and kernel distance, precision, recall and more, with a receipt.
 
     Writes OUT (JSON) and a page beside it (.md). Draws NUM_BLOCKS disjoint blocks of NUM_SAMPLES samples with the
-    average (EMA) weights and gives each figure's mean over the blocks, its error over draws of samples and reference, the
-    minimum and the real-against-real floor. --sampler, --num_steps and --cfg_scale take lists, such as heun,ddim, and then there are a
-    table and a plot of quality against cost (.png). Killed and started again, it goes on where it was. What is not
-    given is as the model was trained to be sampled.
+    average (EMA) weights and gives each figure's mean over the blocks, its error over draws of samples and reference,
+    the minimum and the real-against-real floor. --sampler, --num_steps and --cfg_scale take lists, such as heun,ddim,
+    and then there are a table and a plot of quality against cost (.png). Killed and started again, it goes on where it
+    was. What is not given is as the model was trained to be sampled.
 
     Args:
         plan: The model, what is drawn, and what it is compared with.

@@ -401,7 +401,7 @@ def header(
     weights = weights if checkpoint else "as published" if plan.pretrained else "as exported"
     warnings = attributed({f"reference {name}": reference.warnings for name, reference in references.items()})
     if plan.num_blocks < 3:
-        warnings.append(f"{plan.num_blocks} block(s) of samples: error bars need at least 3.")
+        warnings.append(f"{plan.num_blocks} block(s) of samples: their scatter needs at least 3.")
     parameters = {name: value for name, value in dict(getattr(data, "hparams", {})).items() if not name.startswith("_")}
     return {
         "format": FORMAT,

@@ -10,6 +10,7 @@ import torch
 from scipy.fft import dctn
 
 from datamodules import Digits, Subset
+from diffusion_lit.storage.checkpoints import read_checkpoint
 from experiments.attention_ablation import attention_ablation
 from experiments.capacity import capacity
 from experiments.coarse_first import coarse_first, level_of, summary
@@ -21,6 +22,8 @@ from experiments.harness.frequencies import band_edges, band_masks, band_power, 
 from experiments.harness.networks import flops, parameters, step_cost
 from experiments.harness.study import QUIET, main
 from experiments.memorization import memorization
+from experiments.metrics import metrics
+from experiments.warm_start import warm_start
 
 TINY = {
     **QUIET,
@@ -223,6 +226,25 @@ def test_a_subset_repeats_its_images_and_leaves_the_rest_alone():
         Subset(Digits(64), 0)
     with pytest.raises(ValueError, match="count is 2000, but the training split has 1437 images"):
         Subset(Digits(64), 2000).setup("fit")
+
+
+def test_metrics(study):
+    made = study(metrics, "--counts=[10, 20]", "--draws=2", "--few_steps=1", "--noise=1.5")
+    rows = {row["figure"]: row for row in table(made, "samples")}
+    assert {"fd_pixels", "kd_pixels", "density_pixels", "coverage_pixels"} <= rows.keys()
+    kinds = {"a quarter of the training", "1 steps", "noise of 1.5", "without class 0"}
+    assert kinds < rows["fd_pixels"].keys() and made.count == 2
+    assert {row[kind] for row in rows.values() for kind in kinds} <= {"10", "20", "more than 20"}
+
+
+def test_warm_start(study):
+    made = study(warm_start, "--left_out=3", "--shares=[1.0]")
+    cold, warm = table(made, "quality")
+    assert made.count == 3 and (cold["steps"], warm["steps"]) == ("2", "2")
+    first, nothing, started = (read_checkpoint(run.ckpt_path) for run in made.trained.values())
+    assert first["diffusion_lit"]["class_names"] == list("012456789") and "init_from" not in nothing["diffusion_lit"]
+    layers = started["diffusion_lit"]["init_from"]["layers"]
+    assert list(layers["rows"]) == ["denoiser.net.conditioning.label"] and not layers["new"]
 
 
 def test_a_subset_without_classes_numbers_the_others_anew():
