@@ -96,7 +96,9 @@ def test_the_receipt_holds_what_would_change_a_figure(evaluate, trained, tmp_pat
     assert (result["nfe"], result["network_forwards"]) == (3, 3)
     assert {"torch", "torch-fidelity", "lightning", "diffusion-lit", "python"} <= report["versions"].keys()
     found = result["references"]["train"]["figures"]
-    assert set(found) == {f"{name}_classifier" for name in ("fd", "kd", "precision", "recall", "isc")}
+    assert set(found) == {
+        f"{name}_classifier" for name in ("fd", "kd", "precision", "recall", "density", "coverage", "isc")
+    }
     for value in found.values():
         assert len(value["blocks"]) == 3
         assert value["mean"] == pytest.approx(np.mean(value["blocks"]))
