@@ -35,6 +35,7 @@ STUDIES = [
     "memorization",
     "warm_start",
     "metrics",
+    "few_steps",
     "cold_diffusion",
 ]
 
