@@ -8,13 +8,18 @@ import torch
 import yaml
 from helpers.in_process import run_in_process
 
+from diffusion_lit.commands.main import main
+from diffusion_lit.diffusion import Sampling
+from diffusion_lit.evaluation.features import MissingWeights
 from diffusion_lit.nets.classifier import ConvClassifier
 from experiments.benchmarks import seeds, speedrun, tracks
 from experiments.benchmarks.contenders import installed
 from experiments.benchmarks.entries import Entry, read_entry
+from experiments.benchmarks.fit_training import own_part
 from experiments.benchmarks.tracks import TRACKS, Judge, LockedClassifier
 from experiments.benchmarks.trainings import GUIDED, UNGUIDED
 from experiments.benchmarks.verification import verify_receipt
+from experiments.harness.halving import merge
 
 NAME = "digits_seconds"
 
@@ -118,6 +123,22 @@ def test_the_tracks_are_locked(tmp_path):
         Judge(replace(track, weights="0" * 64), track.make_data(None, 1))
 
 
+def test_every_entry_that_ships_is_within_its_tracks_evaluations(tmp_path, capsys):
+    for path in sorted(tracks.SPEEDRUNS.glob("*/*.yaml")):
+        entry = read_entry(path.stem, path.parent.name)
+        merged = merge(own_part(entry), entry.options)
+        (tmp_path / "entry.yaml").write_text(yaml.safe_dump(merged))
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", f"--config={tmp_path / 'entry.yaml'}", "--print_config"])
+        assert not ended.value.code, (path, capsys.readouterr().err)
+        sampling = Sampling(**merged["model"]["init_args"]["sampling"])
+        guided = 1 + (sampling.cfg_scale not in (0, 1))
+        assert 0 < guided * sampling.nfe <= TRACKS[path.parent.name].evaluations, path
+    capsys.readouterr()
+    for name in PEERS:
+        assert read_entry(name, "fashion_mnist").contender == name
+
+
 def test_the_locked_classifier_reads_digits():
     data = TRACKS[NAME].make_data(None, 1)
     extractor = LockedClassifier(tracks.SPEEDRUNS / "classifier_Digits.safetensors")
@@ -125,6 +146,15 @@ def test_the_locked_classifier_reads_digits():
     made = extractor.extract(data.reference_images("val"))
     assert isinstance(extractor.network, ConvClassifier)
     assert (made.logits.argmax(1) == data.reference_labels("val")).float().mean() > 0.95
+
+
+def test_a_track_whose_extractor_is_missing_is_refused_in_a_sentence(monkeypatch):
+    def missing(name, *_):
+        raise ValueError(f"There is no extractor {name!r}")
+
+    monkeypatch.setattr(tracks, "make_extractor", missing)
+    with pytest.raises(MissingWeights, match="measured by the extractor efficientnet_lite0, which is not to be had"):
+        TRACKS["cifar10"].make_extractor(TRACKS[NAME].make_data(None, 1))
 
 
 def test_what_takes_no_part_is_told(track, tmp_path, capsys):
