@@ -12,6 +12,8 @@ of which the first two vanish where both distributions are the same. Source: Sut
 appendix A, for n = m.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ def gaussian_mmd(generated: Tensor, reference: Tensor, sigma: float) -> float:
     x, y = (torch.nn.functional.normalize(one.double(), dim=1) for one in (generated, reference))
 
     def mean(a: Tensor, b: Tensor) -> float:
-        total = sum(float(((part @ b.T - 1) / sigma**2).exp().sum()) for part in a.split(BLOCK))
-        return total / (len(a) * len(b))
+        sums = [float(((part @ b.T - 1) / sigma**2).exp().sum()) for part in torch.split(a, BLOCK)]
+        return math.fsum(sums) / (len(a) * len(b))
 
     return SCALE * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
 

@@ -43,7 +43,8 @@ def density_coverage(generated: Tensor, reference: Tensor, neighbours: int = NEI
         )
     generated, reference = generated.double(), reference.double()
     inside, covered = 0, 0
-    for rows in torch.arange(len(reference)).split(max(1, DISTANCES // max(len(generated), len(reference)))):
+    size = max(1, DISTANCES // max(len(generated), len(reference)))
+    for rows in torch.split(torch.arange(len(reference)), size):
         own = torch.cdist(reference[rows], reference)
         own[torch.arange(len(rows)), rows] = 0  # which the product of matrices leaves at the size of its rounding
         radii = own.kthvalue(neighbours + 1, dim=1).values[:, None]
