@@ -61,7 +61,7 @@ from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device
 from diffusion_lit.runtime.internals import class_change
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
-from diffusion_lit.runtime.sentences import debugging, plain
+from diffusion_lit.runtime.sentences import debugging, plain, too_deep
 from diffusion_lit.runtime.stopping import RunStopped, end, told
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import check_training_state, read_training_state
@@ -144,6 +144,8 @@ class Parser(LightningArgumentParser):
         Raises:
             SystemExit: Always.
         """
+        if "maximum nesting depth" in message:
+            message = str(too_deep(sys.argv[1:]) or message)
         listed = "The options are listed by --help; --print_config shows the configuration."
         print(f"lightning: {plain(message, 310)}\n{listed}", file=sys.stderr)
         raise SystemExit(2)
@@ -460,6 +462,8 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             raise
         print("lightning: Interrupted outside training.", file=sys.stderr)
         raise SystemExit(130) from error
+    except RecursionError:
+        raise  # `main` looks for what is nested too deeply
     except Exception as error:
         end(error, silent=isinstance(error, RunStopped) and bool(getattr(rank_zero_only, "rank", None)))
     finally:

@@ -19,7 +19,7 @@ from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
 from diffusion_lit.runtime.installation import foreign_lightning, refuse_hidden_datamodules
-from diffusion_lit.runtime.sentences import plain
+from diffusion_lit.runtime.sentences import plain, too_deep
 from diffusion_lit.storage.trust import TRUST_HELP, trusted, trusting
 
 
@@ -105,7 +105,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         from diffusion_lit.runtime.stopping import end
 
-        end(error)
+        end(too_deep(args) or error if isinstance(error, RecursionError) else error)
 
 
 def _speak_utf8() -> None:

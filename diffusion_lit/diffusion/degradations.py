@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.checks import check_number
 
 
 def cosines(size: int) -> Tensor:
@@ -43,7 +43,7 @@ class Degradation(nn.Module):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        check_count(num_steps=num_steps)
+        check_number(least=1, most=10_000, whole=True, num_steps=num_steps)
         self.num_steps = num_steps
         self._tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 

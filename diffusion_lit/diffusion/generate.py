@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
+from diffusion_lit.checks import check_number, check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS, check_levels
@@ -82,7 +82,7 @@ class Sampling:
         self._take_levels()
         _one_of("grid", self.grid, GRIDS)
         _one_of("clip_x0", self.clip_x0, CLIP_OPTIONS)
-        check_count(num_steps=self.num_steps)
+        check_number(least=1, most=1_000_000, whole=True, num_steps=self.num_steps)
         check_number(above=0, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         check_number(cfg_scale=self.cfg_scale, guide_scale=self.guide_scale)
         check_share(guidance_rescale=self.guidance_rescale)

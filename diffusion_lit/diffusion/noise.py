@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.conversions import (
     FLOW_TIME_MAX,
     FLOW_TIME_MIN,
@@ -19,6 +19,8 @@ from diffusion_lit.diffusion.conversions import (
     flow_time_to_sigma,
     widen,
 )
+
+MOST_STEPS = 1_000_000  # of a table that is kept in memory
 
 
 def _result_dtype(value: Tensor | float) -> torch.dtype:
@@ -129,7 +131,7 @@ class LinearSchedule(Schedule):
     def __init__(
         self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True
     ) -> None:
-        check_count(2, num_steps=num_steps)
+        check_number(least=2, most=MOST_STEPS, whole=True, num_steps=num_steps)
         check_number(above=0, beta_start=beta_start, beta_end=beta_end)
         scale = 1000 / num_steps if rescale else 1.0
         super().__init__(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64) * scale)
@@ -150,7 +152,7 @@ class ScaledLinearSchedule(Schedule):
     def __init__(
         self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, rescale: bool = True
     ) -> None:
-        check_count(2, num_steps=num_steps)
+        check_number(least=2, most=MOST_STEPS, whole=True, num_steps=num_steps)
         check_number(above=0, beta_start=beta_start, beta_end=beta_end)
         scale = 1000 / num_steps if rescale else 1.0
         roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64)
@@ -174,7 +176,7 @@ class CosineSchedule(Schedule):
     """
 
     def __init__(self, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> None:
-        check_count(2, num_steps=num_steps)
+        check_number(least=2, most=MOST_STEPS, whole=True, num_steps=num_steps)
         check_number(least=0, s=s)
         check_number(above=0, below=1, max_beta=max_beta)
         time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
@@ -200,7 +202,7 @@ class SigmoidSchedule(Schedule):
     def __init__(
         self, num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
     ) -> None:
-        check_count(2, num_steps=num_steps)
+        check_number(least=2, most=MOST_STEPS, whole=True, num_steps=num_steps)
         check_number(start=start)
         check_number(above=start, end=end, hint=", which is start")
         check_number(above=0, tau=tau)
@@ -237,7 +239,7 @@ class ContinuousVP(Schedule):
         tau_min: float = 1e-5,
         tau_sampling: float = 1e-3,
     ) -> None:
-        check_count(2, num_steps=num_steps)
+        check_number(least=2, most=MOST_STEPS, whole=True, num_steps=num_steps)
         check_number(above=0, beta_min=beta_min)
         check_number(least=beta_min, beta_max=beta_max, hint=", beta_min being the least")
         check_number(above=0, below=1, tau_min=tau_min)

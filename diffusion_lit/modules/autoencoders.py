@@ -9,6 +9,7 @@ from torch import nn
 from diffusion_lit.nets.autoencoder import part
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.runs import find_last
+from diffusion_lit.storage.size import no_larger_than
 from diffusion_lit.storage.trust import check, find_class, naming
 
 HUB = "hub:"
@@ -92,7 +93,11 @@ def load_autoencoder(source: str) -> Any:
         raise ValueError(
             f"{path} is a checkpoint of {kind}, not of a VAE; give one that configs/vae_NAME.yaml trained."
         )
-    net = build(checkpoint["autoencoder"])
+    try:
+        with no_larger_than(checkpoint["state_dict"]):
+            net = build(checkpoint["autoencoder"])
+    except ValueError as error:
+        raise ValueError(f"{path} names something that cannot be built: {error}") from error
     prefix = "net."
     weights = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
     try:

@@ -19,6 +19,7 @@ from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import key_of
+from diffusion_lit.storage.size import no_larger_than
 from diffusion_lit.storage.tensors import kept_tensors
 
 IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 images
@@ -56,9 +57,10 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
         raise ValueError(f"{path} is not a checkpoint of a Classifier; give one of configs/classifier_NAME.yaml.")
     state = {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
     try:
-        network = ConvClassifier(**checkpoint["classifier"])
+        with no_larger_than(checkpoint["state_dict"]):
+            network = ConvClassifier(**checkpoint["classifier"])
         network.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The classifier in {path} cannot be built: {error}.") from error
     return network.eval().requires_grad_(False)
 

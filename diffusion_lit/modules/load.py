@@ -18,6 +18,7 @@ from diffusion_lit.runtime.hardware import channels_last_pays
 from diffusion_lit.runtime.installation import refuse_hidden_datamodules
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import weights_hash
+from diffusion_lit.storage.size import check_values, no_larger_than
 from diffusion_lit.storage.trust import Untrusted, check, find_class, guarded, naming
 
 HELD = ("hyper_parameters", "state_dict", "diffusion_lit")  # of a guide, in the checkpoint of what it guides
@@ -132,23 +133,30 @@ def _refuse_unknown(class_path: str, overrides: dict[str, Any], path: str | Path
 
 def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides: Any) -> Any:
     """Builds the object that a checkpoint describes, from trusted classes, and loads its state."""
-    record = deepcopy({**checkpoint[base.CHECKPOINT_HYPER_PARAMS_KEY], **overrides})
+    described = {**checkpoint[base.CHECKPOINT_HYPER_PARAMS_KEY], **overrides}
     with naming(f"The checkpoint {path}"):
-        check(record)
+        check(described)
+    try:
+        check_values(described)
+        record = deepcopy(described)
+    except (ValueError, RecursionError) as error:
+        reason = "they are nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"The checkpoint {path} holds arguments that cannot be read: {reason}.") from error
     record.pop("_instantiator", None)
     net = record.get("net")
     args = net.get("init_args") if isinstance(net, dict) else None
     if isinstance(args, dict) and args.get("attention_resolutions") in ([8], (8,)):
         del args["attention_resolutions"]  # the default of version 0.1.0, which meant: where there is such a map
     try:
-        with guarded(), contextlib.redirect_stderr(io.StringIO()):
+        with guarded(), no_larger_than(checkpoint["state_dict"]), contextlib.redirect_stderr(io.StringIO()):
             built = instantiate_module(base, record)
     except (Exception, SystemExit) as error:  # whatever the arguments in a file bring a class to
         raise ValueError(f"The checkpoint {path} names something that cannot be built: {_reason(error)}") from error
     try:
         if isinstance(built, LightningModule):
-            built.configure_model()
-            built.on_load_checkpoint(checkpoint)
+            with no_larger_than(checkpoint["state_dict"]):
+                built.configure_model()
+                built.on_load_checkpoint(checkpoint)
             built.load_state_dict(checkpoint["state_dict"])
         elif type(built).__qualname__ in checkpoint:
             built.load_state_dict(checkpoint[type(built).__qualname__])

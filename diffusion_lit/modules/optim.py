@@ -85,18 +85,32 @@ def configure_optimizers(
 
     Returns:
         Lightning's optimizer configuration.
+
+    Raises:
+        ValueError: If one is a base class, which makes no step.
     """
     built = _fused(optimizer, module)
     if isinstance(built, MuonAdamW):
         built = optimizer(muon_groups(module, _groups(module)))
     for group in built.param_groups:
         group["lr"] *= group.get("lr_ratio", 1.0)
+    if type(built).step is Optimizer.step:
+        raise ValueError(
+            f"optimizer is {type(built).__name__}, the base of torch's optimizers, which makes no step; give one such "
+            "as torch.optim.AdamW."
+        )
     built.register_load_state_dict_post_hook(lay_as_weights)
     if any(isinstance(layer, MPConv) for layer in module.modules()):
         built.register_step_post_hook(lambda *_: force_norms(module))
     if lr_scheduler is None:
         return built
-    scheduler = lr_scheduler(built)
+    try:
+        scheduler = lr_scheduler(built)
+    except NotImplementedError as error:
+        raise ValueError(
+            "lr_scheduler is a base of torch's schedules, which gives no learning rate; give one such as "
+            "torch.optim.lr_scheduler.CosineAnnealingLR."
+        ) from error
     if isinstance(scheduler, WarmupStableDecay) and scheduler.total_steps is None:
         steps = module.trainer.estimated_stepping_batches
         scheduler.total_steps = int(steps) if steps != float("inf") else None

@@ -164,6 +164,7 @@ class DiT(nn.Module):
                 "and rope needs a multiple of 4: change one, or leave rope out."
             )
         check_number(above=0, mlp_ratio=mlp_ratio, hint="; the paper's is 4")
+        check_number(most=2**10, **{"image_size // patch_size": image_size // patch_size}, hint="; raise patch_size")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.image_size = image_size

@@ -6,6 +6,9 @@ of a class that refuses its arguments into such a page. `sentence` takes the inn
 
 import os
 import re
+from pathlib import Path
+
+import yaml
 
 LONGEST = 400  # characters
 DEBUG = "DIFFUSION_LIT_DEBUG"
@@ -38,11 +41,38 @@ def sentence(error: BaseException) -> str:
     """
     if str(error).startswith("Call to compute_fn of link") and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, RecursionError):
+        return (
+            f"Something is nested too deeply: look for long rows of brackets in what was given. {DEBUG}=1 shows where."
+        )
     said = plain(str(error))
     kind = type(error).__name__
     if said and (isinstance(error, OF_THE_USER) or kind == "MisconfigurationException"):
         return said
     return f"{plain(f'{kind}: {said}'.removesuffix(': '), LONGEST - 50).rstrip('.')}. {DEBUG}=1 shows where."
+
+
+def too_deep(words: list[str]) -> ValueError | None:
+    """What to say of the option or file whose value is nested deeper than YAML is read, if there is one.
+
+    Args:
+        words: A command line.
+
+    Returns:
+        The error that names it.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "=", word)
+        path = Path(value)
+        try:
+            yaml.safe_load(path.read_text() if len(value) < 4096 and path.is_file() else value)
+        except RecursionError:
+            return ValueError(
+                f"{option} {plain(value, 60)} is nested too deeply to be read: it opens too many brackets."
+            )
+        except (yaml.YAMLError, ValueError):
+            continue
+    return None
 
 
 def plain(text: str, longest: int = LONGEST) -> str:

@@ -99,6 +99,8 @@ def find_class(path: Any) -> type:
         raise Untrusted(f"{path} is no class, or there is none of that name")
     if not _may_be_named(found):
         raise Untrusted(_refusal(path, found.__module__))
+    if _is_base(found):
+        raise Untrusted(f"{path} is the base of torch's optimizers or schedules and none itself; AdamW is one")
     return found
 
 
@@ -126,6 +128,14 @@ def _may_be_named(found: type) -> bool:
     if _within(found.__module__, (*ROOMS, *trusted())):
         return True
     return _within(found.__module__, OPTIMIZERS) and issubclass(found, Optimizer | LRScheduler)
+
+
+def _is_base(found: type) -> bool:
+    """Whether a class is what optimizers or schedules are made from, without a step or a learning rate of its own."""
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    return found in (Optimizer, LRScheduler)
 
 
 def _refusal(path: str, module: str) -> str:

@@ -52,6 +52,35 @@ def test_a_figure_that_no_one_logs_is_told_before_the_first_step(lightning, caps
     lightning(*FIT, f"--trainer.callbacks=[{watched.replace('val_loss', 'val/loss')}]", "--trainer.max_steps=1")
 
 
+def test_what_is_nested_too_deeply_is_one_sentence(lightning, capsys, tmp_path):
+    deep = "[" * 100_000
+    (tmp_path / "deep.yaml").write_text(f"model: {deep}")
+    (tmp_path / "blocks.yaml").write_text("- " * 100_000)
+    for options, name in (
+        (
+            [*FIT, f"--model.init_args.sampling.sampler_options={deep}"],
+            "sampler_options is [[[",
+        ),
+        ([*FIT, "--data.init_args.batch_size", deep], "batch_size is [[["),
+        (["fit", "--config=deep.yaml"], "deep.yaml is nested too deeply"),
+        (["fit", "--config", "blocks.yaml"], "blocks.yaml is nested too deeply"),
+        (["sample", "--ckpt_path=x.ckpt", f"--sampler_options={deep}"], "--sampler_options [[["),
+    ):
+        said = stopped(capsys, lightning, *options)
+        assert name in said and "RecursionError" not in said, options
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [
+        ("--model.init_args.optimizer={class_path: torch.optim.Optimizer, init_args: {defaults: {}}}", "optimizer"),
+        ("--model.init_args.lr_scheduler=torch.optim.lr_scheduler.LRScheduler", "lr_scheduler"),
+    ],
+)
+def test_the_base_of_optimizers_or_schedules_is_none(lightning, capsys, option, word):
+    assert f"{word} is " in (said := stopped(capsys, lightning, *FIT, option)) and "base" in said
+
+
 def test_the_traceback_is_shown_where_it_is_asked_for(lightning, monkeypatch):
     monkeypatch.setenv("DIFFUSION_LIT_DEBUG", "1")
     with pytest.raises(ValueError, match="enable_checkpointing is false"):

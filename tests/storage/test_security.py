@@ -58,6 +58,8 @@ ATTACKS = {
     "a short name": {"net": "Sequential"},
     "another library's class": {"net": {"class_path": "torch.nn.Sequential"}},
     "no optimizer": {"net": {"class_path": "torch.optim.swa_utils.AveragedModel", "init_args": {"model": OWN}}},
+    "the base of optimizers": {"optimizer": {"class_path": "torch.optim.Optimizer", "init_args": {"defaults": {}}}},
+    "the base of schedules": {"lr_scheduler": "torch.optim.lr_scheduler.LRScheduler"},
     "a function as optimizer": {"optimizer": "os.system"},
     "a function as class": {"optimizer": {"class_path": "os.system", "init_args": {"command": "touch PWNED"}}},
     "a function as argument": {"lr_scheduler": {"class_path": LAMBDA, "init_args": {"lr_lambda": "os.system"}}},
