@@ -92,13 +92,13 @@ def configure_optimizers(
     built = _fused(optimizer, module)
     if isinstance(built, MuonAdamW):
         built = optimizer(muon_groups(module, _groups(module)))
-    for group in built.param_groups:
-        group["lr"] *= group.get("lr_ratio", 1.0)
     if type(built).step is Optimizer.step:
         raise ValueError(
             f"optimizer is {type(built).__name__}, the base of torch's optimizers, which makes no step; give one such "
             "as torch.optim.AdamW."
         )
+    for group in built.param_groups:
+        group["lr"] *= group.get("lr_ratio", 1.0)
     built.register_load_state_dict_post_hook(lay_as_weights)
     if any(isinstance(layer, MPConv) for layer in module.modules()):
         built.register_step_post_hook(lambda *_: force_norms(module))
