@@ -64,7 +64,7 @@ def test_what_is_nested_too_deeply_is_one_sentence(lightning, capsys, tmp_path):
         ([*FIT, "--data.init_args.batch_size", deep], "batch_size is [[["),
         (["fit", "--config=deep.yaml"], "deep.yaml is nested too deeply"),
         (["fit", "--config", "blocks.yaml"], "blocks.yaml is nested too deeply"),
-        (["sample", "--ckpt_path=x.ckpt", f"--sampler_options={deep}"], "--sampler_options [[["),
+        (["sample", "--ckpt_path=x.ckpt", f"--sampler_options={deep}"], "sampler_options is [[["),
     ):
         said = stopped(capsys, lightning, *options)
         assert name in said and "RecursionError" not in said, options
