@@ -339,6 +339,10 @@ class CLI(LightningCLI):
             if stopped is None or debugging():
                 raise
             raise stopped from error
+        finally:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunFolder):
+                    callback.release()
 
     def after_instantiate_classes(self) -> None:
         """Suits the network to the hardware, and compares the configuration with the checkpoint."""

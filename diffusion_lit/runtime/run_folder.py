@@ -51,6 +51,10 @@ class RunFolder(WritesToRunFolder):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go of the folder."""
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the folder, also where a run ended by an error, after which Lightning tears down no callback."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
