@@ -8,6 +8,7 @@ from diffusion_lit.modules.consistency import Consistency, LatentConsistency
 from diffusion_lit.modules.ddpm import DDPM
 from diffusion_lit.modules.edm import EDM
 from diffusion_lit.modules.latent import LatentDiffusion
+from diffusion_lit.modules.meanflow import MeanFlow
 from diffusion_lit.modules.muon import MuonAdamW
 from diffusion_lit.modules.optim import Trapezoid, WarmupStableDecay
 from diffusion_lit.modules.perceptual import LPIPS, ClassifierPerceptual
@@ -31,6 +32,7 @@ __all__ = [
     "DiscretisedLogistic",
     "LatentConsistency",
     "LatentDiffusion",
+    "MeanFlow",
     "MuonAdamW",
     "Trapezoid",
     "WarmupStableDecay",

@@ -63,6 +63,7 @@ FAMILIES = {
     "ddpm": Family("ddpm_digits.yaml", DENOISER),
     "edm": Family("edm_digits.yaml", DENOISER),
     "consistency": Family("consistency_digits.yaml", [option for option in DENOISER if "num_steps" not in option]),
+    "meanflow": Family("meanflow_digits.yaml", DENOISER),
     "vae": Family("vae_digits.yaml", SMALL, ("Reconstructions", "Interpolations", "ReconstructionFID", "FID")),
     "vae_sharp": Family(
         "vae_digits.yaml",

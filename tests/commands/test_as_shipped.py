@@ -23,6 +23,7 @@ FAMILIES = (
     "latent_digits",
     "cold_digits",
     "consistency_digits",
+    "meanflow_digits",
     "classifier_mnist",
 )
 STEPS = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]

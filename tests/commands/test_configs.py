@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers.configs_tools import CONFIGS, DATA, EXPERIMENTS, parts
 
-DIFFUSION = tuple(f"diffusion_lit.modules.{name}" for name in ("DDPM", "EDM", "Consistency"))
+DIFFUSION = tuple(f"diffusion_lit.modules.{name}" for name in ("DDPM", "EDM", "Consistency", "MeanFlow"))
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)

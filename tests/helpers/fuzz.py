@@ -30,7 +30,7 @@ SMALL = [
     *["--trainer.enable_model_summary=false", "--name=run"],
 ]
 SLOW = ("num_nodes", "devices", "strategy", "fast_dev_run")  # these wait for other processes, or train at length
-FAMILIES = ("edm_digits", "ddpm_digits", "vae_digits", "cold_digits", "consistency_digits")
+FAMILIES = ("edm_digits", "ddpm_digits", "vae_digits", "cold_digits", "consistency_digits", "meanflow_digits")
 COMMANDS = ("sample", "evaluate", "export", "report", "edit denoise", "edit invert", "edit inpaint", "configs")
 
 

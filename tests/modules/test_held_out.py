@@ -10,15 +10,15 @@ from datamodules.loaders import EvalLoader, Split
 from diffusion_lit.callbacks import LossByNoiseLevel
 from diffusion_lit.diffusion.degradations import Mask
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index
-from diffusion_lit.modules import EDM, VAE, ColdDiffusion, Consistency, LatentDiffusion
+from diffusion_lit.modules import EDM, VAE, ColdDiffusion, Consistency, LatentDiffusion, MeanFlow
 from diffusion_lit.modules.latent_space import LatentSpace
 from diffusion_lit.nets import Autoencoder, UNet
 
 COUNT = 2 * BLOCK + 3  # batches of 8 leave three, which two ranks share unevenly and four cannot
 
 
-def unet(channels=1, size=8):
-    net = UNet(channels, size, 0, 8, (1,), 1, ())
+def unet(channels=1, size=8, **options):
+    net = UNet(channels, size, 0, 8, (1,), 1, (), **options)
     torch.nn.init.normal_(net.out.weight, std=0.3)  # a new network denoises every image alike
     return net
 
@@ -37,6 +37,7 @@ FAMILIES = {
     "vae": lambda: VAE(Autoencoder(1, 8, 2, 8, (1, 2))),
     "cold": lambda: ColdDiffusion(unet(), Mask(4)),
     "latent": latent,
+    "meanflow": lambda: MeanFlow(unet(takes_until=True)),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_lit.diffusion.samplers.adaptive import rk45
 from diffusion_lit.diffusion.samplers.consistency import consistency
 from diffusion_lit.diffusion.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2s_ancestral
+from diffusion_lit.diffusion.samplers.meanflow import meanflow
 from diffusion_lit.diffusion.samplers.single_step import ddim, ddpm, euler, euler_ancestral, heun
 from diffusion_lit.diffusion.samplers.unipc import unipc
 
@@ -27,6 +28,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "heun",
+    "meanflow",
     "rk45",
     "sampler_table",
     "unipc",
@@ -44,6 +46,7 @@ class Sampler:
         stochastic: Whether it draws noise with its default options.
         calls_per_step: Its denoiser calls per step; None where step control decides. The step to level 0 takes one.
         summary: What it is, in a line.
+        takes_until: Whether it needs a denoiser that is told the noise level at which a step ends.
     """
 
     function: Callable[..., Tensor]
@@ -51,6 +54,7 @@ class Sampler:
     stochastic: bool
     calls_per_step: int | None
     summary: str
+    takes_until: bool = False
 
     def nfe(self, num_steps: int) -> int | None:
         """The denoiser calls of one sample on a grid of num_steps steps ending in 0; None where it is adaptive."""
@@ -78,6 +82,7 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler(unipc, 3, False, 1, "UniPC: predictor of two evaluations, corrected by the next"),
     "rk45": Sampler(rk45, 5, False, None, "Dormand-Prince to a tolerance, step control per sample"),
     "consistency": Sampler(consistency, 0, True, 1, "for consistency models: one step, or fresh noise at each level"),
+    "meanflow": Sampler(meanflow, 0, False, 1, "for MeanFlow models: the learned map, in one step or in more", True),
 }
 
 
