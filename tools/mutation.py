@@ -40,6 +40,9 @@ TESTS = {
     f"{CORE}/samplers/consistency.py": SAMPLER_TESTS[-1:],
     f"{CORE}/consistency_loss.py": ["test_consistency_loss.py"],
     f"{CORE}/consistency_parts.py": ["test_consistency_loss.py"],
+    f"{CORE}/meanflow.py": ["test_meanflow.py"],
+    f"{CORE}/samplers/meanflow.py": ["test_samplers.py", "test_meanflow.py"],
+    f"{CORE}/denoiser.py": ["test_denoiser.py", "test_wrappers.py"],
     f"{CORE}/grids.py": ["test_grids.py"],
     f"{CORE}/analytic.py": ["test_analytic.py"],
     f"{CORE}/likelihood.py": ["test_likelihood.py"],
@@ -70,6 +73,23 @@ BY_HAND = {  # what no change of arithmetic plants: file, function, what is ther
     f"{CORE}/consistency_parts.py": [
         ("TeacherStep.__call__", "per_sample(r - t, x)", "per_sample(t - r, x)"),
         ("InverseGap.__call__", "return 1 / (t - r)", "return 1 / t"),
+    ],
+    f"{CORE}/meanflow.py": [
+        ("directional_derivative", "torch.no_grad(),", "torch.enable_grad(),"),  # gradients through the target
+        ("directional_derivative", "repeating(network_draws(device), device)", "torch.no_grad()"),  # other dropout
+        ("MeanFlowLoss.forward", "else levels.unbind(1)", "else levels.flip(1).unbind(1)"),  # r and t swapped
+        ("mean_flow_target", "for level in (sigma, until))", "for level in (until, sigma))"),
+        ("mean_flow_target", ": denoiser.average(x, sigma, until,", ": denoiser.average(x, sigma, sigma,"),
+        ("MeanFlowLoss.forward", "= denoiser.average(x, sigma, until,", "= denoiser.average(x, sigma, sigma,"),
+        (
+            "MeanFlowLoss.forward",
+            "clean = self.guidance.clean(",
+            "x0 = self.guidance.clean(",
+        ),  # no effect
+        ("LevelPairs.sample", "torch.where(equal, sigma, until)", "torch.where(equal, until, sigma)"),
+        ("AdaptiveWeight.forward", "(error.detach() + self", "(error + self"),
+        ("AdaptiveWeight.forward", "((1 - weight) * error).detach()", "((1 - weight) * error)"),
+        ("TrainingGuidance.clean", "torch.where(per_sample(acts, x0), guided, x0)", "guided"),
     ],
 }
 CPU_SECONDS = 300

@@ -30,6 +30,7 @@ from diffusion_lit.diffusion.denoiser import Denoiser, per_sample
 from diffusion_lit.diffusion.loss import DenoisingLoss, LossWeight
 from diffusion_lit.diffusion.noise import LogitNormal, NoiseLevels
 from diffusion_lit.diffusion.preconditioning import Preconditioning
+from diffusion_lit.diffusion.rng import network_draws, repeating
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -246,8 +247,7 @@ def directional_derivative(
 
     Fused attention has no forward-mode derivative: attention is computed as plain products, whose memory grows with the
     square of the positions. Autocast is off: under it a normalisation gives its value in bfloat16 and its derivative in
-    float32, which the next convolution refuses, and the weights cast here would be reused without a gradient. A
-    compiled network is not involved. No random state is used up.
+    float32, which the next convolution refuses. No random state is used up.
 
     Args:
         function: Takes as many tensors as there are points.
@@ -263,7 +263,7 @@ def directional_derivative(
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        repeating(network_draws(device), device),
         sdpa_kernel(SDPBackend.MATH),
         forward_ad.dual_level(),
     ):

@@ -20,6 +20,8 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
+from diffusion_lit.diffusion.samplers import SAMPLERS
+from diffusion_lit.diffusion.samplers.meanflow import check_takes_until
 from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.modules.labels import check_null_class
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
@@ -229,8 +231,10 @@ class DiffusionModule(PixelModel, BaseModule):
         self.class_names = [str(index) for index in range(denoiser.num_classes)]
 
     def on_fit_start(self) -> None:
-        """Refuses guidance of its samples by a null class that training leaves out."""
+        """Refuses what its samples need and training does not give: a null class, an end of steps."""
         check_null_class(self)
+        if SAMPLERS[self.sampling.sampler].takes_until:
+            check_takes_until(self.denoiser)
 
     def x0(self, batch: dict[str, Tensor], split: str, batch_idx: int) -> Tensor:
         """What is denoised of a batch.

@@ -227,6 +227,7 @@ def test_pairs_are_two_draws_in_order():
     # the larger of two normals lies 1 / sqrt(pi) deviations above their mean, the smaller as far below
     for value, sign in ((sigma, 1), (until[~equal], -1)):
         assert abs(float(value.log().mean()) - (0.5 + sign * 0.8 / torch.pi**0.5)) < 0.03
+    assert (LevelPairs().levels.mean, LevelPairs().levels.std, LevelPairs().equal) == (-0.4, 1.0, 0.75)  # the source's
     with pytest.raises(ValueError, match="equal"):
         LevelPairs(equal=1.2)
 

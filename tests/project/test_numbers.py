@@ -15,7 +15,15 @@ from diffusion_lit.callbacks.watchdog import Watchdog
 from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
 from diffusion_lit.commands.evaluate_run import Plan
 from diffusion_lit.commands.fit import _check_numbers_of_trainer as check_trainer
-from diffusion_lit.diffusion import consistency_loss, consistency_parts, degradations, loss, noise, preconditioning
+from diffusion_lit.diffusion import (
+    consistency_loss,
+    consistency_parts,
+    degradations,
+    loss,
+    meanflow_loss,
+    noise,
+    preconditioning,
+)
 from diffusion_lit.diffusion.cold import ColdSampling
 from diffusion_lit.diffusion.editing.composites import Hybrid, gaussian_blur
 from diffusion_lit.diffusion.editing.sweeps import NoiseBetween
@@ -28,7 +36,7 @@ from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.wrappers import ClipX0
 from diffusion_lit.evaluation.features import Pixels
 from diffusion_lit.evaluation.generation import GenerationJob
-from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, Consistency, LatentDiffusion
+from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, Consistency, LatentDiffusion, MeanFlow
 from diffusion_lit.modules.optim import WarmupStableDecay
 from diffusion_lit.modules.reconstruction import DiscretisedGaussian, DiscretisedLogistic
 from diffusion_lit.pretrained.models import Upsampler
@@ -98,6 +106,7 @@ def cases():
         *public(noise, noise.NoiseLevels),
         *public(preconditioning, preconditioning.Preconditioning),
         *public(loss, torch.nn.Module),
+        *(meanflow_loss.LevelPairs, meanflow_loss.AdaptiveWeight),
         *public(consistency_loss, torch.nn.Module),
         *public(consistency_parts, consistency_parts.Gap),
         *public(consistency_parts, consistency_parts.Distance),
@@ -116,11 +125,13 @@ def cases():
     unet = nets.UNet(1, 16, 2, model_channels=8, num_blocks=1)
     for module, net, more in (
         *((module, unet, {}) for module in (DDPM, EDM, ColdDiffusion, Consistency)),
+        (MeanFlow, nets.UNet(1, 16, 2, model_channels=8, num_blocks=1, takes_until=True), {}),
         (LatentDiffusion, unet, {"vae_ckpt": "runs/none"}),
         (VAE, nets.Autoencoder(1, 16, model_channels=8), {}),
         (Classifier, nets.ConvClassifier(1, 16, 2), {}),
     ):
         yield Case(module, module.__name__, {"net": net, **more})
+    yield Case(meanflow_loss.TrainingGuidance, "TrainingGuidance", {"cfg_scale": 2.0})
     yield Case(datamodules.Subset, "Subset", {"data": datamodules.Digits(batch_size=4)})
     yield Case(Plan, "evaluate", PLAN)
     job = {"sampling": Sampling(), "count": 4, "seed": 0, "labels": None, "record": {}, "folder": None}

@@ -37,11 +37,7 @@ def meanflow(
 
     Source: Geng et al. 2025 (arXiv 2505.13447), equation 12 and algorithm 2.
     """
-    if not getattr(denoise, "takes_until", False):
-        raise ValueError(
-            "The sampler meanflow needs a model that is told where a step ends (takes_until), as the MeanFlow configs "
-            "train it; this one is not: choose another sampler."
-        )
+    check_takes_until(denoise)
     dtype = x.dtype
     x, levels = begin(x, sigmas, stochastic=False)
     if levels[1] > levels[0]:
@@ -55,3 +51,19 @@ def meanflow(
             callback(step, x, estimate_of_move(x, moved, level, until), level)
         x = moved
     return x.to(dtype)
+
+
+def check_takes_until(denoise: DenoiserLike) -> None:
+    """Refuses a denoiser that takes no second noise level.
+
+    Args:
+        denoise: Any denoiser.
+
+    Raises:
+        ValueError: If its attribute `takes_until` is not true.
+    """
+    if not getattr(denoise, "takes_until", False):
+        raise ValueError(
+            "The sampler meanflow needs a model that is told where a step ends (takes_until), as the MeanFlow configs "
+            "train it; this one is not: choose another sampler."
+        )
