@@ -40,8 +40,8 @@ TESTS = {
     f"{CORE}/samplers/consistency.py": SAMPLER_TESTS[-1:],
     f"{CORE}/consistency_loss.py": ["test_consistency_loss.py"],
     f"{CORE}/consistency_parts.py": ["test_consistency_loss.py"],
-    f"{CORE}/meanflow.py": ["test_meanflow.py"],
-    f"{CORE}/samplers/meanflow.py": ["test_samplers.py", "test_meanflow.py"],
+    f"{CORE}/meanflow_loss.py": ["test_meanflow_loss.py"],
+    f"{CORE}/samplers/meanflow.py": ["test_samplers.py", "test_meanflow_loss.py"],
     f"{CORE}/denoiser.py": ["test_denoiser.py", "test_wrappers.py"],
     f"{CORE}/grids.py": ["test_grids.py"],
     f"{CORE}/analytic.py": ["test_analytic.py"],
@@ -74,7 +74,7 @@ BY_HAND = {  # what no change of arithmetic plants: file, function, what is ther
         ("TeacherStep.__call__", "per_sample(r - t, x)", "per_sample(t - r, x)"),
         ("InverseGap.__call__", "return 1 / (t - r)", "return 1 / t"),
     ],
-    f"{CORE}/meanflow.py": [
+    f"{CORE}/meanflow_loss.py": [
         ("directional_derivative", "torch.no_grad(),", "torch.enable_grad(),"),  # gradients through the target
         ("directional_derivative", "repeating(network_draws(device), device)", "torch.no_grad()"),  # other dropout
         ("MeanFlowLoss.forward", "else levels.unbind(1)", "else levels.flip(1).unbind(1)"),  # r and t swapped

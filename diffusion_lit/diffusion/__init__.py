@@ -32,7 +32,7 @@ from diffusion_lit.diffusion.loss import (
     PredictionWeight,
     UnitWeight,
 )
-from diffusion_lit.diffusion.meanflow import AdaptiveWeight, LevelPairs, MeanFlowLoss, TrainingGuidance
+from diffusion_lit.diffusion.meanflow_loss import AdaptiveWeight, LevelPairs, MeanFlowLoss, TrainingGuidance
 from diffusion_lit.diffusion.noise import (
     Constant,
     ContinuousVP,

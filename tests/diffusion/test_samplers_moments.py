@@ -108,5 +108,5 @@ def test_one_step_gives_the_mean_of_the_data(case, prediction):
 
 
 def test_every_sampler_has_a_case():
-    others = {"rk45", "meanflow"}  # the last in test_meanflow.py, on denoisers that are told where a step ends
+    others = {"rk45", "meanflow"}  # the last in test_meanflow_loss.py, on denoisers that are told where a step ends
     assert {case[0] for case in CASES.values()} | others == set(SAMPLERS)

@@ -26,7 +26,7 @@ from diffusion_lit.diffusion import (
     meanflow,
     rk45,
 )
-from diffusion_lit.diffusion.meanflow import directional_derivative, mean_flow_target
+from diffusion_lit.diffusion.meanflow_loss import directional_derivative, mean_flow_target
 from diffusion_lit.nets import DiT, UNet
 
 PLAIN = MeanFlowLoss(PredictionWeight())
@@ -309,3 +309,19 @@ def test_a_small_network_approaches_the_true_map():
     # without being told where to go, one step ends at the mean of the data
     with torch.no_grad():
         assert float((denoiser(start, 19.0) - ends).square().mean().sqrt()) > 0.5
+
+
+def test_single_precision_is_enough_at_both_ends():
+    """The derivative runs in x and sigma, whose rates reach 10^6 where the flow time nears 1."""
+    torch.manual_seed(0)
+    net = UNet(2, 8, 0, 8, (1,), 1, noise_embedding="fourier", takes_until=True).double()
+    disturb(net)
+    levels = torch.tensor([[999.0, 0.001], [999.0, 500.0], [0.0011, 0.00101], [1.0, 0.001]], dtype=torch.float64)
+    sigma, until = levels.unbind(1)
+    x0, noise = torch.randn(2, 4, 2, 8, 8, dtype=torch.float64)
+    x = x0 + sigma.view(-1, 1, 1, 1) * noise
+    exact = mean_flow_target(Denoiser(net, FlowPreconditioning()), x, sigma, until, x0)
+    single = mean_flow_target(
+        Denoiser(net.float(), FlowPreconditioning()), *(value.float() for value in (x, sigma, until, x0))
+    )
+    torch.testing.assert_close(single.double(), exact, rtol=1e-3, atol=1e-3)
