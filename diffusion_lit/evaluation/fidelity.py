@@ -122,7 +122,8 @@ class Inception(TorchFidelityExtractor):
         """Whether the published weights lie in PyTorch's cache."""
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-        return (hub_folder() / URL_INCEPTION_V3.rsplit("/", 1)[1]).is_file()
+        name: str = URL_INCEPTION_V3.rsplit("/", 1)[1]
+        return (hub_folder() / name).is_file()
 
     def published(self) -> dict[str, Tensor]:
         """The weights that the field's FID uses, 95 MB."""

@@ -219,7 +219,7 @@ def neighbour_figures(name: str, generated: Tensor, reference: Tensor) -> dict[s
     Returns:
         Precision, recall, density and coverage by name.
     """
-    figures = {}
+    figures: dict[str, float] = {}
     if min(len(generated), len(reference)) > NEIGHBOURS:
         precision, recall = precision_recall(generated, reference)
         figures |= {f"precision_{name}": precision, f"recall_{name}": recall}

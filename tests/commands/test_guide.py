@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import FIT, NO_IMAGES, read, same_training, stopped
+from helpers.runs import (
+    FIT,
+    LATENT_DIGITS,
+    NO_IMAGES,
+    TINY_LATENT,
+    TINY_VAE,
+    VAE_DIGITS,
+    read,
+    same_training,
+    stopped,
+)
 
 from diffusion_lit.diffusion import heun
 from diffusion_lit.diffusion.images import to_uint8
@@ -162,3 +172,25 @@ def test_a_file_that_a_checkpoint_names_is_never_opened(here, capsys):
     content["guide"]["hyper_parameters"]["_class_path"] = "os.system"
     torch.save(content, "class.ckpt")
     assert "os.system" in stopped(capsys, here, "sample", "--ckpt_path=class.ckpt", "--out=drawn", *DRAW)
+
+
+@pytest.mark.slow
+def test_a_guide_of_latents_is_of_the_same_autoencoder_and_held_without_it(lightning, capsys):
+    vae, latent = (
+        ["fit", "--config", VAE_DIGITS, *TINY_VAE],
+        ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_IMAGES],
+    )
+    lightning(*vae, *NO_IMAGES, "--trainer.max_steps=2", "--trainer.callbacks=[]")
+    for seed, name in enumerate(("model", "guide")):
+        lightning(*latent, "--trainer.max_steps=2", f"--name={name}", f"--seed_everything={seed}")
+    guided = "--model.init_args.sampling.guide_ckpt=runs/guide"
+    lightning(*latent, "--trainer.max_steps=2", "--name=held", "--seed_everything=0", guided)
+    expected = drawn(lightning, MODEL, "--guide_ckpt=runs/guide")
+    assert np.array_equal(drawn(lightning, HELD), expected)
+    assert not np.array_equal(drawn(lightning, MODEL), expected)
+    assert "latent_space" not in read(HELD)["guide"]
+    content = read(GUIDE)
+    content["latent_space"]["mean"] += 1
+    torch.save(content, "moved.ckpt")
+    said = stopped(capsys, lightning, "sample", "--ckpt_path", MODEL, "--out=drawn", *DRAW, "--guide_ckpt=moved.ckpt")
+    assert "latents of the autoencoder" in said
