@@ -24,11 +24,11 @@ from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 
 
 @pytest.fixture
-def unbroken(lightning):
+def unbroken(trained_once):
     """The checkpoint of a run that nothing happens to."""
 
     def run(*options):
-        lightning(*FIT, *options, "--name=unbroken")
+        trained_once(*FIT, *options, "--name=unbroken")
         return read("runs/unbroken/version_0/checkpoints/last.ckpt")
 
     return run

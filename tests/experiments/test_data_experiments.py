@@ -91,6 +91,7 @@ def test_whole_batches_reach_their_targets():
     assert all(found[name] >= target for name, target in data_throughput.TARGETS.items()), found
 
 
+@pytest.mark.slow
 def test_throughput_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(data_throughput, "SLICES", 1)
     monkeypatch.setattr(data_throughput, "train_rate", lambda seconds: 100.0)

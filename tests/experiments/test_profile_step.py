@@ -24,6 +24,7 @@ def measured(tmp_path, monkeypatch, capsys):
     return report, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_that_is_slowed_down_shows_in_its_row(tmp_path, monkeypatch, capsys):
     average, step = EMA.on_train_batch_end, EDM.training_step
     monkeypatch.setattr(EMA, "on_train_batch_end", lambda *args: (time.sleep(0.2), average(*args))[1])
@@ -39,6 +40,7 @@ def test_a_part_that_is_slowed_down_shows_in_its_row(tmp_path, monkeypatch, caps
     assert not list(Path(tmp_path).glob("runs*"))
 
 
+@pytest.mark.slow
 def test_the_bare_loop_is_the_same_step(tmp_path, monkeypatch, capsys):
     """It calls the network as often, on batches of the same shape, in the same precision."""
     seen = []

@@ -16,6 +16,7 @@ def job(name, precision="32-true"):
     return BenchmarkJob(name, precision, contenders.MULTIPLES[name], 3, 16, 4, 2, "cpu", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_trains_and_draws(name, precision):
@@ -65,6 +66,7 @@ def test_operations_are_those_of_the_layers():
     assert found.parameters == sum(one.numel() for one in net.parameters())
 
 
+@pytest.mark.slow
 def test_the_width_is_chosen_by_operations():
     found = contenders.nearest(OURS, 0.2, 3, 16)
     assert found.width % contenders.MULTIPLES[OURS] == 0
@@ -72,6 +74,7 @@ def test_the_width_is_chosen_by_operations():
         assert abs(contenders.cost(OURS, other, 3, 16).training - 0.2e9) > abs(found.training - 0.2e9)
 
 
+@pytest.mark.slow
 def test_ours_is_the_command_with_its_callbacks(tmp_path, monkeypatch):
     """`lightning fit` in this process, asked for two slices and samples through a pipe that answers from a list."""
 

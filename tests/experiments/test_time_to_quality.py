@@ -34,6 +34,7 @@ def contest(idx_folder, tmp_path, monkeypatch):
     return ran, lambda **changes: study.time_to_quality(**{**usual, **changes}, out=str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_all_train_for_the_time_and_an_interrupted_contest_goes_on(contest, tmp_path, capsys):
     ran, run = contest
     records = run()
@@ -63,6 +64,7 @@ def test_the_share_is_of_the_best_peer():
     assert "at 0.20 of the best peer's" in study.table(records, None, "fd")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("smalldiffusion" not in NAMES, reason="of smalldiffusion")
 def test_the_documented_average_draws_and_the_weights_stay(monkeypatch):
     from accelerate.state import AcceleratorState

@@ -253,6 +253,7 @@ def printed(start):
     return [shlex.split(line)[1:] for line in commands(EXTEND) if line.startswith(f"lightning {start} ")]
 
 
+@pytest.mark.slow
 def test_a_data_set_and_a_network_of_ones_own(trained, own, capsys):
     samples = printed("sample")
     for words in (one for one in samples if "midpoint" not in one):
@@ -268,6 +269,7 @@ def test_a_data_set_and_a_network_of_ones_own(trained, own, capsys):
     assert "Shapes" in (own / "runs/edm_shapes/version_0/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_sampler_of_ones_own(trained, own, capsys):
     (words,) = (words for words in printed("sample") if "midpoint" in words)
     cli.main([*words, "--num_samples=2", "--device=cpu"])
@@ -276,6 +278,7 @@ def test_a_sampler_of_ones_own(trained, own, capsys):
     exec(compile(check, "extend.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_a_family_and_an_edit_task_of_ones_own(trained, own, capsys):
     assert "flow.Flow" in (own / "runs/flow_digits/version_0/config.yaml").read_text()
     (words,) = printed("edit")
@@ -292,6 +295,7 @@ def test_a_data_set_is_a_class_of_40_lines():
     assert shapes.end_lineno - shapes.lineno < 40
 
 
+@pytest.mark.slow
 def test_a_study_of_ones_own(own, tmp_path, monkeypatch):
     (tmp_path / "batch_sizes.py").write_text(files(EXTEND)["experiments/batch_sizes.py", "python"])
     monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(tmp_path)])

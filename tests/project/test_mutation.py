@@ -50,6 +50,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_wrong_coefficients_are_caught():
     done = run("--only", "euler_step")
     assert done.returncode == 0, done.stdout + done.stderr
