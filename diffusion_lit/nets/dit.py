@@ -23,6 +23,8 @@ from diffusion_lit.nets.checks import require_image, require_image_size
 from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName, attention, recomputed
 from diffusion_lit.nets.tokens import SwiGLU, rotary_angles, rotate, token_norm
 
+MOST_PLACES = 1024  # patches a side, of a table that is kept in memory
+
 
 def position_code(height: int, width: int, channels: int) -> Tensor:
     """Sine-cosine code of the places of a grid, shape (height * width, channels), row by row.
@@ -164,7 +166,11 @@ class DiT(nn.Module):
                 "and rope needs a multiple of 4: change one, or leave rope out."
             )
         check_number(above=0, mlp_ratio=mlp_ratio, hint="; the paper's is 4")
-        check_number(most=2**10, **{"image_size // patch_size": image_size // patch_size}, hint="; raise patch_size")
+        if image_size // patch_size > MOST_PLACES:
+            raise ValueError(
+                f"image_size={image_size} at patch_size={patch_size} makes {image_size // patch_size} patches a side, "
+                f"and at most {MOST_PLACES} can be attended to; raise patch_size."
+            )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.image_size = image_size
