@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.evaluation import neighbours
-from diffusion_lit.evaluation.errors import DRAWS, SHARE, standard_errors
+from diffusion_lit.evaluation.errors import DRAWS, HALF, SHARE, standard_errors
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.extrapolation import POINTS
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
@@ -108,8 +108,8 @@ def _reported(
         "precision_recall_neighbours": None if size is None else NEIGHBOURS,
         "density_coverage_neighbours": None if size is None else neighbours.NEIGHBOURS,
         "extrapolation_points": POINTS,
-        "errors": f"of a block over draws of both sides, by {DRAWS} subsamples of {SHARE:.0%}; of the kernel distance "
-        "by its known variance",
+        "errors": f"of a block over draws of both sides: by {DRAWS} samples of {SHARE:.0%} (extrapolated: {HALF:.0%}); "
+        "of the kernel distance by its known variance",
         "inception_score_splits": min(ISC_SPLITS, plan.num_samples),
     }
     warnings = []
