@@ -26,12 +26,11 @@ from diffusion_lit.evaluation.generation import (
     gather_shards,
     generate_shards,
 )
-from diffusion_lit.evaluation.measure import ReportedReference, measure, other_split, read_references
-from diffusion_lit.evaluation.reconstruction import measure_reconstructions
+from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
+from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
 from diffusion_lit.evaluation.single_image import is_single
 from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import load_data
-from diffusion_lit.modules.vae import VAE
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.report.receipt_page import attributed, setting_name
@@ -128,25 +127,6 @@ class Plan(SweepOptions):
         known = weights_hash(module.state_dict()) if self.ckpt_path is None else file_hash(Path(self.ckpt_path))
         return known if self.decoder is None else f"{known} decoded by {module.space.sha256}"
 
-    def reconstructs(self, module: Any) -> bool:
-        """Whether reconstructions are measured.
-
-        Args:
-            module: The model.
-
-        Returns:
-            What --reconstruction says, or whether the model is a VAE.
-
-        Raises:
-            ValueError: If they are asked for and the model has none.
-        """
-        if self.reconstruction and not hasattr(module, "reconstruct"):
-            raise ValueError(
-                f"{self.ckpt_path or self.pretrained} is a {type(module).__name__}, which gives no images back; leave "
-                "--reconstruction out."
-            )
-        return isinstance(module, VAE) if self.reconstruction is None else self.reconstruction
-
     def check_guidance(self, module: Any, settings: list[Sampling]) -> None:
         """Refuses guidance that does nothing; every sample has a class where there are any.
 
@@ -212,7 +192,7 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
             raise ValueError(f"--{name} needs classes or none, but {plan.pretrained} is a text model; leave it out.")
     settings = plan.settings(module.sampling)
     plan.check_guidance(module, settings)
-    plan.reconstructs(module)  # or refuses
+    reconstructs(plan, module)  # or refuses
 
     def prepare() -> tuple[Any, FeatureExtractor]:
         data = prepare_data(plan, module, fabric.is_global_zero)
@@ -254,9 +234,10 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     report["warnings"] += attributed(said)
     if plan.likelihood:
         report["likelihood"] = gather_bits(plan, module, data)
-    if plan.reconstructs(module):
-        report["reconstruction"], panel = reconstructions(plan, module, data, extractor, references)
-        differences_image(panel).save(plan.path.with_name(report["reconstruction"]["images"]))
+    if references and reconstructs(plan, module):
+        panel = add_reconstructions(report, plan, module, data, extractor, references)
+        if panel is not None:
+            differences_image(panel).save(plan.path.with_name(report["reconstruction"]["images"]))
     report["run"] = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
@@ -268,22 +249,6 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     if not plan.keep_shards:
         shutil.rmtree(plan.folder, ignore_errors=True)
     return written
-
-
-def reconstructions(
-    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, references: dict[str, ReportedReference]
-) -> tuple[dict[str, Any], Tensor]:
-    """The report's entry on reconstructions, against the first reference; see `measure_reconstructions`."""
-    name, one = next(iter(references.items()))
-    split = other_split(data, name)
-    if split is None:
-        raise ValueError(
-            f"There are no held-out images to reconstruct beside the reference {name}; give --reference train, or "
-            "--reconstruction false."
-        )
-    device = next(module.parameters()).device
-    entry, panel = measure_reconstructions(plan, module, data, extractor, one.reference, split, device)
-    return {"reference": name, **entry, "images": f"{plan.path.stem}.reconstructions.png"}, panel
 
 
 def prepare_data(plan: Plan, module: Any, first: bool) -> Any:

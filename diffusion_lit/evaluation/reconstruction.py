@@ -16,16 +16,79 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.images import psnr, take, to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
+from diffusion_lit.evaluation.measure import ReportedReference, other_split
 from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_distance, summarise
 from diffusion_lit.evaluation.reference import Reference
 from diffusion_lit.modules.data_classifier import classifier_of, training_labels
 from diffusion_lit.modules.perceptual import StageDistance
 from diffusion_lit.modules.quality import ssim
+from diffusion_lit.modules.vae import VAE
 from diffusion_lit.nets.classifier import ConvClassifier
 
 SHOWN = 8  # images in the panel
 BATCH = 64
 SMALLEST_SSIM = 6  # pixels of a side
+
+
+def reconstructs(plan: Any, module: Any) -> bool:
+    """Whether an evaluation measures reconstructions.
+
+    Args:
+        plan: Its options.
+        module: The model.
+
+    Returns:
+        What --reconstruction says, or whether the model is a VAE.
+
+    Raises:
+        ValueError: If they are asked for and the model gives no images back.
+    """
+    if plan.reconstruction and not hasattr(module, "reconstruct"):
+        raise ValueError(f"A {type(module).__name__} gives no images back; leave --reconstruction out.")
+    return isinstance(module, VAE) if plan.reconstruction is None else bool(plan.reconstruction)
+
+
+def add_reconstructions(
+    report: dict[str, Any],
+    plan: Any,
+    module: Any,
+    data: Any,
+    extractor: FeatureExtractor,
+    references: dict[str, ReportedReference],
+) -> Tensor | None:
+    """Adds reconstructions, measured against the first reference, to a report, or a warning why they cannot be.
+
+    Args:
+        report: The report.
+        plan: The options of the evaluation.
+        module: A model with `reconstruct`.
+        data: The data, set up.
+        extractor: The loaded extractor.
+        references: The references by name, at least one.
+
+    Returns:
+        Images for a panel, as `measure_reconstructions`, or None.
+
+    Raises:
+        ValueError: If they cannot be measured and were asked for.
+    """
+    name, one = next(iter(references.items()))
+    split = other_split(data, name)
+    least = 2 * plan.num_blocks
+    there = 0 if split is None else len(data.reference_images(split))
+    if split is None or there < least:
+        problem = (
+            f"Reconstructions are not measured: {there} images are held out beside the reference {name}, and "
+            f"{plan.num_blocks} block(s) take at least {least}."
+        )
+        if plan.reconstruction:
+            raise ValueError(problem)
+        report["warnings"].append(problem)
+        return None
+    device = next(module.parameters()).device
+    entry, panel = measure_reconstructions(plan, module, data, extractor, one.reference, split, device)
+    report["reconstruction"] = {"reference": name, **entry, "images": f"{plan.path.stem}.reconstructions.png"}
+    return panel
 
 
 def measure_reconstructions(

@@ -47,3 +47,20 @@ def test_a_known_error_gets_its_decibels_and_its_distance(monkeypatch, tmp_path)
     assert torch.equal(difference(images, images), torch.zeros_like(images))
     image = differences_image(panel)
     assert image.width > image.height
+
+
+def test_too_few_held_out_images_are_told(monkeypatch, tmp_path):
+    from diffusion_lit.evaluation.measure import ReportedReference
+    from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
+
+    monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path))
+    data, report = Source(train=80, test=5, labels=False), {"warnings": []}
+    references = {"train": ReportedReference(reference_of(data, "train", Pixels()), {})}
+    plan = SimpleNamespace(num_samples=20, num_blocks=3, reconstruction=None)
+    assert add_reconstructions(report, plan, None, data, Pixels(), references) is None
+    assert "5 images are held out" in report["warnings"][0] and "at least 6" in report["warnings"][0]
+    plan.reconstruction = True
+    with pytest.raises(ValueError, match="5 images are held out"):
+        add_reconstructions(report, plan, None, data, Pixels(), references)
+    with pytest.raises(ValueError, match="gives no images back"):
+        reconstructs(plan, SimpleNamespace())
