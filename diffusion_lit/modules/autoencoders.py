@@ -80,6 +80,32 @@ def load_autoencoder(source: str) -> Any:
         if "diffusers" not in LOADERS:
             raise ValueError(f"{source} is an autoencoder of diffusers: import diffusion_lit.pretrained first.")
         return LOADERS["diffusers"](source.removeprefix(HUB))
+    checkpoint = vae_checkpoint(source)
+    try:
+        with no_larger_than(checkpoint["state_dict"]):
+            net = build(checkpoint["autoencoder"])
+    except ValueError as error:
+        raise ValueError(f"{source} names something that cannot be built: {error}") from error
+    try:
+        net.load_state_dict(part_of(checkpoint["state_dict"], "net"))
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {source} do not fit the autoencoder that it describes.") from error
+    return net
+
+
+def vae_checkpoint(source: str) -> dict[str, Any]:
+    """Reads a checkpoint of a VAE.
+
+    Args:
+        source: The file, or the folder of its runs, whose newest checkpoint is taken.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        ValueError: If there is none, or the file is damaged or of another kind of model.
+    """
+    path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(
             f"There is no autoencoder {source}; train one with lightning fit --config configs/vae_NAME.yaml, which "
@@ -93,15 +119,18 @@ def load_autoencoder(source: str) -> Any:
         raise ValueError(
             f"{path} is a checkpoint of {kind}, not of a VAE; give one that configs/vae_NAME.yaml trained."
         )
-    try:
-        with no_larger_than(checkpoint["state_dict"]):
-            net = build(checkpoint["autoencoder"])
-    except ValueError as error:
-        raise ValueError(f"{path} names something that cannot be built: {error}") from error
-    prefix = "net."
-    weights = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"The weights in {path} do not fit the autoencoder that it describes.") from error
-    return net
+    return checkpoint
+
+
+def part_of(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """The weights of a part of a module, by their names in the part.
+
+    Args:
+        state: Weights of the module.
+        name: Name of the part.
+
+    Returns:
+        Its weights.
+    """
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

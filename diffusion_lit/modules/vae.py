@@ -13,6 +13,7 @@ a distance of pixels alone would blur.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.generate import check_labels
 from diffusion_lit.diffusion.images import psnr
 from diffusion_lit.modules.adversary import Adversary
-from diffusion_lit.modules.autoencoders import describe, load_autoencoder
+from diffusion_lit.modules.autoencoders import describe, part_of, vae_checkpoint
 from diffusion_lit.modules.base import BaseModule, run_seed
 from diffusion_lit.modules.latent_space import interpolate, latent_shape
 from diffusion_lit.modules.perceptual import LPIPS, Perceptual
@@ -146,20 +147,22 @@ class VAE(BaseModule):
         self._is_restored = True
 
     def on_fit_start(self) -> None:
-        """Takes over the autoencoder of the first phase, and loads the networks of the perceptual distances.
+        """Takes over the weights of the first phase, and loads the networks of the perceptual distances.
 
         Raises:
             ValueError: If `frozen_encoder` is none, or another autoencoder than this one.
         """
         if self.frozen_encoder is not None and not self._is_restored:
-            first = load_autoencoder(self.frozen_encoder)
+            first = vae_checkpoint(self.frozen_encoder)
             try:
-                self.net.load_state_dict(first.state_dict())
+                self.net.load_state_dict(part_of(first["state_dict"], "net"))
             except RuntimeError as error:
                 raise ValueError(
                     f"frozen_encoder {self.frozen_encoder} is another autoencoder than this run's net; give net the "
-                    f"same arguments, {describe(first)['init_args']}."
+                    f"same arguments, {first['autoencoder']['init_args']}."
                 ) from error
+            with suppress(RuntimeError):  # the scale of a likelihood; another distance has none, or its own
+                self.reconstruction.load_state_dict(part_of(first["state_dict"], "reconstruction"))
         self._load_perceptual()
 
     def on_validation_start(self) -> None:

@@ -132,7 +132,14 @@ def test_the_second_phase_trains_the_decoder_alone_and_a_latent_model_takes_it(l
     lightning(*RUN, "--trainer.max_steps=3")
     second = [*RUN, *SHARP, "--model.init_args.frozen_encoder=runs/vae_digits", "--trainer.max_steps=4"]
     lightning(*second, "--name=second")
-    first, sharp = last("vae_digits")["state_dict"], last("second")["state_dict"]
+    still = [*second, "--trainer.max_steps=1", "--model.init_args.optimizer.init_args.lr=0.0", "--name=still"]
+    lightning(*still)  # a step that moves nothing shows what it began with, the likelihood's scale included
+    assert all(
+        torch.equal(value, last("still")["state_dict"][name])
+        for name, value in last("vae_digits")["state_dict"].items()
+    )
+    first, sharp, begun = (last(name)["state_dict"] for name in ("vae_digits", "second", "still"))
+    assert all(torch.equal(value, begun[name]) for name, value in first.items())
     moved = [name for name in first if not torch.equal(sharp[name], first[name])]
     assert moved and not any(name.startswith("net.encoder.") for name in moved)
     lightning("fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_IMAGES, "--trainer.max_steps=2")
