@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 ACTIVE_VARIANCE = 0.01
+MOST_CODES = 2**20  # that are counted
 
 
 def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class LatentUse:
         sums = torch.stack([torch.ones_like(exact[0]) * len(exact), exact.sum(0), exact.square().sum(0)])
         self._moments = sums if self._moments is None else self._moments + sums
         count = getattr(bottleneck, "count", 0)
-        if count:
+        if 0 < count <= MOST_CODES:
             seen = torch.bincount(bottleneck.index(means).flatten(), minlength=count)
             self._counts = seen if self._counts is None else self._counts + seen
 

@@ -248,7 +248,8 @@ class VQ(Bottleneck):
             raise ValueError(
                 f"VQ takes latents of at least 2 channels, and these have {channels}; raise latent_channels."
             )
-        self.codebook = nn.Parameter(torch.randn(self.count, channels))
+        self.codebook = nn.Parameter(torch.empty(self.count, channels))
+        nn.init.normal_(self.codebook)
 
     def forward(self, h: Tensor) -> Codes:
         """The nearest codes, with both terms that draw latents and codebook together."""
