@@ -246,8 +246,10 @@ def directional_derivative(
     """A function's value and its derivative in a direction, in one forward pass and without a graph (a JVP).
 
     Fused attention has no forward-mode derivative: attention is computed as plain products, whose memory grows with the
-    square of the positions. Autocast is off: under it a normalisation gives its value in bfloat16 and its derivative in
-    float32, which the next convolution refuses. No random state is used up.
+    square of the positions. On a core of an AMD EPYC a forward pass of a DiT on 256 positions takes 1.6 times as long
+    by them, and its derivative 5 times; with `LevelPairs` as it is, a training step takes 1.5 times as long as one of
+    denoising, with guidance 2.2 times. Autocast is off: under it a normalisation gives its value in bfloat16 and its
+    derivative in float32, which the next convolution refuses. No random state is used up.
 
     Args:
         function: Takes as many tensors as there are points.
