@@ -325,3 +325,21 @@ def test_single_precision_is_enough_at_both_ends():
         Denoiser(net.float(), FlowPreconditioning()), *(value.float() for value in (x, sigma, until, x0))
     )
     torch.testing.assert_close(single.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_derivative():
+    """Compiled kernels drop the derivative without an error, so that the network must run uncompiled for it."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(Perceptron(), FlowPreconditioning())
+    x, sigma = torch.randn(3, 2, 1, 1), torch.tensor([1.0, 2.0, 3.0])
+
+    def slope():
+        return directional_derivative(lambda x, sigma: denoiser.average(x, sigma, sigma / 3), (x, sigma), (x, sigma))[1]
+
+    before = slope()
+    denoiser.net.compile()
+    with torch.no_grad():
+        denoiser.average(x, sigma, sigma / 3)
+    assert float(before.abs().max()) > 0.1
+    torch.testing.assert_close(slope(), before)
