@@ -1,7 +1,7 @@
 """Tracks of the speedrun: what is the same for all who take part.
 
 A track fixes the data (to the hash of its training images), the time and the device, the seeds, the number of samples
-and of network evaluations, and what the samples are measured by (to the hash of the extractor's weights). Its key is
+and of network evaluations, and what the samples are measured by (to the hash of the extractor). Its key is
 the hash of all this and stands in each receipt: two figures compare only under the same key.
 
 FashionMNIST and the digits are measured on the features of small classifiers whose weights lie beside the entries
@@ -26,7 +26,7 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, kerne
 from diffusion_lit.evaluation.reference import real_pairs, reference_of
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.runtime.hardware import use_threads
-from diffusion_lit.storage.hashing import key_of, weights_hash
+from diffusion_lit.storage.hashing import key_of
 from experiments.harness.evaluator import choose_extractor
 
 SPEEDRUNS = Path(__file__).parent / "speedruns"
@@ -49,7 +49,7 @@ class Track:
         evaluations: Evaluations of the network per image, at most; a guided step takes two.
         extractor: What images are compared by, as in `lightning evaluate`; `locked` is the classifier beside the
             entries, and `auto` what the studies take.
-        weights: SHA-256 of the extractor's weights (`weights_hash`); None where they are not locked.
+        measure: SHA-256 of the extractor's identity (its name, weights and transform); None where it is not locked.
         metric: `fd`, the Fréchet distance, or `kd`, the kernel distance, to the training images.
         replayed: Number of steps at either end of a training that are done again when a receipt is verified.
     """
@@ -64,7 +64,7 @@ class Track:
     num_samples: int = 2000
     evaluations: int = 20
     extractor: str = "locked"
-    weights: str | None = None
+    measure: str | None = None
     metric: str = "fd"
     replayed: int = 100
 
@@ -109,7 +109,7 @@ class Track:
 
         Raises:
             MissingWeights: If it cannot be had here.
-            ValueError: If its weights are not those of the track.
+            ValueError: If it is not that of the track.
         """
         if self.extractor == "locked":
             name = self.data.rpartition(".")[2]
@@ -117,11 +117,11 @@ class Track:
         else:
             extractor = _named(self.extractor, weights, data)
         extractor.load(data)
-        found = None if extractor.network is None else weights_hash(extractor.network.state_dict())
-        if self.weights not in (None, found):
+        found = key_of(extractor.identity())
+        if self.measure not in (None, found):
             raise ValueError(
-                f"The weights of {self.extractor} have the hash {str(found)[:16]} and those of the track "
-                f"{str(self.weights)[:16]}; the track needs these weights."
+                f"The extractor {self.extractor} has the hash {found[:16]} with its weights and transform, and that of "
+                f"the track {str(self.measure)[:16]}; the track needs the published weights and the same transform."
             )
         return extractor
 
@@ -241,20 +241,23 @@ class Judge:
 
 DIGITS: dict[str, str] = {
     "images": "8956a92d97e1c2f34293404e184613590ebb899d21710e8608f6b9088d886131",
-    "weights": "f8061138ec90457942bfd7eb489768c4abe351fa8d5a59408510f013045868e1",
+    "measure": "f96b8456b6ce318e94b05ed7681b4290c0b28d6061a83018760dd724d2571e40",
+}
+IMAGENET: dict[str, str] = {
+    "extractor": "efficientnet_lite0",
+    "measure": "c371e1a60908bff95ce4bf5e19db02967e2a34ce6d72f7704655ec8cf5b052ca",
+    "metric": "kd",
 }
 TRACKS = {
     "fashion_mnist": Track(
         "datamodules.FashionMNIST",
         7.0,
         images="f14a76fc6036014b7482f03d1f42460d99ebeff6b9744c0f470a2e7db52cce75",
-        weights="0e9145e75662a8748f9fc25e385fab9d89e70c7de0468da0e9ca942da471522b",
+        measure="1bb214deaab9014bd6561d5a5d1de77199630187ba1d127aaf433472e58251d6",
     ),
-    "cifar10": Track("datamodules.CIFAR10", 30.0, extractor="efficientnet_lite0", metric="kd"),
+    "cifar10": Track("datamodules.CIFAR10", 30.0, **IMAGENET),
     "digits_one_step": Track("datamodules.Digits", 3.0, evaluations=1, **DIGITS),
-    "cifar10_gpu": Track(
-        "datamodules.CIFAR10", 10.0, device="cuda", threads=None, extractor="efficientnet_lite0", metric="kd"
-    ),
+    "cifar10_gpu": Track("datamodules.CIFAR10", 10.0, device="cuda", threads=None, **IMAGENET),
     "digits_seconds": Track(  # to try an entry, and for the tests
         "datamodules.Digits", 0.05, threads=1, seeds=(0, 1), num_samples=100, evaluations=4, replayed=5, **DIGITS
     ),
