@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from diffusion_lit.commands.main import main
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.evaluation.features import MissingWeights
 from diffusion_lit.nets.classifier import ConvClassifier
-from experiments.benchmarks import seeds, speedrun, tracks
+from experiments.benchmarks import seeds, speedrun, tracks, verification
 from experiments.benchmarks.contenders import installed
 from experiments.benchmarks.entries import Entry, read_entry
 from experiments.benchmarks.fit_training import own_part
@@ -43,6 +44,7 @@ def entry_file(tmp_path, **changes):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_receipt_holds_and_fails_where_it_was_edited(track, tmp_path, capsys):
     out = tmp_path / "out"
     mine = entry_file(tmp_path)
@@ -92,9 +94,59 @@ def test_a_receipt_holds_and_fails_where_it_was_edited(track, tmp_path, capsys):
         verify_receipt(edited(lambda told: told["entry"]["options"].update(rate)), None, None, retrain=True)
 
 
+def test_each_part_of_a_receipt_is_compared(track, tmp_path, monkeypatch, capsys):
+    """With trainings that are made up, as a function of the entry, the seed and the part."""
+
+    def made_up(place, training):
+        place.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(training.seed + int(training.entry.key[:6], 16))
+        images = torch.randint(0, 256, (20, 8, 8, 1), dtype=torch.uint8, generator=generator)
+        np.savez(place / "samples.npz", **{GUIDED: images.numpy()})
+        (place / "previous.ckpt").touch()
+        steps = training.stop or 10
+        hashes = {part: f"{training.entry.key[:8]} {training.seed} {part}" for part in ("first", "end")}
+        facts = {"steps": steps, "images": 8 * steps, "batch_size": 8, "planned": 10, "seconds": 1.0, "before": 8}
+        facts |= {"hashes": hashes, "evaluations": {GUIDED: 4}}
+        (place / "record.json").write_text(json.dumps(facts))
+        return facts
+
+    monkeypatch.setattr(seeds, "train", made_up)
+    monkeypatch.setattr(verification, "train", made_up)
+    path = tmp_path / "out/receipt.json"
+    receipt = speedrun.speedrun(NAME, entry_file(tmp_path), out=str(path.parent))
+    verify_receipt(path, None, None)
+    assert "holds." in capsys.readouterr().out
+    one, edits = receipt["runs"][0], {}
+    edits["seed 0 as configured"] = lambda told: told["runs"][0]["figures"].update(
+        {GUIDED: one["figures"][GUIDED] + 0.01}
+    )
+    edits["mean as configured"] = lambda told: told["summary"][GUIDED].update(mean=1.0)
+    edits["real images"] = lambda told: told["real_against_real"].update(figure=0.1)
+    edits["after the first steps"] = lambda told: told["runs"][0]["hashes"].update(first="0")
+    edits["last state"] = lambda told: told["runs"][0]["hashes"].update(end="0")
+    edits["first steps.*last state.*as configured"] = lambda told: told["entry"]["options"].update(seed_everything=1)
+    edits["seed 0's images"] = lambda told: told["runs"][0].update(images=160)
+    edits["the track has less"] = lambda told: told["runs"][0].update(seconds=100.0)
+    edits["the training images"] = lambda told: told.update(images="0")
+    edits["the extractor"] = lambda told: told["extractor"].update(transform="none")
+    for words, edit in edits.items():
+        told = json.loads(path.read_text())
+        edit(told)
+        (path.parent / "edited.json").write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=f"does not hold.*{words}"):
+            verify_receipt(path.parent / "edited.json", None, None)
+    told = json.loads(path.read_text())
+    told["hardware"]["processor"] = "abacus"
+    told["runs"][0]["hashes"]["end"] = "of other bits"
+    (path.parent / "edited.json").write_text(json.dumps(told))
+    verify_receipt(path.parent / "edited.json", None, None)
+    assert "as far as other hardware can tell" in capsys.readouterr().out
+
+
 PEERS = [name for name in ("smalldiffusion", "denoising-diffusion-pytorch", "diffusers") if name in installed()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_another_librarys_training_goes_on_from_its_state(track, tmp_path, name, monkeypatch):
     from accelerate.state import AcceleratorState
