@@ -18,7 +18,7 @@ from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 
 DenoiserLike = Callable[..., Tensor]
-"""Anything that is called as `denoiser(x, sigma, label) -> x0_hat`."""
+"""Anything that is called as `denoiser(x, sigma, label) -> x0_hat`, with `condition=` where it is given an image."""
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -82,10 +82,11 @@ class Denoiser(nn.Module):
     cast to the precision of the network's parameters.
 
     Args:
-        net: Called as `net(c_in * x (B, C, H, W), c_noise (B,), label (B,) or None)`, with `augment=` only when given;
-            gives (B, C, H, W). Its attribute `num_classes`, where it has one, is the number of classes (0:
-            unconditional). If its attribute `takes_until` is true, it is called with `until=` (B,) too, the c_noise of
-            the second noise level; without, that is c_noise itself.
+        net: Called as `net(c_in * x (B, C, H, W), c_noise (B,), label (B,) or None)`, with `augment=` and `condition=`
+            only when given; gives (B, C, H, W). Its attributes, where it has them: `num_classes`, the number of classes
+            (0: unconditional), and `condition_channels`, the channels C' of the image that it is given (0: none). If
+            its attribute `takes_until` is true, it is called with `until=` (B,) too, the c_noise of the second noise
+            level; without, that is c_noise itself.
         scaling: The prediction type.
 
     Raises:
@@ -98,6 +99,7 @@ class Denoiser(nn.Module):
         self.scaling = scaling
         self.guide: DenoiserLike | None = None  # a worse model, beside it and no part of it: `guidance.Guide`
         self.num_classes = int(getattr(net, "num_classes", 0))
+        self.condition_channels = int(getattr(net, "condition_channels", 0))
         if self.takes_until and not bool(scaling.coefficients(torch.zeros(1))[3].isfinite()):
             raise ValueError(
                 f"The network takes a second noise level (takes_until), but {type(scaling).__name__} has no c_noise "
@@ -115,6 +117,7 @@ class Denoiser(nn.Module):
         sigma: Tensor | float,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         until: Tensor | float | None = None,
     ) -> Tensor:
@@ -126,6 +129,8 @@ class Denoiser(nn.Module):
             label: Class indices, shape (B,), in [0, num_classes], where num_classes is the null class; none means the
                 null class for all.
             augment: Augmentation labels, shape (B, augment_dim), for networks that take them.
+            condition: The image that the network is given, shape (B, condition_channels, H, W); none means the null
+                condition, zeros.
             until: A second noise level, shape () or (B,), from 0 to sigma, for networks that take it.
 
         Returns:
@@ -134,15 +139,16 @@ class Denoiser(nn.Module):
 
         Raises:
             ValueError: If sigma is outside the support, a shape does not fit, a label is outside the classes, a label
-                is given to an unconditional model, or `until` above sigma or to a network that does not take it.
+                or a condition is given to a model that takes none, or `until` above sigma or to a network that does not
+                take it.
         """
         if until is None:
-            return self.average(x, sigma, None, label, augment)
+            return self.average(x, sigma, None, label, augment, condition)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         self._check_until(x, sigma, until)
         if not torch.compiler.is_compiling() and bool((widen(until).to(x.dtype) == widen(sigma).to(x.dtype)).all()):
             return x
-        return move(x, self.average(x, sigma, until, label, augment), sigma, until)
+        return move(x, self.average(x, sigma, until, label, augment, condition), sigma, until)
 
     def average(
         self,
@@ -151,6 +157,7 @@ class Denoiser(nn.Module):
         until: Tensor | float | None,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Estimates the clean image as `move` needs it: averaged over the way from sigma to another noise level.
 
@@ -160,6 +167,7 @@ class Denoiser(nn.Module):
             until: The other noise level, shape () or (B,); none means sigma, the plain estimate.
             label: As for `forward`.
             augment: As for `forward`.
+            condition: As for `forward`.
 
         Returns:
             Shape (B, C, H, W).
@@ -167,7 +175,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: As for `forward`.
         """
-        x, output, c_skip, c_out = self._evaluate(x, sigma, label, augment, until)
+        x, output, c_skip, c_out = self._evaluate(x, sigma, label, augment, condition, until)
         if output.shape != x.shape:
             raise ValueError(
                 f"The network gave shape {tuple(output.shape)} for images of shape {tuple(x.shape)}; set its "
@@ -181,6 +189,7 @@ class Denoiser(nn.Module):
         sigma: Tensor | float,
         label: Tensor | None,
         augment: Tensor | None,
+        condition: Tensor | None = None,
         until: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The image and the network's output in working precision, and c_skip and c_out shaped to broadcast."""
@@ -192,6 +201,8 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in, c_noise = (per_sample(c.to(x), x) for c in coefficients)
         label = self._check_label(x, label, trusted)
         extra = {} if augment is None else {"augment": augment}
+        if condition is not None:
+            extra["condition"] = self._check_condition(x, condition).to(self._net_dtype(x))
         if until is not None:
             self._refuse_until()
             c_until = self.scaling.coefficients(_level(x, until))[3]
@@ -200,6 +211,18 @@ class Denoiser(nn.Module):
             (c_in * x).to(self._net_dtype(x)), c_noise.flatten().expand(len(x)).contiguous(), label, **extra
         )
         return x, output.to(x.dtype), c_skip, c_out
+
+    def _check_condition(self, x: Tensor, condition: Tensor) -> Tensor:
+        if self.condition_channels == 0:
+            raise ValueError(
+                "A condition image was given to a model that takes none; leave it out, or train with condition."
+            )
+        shape = (len(x), self.condition_channels, *x.shape[2:])
+        if condition.shape != shape:
+            raise ValueError(
+                f"The condition has shape {tuple(condition.shape)} for images of shape {tuple(x.shape)}; give {shape}."
+            )
+        return condition.to(x.device)
 
     def _net_dtype(self, x: Tensor) -> torch.dtype:
         parameter = next(self.net.parameters(), None)
@@ -286,11 +309,12 @@ class LearnedVarianceDenoiser(Denoiser):
         until: Tensor | float | None,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Estimates the clean image; see `Denoiser.average`."""
         if until is not None:
             self._refuse_until()
-        return self._both(x, sigma, label, augment)[0]
+        return self._both(x, sigma, label, augment, condition)[0]
 
     def learned_variance(
         self,
@@ -299,6 +323,7 @@ class LearnedVarianceDenoiser(Denoiser):
         sigma_next: Tensor | float,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Estimates the clean image and the variance of the step to sigma_next, in one forward of the network.
 
@@ -309,6 +334,7 @@ class LearnedVarianceDenoiser(Denoiser):
                 for every length of step, so it is not looked at here.
             label: As for `Denoiser.forward`.
             augment: As for `Denoiser.forward`.
+            condition: As for `Denoiser.forward`.
 
         Returns:
             x0_hat and v, both (B, C, H, W). Variance = beta^v * posterior^(1 - v): 0 is the posterior variance, 1 is
@@ -317,12 +343,17 @@ class LearnedVarianceDenoiser(Denoiser):
         Raises:
             ValueError: As for `Denoiser.forward`.
         """
-        return self._both(x, sigma, label, augment)
+        return self._both(x, sigma, label, augment, condition)
 
     def _both(
-        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, augment: Tensor | None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        label: Tensor | None,
+        augment: Tensor | None,
+        condition: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        x, output, c_skip, c_out = self._evaluate(x, sigma, label, augment)
+        x, output, c_skip, c_out = self._evaluate(x, sigma, label, augment=augment, condition=condition)
         if output.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
             raise ValueError(
                 f"The network gave shape {tuple(output.shape)} for images {tuple(x.shape)}; a learned variance "

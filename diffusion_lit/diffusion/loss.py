@@ -140,6 +140,7 @@ class DenoisingLoss(nn.Module):
         noise: Tensor,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample.
 
@@ -150,12 +151,13 @@ class DenoisingLoss(nn.Module):
             noise: Standard normal, shape (B, C, H, W).
             label: Class indices, shape (B,), or none.
             augment: Augmentation labels, shape (B, augment_dim), or none.
+            condition: Condition images, shape (B, C', H, W), or none.
 
         Returns:
             Shape (B,): the mean over pixels of the weighted squared error.
         """
         sigma = denoiser.scaling.clamp(sigma)
-        x0_hat = denoiser(x0 + per_sample(sigma, x0) * noise, sigma, label, augment=augment)
+        x0_hat = denoiser(x0 + per_sample(sigma, x0) * noise, sigma, label, augment=augment, condition=condition)
         return self.weigh(x0_hat, x0, sigma, denoiser.scaling)
 
     def weigh(self, x0_hat: Tensor, x0: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
@@ -241,6 +243,7 @@ class HybridLoss(DenoisingLoss):
         noise: Tensor,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample; see `DenoisingLoss.forward`.
 
@@ -251,7 +254,7 @@ class HybridLoss(DenoisingLoss):
             raise ValueError("HybridLoss trains a predicted variance; use a LearnedVarianceDenoiser, or DenoisingLoss.")
         sigma = denoiser.scaling.clamp(sigma)
         x = x0 + per_sample(sigma, x0) * noise
-        x0_hat, v = denoiser.learned_variance(x, sigma, sigma, label, augment)
+        x0_hat, v = denoiser.learned_variance(x, sigma, sigma, label, augment, condition)
         bound = self.bound(x0_hat.detach(), v, x0, sigma, denoiser.scaling)
         return self.weigh(x0_hat, x0, sigma, denoiser.scaling) + self.vlb_weight * bound
 

@@ -1,5 +1,6 @@
 """Checks of a network's arguments and images; each raises a ValueError of one sentence."""
 
+import torch
 from torch import Tensor
 
 
@@ -40,3 +41,17 @@ def require_image(x: Tensor, channels: int, multiple: int) -> None:
             f"Images of {x.shape[2]}x{x.shape[3]} have a side that is not a multiple of {multiple}, by which "
             f"this network divides them: resize or pad them, or build the network with fewer levels or smaller patches."
         )
+
+
+def with_condition(x: Tensor, condition: Tensor | None, channels: int) -> Tensor:
+    """Return the images x (B, C, H, W) followed by the channels of their condition, zeros where there is none."""
+    if channels == 0:
+        if condition is not None:
+            raise ValueError("This network was built without a condition image; set condition_channels.")
+        return x
+    shape = (len(x), channels, *x.shape[2:])
+    if condition is None:
+        condition = x.new_zeros(shape)
+    if condition.shape != shape:
+        raise ValueError(f"The network takes a condition of shape {shape}, not {tuple(condition.shape)}.")
+    return torch.cat([x, condition], dim=1)

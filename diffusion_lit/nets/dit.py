@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count, check_number
-from diffusion_lit.nets.checks import require_image, require_image_size
+from diffusion_lit.nets.checks import require_image, require_image_size, with_condition
 from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName, attention, recomputed
 from diffusion_lit.nets.tokens import SwiGLU, rotary_angles, rotate, token_norm
 
@@ -112,6 +112,7 @@ class DiT(nn.Module):
         rope: Turn queries and keys by their place instead of adding a code to the tokens; a head needs a multiple of 4
             channels.
         swiglu: Gate the perceptrons, whose hidden width becomes two thirds for as many weights.
+        condition_channels: Channels of a condition image, which is concatenated to the input; 0 for none.
 
     Raises:
         ValueError: An argument is out of range, or the patches do not divide the image size.
@@ -139,6 +140,7 @@ class DiT(nn.Module):
         qk_norm: bool = False,
         rope: bool = False,
         swiglu: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__()
         self.takes_until = takes_until
@@ -153,7 +155,7 @@ class DiT(nn.Module):
             depth=depth,
             num_heads=num_heads,
         )
-        check_count(0, num_classes=num_classes, augment_dim=augment_dim)
+        check_count(0, num_classes=num_classes, augment_dim=augment_dim, condition_channels=condition_channels)
         require_image_size(image_size, patch_size, f"patch_size={patch_size}")
         if hidden_channels % 4 or hidden_channels % num_heads:
             raise ValueError(
@@ -176,9 +178,10 @@ class DiT(nn.Module):
         self.image_size = image_size
         self.num_classes = num_classes
         self.augment_dim = augment_dim
+        self.condition_channels = condition_channels
         self.patch_size = patch_size
         self.hidden_channels = hidden_channels
-        self.stem = nn.Linear(in_channels * patch_size**2, hidden_channels)
+        self.stem = nn.Linear((in_channels + condition_channels) * patch_size**2, hidden_channels)
         self.conditioning = Conditioning(
             256, hidden_channels, noise_embedding, num_classes, augment_dim, "after", takes_until
         )
@@ -217,6 +220,7 @@ class DiT(nn.Module):
         noise: Tensor,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         until: Tensor | None = None,
     ) -> Tensor:
@@ -228,6 +232,7 @@ class DiT(nn.Module):
             label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
             augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
             until: c_noise of the second noise level, shape (B,), for a network that takes it; None for the first one.
+            condition: Condition images, shape (B, condition_channels, H, W); None for the null condition, zeros.
 
         Returns:
             The prediction, shape (B, out_channels, H, W).
@@ -237,6 +242,7 @@ class DiT(nn.Module):
                 the network was built without.
         """
         require_image(x, self.in_channels, self.patch_size)
+        x = with_condition(x, condition, self.condition_channels)
         height, width = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         emb = self.conditioning(noise, label, augment, until)
         p = self.patch_size

@@ -34,6 +34,7 @@ class DDPMCIFAR10(UNet):
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none as in the paper.
         activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
+        condition_channels: Channels of a condition image; 0 for none.
 
     Source: Ho 2020, arXiv 2006.11239, appendix B.
     """
@@ -48,6 +49,7 @@ class DDPMCIFAR10(UNet):
         out_channels: int | None = None,
         augment_dim: int = 0,
         activation_checkpointing: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -63,6 +65,7 @@ class DDPMCIFAR10(UNet):
             out_channels=out_channels,
             augment_dim=augment_dim,
             activation_checkpointing=activation_checkpointing,
+            condition_channels=condition_channels,
             adaptive_scale=False,
             resample="conv",
             decoder_attention="all",
@@ -85,6 +88,7 @@ class DDPMpp(UNet):
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels; the paper's is 9, and 0 leaves them out.
         activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
+        condition_channels: Channels of a condition image; 0 for none.
 
     Source: Song 2021, arXiv 2011.13456, appendix H; Karras 2022, arXiv 2206.00364, table 7 and appendix F.2.
     """
@@ -100,6 +104,7 @@ class DDPMpp(UNet):
         out_channels: int | None = None,
         augment_dim: int = 9,
         activation_checkpointing: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -115,6 +120,7 @@ class DDPMpp(UNet):
             out_channels=out_channels,
             augment_dim=augment_dim,
             activation_checkpointing=activation_checkpointing,
+            condition_channels=condition_channels,
             adaptive_scale=False,
             resample="block",
             resample_filter=(1, 1),
@@ -141,6 +147,7 @@ class PlainUNet(UNet):
         out_channels: Channels of the output; None for those of the image.
         augment_dim: Length of the augmentation labels, 0 for none.
         activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
+        condition_channels: Channels of a condition image; 0 for none.
     """
 
     def __init__(
@@ -157,6 +164,7 @@ class PlainUNet(UNet):
         out_channels: int | None = None,
         augment_dim: int = 0,
         activation_checkpointing: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -172,6 +180,7 @@ class PlainUNet(UNet):
             out_channels=out_channels,
             augment_dim=augment_dim,
             activation_checkpointing=activation_checkpointing,
+            condition_channels=condition_channels,
         )
 
 
@@ -189,6 +198,7 @@ class DiT_S_2(DiT):
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none.
         activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
+        condition_channels: Channels of a condition image; 0 for none.
 
     Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
     """
@@ -202,6 +212,7 @@ class DiT_S_2(DiT):
         out_channels: int | None = None,
         augment_dim: int = 0,
         activation_checkpointing: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -215,6 +226,7 @@ class DiT_S_2(DiT):
             out_channels=out_channels,
             augment_dim=augment_dim,
             activation_checkpointing=activation_checkpointing,
+            condition_channels=condition_channels,
         )
 
 
@@ -229,6 +241,7 @@ class DiT_B_2(DiT):
         out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels, 0 for none.
         activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
+        condition_channels: Channels of a condition image; 0 for none.
 
     Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
     """
@@ -242,6 +255,7 @@ class DiT_B_2(DiT):
         out_channels: int | None = None,
         augment_dim: int = 0,
         activation_checkpointing: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -255,4 +269,5 @@ class DiT_B_2(DiT):
             out_channels=out_channels,
             augment_dim=augment_dim,
             activation_checkpointing=activation_checkpointing,
+            condition_channels=condition_channels,
         )

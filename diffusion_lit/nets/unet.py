@@ -27,6 +27,7 @@ from diffusion_lit.nets.checks import (
     require_image_size,
     require_levels,
     require_one_of,
+    with_condition,
 )
 from diffusion_lit.nets.layers import (
     Attention,
@@ -148,6 +149,7 @@ class UNet(nn.Module):
         activation_checkpointing: Keep only the feature maps between blocks for the backward pass and compute what lies
             within a block again: less than half the memory, for about a third more time.
         takes_until: Whether the network is told a second noise level, the one that a step ends at (MeanFlow).
+        condition_channels: Channels of a condition image, which is concatenated to the input; 0 for none.
 
     Raises:
         ValueError: An argument is out of range, or the levels do not divide the image size.
@@ -179,6 +181,7 @@ class UNet(nn.Module):
         decoder_attention: Literal["all", "last"] = "all",
         activation_checkpointing: bool = False,
         takes_until: bool = False,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__()
         self.takes_until = takes_until
@@ -194,7 +197,7 @@ class UNet(nn.Module):
             head_channels=head_channels,
         )
         check_counts("channel_mult", channel_mult, empty=False)
-        check_count(0, num_classes=num_classes, augment_dim=augment_dim)
+        check_count(0, num_classes=num_classes, augment_dim=augment_dim, condition_channels=condition_channels)
         check_number(least=0, below=1, dropout=dropout)
         check_number(above=0, skip_scale=skip_scale)
         check_numbers("resample_filter", resample_filter)
@@ -205,6 +208,7 @@ class UNet(nn.Module):
         self.image_size = image_size
         self.num_classes = num_classes
         self.augment_dim = augment_dim
+        self.condition_channels = condition_channels
         self.patch_size = patch_size
         self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
         require_image_size(
@@ -237,7 +241,7 @@ class UNet(nn.Module):
             attention_resolutions = (8,) if 8 in sizes else ()
         full = require_levels("attention_resolutions", attention_resolutions, sizes)
         linear = require_levels("linear_attention_resolutions", linear_attention_resolutions, sizes)
-        self.stem = nn.Conv2d(in_channels * patch_size**2, model_channels, 3, padding=1)
+        self.stem = nn.Conv2d((in_channels + condition_channels) * patch_size**2, model_channels, 3, padding=1)
         channels = model_channels
         skips = [channels]
         self.encoder = nn.ModuleList()
@@ -287,6 +291,7 @@ class UNet(nn.Module):
         noise: Tensor,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
         *,
         until: Tensor | None = None,
     ) -> Tensor:
@@ -298,6 +303,7 @@ class UNet(nn.Module):
             label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
             augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
             until: c_noise of the second noise level, shape (B,), for a network that takes it; None for the first one.
+            condition: Condition images, shape (B, condition_channels, H, W); None for the null condition, zeros.
 
         Returns:
             The prediction, shape (B, out_channels, H, W).
@@ -307,6 +313,7 @@ class UNet(nn.Module):
                 the network was built without.
         """
         require_image(x, self.in_channels, self.size_multiple)
+        x = with_condition(x, condition, self.condition_channels)
         if self.conditioning is not None:
             emb = self.conditioning(noise, label, augment, until)
         elif label is None and augment is None and until is None:

@@ -117,6 +117,21 @@ def test_augmentation_labels_travel_only_when_given():
     assert not torch.equal(plain, augmented)
 
 
+@pytest.mark.parametrize("kind", [Denoiser, LearnedVarianceDenoiser])
+def test_a_condition_image_travels_as_it_is(kind):
+    net = TinyNet(out_channels=4 if kind is LearnedVarianceDenoiser else 2)
+    net.condition_channels = 3
+    denoiser = kind(net, EpsPreconditioning(SCHEDULE))
+    x, sigma = noisy()
+    condition = torch.full((4, 3, 8, 8), 0.5)
+    denoiser(x, sigma), denoiser(x, sigma, condition=condition)
+    assert "condition" not in net.calls[0] and torch.equal(net.calls[1]["condition"], condition)
+    with pytest.raises(ValueError, match=r"condition has shape \(4, 2, 8, 8\)"):
+        denoiser(x, sigma, condition=condition[:, :2])
+    with pytest.raises(ValueError, match="model that takes none"):
+        Denoiser(TinyNet(), EDMPreconditioning())(x, sigma, condition=condition)
+
+
 def test_compiles_into_one_graph():
     denoiser = Denoiser(TinyNet(num_classes=3), EDMPreconditioning())
     x, sigma = noisy()

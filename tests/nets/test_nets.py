@@ -93,6 +93,21 @@ def test_every_condition_is_used(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_condition_image_is_more_channels_of_the_input(name):
+    net, wide = build(name, condition_channels=3), build(name, in_channels=5, out_channels=2)
+    wide.load_state_dict(net.state_dict())
+    x, noise = batch()
+    condition = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        out = net(x, noise, condition=condition)
+        assert torch.equal(out, wide(torch.cat([x, condition], 1), noise))
+        assert torch.equal(net(x, noise), net(x, noise, condition=torch.zeros_like(condition)))
+        assert (net(x, noise) - out).abs().max() > 1e-3 * out.std()
+    with pytest.raises(ValueError, match=r"condition of shape \(3, 3, 16, 16\)"):
+        net(x, noise, condition=condition[:, :2])
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_no_label_is_the_null_class(name):
     net = build(name, num_classes=3)
     x, noise = batch()
@@ -130,6 +145,8 @@ def test_conditions_without_a_place_are_refused(name):
         net(x, noise, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="augment_dim"):
         net(x, noise, augment=torch.zeros(3, 9))
+    with pytest.raises(ValueError, match="condition_channels"):
+        net(x, noise, condition=x)
 
 
 @pytest.mark.parametrize("name", SMALL)
