@@ -6,6 +6,7 @@ from datamodules.cifar10 import CIFAR10
 from datamodules.digits import Digits
 from datamodules.folder import ImageFolder, Landscapes
 from datamodules.mnist import MNIST, FashionMNIST
+from datamodules.paired import PairedFolder
 from datamodules.single_image import SingleImage
 from datamodules.subset import Subset
 
@@ -18,6 +19,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolder",
     "Landscapes",
+    "PairedFolder",
     "SingleImage",
     "Subset",
 ]

@@ -120,8 +120,8 @@ class ImageDataModule(LightningDataModule):
         if name not in SPLITS:
             raise ValueError(f"There is no split {name!r}; choose one of {', '.join(SPLITS)}.")
         if name not in self._splits:
-            images, labels = self.read(name)
-            self._splits[name] = Split(images, labels if self.use_labels else None)
+            read = self.read(name)
+            self._splits[name] = read if self.use_labels else read._replace(labels=None)
         return self._splits[name]
 
     def reference_images(self, split: str) -> Array:
@@ -133,7 +133,7 @@ class ImageDataModule(LightningDataModule):
         Returns:
             A uint8 tensor or memory-mapped array (N, C, H, W).
         """
-        parts = [self.split(name).images for name in split.split("+")]
+        parts = [self.split(name).own for name in split.split("+")]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts])
@@ -161,7 +161,7 @@ class ImageDataModule(LightningDataModule):
         """
         digest = hashlib.sha256()
         for name in split.split("+"):
-            images, labels = self.split(name)
+            images, labels = self.split(name).images, self.split(name).labels
             digest.update(repr(tuple(images.shape)).encode())
             for start in range(0, len(images), 4096):
                 digest.update(np.ascontiguousarray(np.asarray(images[start : start + 4096])).tobytes())

@@ -29,10 +29,19 @@ Array = Tensor | np.ndarray
 
 
 class Split(NamedTuple):
-    """The images of one split, uint8 (N, C, H, W), and their classes, int64 (N,), or None."""
+    """The images of one split, uint8 (N, C, H, W), their classes, int64 (N,), or None, and paired images.
+
+    The last `given` channels are those of an image that belongs to each, which batches have under that name.
+    """
 
     images: Array
     labels: Tensor | None
+    given: int = 0
+
+    @property
+    def own(self) -> Array:
+        """The images without those that are paired with them."""
+        return self.images[:, : -self.given] if self.given else self.images
 
 
 class Key(NamedTuple):
@@ -122,6 +131,7 @@ class BatchLoader:
             )
         self.images = split.images
         self.labels = None if split.labels is None else split.labels.to(device)
+        self.given = split.given
         self.batch_size = batch_size
         self.world = world
         self.rank = rank
@@ -163,7 +173,8 @@ class BatchLoader:
             key: Its key.
 
         Returns:
-            "image" in [-1, 1], "index" (rows of the split) and, where there are labels, "label", all on the device.
+            "image" in [-1, 1], "index" (rows of the split) and, where there are labels, "label", and where images are
+            paired, "given", in [-1, 1], all on the device.
         """
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()  # or the copy would wait, and the host with it
@@ -172,6 +183,8 @@ class BatchLoader:
             images = self.augment(images, key)
         rows = key.rows.to(self.device, non_blocking=True)
         batch = {"image": normalise(images), "index": rows}
+        if self.given:
+            batch["image"], batch["given"] = batch["image"].tensor_split((-self.given,), dim=1)
         if self.labels is not None:
             batch["label"] = self.labels[rows]
         return batch

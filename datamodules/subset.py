@@ -78,7 +78,8 @@ class Subset(ImageDataModule):
         Raises:
             ValueError: If there are fewer images than are asked for, a class is unknown, or none is left.
         """
-        images, labels = self.data.split(split)
+        whole = self.data.split(split)
+        images, labels = whole.images, whole.labels
         rows = self._of_classes(labels)
         if split == "train" and self.count is not None:
             size = len(images) if rows is None else len(rows)
@@ -87,10 +88,12 @@ class Subset(ImageDataModule):
             places = torch.arange(self.count) * size // self.count
             rows = places if rows is None else rows[places]
         if rows is None:
-            return Split(images, labels)
+            return whole
         kept = images[rows] if isinstance(images, Tensor) else torch.from_numpy(images[rows.numpy()])
         labels = None if labels is None else labels[rows]
-        return Split(kept, self._numbers()[labels] if labels is not None and self.without else labels)
+        return whole._replace(
+            images=kept, labels=self._numbers()[labels] if labels is not None and self.without else labels
+        )
 
     def _of_classes(self, labels: Tensor | None) -> Tensor | None:
         """The rows of a split whose class is not left out; None for all."""
@@ -111,13 +114,16 @@ class Subset(ImageDataModule):
         mine = self.class_names
         return torch.tensor([mine.index(name) if name in mine else -1 for name in self.data.class_names])
 
-    def _loader_arguments(self, name: str) -> dict[str, object]:
+    def _loader_arguments(self, name: str) -> dict[str, Any]:
         """The arguments of a loader, of training images repeated."""
         arguments = super()._loader_arguments(name)
         if name == "train":
-            images, labels = arguments["split"]
+            split = arguments["split"]
+            images, labels = split.images, split.labels
             rows = torch.arange(len(images), device=images.device).repeat(
                 -(-max(EPOCH, self.batch_size) // len(images))
             )
-            arguments["split"] = Split(images[rows], None if labels is None else labels[rows.cpu()])
+            arguments["split"] = split._replace(
+                images=images[rows], labels=None if labels is None else labels[rows.cpu()]
+            )
         return arguments

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from diffusion_lit.checks import check_count, check_numbers
 from diffusion_lit.modules.base import DiffusionModule
+from diffusion_lit.modules.given import PAIR
 
 
 class LossByNoiseLevel(Callback):
@@ -40,9 +41,12 @@ class LossByNoiseLevel(Callback):
         x0 = pl_module.x0(batch, "val", batch_idx)
         label = batch.get("label") if pl_module.num_classes else None
         scaling = pl_module.denoiser.scaling
-        noise = pl_module.keyed_noise(x0.shape, "loss_by_sigma", index=pl_module.rows_of(batch, batch_idx))
+        index = pl_module.rows_of(batch, batch_idx).to(x0.device)
+        noise = pl_module.keyed_noise(x0.shape, "loss_by_sigma", index=index)
+        condition = pl_module.held_out_condition(x0, batch.get(PAIR), index, "val")
+        told = {} if condition is None else {"condition": condition}
         for level in self.sigmas:
             if bool(scaling.knows(torch.tensor(level))):
                 sigma = torch.full((len(x0),), level, device=x0.device)
-                loss = pl_module.loss(pl_module.denoiser, x0, sigma, noise, label).mean()
+                loss = pl_module.loss(pl_module.denoiser, x0, sigma, noise, label, **told).mean()
                 pl_module.log(f"loss_by_sigma/{level:g}", loss, batch_size=len(x0), sync_dist=True)

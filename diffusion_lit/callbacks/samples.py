@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion_lit.callbacks.intervals import ends
 from diffusion_lit.callbacks.loggers import show_image
 from diffusion_lit.checks import check_count
+from diffusion_lit.report.given import given_sheet
 from diffusion_lit.report.images import StepRecorder, png_bytes, save_gif, titled_grid
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
@@ -156,6 +157,10 @@ class SampleGrid(DrawingCallback):
         names = [str(name) for name in module.class_names[:rows]] if module.num_classes else []
         grid = titled_grid([list(row) for row in torch.split(samples, self.columns)], names)
         self.write(trainer, "samples", "samples", grid)
+        if getattr(module, "condition", None) is not None:
+            first = samples[: self.columns]
+            seeds = range(self.seed, self.seed + len(first))
+            self.write(trainer, "given", "given", given_sheet(module, seeds, first))
 
 
 class Trajectory(DrawingCallback):

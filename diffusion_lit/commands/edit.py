@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
-from torch.nn.functional import interpolate as enlarge
 
 from diffusion_lit.checks import check_count, check_number
-from diffusion_lit.commands.edit_options import SAMPLES, ImageOptions, Options, decibels, image_size, read_pixels
+from diffusion_lit.commands.edit_options import ImageOptions, Options, decibels, in_decibels, seed_names
+from diffusion_lit.commands.edit_restore import colorize, deblur, inpaint, super_resolve
 from diffusion_lit.commands.edit_steps import Passed
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling, check_follows_ode
@@ -51,7 +50,7 @@ def forward(
         sigma: editing.visible(model, editing.forward(model, images, sigma, seeds), sigma).cpu() for sigma in sigmas
     }
     rows = [[Cell(image[0])] + [Cell(noisy[sigma][row]) for sigma in sigmas] for row in range(num_samples)]
-    figure = labelled_grid(rows, ["image", *named.values()], _seeds(seeds))
+    figure = labelled_grid(rows, ["image", *named.values()], seed_names(seeds))
     files = {"input": image} | {f"sigma_{sigma:g}": noisy[sigma] for sigma in sigmas}
     facts = {"sigmas": sigmas, "timesteps": timesteps, "seeds": list(seeds)}
     options.write("forward", model, None, figure, files, facts)
@@ -109,7 +108,9 @@ def denoise(
         ).cpu()
     figures = {name: {f"{s:g}": decibels(each[s], image)[0] for s in sigmas} for name, each in made.items()}
     names = {"noisy": "noisy", "blur": "Gaussian blur", "one_step": "one step", "iterative": "step by step"}
-    cells = {name: [Cell(each[s][0], _db(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()}
+    cells = {
+        name: [Cell(each[s][0], in_decibels(figures[name][f"{s:g}"])) for s in sigmas] for name, each in made.items()
+    }
     figure = labelled_grid(list(cells.values()), list(named.values()), list(names.values()))
     if shown_steps:
         figure = _strip(passed, named, cells, names)
@@ -166,11 +167,11 @@ def img2img(
     }
     values = {start: decibels(made[start], image) for start in starts}
     rows = [
-        [*[Cell(made[start][row], _db(values[start][row])) for start in starts], Cell(image[0])]
+        [*[Cell(made[start][row], in_decibels(values[start][row])) for start in starts], Cell(image[0])]
         for row in range(num_samples)
     ]
     columns = [f"start {start}\nsigma {levels[start]:.3g}" for start in starts]
-    figure = labelled_grid(rows, [*columns, "image"], _seeds(seeds))
+    figure = labelled_grid(rows, [*columns, "image"], seed_names(seeds))
     facts = {
         "starts": {str(start): {"sigma": levels[start], "psnr": values[start]} for start in starts},
         "seeds": list(seeds),
@@ -178,60 +179,6 @@ def img2img(
     }
     named = {"input": image} | {f"start_{start}": made[start] for start in starts}
     options.write("img2img", model, sampling, figure, named, facts)
-
-
-def inpaint(
-    options: ImageOptions,
-    mask: str | None = None,
-    box: tuple[int, int, int, int] | None = None,
-    resamplings: int = 5,
-    jump: int = 1,
-    num_samples: int = 4,
-) -> None:
-    """Fills in a part of an image; the rest of the result is the image itself, bit for bit.
-
-    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling and output.
-        mask: Image file that is white (or transparent) where to fill in, of the size of the image or of the model.
-        box: The part to fill in as JSON, '[left, top, right, bottom]', in pixels of the model's size; by default the
-            middle half.
-        resamplings: How often each window of steps is run (RePaint's r).
-        jump: Steps in a window (RePaint's j).
-        num_samples: Results.
-    """
-    model = options.load()
-    sampling = options.sampling(model, editing.revising(model.sampling))
-    seeds, image = options.seeds(num_samples), options.read(model)
-    known = _known(options, model, mask, box)
-    images, labels = image.expand(num_samples, -1, -1, -1), options.condition(model, num_samples)
-    made = editing.inpaint(
-        model, images, known, labels=labels, seeds=seeds, sampling=sampling, resamplings=resamplings, jump=jump
-    ).cpu()
-    seen = torch.where(known, image, 0.0)
-    values = decibels(made, image)
-    shade = (1.0 - 2.0 * known.float()).expand_as(image)
-    cells = [
-        Cell(image[0]),
-        Cell(shade[0]),
-        Cell(seen[0]),
-        *[Cell(x, _db(value)) for x, value in zip(made, values, strict=True)],
-    ]
-    figure = labelled_grid([cells], ["image", "mask", "known", *_seeds(seeds)], [""])
-    facts = {
-        "known_share": float(known.float().mean()),
-        "known_pixels_are_the_images": bool((made == image)[known.expand_as(made)].all()),
-        "psnr": values,
-        "mask": mask,
-        "box": box,
-        "resamplings": resamplings,
-        "jump": jump,
-        "seeds": list(seeds),
-        "labels": options.names(model, labels),
-    }
-    named = {"input": image, "mask": 1.0 - 2.0 * known.float(), "result": made}
-    options.write("inpaint", model, sampling, figure, named, facts)
 
 
 def anagram(
@@ -260,7 +207,7 @@ def anagram(
     made = editing.anagram(model, made_views, labels, seeds=seeds, sampling=sampling).cpu()
     names = options.names(model, None if labels is None else labels[0]) or [""] * len(view)
     rows = [[Cell(x) for x in change.apply(made)] for change in made_views]
-    figure = labelled_grid(rows, _seeds(seeds), [f"{v}\n{name}" for v, name in zip(view, names, strict=True)])
+    figure = labelled_grid(rows, seed_names(seeds), [f"{v}\n{name}" for v, name in zip(view, names, strict=True)])
     facts = {"views": view, "labels": names, "seeds": list(seeds)}
     images = {f"result_{name}": change.apply(made) for name, change in zip(view, made_views, strict=True)}
     options.write("anagram", model, sampling, figure, images, facts)
@@ -291,7 +238,7 @@ def hybrid(
     ).cpu()
     far, near = options.names(model, pair)
     sizes = [sizes_image(x[None], model.image_shape[1]) for x in made]
-    figure = headed(sizes, f"{near} from near, {far} from afar", _seeds(seeds))
+    figure = headed(sizes, f"{near} from near, {far} from afar", seed_names(seeds))
     facts = {"far": far, "near": near, "blur_sigma": blur_sigma, "kernel_size": kernel_size, "seeds": list(seeds)}
     options.write("hybrid", model, sampling, figure, {"result": made}, facts)
 
@@ -338,7 +285,7 @@ def invert(options: ImageOptions) -> None:
     back = editing.denoise(model, x, sigma, labels=labels, sampling=sampling).cpu()
     noise = editing.visible(model, x, sigma).cpu()
     value = decibels(back, image)[0]
-    cells = [Cell(image[0]), Cell(noise[0], f"sigma {sigma:.3g}"), Cell(back[0], _db(value))]
+    cells = [Cell(image[0]), Cell(noise[0], f"sigma {sigma:.3g}"), Cell(back[0], in_decibels(value))]
     figure = labelled_grid([cells], ["image", "its noise", "back"], [""])
     facts = {
         "psnr": value,
@@ -385,108 +332,6 @@ def guidance(
     options.write("guidance", model, sampling, figure, images, facts)
 
 
-def colorize(options: ImageOptions, resamplings: int = 5, jump: int = 1, num_samples: int = 4) -> None:
-    """Gives an image other colours: its grey stays, to the last bit that rounding leaves.
-
-    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling and output.
-        resamplings: How often each window of steps is run (RePaint's r).
-        jump: Steps in a window (RePaint's j).
-        num_samples: Results.
-    """
-    model = options.load()
-    sampling = options.sampling(model, editing.revising(model.sampling))
-    seeds, image = options.seeds(num_samples), options.read(model)
-    labels = options.condition(model, num_samples)
-    grey = editing.to_grey(image) if image.shape[1] == 3 else image
-    made = editing.colorize(
-        model,
-        grey.expand(num_samples, -1, -1, -1),
-        labels=labels,
-        seeds=seeds,
-        sampling=sampling,
-        resamplings=resamplings,
-        jump=jump,
-    ).cpu()
-    error = float((editing.to_grey(made) - grey).abs().max())
-    _restored(options, "colorize", model, sampling, image, {"grey": grey}, made, seeds, labels, {"grey_error": error})
-
-
-def super_resolve(
-    options: ImageOptions, factor: int = 4, resamplings: int = 5, jump: int = 1, num_samples: int = 4
-) -> None:
-    """Gives a small image detail: its pixels stay the means over squares of the result.
-
-    The image is fitted to the model and shrunk; one that is smaller than the model's images is fitted to the small
-    size instead. Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling and output.
-        factor: Pixels of the result along the side of one of the small image.
-        resamplings: How often each window of steps is run (RePaint's r).
-        jump: Steps in a window (RePaint's j).
-        num_samples: Results.
-    """
-    model = options.load()
-    sampling = options.sampling(model, editing.revising(model.sampling))
-    side = model.image_shape[1]
-    if factor < 2 or side % factor:
-        raise ValueError(f"factor is {factor}; it must be at least 2 and divide the model's {side} pixels.")
-    seeds, labels = options.seeds(num_samples), options.condition(model, num_samples)
-    image = options.read(model)
-    small = avg_pool2d(image, factor)
-    if options.image not in (None, *SAMPLES) and min(image_size(options.image)) < side:
-        small = options.read(model, side // factor)
-    made = editing.super_resolve(
-        model,
-        small.expand(num_samples, -1, -1, -1),
-        labels=labels,
-        seeds=seeds,
-        sampling=sampling,
-        resamplings=resamplings,
-        jump=jump,
-    ).cpu()
-    given = {
-        "small": small,
-        "nearest": enlarge(small, scale_factor=factor),
-        "bicubic": enlarge(small, scale_factor=factor, mode="bicubic"),
-    }
-    error = float((avg_pool2d(made, factor) - small).abs().max())
-    facts = {"factor": factor, "mean_error": error}
-    _restored(options, "super_resolve", model, sampling, image, given, made, seeds, labels, facts)
-
-
-def _restored(
-    options: ImageOptions,
-    task: str,
-    model: Any,
-    sampling: Sampling,
-    image: Tensor,
-    given: dict[str, Tensor],
-    made: Tensor,
-    seeds: Sequence[int],
-    labels: Tensor | None,
-    facts: dict[str, Any],
-) -> None:
-    """Writes what a restoration made: the image, what was known of it, the results with their PSNR."""
-    compared = {name: x for name, x in given.items() if x.shape == image.shape}
-    values = {name: decibels(x, image)[0] for name, x in compared.items()}
-    results = decibels(made, image)
-    cells = [Cell(image[0])]
-    cells += [Cell(x[0], _db(values[name]) if name in values else "") for name, x in given.items()]
-    cells += [Cell(x, _db(value)) for x, value in zip(made, results, strict=True)]
-    figure = labelled_grid([cells], ["image", *given, *_seeds(seeds)], [""])
-    facts = {
-        **facts,
-        "psnr": {**values, "results": results},
-        "seeds": list(seeds),
-        "labels": options.names(model, labels)[:1],
-    }
-    options.write(task, model, sampling, figure, {"input": image, **given, "result": made}, facts)
-
-
 def _levels(model: Any, sigmas: Sequence[float], timesteps: Sequence[int] | None) -> dict[float, str]:
     """The noise levels asked for, each with its heading: as they are, or at steps of the model's schedule."""
     if timesteps is None:
@@ -499,33 +344,6 @@ def _levels(model: Any, sigmas: Sequence[float], timesteps: Sequence[int] | None
         if not 0 <= step <= last:
             raise ValueError(f"There is no step {step} in --timesteps; the model's schedule has steps 0 to {last}.")
     return {float(schedule.sigmas[t]): f"t {t}\nsigma {float(schedule.sigmas[t]):.3g}" for t in timesteps}
-
-
-def _known(options: ImageOptions, model: Any, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
-    """Which pixels are known, bool (1, 1, H, W)."""
-    _, height, width = model.image_shape
-    if mask is not None and box is not None:
-        raise ValueError("Both --mask and --box were given; give one of them.")
-    known = torch.ones(1, 1, height, width, dtype=torch.bool)
-    if mask is None:
-        left, top, right, bottom = box or (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise ValueError(
-                f"The box [{left}, {top}, {right}, {bottom}] does not lie in the {width}x{height} pixels of the "
-                "model's images; give [left, top, right, bottom] with left < right and top < bottom."
-            )
-        known[..., top:bottom, left:right] = False
-        return known
-    marked = read_pixels(mask, height, 1, resize="area")[None]
-    size = image_size(mask)
-    of_image = image_size(options.image) if options.image not in (None, *SAMPLES) else None
-    if size not in ((width, height), of_image):
-        whose = "" if of_image is None else f"the image's {of_image[0]}x{of_image[1]} or "
-        raise ValueError(
-            f"The mask {mask} is {size[0]}x{size[1]} pixels; make it {whose}the model's {width}x{height}, so that it "
-            "is clear what it covers."
-        )
-    return marked < 128
 
 
 def sizes_image(images: Tensor, side: int) -> Image.Image:
@@ -578,14 +396,6 @@ def headed(images: Sequence[Image.Image], title: str, headings: Sequence[str]) -
     return canvas
 
 
-def _db(value: float) -> str:
-    return f"{value:.1f} dB"
-
-
-def _seeds(seeds: Sequence[int]) -> list[str]:
-    return [f"seed {seed}" for seed in seeds]
-
-
 TASKS: dict[str, Callable[..., None]] = {
     "forward": forward,
     "denoise": denoise,
@@ -598,4 +408,5 @@ TASKS: dict[str, Callable[..., None]] = {
     "guidance": guidance,
     "colorize": colorize,
     "super_resolve": super_resolve,
+    "deblur": deblur,
 }

@@ -384,3 +384,13 @@ def decibels(images: Tensor, image: Tensor) -> list[float]:
     """PSNR of images (B, C, H, W) against one (1, C, H, W), as 8-bit images, at most 100 dB (equal)."""
     values: list[float] = psnr(to_uint8(images), to_uint8(image)).tolist()
     return [round(value, 2) for value in values]
+
+
+def in_decibels(value: float) -> str:
+    """A PSNR as it stands under an image."""
+    return f"{value:.1f} dB"
+
+
+def seed_names(seeds: Sequence[int]) -> list[str]:
+    """What stands above the image of each seed."""
+    return [f"seed {seed}" for seed in seeds]

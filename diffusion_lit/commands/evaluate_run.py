@@ -201,6 +201,12 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
         return data, extractor
 
     data, extractor = rank_zero_first(prepare, "data and extractor")
+    if getattr(module, "condition", None) is not None:
+        if plan.likelihood:
+            raise ValueError(
+                "--likelihood is that of images alone, but the model is given an image of each; leave it out."
+            )
+        module.give(data, "test")
     module.to(fabric.device)
     extractor.to(fabric.device)
 
@@ -309,6 +315,7 @@ def make_job(
         "sampling": setting.record(),
         "guide": guide_of(module, [setting]),
         "labels": rule,
+        **({"given": module.told()} if getattr(module, "condition", None) is not None else {}),
         "image_shape": list(module.image_shape),
         "extractor": extractor.identity(),
     }
@@ -386,6 +393,7 @@ def header(
             "num_blocks": plan.num_blocks,
             "seeds": [plan.seed, plan.seed + plan.total - 1],
             "labels": choose_labels(plan, module, data)[1],
+            **({"given": module.told()} if getattr(module, "condition", None) is not None else {}),
             "precision": "float32 weights and sampling, uint8 images, float32 features, float64 statistics",
             "float32": float32_arithmetic(),
         },

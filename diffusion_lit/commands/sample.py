@@ -18,6 +18,8 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.modules.labels import check_guidance, parse_labels
+from diffusion_lit.modules.load import give_held_out
+from diffusion_lit.report.given import given_sheet
 from diffusion_lit.report.images import StepRecorder, save_gif, titled_grid
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.ranks import fabric, several
@@ -25,6 +27,7 @@ from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
 
 PREVIEW_SIDE = 2048  # pixels of the grid's sides, about
+SHOWN = 10  # samples of given.png
 RECORDED = 16  # samples whose steps are kept for --trajectory
 
 
@@ -41,6 +44,7 @@ def sample(
     compile: bool = False,
     devices: int = 1,
     strategy: str = "auto",
+    data_root: str | None = None,
 ) -> None:
     """Draws images from a checkpoint, or from a pretrained model of diffusers.
 
@@ -51,6 +55,8 @@ def sample(
     pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are used.
     With several --num_steps the samples by each lie in OUT/steps_10, OUT/steps_20, ..., and OUT/table.png has the first
     one of each prompt or class in a row, a column per number of steps.
+    A model that is given an image is given those of its data's test split, degraded or as they are paired: the sample
+    of seed s is given image s. OUT/given.png shows what it was given, the sample, and the image itself.
 
     Args:
         options: Model, condition and sampling. Without --labels or --prompt, a model with classes or of texts draws
@@ -68,6 +74,7 @@ def sample(
         compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
         devices: Number of processes, one per device, that share the work.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
+        data_root: Where the checkpoint's own data lies now, for a model that is given its test images.
 
     Raises:
         ValueError: If the model cannot be used or an option does not fit it.
@@ -82,6 +89,7 @@ def sample(
     module = options.load_model(stage_2=stage_2, stage_2_options=stage_2_options)
     if size is not None:
         take_size(module, size)
+    give_held_out(module, options.ckpt_path, data_root)
     prompts = options.prompts
     if num_samples < len(prompts):
         raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")
@@ -254,7 +262,7 @@ class SampleJob:
             recorder: How the first ones came to be, or None.
         """
         singles = [f"trajectory_{index}.gif" for index in range(RECORDED)]
-        for name in ("trajectory.png", "trajectory.gif", "samples.partial.npz", *singles):
+        for name in ("trajectory.png", "trajectory.gif", "given.png", "samples.partial.npz", *singles):
             (self.folder / name).unlink(missing_ok=True)
         preview.image().save(self.folder / "grid.png")
         if recorder is not None and recorder.x:
@@ -262,6 +270,12 @@ class SampleJob:
             save_gif(recorder.frames(columns=4), self.folder / "trajectory.gif")
             for name, gif in zip(singles, recorder.animations(self.scale), strict=False):
                 (self.folder / name).write_bytes(gif)
+        if getattr(self.module, "condition", None) is not None:
+            shown = sorted(preview.wanted)[:SHOWN]
+            seeds = [self.seed + index for index in shown]
+            sheet = given_sheet(self.module, seeds, torch.stack([preview.samples[index] for index in shown]))
+            sheet.save(self.folder / "given.png")
+            print(f"Each {self.module.told()}; {self.folder}/given.png shows some.")
         nfe = self.settings.nfe
         calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
         some = "" if preview.shown == self.count else f" (with {preview.shown} of them)"

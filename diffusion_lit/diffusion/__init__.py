@@ -2,6 +2,7 @@
 
 from diffusion_lit.diffusion.analytic import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from diffusion_lit.diffusion.cold import ColdSampling
+from diffusion_lit.diffusion.conditions import DegradedImage, ImageCondition, PairedImage
 from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss
 from diffusion_lit.diffusion.consistency_parts import (
     Distance,
@@ -20,7 +21,7 @@ from diffusion_lit.diffusion.degradations import Blur, Degradation, Mask, Pixela
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS
-from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
+from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance, GivenImage
 from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.loss import (
     DenoisingLoss,
@@ -47,6 +48,8 @@ from diffusion_lit.diffusion.noise import (
     SigmoidSchedule,
     UniformT,
 )
+from diffusion_lit.diffusion.occlusions import Box, Grey
+from diffusion_lit.diffusion.posterior import DPS, MMPS, PiGDM, PosteriorDenoiser
 from diffusion_lit.diffusion.preconditioning import (
     EDMPreconditioning,
     EpsPreconditioning,
@@ -78,11 +81,14 @@ from diffusion_lit.diffusion.views import as_eps, as_score, as_v, as_velocity, a
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
 
 __all__ = [
+    "DPS",
     "GRIDS",
+    "MMPS",
     "SAMPLERS",
     "AdaptiveWeight",
     "Autoguidance",
     "Blur",
+    "Box",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "ClipX0",
@@ -94,6 +100,7 @@ __all__ = [
     "ContinuousVP",
     "CosineSchedule",
     "Degradation",
+    "DegradedImage",
     "Denoiser",
     "DenoiserWrapper",
     "DenoisingLoss",
@@ -110,7 +117,10 @@ __all__ = [
     "Gap",
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
+    "GivenImage",
+    "Grey",
     "HybridLoss",
+    "ImageCondition",
     "InverseGap",
     "LearnedUncertainty",
     "LearnedVarianceDenoiser",
@@ -125,9 +135,12 @@ __all__ = [
     "MinSNR",
     "NoiseLevels",
     "PairWeight",
+    "PairedImage",
     "PaperWeight",
     "PathPoint",
+    "PiGDM",
     "Pixelate",
+    "PosteriorDenoiser",
     "Preconditioning",
     "PredictionWeight",
     "PseudoHuber",

@@ -41,6 +41,8 @@ class Degradation(nn.Module):
         ValueError: If there is no step.
     """
 
+    task = ""  # of `lightning edit`, which undoes it
+
     def __init__(self, num_steps: int) -> None:
         super().__init__()
         check_number(least=1, most=10_000, whole=True, num_steps=num_steps)
@@ -74,6 +76,30 @@ class Degradation(nn.Module):
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for t of shape (B,); rows with t = 0 are ignored; see `forward`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it degrades images.")
+
+    def known(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Which pixels a degraded image still tells of.
+
+        Args:
+            x0: Images (B, C, H, W).
+            t: Steps (B,).
+            noise: As for `forward`.
+
+        Returns:
+            1 where all is known and 0 where nothing is, shape (B, 1, H, W); 1 everywhere here.
+        """
+        return torch.ones_like(x0[:, :1])
+
+    def strengths(self, size: int) -> Tensor | None:
+        """How much each step takes away, rising with t.
+
+        Args:
+            size: Side of the images in pixels.
+
+        Returns:
+            In pixels, shape (T+1,); None where there is no such number.
+        """
+        return None
 
     def tables(self, size: int) -> Tensor:
         """What is the same for all images of a size, computed once for each device and precision.
@@ -113,10 +139,16 @@ class Blur(Degradation):
     Source: Bansal 2022, section 4.1; as a heat equation Rissanen 2022 (arXiv 2206.13397), section 3.1.
     """
 
+    task = "deblur"
+
     def __init__(self, num_steps: int = 20, first: float = 0.03, last: float = 0.3) -> None:
         super().__init__(num_steps)
         _check_widths(first, last)
         self.first, self.last = first, last
+
+    def strengths(self, size: int) -> Tensor:
+        """Standard deviation of each step in pixels; see `Degradation.strengths`."""
+        return self.widths() * size
 
     def widths(self) -> Tensor:
         """Standard deviation of each step as a share of the side, 0 at step 0, float64 (T+1,)."""
@@ -153,6 +185,8 @@ class Mask(Degradation):
     Source: Bansal 2022, section 4.2.
     """
 
+    task = "inpaint"
+
     def __init__(self, num_steps: int = 50, first: float = 0.03, last: float = 0.2) -> None:
         super().__init__(num_steps)
         _check_widths(first, last)
@@ -170,14 +204,18 @@ class Mask(Degradation):
         closed = -torch.expm1(-squared / (2 * widths[:, None, None] ** 2))
         return torch.cat([torch.ones_like(closed[:1]), closed.cumprod(0)])
 
-    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Masks; see `Degradation.degrade`."""
+    def known(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """m_t; see `Degradation.known`."""
         size = x0.shape[-1]
         centre = noise.flatten(1).argmax(1)  # where independent draws are largest is uniform over the pixels
         pixels = torch.arange(size, device=x0.device)
         rows = pixels + (size - 1 - centre // size)[:, None]
         columns = pixels + (size - 1 - centre % size)[:, None]
-        return x0 * self.table(x0)[t[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+        return self.table(x0)[t[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+
+    def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Masks; see `Degradation.degrade`."""
+        return x0 * self.known(x0, t, noise)
 
 
 class Pixelate(Degradation):
@@ -189,8 +227,14 @@ class Pixelate(Degradation):
     Source: Bansal 2022, section 4.3.
     """
 
+    task = "super_resolve"
+
     def __init__(self, num_steps: int = 3) -> None:
         super().__init__(num_steps)
+
+    def strengths(self, size: int) -> Tensor:
+        """Pixels of a square's side; see `Degradation.strengths`."""
+        return 2.0 ** torch.arange(self.num_steps + 1)
 
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Pixelates; see `Degradation.degrade`.

@@ -18,7 +18,7 @@ from diffusion_lit.checks import check_number, check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.grids import GRIDS, check_levels
-from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Guide
+from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, GivenImage, Guide
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
@@ -161,24 +161,31 @@ class Sampling:
         """
         return asdict(self)
 
-    def wrap(self, denoiser: Denoiser, labels: Tensor | None) -> Conditioned:
-        """The callable for the sampler: clipped, guided and bound to labels.
+    def wrap(self, denoiser: Denoiser, labels: Tensor | None, condition: Tensor | None = None) -> Conditioned:
+        """The callable for the sampler: clipped, guided and bound to what it is told.
 
         Args:
             denoiser: The model.
             labels: Class indices of shape (B,), or None for unconditional sampling.
+            condition: Condition images (B, C', H, W), or None for the null condition.
 
         Returns:
             `denoise(x, sigma) -> x0_hat`.
         """
-        return Conditioned(self.guide(denoiser, labels is not None), labels)
+        return Conditioned(self.guide(denoiser, labels is not None, condition), labels)
 
-    def guide(self, denoiser: Denoiser, labelled: bool) -> Any:
-        """A denoiser under the guidance and the threshold of these settings, its labels not yet bound.
+    def guide(self, denoiser: Denoiser, labelled: bool, condition: Tensor | None = None) -> Any:
+        """A denoiser under the guidance and the threshold of these settings, its labels not yet bound; see `guided`."""
+        return self.clip(self.guided(denoiser, labelled, condition))
+
+    def guided(self, denoiser: Denoiser, labelled: bool, condition: Tensor | None = None) -> Any:
+        """A denoiser under the guidance of these settings alone.
 
         Args:
             denoiser: The model.
-            labelled: Whether it will be called with labels, without which there is no guidance.
+            labelled: Whether it will be called with labels.
+            condition: Condition images (B, C', H, W), by which it is guided then; None for the null condition. Without
+                labels and images there is no guidance.
 
         Returns:
             `denoiser(x, sigma, label) -> x0_hat`.
@@ -186,15 +193,28 @@ class Sampling:
         Raises:
             ValueError: If a worse model is to guide and was not loaded.
         """
-        model: Any = denoiser
+        guidance = (self.cfg_scale, self.guidance_interval, self.guidance_rescale)
         guide = self.guide_of(denoiser)
-        if guide is not None:
-            model = Autoguidance(model, guide, self.guide_scale, self.guidance_interval)
-        if labelled:
-            model = ClassifierFreeGuidance(model, self.cfg_scale, self.guidance_interval, self.guidance_rescale)
-        if self.clip_x0 != "none":
-            model = ClipX0(model, dynamic=self.clip_x0 == "dynamic", **self.clip_options)
-        return model
+        if condition is not None:
+            if guide is not None:
+                raise ValueError(
+                    f"guide_ckpt is {self.guide_ckpt}, but a model that is given an image is guided by the image alone "
+                    "(cfg_scale); leave it out."
+                )
+            return GivenImage(denoiser, condition, *guidance)
+        model = denoiser if guide is None else Autoguidance(denoiser, guide, self.guide_scale, self.guidance_interval)
+        return ClassifierFreeGuidance(model, *guidance) if labelled else model
+
+    def clip(self, denoiser: Any) -> Any:
+        """A denoiser under the threshold of these settings, where they have one.
+
+        Args:
+            denoiser: Any denoiser.
+
+        Returns:
+            A denoiser.
+        """
+        return denoiser if self.clip_x0 == "none" else ClipX0(denoiser, self.clip_x0 == "dynamic", **self.clip_options)
 
     def guide_of(self, denoiser: Any) -> Guide | None:
         """The worse model that guides, which was put beside the denoiser.
@@ -227,6 +247,7 @@ class Sampling:
         seeds: Sequence[int],
         labels: Tensor | None = None,
         callback: StepCallback | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Draws one image per seed.
 
@@ -236,6 +257,7 @@ class Sampling:
             seeds: One seed per image; image i is a function of `seeds[i]`, `labels[i]` and these settings alone.
             labels: Class indices of shape (B,), or None for unconditional sampling.
             callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
+            condition: Condition images (B, C', H, W) for models that are given one, or None for the null condition.
 
         Returns:
             Images x0 of shape (B, C, H, W), in [-1, 1] up to the model's own overshoot.
@@ -249,7 +271,8 @@ class Sampling:
             labels = labels.to(device)
         noise = SeededNoise(seeds)
         x = self.start(denoiser.scaling, noise(torch.empty(len(seeds), *shape, device=device)))
-        return self.finish(denoiser.scaling, self.run(self.wrap(denoiser, labels), x, noise=noise, callback=callback))
+        denoise = self.wrap(denoiser, labels, condition)
+        return self.finish(denoiser.scaling, self.run(denoise, x, noise=noise, callback=callback))
 
     def start(self, scaling: Preconditioning, noise: Tensor) -> Tensor:
         """The state that sampling starts from.

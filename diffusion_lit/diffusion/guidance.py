@@ -1,4 +1,4 @@
-"""Guidance: wrappers that push a denoiser's estimate away from a worse one, or towards a class.
+"""Guidance: wrappers that push a denoiser's estimate away from a worse one, or towards a class or an image.
 
     classifier-free   D = D(x; sigma, null) + cfg_scale (D(x; sigma, label) - D(x; sigma, null))
     autoguidance      D = D_guide(x; sigma, label) + scale (D(x; sigma, label) - D_guide(x; sigma, label))
@@ -136,32 +136,109 @@ class ClassifierFreeGuidance(DenoiserWrapper):
         label = label.to(x.device)
         scale = _scales(self._scale_of(label), sigma, self.interval, x, neutral=1.0)
         null = torch.full_like(label, self.num_classes)
-        if bool((scale == 1).all()):
-            return evaluate(x, sigma, label)
-        if bool((scale == 0).all()):
-            return evaluate(x, sigma, null)
-        with_label, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
-        rows = torch.cat([with_label, without])
-        outputs = evaluate(
-            torch.cat([_take(x, with_label), _take(x, without)]),
-            at_rows(sigma, rows),
-            torch.cat([label[with_label], null[without]]),
-            rows,
+        return _mixed(evaluate, x, sigma, scale, self.rescale, (label, {}), (null, {}))
+
+
+def _mixed(
+    evaluate: Evaluate,
+    x: Tensor,
+    sigma: Tensor | float,
+    scale: Tensor,
+    rescale: float,
+    told: tuple[Tensor | None, dict[str, Tensor]],
+    null: tuple[Tensor | None, dict[str, Tensor]],
+) -> tuple[Tensor, ...]:
+    """Evaluates the branches that matter, in one batch, and combines them.
+
+    Args:
+        evaluate: The wrapped denoiser.
+        x: Shape (B, C, H, W).
+        sigma: Shape () or (B,).
+        scale: Of each sample, float64 (B,).
+        rescale: See `ClassifierFreeGuidance`.
+        told: Label and further conditions of the conditional branch, a row per sample.
+        null: Those of the unconditional branch.
+
+    Returns:
+        As `evaluate`; what comes beside x0_hat is the conditional branch's, where that is evaluated.
+    """
+    if bool((scale == 1).all()):
+        return evaluate(x, sigma, told[0], **told[1])
+    if bool((scale == 0).all()):
+        return evaluate(x, sigma, null[0], **null[1])
+    conditioned, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
+
+    def both(ours: Tensor, theirs: Tensor) -> Tensor:
+        return torch.cat([_take(ours, conditioned), _take(theirs, without)])
+
+    rows = torch.cat([conditioned, without])
+    outputs = evaluate(
+        both(x, x),
+        at_rows(sigma, rows),
+        None if told[0] is None or null[0] is None else both(told[0], null[0]),
+        rows,
+        **{name: both(value, null[1][name]) for name, value in told[1].items()},
+    )
+    weight = per_sample(scale.to(outputs[0].dtype).to(x.device), x)
+    merged = []
+    for index, output in enumerate(outputs):
+        shares = torch.split(output, [len(conditioned), len(without)])
+        conditional, unconditional = (
+            output.new_zeros(len(x), *output.shape[1:]).index_copy(0, which, share)
+            for which, share in zip((conditioned, without), shares, strict=True)
         )
-        weight = per_sample(scale.to(outputs[0].dtype).to(x.device), x)
-        merged = []
-        for index, output in enumerate(outputs):
-            shares = torch.split(output, [len(with_label), len(without)])
-            conditional, unconditional = (
-                output.new_zeros(len(x), *output.shape[1:]).index_copy(0, rows, share)
-                for rows, share in zip((with_label, without), shares, strict=True)
-            )
-            mixed = conditional
-            if index == 0:
-                mixed = unconditional + weight * (conditional - unconditional)
-                mixed = _rescaled(mixed, conditional, self.rescale)
-            merged.append(torch.where(weight == 1, conditional, torch.where(weight == 0, unconditional, mixed)))
-        return tuple(merged)
+        mixed = conditional
+        if index == 0:
+            mixed = unconditional + weight * (conditional - unconditional)
+            mixed = _rescaled(mixed, conditional, rescale)
+        merged.append(torch.where(weight == 1, conditional, torch.where(weight == 0, unconditional, mixed)))
+    return tuple(merged)
+
+
+class GivenImage(DenoiserWrapper):
+    """A denoiser with its condition images bound, and guided by them.
+
+    The unconditional branch has the null condition, zeros, and the same labels.
+
+    Args:
+        denoiser: A denoiser that is given an image, `denoiser(x, sigma, label, condition=...)`.
+        condition: Condition images, shape (B, C', H, W), in the order of the batch that will be denoised.
+        cfg_scale: One number, or one for each sample, shape (B,): 1 is the plain conditional model, 0 the
+            unconditional one.
+        interval: (low, high] of sigma where guidance acts; none means everywhere.
+        rescale: As for `ClassifierFreeGuidance`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Ho and Salimans 2022 (arXiv 2207.12598), equation 6, with an image in the place of the class.
+    """
+
+    condition: Tensor
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        condition: Tensor,
+        cfg_scale: float | Tensor = 1.0,
+        interval: Interval | None = None,
+        rescale: float = 0.0,
+    ) -> None:
+        super().__init__(denoiser)
+        _check_interval(interval)
+        check_share(rescale=rescale, hint="; 0.7 is the usual one, 0 is off")
+        _check_scale("cfg_scale", cfg_scale)
+        self.cfg_scale, self.interval, self.rescale = cfg_scale, interval, rescale
+        self.register_buffer("condition", condition, persistent=False)
+
+    def transform(
+        self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Evaluates the branches that matter and combines them; see `DenoiserWrapper.transform`."""
+        scale = _scales(self.cfg_scale, sigma, self.interval, x, neutral=1.0)
+        condition = self.condition.to(x.device)
+        told, null = {"condition": condition}, {"condition": torch.zeros_like(condition)}
+        return _mixed(evaluate, x, sigma, scale, self.rescale, (label, told), (label, null))
 
 
 class Guide:

@@ -1,9 +1,11 @@
-"""Images as bytes and as batches: rounding to uint8, rows of an array, PSNR."""
+"""Images as bytes, as batches and without colour: rounding to uint8, rows of an array, grey, PSNR."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -26,6 +28,19 @@ def to_uint8(images: Tensor) -> Tensor:
             "sampler or more steps if they are not."
         )
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """The grey of colours by ITU-R BT.601, which is the mode L of image files.
+
+    Args:
+        images: Shape (B, 3, H, W).
+
+    Returns:
+        Shape (B, 1, H, W).
+    """
+    weights = images.new_tensor(LUMA).reshape(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True)
 
 
 def take(images: Any, rows: Tensor) -> Tensor:

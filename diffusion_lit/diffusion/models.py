@@ -94,6 +94,7 @@ class PixelModel(nn.Module):
         labels: Tensor | None = None,
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Draws one image per seed.
 
@@ -102,6 +103,7 @@ class PixelModel(nn.Module):
             labels: Class indices of shape (B,), or None for unconditional sampling.
             sampling: Other settings than the model's own.
             callback: Called as `callback(step, x, x0_hat, sigma)` at each step.
+            condition: Condition images (B, C', H, W) for models that are given one, or None for the null condition.
 
         Returns:
             Images (B, C, H, W), in [-1, 1] up to the model's own overshoot.
@@ -112,7 +114,7 @@ class PixelModel(nn.Module):
         training = self.training
         self.eval()
         try:
-            x = (sampling or self.sampling).generate(self.denoiser, self.x_shape, seeds, labels, callback)
+            x = (sampling or self.sampling).generate(self.denoiser, self.x_shape, seeds, labels, callback, condition)
         finally:
             self.train(training)
         return self.decode(x)
@@ -135,9 +137,11 @@ class LatentModel(PixelModel):
         labels: Tensor | None = None,
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Draws one image per seed; see `PixelModel.generate`. The callback sees decoded images."""
-        return super().generate(seeds, labels, sampling, None if callback is None else self._decoded(callback))
+        decoded = None if callback is None else self._decoded(callback)
+        return super().generate(seeds, labels, sampling, decoded, condition)
 
     def _decoded(self, callback: StepCallback) -> StepCallback:
         """Wraps a callback so that it gets images: x0_hat decoded, and x decoded after scaling to unit variance."""

@@ -29,7 +29,7 @@ class Evaluate:
         self.denoiser, self.until = denoiser, until
 
     def __call__(
-        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None
+        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None, **told: Tensor
     ) -> tuple[Tensor, ...]:
         """Evaluates.
 
@@ -38,15 +38,16 @@ class Evaluate:
             sigma: Shape () or (N,).
             label: Shape (N,), or none.
             rows: The sample of the batch, shape (N,), that each of x belongs to, where they are not the batch itself.
+            told: What else the denoiser is told, a row for each of x, by its keywords.
 
         Returns:
             (x0_hat,) or (x0_hat, v).
         """
         given: tuple[Tensor, ...] = () if label is None else (label,)
         if self.until is None:
-            return (self.denoiser(x, sigma, *given),)
+            return (self.denoiser(x, sigma, *given, **told),)
         until = self.until if rows is None else at_rows(self.until, rows)
-        moved = self.denoiser(x, sigma, *given, until=until)
+        moved = self.denoiser(x, sigma, *given, **told, until=until)
         return (estimate_of_move(x, moved, sigma, until),)
 
     def of(self, denoiser: DenoiserLike) -> "Evaluate":
@@ -64,10 +65,10 @@ class _EvaluateVariance(Evaluate):
         self.learned_variance, self.sigma_next = learned_variance, sigma_next
 
     def __call__(
-        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None
+        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None, **told: Tensor
     ) -> tuple[Tensor, ...]:
         """Evaluates; see `Evaluate.__call__`."""
-        return self.learned_variance(x, sigma, self.sigma_next, *(() if label is None else (label,)))
+        return self.learned_variance(x, sigma, self.sigma_next, *(() if label is None else (label,)), **told)
 
 
 def at_rows(value: Tensor | float, rows: Tensor) -> Tensor | float:

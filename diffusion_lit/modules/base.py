@@ -15,14 +15,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_share
+from diffusion_lit.diffusion.conditions import ImageCondition
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.noise import NoiseLevels
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.samplers.meanflow import check_takes_until
 from diffusion_lit.modules.batches import check_batch
+from diffusion_lit.modules.given import PAIR, GivenImages
 from diffusion_lit.modules.labels import check_null_class
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
@@ -35,6 +36,7 @@ class Draws(NamedTuple):
     sigma: Tensor
     noise: Tensor
     label: Tensor | None
+    condition: Tensor | None = None
 
 
 class BaseModule(LightningModule):
@@ -185,7 +187,7 @@ class BaseModule(LightningModule):
         return bool(getattr(self, "num_classes", True))
 
 
-class DiffusionModule(PixelModel, BaseModule):
+class DiffusionModule(GivenImages, BaseModule):
     """Trains a denoiser on images and samples from it, as `PixelModel` says.
 
     Args:
@@ -198,9 +200,12 @@ class DiffusionModule(PixelModel, BaseModule):
         label_dropout: Probability of training a sample with the null class, in [0, 1], so that guidance has an
             unconditional branch (Ho & Salimans 2022).
         augment: Augmentation of training images whose labels the network is told (`augment_dim` 9).
+        condition: The image that the network is given (`condition_channels`), made of the one to denoise or paired with
+            it.
 
     Raises:
-        ValueError: If `label_dropout` is no probability, or the network does not take the augmentation's labels.
+        ValueError: If `label_dropout` is no probability, or the network does not take the augmentation's labels or the
+            condition.
     """
 
     def __init__(
@@ -213,8 +218,9 @@ class DiffusionModule(PixelModel, BaseModule):
         lr_scheduler: LRSchedulerCallable | None,
         label_dropout: float,
         augment: Augment | None = None,
+        condition: ImageCondition | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler)
+        BaseModule.__init__(self, optimizer, lr_scheduler)
         check_share(label_dropout=label_dropout)
         told = getattr(denoiser.net, "augment_dim", 0)  # 1: the size of random crops, where the data has such
         if augment is not None and told != AUGMENT_DIM:
@@ -229,6 +235,7 @@ class DiffusionModule(PixelModel, BaseModule):
         self.sampling = sampling
         self.label_dropout = label_dropout
         self.class_names = [str(index) for index in range(denoiser.num_classes)]
+        self.take_condition(condition)
 
     def on_fit_start(self) -> None:
         """Refuses what its samples need and training does not give: a null class, an end of steps."""
@@ -293,10 +300,13 @@ class DiffusionModule(PixelModel, BaseModule):
         x0 = self.x0(batch, "train", batch_idx)
         key = ("train", run_seed(), self.current_epoch, batch_idx)
         draws, augment = self.draw(batch.get("label"), x0.shape, *key), self.draw_augment(len(x0), *key)
+        pair = batch.get(PAIR)
         if augment is not None:
             x0 = augment_images(x0, augment)
+            pair = None if pair is None else augment_images(pair, augment)
         elif "crop_size" in batch and getattr(self.denoiser.net, "augment_dim", 0) == 1:
             augment = batch["crop_size"]
+        draws = draws._replace(condition=self.training_condition(x0, pair, self.ranks, *key))
         loss = self.losses(x0, draws, augment).mean()
         self.log_step({"train/loss": loss.detach()}, len(x0))
         return loss
@@ -312,7 +322,8 @@ class DiffusionModule(PixelModel, BaseModule):
         Returns:
             Shape (B,).
         """
-        losses: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment)
+        told = {} if draws.condition is None else {"condition": draws.condition}
+        losses: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment, **told)
         return losses
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -329,13 +340,17 @@ class DiffusionModule(PixelModel, BaseModule):
         index = self.rows_of(batch, batch_idx).to(self.device)
         noise = self.keyed_noise(x0.shape, split, index=index)
         sigma = drawn_by_index(index, lambda draw: self.noise_levels.sample(BLOCK, draw), split, "sigma")
-        loss = self.loss(self.denoiser, x0, self.denoiser.scaling.clamp(sigma), noise, label).mean()
+        condition = self.held_out_condition(x0, batch.get(PAIR), index, split)
+        sigma = self.denoiser.scaling.clamp(sigma)
+        told = {} if condition is None else {"condition": condition}
+        loss = self.loss(self.denoiser, x0, sigma, noise, label, **told).mean()
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(x0), sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One sample per image of the batch, of the same class, its index as the seed; (B, C, H, W) in [-1, 1]."""
+        """One sample per image of the batch, of its class and condition, its index as the seed; (B, C, H, W)."""
         label = batch.get("label") if self.num_classes else None
-        return self.generate(batch["index"].tolist(), label)
+        seeds = batch["index"].tolist()
+        return self.generate(seeds, label, condition=self.conditions(seeds, batch["image"], batch.get(PAIR)))
 
 
 def run_seed() -> int:

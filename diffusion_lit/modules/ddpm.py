@@ -10,6 +10,7 @@ from diffusion_lit.diffusion import (
     DiscreteUniform,
     EpsPreconditioning,
     HybridLoss,
+    ImageCondition,
     LearnedVarianceDenoiser,
     LinearSchedule,
     NoiseLevels,
@@ -38,6 +39,7 @@ class DDPM(DiffusionModule):
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability in [0, 1] of training a sample without its label.
+        condition: The image that the network is given, such as a degraded one; it needs its `condition_channels`.
 
     Raises:
         ValueError: If `prediction` is none of the three.
@@ -54,6 +56,7 @@ class DDPM(DiffusionModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         label_dropout: float = 0.1,
+        condition: ImageCondition | None = None,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"There is no prediction {prediction!r} here; choose one of {', '.join(PREDICTIONS)}.")
@@ -67,4 +70,5 @@ class DDPM(DiffusionModule):
             optimizer,
             lr_scheduler,
             label_dropout,
+            condition=condition,
         )

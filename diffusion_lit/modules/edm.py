@@ -8,6 +8,7 @@ from diffusion_lit.diffusion import (
     Denoiser,
     DenoisingLoss,
     EDMPreconditioning,
+    ImageCondition,
     LogNormal,
     NoiseLevels,
     Preconditioning,
@@ -30,6 +31,7 @@ class EDM(DiffusionModule):
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
         label_dropout: Probability in [0, 1] of training a sample without its label.
         augment: Non-leaky augmentation of training images (appendix F.2); the network needs `augment_dim: 9`.
+        condition: The image that the network is given, such as a degraded one; it needs its `condition_channels`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class EDM(DiffusionModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         label_dropout: float = 0.1,
         augment: Augment | None = None,
+        condition: ImageCondition | None = None,
     ) -> None:
         super().__init__(
             Denoiser(net, scaling or EDMPreconditioning()),
@@ -53,4 +56,5 @@ class EDM(DiffusionModule):
             lr_scheduler,
             label_dropout,
             augment,
+            condition,
         )

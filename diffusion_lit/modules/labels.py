@@ -44,7 +44,13 @@ def check_null_class(module: Any) -> None:
         ValueError: If it draws its samples with guidance and leaves no label out.
     """
     scale = getattr(module.sampling, "cfg_scale", 1.0)
-    if module.num_classes and module.label_dropout == 0 and scale != 1:
+    condition = getattr(module, "condition", None)
+    if condition is not None and condition.dropout == 0 and scale != 1:
+        raise ValueError(
+            f"The condition's dropout is 0, so that the null condition, which cfg_scale {scale:g} of "
+            "model.init_args.sampling needs, would stay untrained; set its dropout to 0.1, or cfg_scale to 1."
+        )
+    if condition is None and module.num_classes and module.label_dropout == 0 and scale != 1:
         raise ValueError(
             f"label_dropout is 0, so that the null class, which cfg_scale {scale:g} of model.init_args.sampling needs, "
             "would stay untrained and its samples noise; set label_dropout to 0.1, or cfg_scale to 1."
@@ -116,9 +122,16 @@ def check_guidance(
     typed = [f"--{name} {value}" for name, value in given.items() if value is not None]
     reads_text = getattr(module, "prompts", None) is not None
     scale, dropout = getattr(sampling, "cfg_scale", 1.0), getattr(module, "label_dropout", None)
-    if typed and module.num_classes == 0 and not reads_text:
+    condition = getattr(module, "condition", None)
+    if condition is not None:  # by which it is guided, whatever the class
+        if condition.dropout == 0 and scale != 1:
+            raise ValueError(
+                f"The model was trained with a condition of dropout 0, so that the null condition, which cfg_scale "
+                f"{scale:g} needs, is untrained and gives noise; use --cfg_scale 1, or train with dropout 0.1."
+            )
+    elif typed and module.num_classes == 0 and not reads_text:
         raise ValueError(f"The model is unconditional, so that {typed[0]} does nothing; leave it out.")
-    if typed and not labelled and (scale not in (0, 1) or cfg_scale is None):
+    elif typed and not labelled and (scale not in (0, 1) or cfg_scale is None):
         how = "--prompt TEXT" if reads_text else "a class, such as all of them by --labels all"
         raise ValueError(f"{typed[0]} does nothing without something to guide to; give {how}, or leave it out.")
     idle = [option for option in typed if not option.startswith("--cfg_scale")]
@@ -133,7 +146,7 @@ def check_guidance(
             "The model was trained with label_dropout 0, so that its null class, through which it draws without "
             "classes, is untrained and gives noise; give classes, such as --labels all."
         )
-    if dropout == 0 and scale != 1:
+    if dropout == 0 and scale != 1 and condition is None:
         raise ValueError(
             f"The model was trained with label_dropout 0, so that its null class, which cfg_scale {scale:g} needs, is "
             "untrained and gives noise; use --cfg_scale 1, or train with --model.init_args.label_dropout 0.1."

@@ -206,6 +206,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         labels: Tensor | None = None,
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Draws one image per seed; see `LatentModel.generate`.
 
@@ -213,7 +214,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
             ValueError: As there, or if predictions are to be clipped, which latents cannot be.
         """
         refuse_clipping(sampling or self.sampling)
-        return super().generate(seeds, labels, sampling, callback)
+        return super().generate(seeds, labels, sampling, callback, condition)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the autoencoder, its hash and the scale of the latents."""

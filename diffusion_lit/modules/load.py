@@ -113,6 +113,30 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     return data
 
 
+def give_held_out(module: Any, path: str | Path | None, root: str | None = None) -> None:
+    """Gives a model that is given an image the test images of the data that it was trained on.
+
+    Args:
+        module: The model, changed in place where it is given an image.
+        path: Its checkpoint.
+        root: Where the data lies now, if elsewhere.
+
+    Raises:
+        ValueError: If a root is named for a model that is given no image, or the data cannot be built.
+        OSError: If the data is missing.
+    """
+    if getattr(module, "condition", None) is None or path is None:
+        if root is not None:
+            raise ValueError(
+                f"--data_root {root} does nothing, since the model is given no image of its data; leave it out."
+            )
+        return
+    data: Any = load_data(path, **({} if root is None else {"root": root}))
+    data.prepare_data()
+    data.setup("test")
+    module.give(data, "test")
+
+
 def _refuse_unknown(class_path: str, overrides: dict[str, Any], path: str | Path) -> None:
     """Refuses arguments that a data set does not take, such as a folder for images that a library brings along."""
     if not overrides:

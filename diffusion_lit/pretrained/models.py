@@ -168,9 +168,10 @@ class Cascade(PretrainedModel):
         labels: Tensor | None = None,
         sampling: Sampling | None = None,
         callback: StepCallback | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Draws one large image per seed; see `PixelModel.generate`. Settings and callback are the first stage's."""
-        images = super().generate(seeds, labels, sampling, callback)
+        images = super().generate(seeds, labels, sampling, callback, condition)
         large: Tensor = self.second(images, seeds, labels)
         return large
 

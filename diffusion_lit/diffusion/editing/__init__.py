@@ -7,17 +7,26 @@ takes labels, seeds and a `Sampling` by keyword, and returns images.
 from diffusion_lit.diffusion.editing.common import device_of, need_pixels
 from diffusion_lit.diffusion.editing.composites import Anagram, Hybrid, anagram, gaussian_blur, hybrid
 from diffusion_lit.diffusion.editing.image_views import VIEWS, ImageView, make_view, permutation
-from diffusion_lit.diffusion.editing.restoration import (
-    Consistent,
-    colorize,
-    inpaint,
+from diffusion_lit.diffusion.editing.measurements import (
+    Measurement,
+    blurred,
+    grey_of,
     keep_grey,
     keep_known,
     keep_small,
+    known_pixels,
+    small_of,
+)
+from diffusion_lit.diffusion.editing.restoration import (
+    Consistent,
+    Posterior,
+    colorize,
+    deblur,
+    from_measurement,
+    inpaint,
     restore,
     revising,
     super_resolve,
-    to_grey,
 )
 from diffusion_lit.diffusion.editing.sweeps import NoiseBetween, guidance_sweep, interpolate, slerp
 from diffusion_lit.diffusion.editing.tasks import (
@@ -30,6 +39,7 @@ from diffusion_lit.diffusion.editing.tasks import (
     strided,
     visible,
 )
+from diffusion_lit.diffusion.images import to_grey
 
 __all__ = [
     "VIEWS",
@@ -37,14 +47,20 @@ __all__ = [
     "Consistent",
     "Hybrid",
     "ImageView",
+    "Measurement",
     "NoiseBetween",
+    "Posterior",
     "anagram",
+    "blurred",
     "colorize",
+    "deblur",
     "denoise",
     "denoise_once",
     "device_of",
     "forward",
+    "from_measurement",
     "gaussian_blur",
+    "grey_of",
     "guidance_sweep",
     "hybrid",
     "img2img",
@@ -54,12 +70,14 @@ __all__ = [
     "keep_grey",
     "keep_known",
     "keep_small",
+    "known_pixels",
     "make_view",
     "need_pixels",
     "permutation",
     "restore",
     "revising",
     "slerp",
+    "small_of",
     "start_level",
     "strided",
     "super_resolve",

@@ -1,7 +1,7 @@
-"""Restoration of images from linear measurements: inpainting, colorization, super-resolution, by one projection.
+"""Restoration of images from linear measurements: inpainting, colorization, super-resolution, deblurring.
 
-The measurement is y = A x0: some pixels, the grey values, or means over squares. After each evaluation the estimate is
-replaced by one that agrees with it,
+The measurement is y = A x0 (measurements.py). After each evaluation the estimate is replaced by one that agrees with
+it,
 
     x0_hat <- x0_hat + A+ (y - A x0_hat),    A A+ = 1
 
@@ -11,6 +11,10 @@ the result is the estimate and agrees with y exactly. This is the re-noising of 
 coordinates x = x0 + sigma n. The known part influences the rest through the network alone, and little at high noise.
 RePaint's resampling gives it more time: it runs a window of steps, adds the noise again and repeats. A deterministic
 sampler never revises early decisions, so the default is `ddpm` whatever sampler the model uses.
+
+A noisy measurement is no constraint: a `posterior` (posterior.py) then moves the estimates in the place of the
+projection, and nothing is enforced at the end. A model that was trained to be given such a measurement as an image
+(conditions.py) is given it.
 
 For a model of latents, inpainting fixes the latents whose pixels are all known and pastes the known pixels at the end;
 a grey or small image is enforced by decoding, projecting and encoding.
@@ -23,21 +27,35 @@ from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.denoiser import DenoiserLike
-from diffusion_lit.diffusion.editing.common import check_images, check_seeds, device_of, labels_for, settings
+from diffusion_lit.diffusion.editing.common import (
+    check_images,
+    check_seeds,
+    device_of,
+    labels_for,
+    need_pixels,
+    settings,
+)
+from diffusion_lit.diffusion.editing.measurements import (
+    Measurement,
+    Project,
+    blurred,
+    grey_of,
+    keep_known,
+    known_pixels,
+    small_of,
+)
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.models import LatentModel, PixelModel
+from diffusion_lit.diffusion.posterior import Linear, PosteriorDenoiser
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.wrappers import Conditioned, DenoiserWrapper, Evaluate
 
-Project = Callable[[Tensor], Tensor]
-"""Takes estimates (B, C, H, W) to ones that agree with what is known."""
-
-LUMA = (0.299, 0.587, 0.114)
+Posterior = Callable[[DenoiserLike, Linear, Tensor], PosteriorDenoiser]
+"""Wraps a denoiser for a measurement: `posterior(denoiser, measure, y)`, such as `partial(MMPS, sigma_y=0.1)`."""
 
 
 class Options(TypedDict, total=False):
@@ -49,6 +67,7 @@ class Options(TypedDict, total=False):
     resamplings: int
     jump: int
     callback: StepCallback | None
+    posterior: Posterior | None
 
 
 class Consistent(DenoiserWrapper):
@@ -73,59 +92,6 @@ class Consistent(DenoiserWrapper):
         return (self.project(x0_hat), *rest)
 
 
-def keep_known(images: Tensor, known: Tensor) -> Project:
-    """The projection of inpainting: known pixels are those of the image, bit for bit.
-
-    Args:
-        images: Shape (B, C, H, W).
-        known: Nonzero where a pixel is known, shape (B or 1, 1, H, W).
-
-    Returns:
-        The projection.
-    """
-    return lambda x: torch.where(known != 0, images.to(x), x)
-
-
-def to_grey(images: Tensor) -> Tensor:
-    """The grey of colours by ITU-R BT.601, which is the mode L of image files.
-
-    Args:
-        images: Shape (B, 3, H, W).
-
-    Returns:
-        Shape (B, 1, H, W).
-    """
-    weights = images.new_tensor(LUMA).reshape(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
-
-
-def keep_grey(grey: Tensor) -> Project:
-    """The projection of colorization: an image's grey is the given one, its hues are free.
-
-    All channels shift by the same amount, which keeps the hue; the weights of grey sum to 1.
-
-    Args:
-        grey: Shape (B, 1, H, W).
-
-    Returns:
-        The projection.
-    """
-    return lambda x: x + (grey.to(x) - to_grey(x))
-
-
-def keep_small(small: Tensor, factor: int) -> Project:
-    """The projection of super-resolution: the means over squares are the pixels of the small image.
-
-    Args:
-        small: Shape (B, C, H / factor, W / factor).
-        factor: Side of a square.
-
-    Returns:
-        The projection.
-    """
-    return lambda x: x + interpolate(small.to(x) - avg_pool2d(x, factor), scale_factor=factor)
-
-
 def revising(sampling: Sampling) -> Sampling:
     """The given settings if their sampler draws noise, otherwise the same with `ddpm`.
 
@@ -140,6 +106,10 @@ def revising(sampling: Sampling) -> Sampling:
     return sampling if draws else sampling.replace(sampler="ddpm")
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 def through_autoencoder(model: PixelModel, project: Project) -> Project:
     """A projection of images as one of what a model denoises."""
     if not isinstance(model, LatentModel):
@@ -150,7 +120,7 @@ def through_autoencoder(model: PixelModel, project: Project) -> Project:
 @torch.no_grad()
 def restore(
     model: PixelModel,
-    project: Project,
+    project: Project | None,
     count: int,
     *,
     labels: Tensor | None = None,
@@ -159,12 +129,14 @@ def restore(
     resamplings: int = 1,
     jump: int = 1,
     callback: StepCallback | None = None,
+    wrap: Callable[[DenoiserLike], DenoiserLike] | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:
-    """Samples under a projection.
+    """Samples under a projection, or under another wrapper of the denoiser.
 
     Args:
         model: The model.
-        project: Acts on what the model denoises.
+        project: Acts on what the model denoises; None for none.
         count: Number B of images.
         labels: Class indices (B,), or None.
         seeds: One seed per image, 0, 1, ... by default.
@@ -173,6 +145,8 @@ def restore(
             remembers earlier steps forgets them at each window.
         jump: Steps in a window (RePaint's j).
         callback: Called as `callback(step, x, x0_hat, sigma)` at each step; steps count within a window.
+        wrap: Wraps the denoiser under its guidance; a threshold acts after it.
+        condition: Condition images (B, C', H, W), for a model that is given one.
 
     Returns:
         What was denoised, (B, *x_shape), which agrees with the projection.
@@ -184,7 +158,9 @@ def restore(
     """
     check_count(resamplings=resamplings, jump=jump)
     sampling = settings(model, sampling or revising(model.sampling))
-    guided = sampling.guide(model.denoiser, labels is not None)
+    guided = sampling.guided(model.denoiser, labels is not None, condition)
+    guided = sampling.clip(guided if wrap is None else wrap(guided))
+    project = project or _unchanged
     denoise = Conditioned(Consistent(guided, project), labels_for(model, labels, count))
     sigmas = sampling.sigmas(denoise.scaling)
     noise = SeededNoise(check_seeds(seeds, count))
@@ -198,6 +174,46 @@ def restore(
                 x = x + float(window[0].square().sub(window[-1].square()).sqrt()) * noise(x)
             x = sampling.run(denoise, x, window, noise=noise, callback=callback)
     return project(sampling.finish(denoise.scaling, x))
+
+
+def from_measurement(
+    model: PixelModel,
+    measurement: Measurement,
+    y: Tensor,
+    *,
+    posterior: Posterior | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Restores images from a measurement of them.
+
+    Args:
+        model: The model; one that is given an image is given y, where it was trained on such a measurement.
+        measurement: What was measured.
+        y: The measurements, a row for each image.
+        posterior: For noisy measurements; None for ones that the images must agree with.
+        options: As for `restore`.
+
+    Returns:
+        Images (B, C, H, W).
+
+    Raises:
+        ValueError: As `restore`, or if a posterior is asked of a model of latents.
+    """
+    y = y.to(device_of(model))
+    condition = measurement.condition_for(model, y)
+    if posterior is not None:
+        need_pixels(model, "Posterior sampling")
+        return restore(
+            model,
+            None,
+            len(y),
+            wrap=lambda denoiser: posterior(denoiser, measurement.apply, y),
+            condition=condition,
+            **options,  # type: ignore[misc]
+        )
+    pixels = measurement.project(y)
+    x = restore(model, through_autoencoder(model, pixels), len(y), condition=condition, **options)  # type: ignore[misc]
+    return pixels(model.decode(x))
 
 
 def inpaint(
@@ -223,18 +239,25 @@ def inpaint(
     """
     images = check_images(model, images)
     known = check_known(known, images)
-    project, known_x = keep_known(images, known), known
-    if isinstance(model, LatentModel):
-        known_x = model.shrink_mask(known)
-        if not bool(known_x.flatten(1).any(1).all()):
-            raise ValueError(
-                f"The mask leaves no latent known, each of which needs a whole square of "
-                f"{model.image_shape[1] // model.x_shape[1]} pixels a side; mask less, or use a model of pixels."
-            )
-        # The encoder's receptive field exceeds a latent's square, so the unknown pixels must be erased first.
-        mean = (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
-        project = keep_known(model.encode(torch.where(known != 0, images, mean)), known_x)
-    x = restore(model, project, len(images), **options)
+    if not isinstance(model, LatentModel) or options.get("posterior") is not None:
+        measurement = known_pixels(known)
+        return from_measurement(model, measurement, measurement.apply(images), **options)
+    return _inpaint_latents(model, images, known, **options)
+
+
+def _inpaint_latents(model: LatentModel, images: Tensor, known: Tensor, **options: Unpack[Options]) -> Tensor:
+    """Inpaints by fixing the latents whose pixels are all known; see `inpaint`."""
+    known_x = model.shrink_mask(known)
+    if not bool(known_x.flatten(1).any(1).all()):
+        raise ValueError(
+            f"The mask leaves no latent known, each of which needs a whole square of "
+            f"{model.image_shape[1] // model.x_shape[1]} pixels a side; mask less, or use a model of pixels."
+        )
+    # The encoder's receptive field exceeds a latent's square, so the unknown pixels must be erased first.
+    mean = (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
+    project = keep_known(model.encode(torch.where(known != 0, images, mean)), known_x)
+    options.pop("posterior", None)
+    x = restore(model, project, len(images), **options)  # type: ignore[misc]
     return torch.where(known != 0, images, model.decode(x))
 
 
@@ -289,9 +312,7 @@ def colorize(
             f"Colorizing needs a model of RGB images, but this one's have {model.image_shape[0]} channel(s)."
         )
     check_images(model, grey.expand(-1, 3, -1, -1) if grey.ndim == 4 and grey.shape[1] == 1 else grey[:, :0])
-    pixels = keep_grey(grey)
-    project = through_autoencoder(model, pixels)
-    return pixels(model.decode(restore(model, project, len(grey), **options)))
+    return from_measurement(model, grey_of(3), grey, **options)
 
 
 def super_resolve(
@@ -319,6 +340,27 @@ def super_resolve(
             f"Small images of shape {tuple(small.shape)} cannot become {(channels, height, width)}; give ones that a "
             "whole factor of 2 or more enlarges to that."
         )
-    pixels = keep_small(small, factor)
-    project = through_autoencoder(model, pixels)
-    return pixels(model.decode(restore(model, project, len(small), **options)))
+    return from_measurement(model, small_of(factor), small, **options)
+
+
+def deblur(
+    model: PixelModel, images: Tensor, blur_sigma: float, cutoff: float = 1e-3, **options: Unpack[Options]
+) -> Tensor:
+    """Takes a Gaussian blur off images.
+
+    Args:
+        model: The model.
+        images: Blurred images (B, C, H, W) in [-1, 1]; see `measurements.blurred`.
+        blur_sigma: Standard deviation of the blur in pixels.
+        cutoff: Frequencies of which the blur has left less than this share are free.
+        options: As for `restore`.
+
+    Returns:
+        Images (B, C, H, W), which blurred are those given, up to rounding and the frequencies that are free.
+
+    Raises:
+        ValueError: If shapes do not fit; or as `restore`.
+    """
+    images = check_images(model, images)
+    _, height, width = model.image_shape
+    return from_measurement(model, blurred(blur_sigma, height, width, cutoff), images, **options)

@@ -1,0 +1,27 @@
+"""What samples were given, the samples, and the images that they were made of, below each other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from diffusion_lit.report.images import titled_grid
+
+
+def given_sheet(module: Any, seeds: Sequence[int], samples: Tensor) -> Image.Image:
+    """Lays out what a model was given and what it made of it.
+
+    Args:
+        module: A model with a part `condition`, which has held-out images.
+        seeds: One seed per sample.
+        samples: Samples (B, C, H, W) in [-1, 1].
+
+    Returns:
+        Three rows: given, sample, image.
+    """
+    images, pairs = module.originals(seeds)
+    given = module.conditions(seeds, images, pairs)[:, :-1].cpu()
+    channels = max(given.shape[1], samples.shape[1])
+    rows = [list(row.cpu().expand(-1, channels, -1, -1)) for row in (given, samples, images)]
+    return titled_grid(rows, ["given", "sample", "image"])
