@@ -62,6 +62,15 @@ class Family:
 FAMILIES = {
     "ddpm": Family("ddpm_digits.yaml", DENOISER),
     "edm": Family("edm_digits.yaml", DENOISER),
+    "given": Family(
+        "edm_digits.yaml",
+        [
+            *[*DENOISER, "--model.init_args.net.init_args.condition_channels=2"],
+            "--model.init_args.condition=diffusion_lit.diffusion.DegradedImage",
+            "--model.init_args.condition.init_args.degradation=diffusion_lit.diffusion.Box",
+            "--model.init_args.condition.init_args.steps=[2, 16]",
+        ],
+    ),
     "consistency": Family("consistency_digits.yaml", [option for option in DENOISER if "num_steps" not in option]),
     "meanflow": Family("meanflow_digits.yaml", DENOISER),
     "vae": Family("vae_digits.yaml", SMALL, ("Reconstructions", "Interpolations", "ReconstructionFID", "FID")),

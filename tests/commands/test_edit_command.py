@@ -35,6 +35,7 @@ OPTIONS = {
     "guidance": ["--cfg_scales=[1, 3]"],
     "colorize": ["--num_samples=1", "--resamplings=1"],
     "super_resolve": ["--num_samples=1", "--resamplings=1"],
+    "deblur": ["--num_samples=1", "--resamplings=1"],
 }
 
 
@@ -102,6 +103,29 @@ def test_a_task_on_a_family(edit, trained, capsys, task, name):
     side = record["model"]["image_shape"][1]
     drawn = [path for path in Path("out").glob("*.png") if path.name not in ("figure.png", "small.png")]
     assert drawn and all(Image.open(path).size == (side, side) for path in drawn)
+
+
+@pytest.mark.parametrize("method", ["dps", "pigdm", "mmps", "projection"])
+def test_a_noisy_measurement_is_restored_by_each_method(edit, method):
+    few = ["--num_steps=3", "--num_samples=1", "--noise=0.2"]
+    record = edit("super_resolve", "edm", *few, "--factor=2", f"--method={method}", "--resamplings=1")
+    assert (record["method"], record["noise"]) == (method, 0.2)
+    assert (record["mean_error"] < 1e-5) == (method == "projection"), "a noisy measurement is not forced on the result"
+    assert edit("deblur", "edm", *few, "--blur_sigma=1.0")["method"] == "mmps"
+
+
+def test_what_does_not_suit_a_noisy_measurement_is_said(edit, capsys):
+    for options, words in (
+        (["--method=mmps"], "--noise is 0"),
+        (["--method=mpps", "--noise=0.1"], "There is no method 'mpps'; choose one of projection, dps, pigdm, mmps"),
+        (["--noise=-1"], "noise is -1"),
+        (['--method_options={"iterations": 3}'], "--method_options are those of"),
+        (["--noise=0.1", '--method_options={"iterations": 0}'], "iterations is 0"),
+        (["--noise=0.1", '--method_options={"zeta": 1}'], "do not suit mmps"),
+    ):
+        assert words in stopped(capsys, edit, "super_resolve", "edm", "--factor=2", *options)
+    said = stopped(capsys, edit, "super_resolve", "latent", "--factor=2", "--noise=0.1")
+    assert "Posterior sampling needs a model of pixels" in said
 
 
 def test_help_lists_tasks_and_their_options(lightning, capsys):

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from diffusion_lit.diffusion import Blur, ColdSampling, Degradation, Mask, Pixelate, Snow
+from diffusion_lit.diffusion import Blur, Box, ColdSampling, Degradation, Grey, Mask, Pixelate, Snow
 from diffusion_lit.diffusion.cold import improved, naive
 from diffusion_lit.modules import ColdDiffusion
 from diffusion_lit.modules.cold import principal_components
@@ -18,7 +18,9 @@ from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets import UNet
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/cold_digits.yaml"
-ALL = {"blur": Blur(6), "mask": Mask(6), "pixelate": Pixelate(3), "snow": Snow(6)}
+ALL = {
+    "blur": Blur(6), "mask": Mask(6), "pixelate": Pixelate(3), "snow": Snow(6), "grey": Grey(6), "box": Box(6)
+}  # fmt: skip
 
 
 def draw(*shape, seed=0):
