@@ -129,6 +129,8 @@ def take_size(module: Any, size: str) -> None:
         raise ValueError(f"--size is {size!r}; give height and width, such as 128x192.")
     if not isinstance(module, PixelModel):
         raise ValueError(f"--size is {size}, but a {type(module).__name__} draws one size alone; leave it out.")
+    if getattr(module, "condition", None) is not None:
+        raise ValueError(f"--size is {size}, but the model draws images as large as those it is given; leave it out.")
     module.draw_size(int(sides[0]), int(sides[1]))
 
 

@@ -150,3 +150,5 @@ def test_every_command_works_on_such_a_model(lightning, capsys):
     assert "--likelihood is that of images alone" in said
     said = stopped(capsys, lightning, *["sample", "--ckpt_path", LAST, "--data_root=nowhere", "--out=c"])
     assert "nowhere" in said
+    said = stopped(capsys, lightning, *["sample", "--ckpt_path", LAST, "--size=16x16", "--out=c"])
+    assert "as large as those it is given" in said
