@@ -58,7 +58,7 @@ Posterior = Callable[[DenoiserLike, Linear, Tensor], PosteriorDenoiser]
 """Wraps a denoiser for a measurement: `posterior(denoiser, measure, y)`, such as `partial(MMPS, sigma_y=0.1)`."""
 
 
-class Options(TypedDict, total=False):
+class RestoreOptions(TypedDict, total=False):
     """What every task here takes by keyword and hands to `restore`."""
 
     labels: Tensor | None
@@ -67,6 +67,11 @@ class Options(TypedDict, total=False):
     resamplings: int
     jump: int
     callback: StepCallback | None
+
+
+class Options(RestoreOptions, total=False):
+    """As `RestoreOptions`, and how noisy measurements are followed; see `from_measurement`."""
+
     posterior: Posterior | None
 
 
@@ -182,7 +187,7 @@ def from_measurement(
     y: Tensor,
     *,
     posterior: Posterior | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[RestoreOptions],
 ) -> Tensor:
     """Restores images from a measurement of them.
 
@@ -209,10 +214,10 @@ def from_measurement(
             len(y),
             wrap=lambda denoiser: posterior(denoiser, measurement.apply, y),
             condition=condition,
-            **options,  # type: ignore[misc]
+            **options,
         )
     pixels = measurement.project(y)
-    x = restore(model, through_autoencoder(model, pixels), len(y), condition=condition, **options)  # type: ignore[misc]
+    x = restore(model, through_autoencoder(model, pixels), len(y), condition=condition, **options)
     return pixels(model.decode(x))
 
 
