@@ -30,7 +30,15 @@ SMALL = [
     *["--trainer.enable_model_summary=false", "--name=run"],
 ]
 SLOW = ("num_nodes", "devices", "strategy", "fast_dev_run")  # these wait for other processes, or train at length
-FAMILIES = ("edm_digits", "ddpm_digits", "vae_digits", "cold_digits", "consistency_digits", "meanflow_digits")
+FAMILIES = (
+    "edm_digits",
+    "ddpm_digits",
+    "vae_digits",
+    "cold_digits",
+    "consistency_digits",
+    "meanflow_digits",
+    "superres_fashion_mnist",
+)
 COMMANDS = ("sample", "evaluate", "export", "report", "edit denoise", "edit invert", "edit inpaint", "configs")
 
 
@@ -66,6 +74,8 @@ def base(family):
     config = yaml.safe_load((CONFIGS / "base.yaml").read_text())
     named = yaml.safe_load((CONFIGS / f"{family}.yaml").read_text())
     trainer = {**config["trainer"], **named["trainer"], "callbacks": []}
+    if "digits" not in family:  # whose data would have to be there
+        named["data"] = {"class_path": "datamodules.Digits", "init_args": {"use_labels": False}}
     named["data"].setdefault("init_args", {})["batch_size"] = 8
     return {**config, **named, "trainer": trainer}
 
