@@ -44,7 +44,6 @@ def sample(
     compile: bool = False,
     devices: int = 1,
     strategy: str = "auto",
-    data_root: str | None = None,
 ) -> None:
     """Draws images from a checkpoint, or from a pretrained model of diffusers.
 
@@ -74,7 +73,6 @@ def sample(
         compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
         devices: Number of processes, one per device, that share the work.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
-        data_root: Where the checkpoint's own data lies now, for a model that is given its test images.
 
     Raises:
         ValueError: If the model cannot be used or an option does not fit it.
@@ -89,7 +87,7 @@ def sample(
     module = options.load_model(stage_2=stage_2, stage_2_options=stage_2_options)
     if size is not None:
         take_size(module, size)
-    give_held_out(module, options.ckpt_path, data_root)
+    give_held_out(module, options.ckpt_path, options.data_root)
     prompts = options.prompts
     if num_samples < len(prompts):
         raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")

@@ -122,14 +122,10 @@ def give_held_out(module: Any, path: str | Path | None, root: str | None = None)
         root: Where the data lies now, if elsewhere.
 
     Raises:
-        ValueError: If a root is named for a model that is given no image, or the data cannot be built.
+        ValueError: If the data cannot be built.
         OSError: If the data is missing.
     """
     if getattr(module, "condition", None) is None or path is None:
-        if root is not None:
-            raise ValueError(
-                f"--data_root {root} does nothing, since the model is given no image of its data; leave it out."
-            )
         return
     data: Any = load_data(path, **({} if root is None else {"root": root}))
     data.prepare_data()
