@@ -103,6 +103,13 @@ PIECES = [
     ),
     Piece(
         "fashion_mnist",
+        "deblur",
+        "--data_index 0 --blur_sigma 1.5 --noise 0.1",
+        "A blur and noise taken off by MMPS, which forces nothing on the result.",
+        data=True,
+    ),
+    Piece(
+        "fashion_mnist",
         "anagram",
         f"--labels Dress,Bag --view identity --view rotate_90 {COMPOSING}",
         "A dress; turned by a quarter, a bag.",

@@ -123,6 +123,7 @@ def inpaint(options: RestoreOptions, mask: str | None = None, box: tuple[int, in
     shade = (1.0 - 2.0 * known.float()).expand_as(run.image)
     facts = {
         "known_share": float(known.float().mean()),
+        "labels": options.names(run.model, run.labels),
         "known_pixels_are_the_images": bool((made == run.image)[known.expand_as(made)].all()),
         "mask": mask,
         "box": box,
@@ -277,10 +278,10 @@ class Restoration:
             "noise": self.options.noise,
             "resamplings": self.resamplings,
             "jump": self.options.jump,
+            "labels": self.options.names(self.model, self.labels)[:1],
             **facts,
             "psnr": {**values, "results": results},
             "seeds": list(self.seeds),
-            "labels": self.options.names(self.model, self.labels)[:1],
         }
         files = {"input": image, **given, "result": made}
         self.options.write(self.task, self.model, self.sampling, figure, files, record)
