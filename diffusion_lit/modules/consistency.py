@@ -5,8 +5,8 @@ Training starts from nothing, or, better, from the average weights of a diffusio
 data's own paths it is distillation. `Consistency` works on images, `LatentConsistency` on latents.
 
 Guidance: cfg_scale acts on the two estimates as it does on any denoiser, but these are images at the end of two paths
-and no scores, so that a scale above 1 sharpens a little and soon distorts; what guidance a model is to have is best
-distilled into it by the teacher's cfg_scale and drawn at cfg_scale 1.
+and no scores: only the scales 0 and 1 are maps that were trained. What guidance a model is to have is best distilled
+into it by the teacher's cfg_scale and drawn at cfg_scale 1.
 """
 
 from typing import Any
