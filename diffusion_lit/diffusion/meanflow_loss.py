@@ -172,6 +172,7 @@ class MeanFlowLoss(DenoisingLoss):
         noise: Tensor,
         label: Tensor | None = None,
         augment: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample; see `DenoisingLoss.forward`.
 
@@ -183,10 +184,16 @@ class MeanFlowLoss(DenoisingLoss):
             noise: Standard normal, shape (B, C, H, W).
             label: Class indices, shape (B,), or none.
             augment: Augmentation labels, shape (B, augment_dim), or none.
+            condition: None.
 
         Returns:
             Shape (B,).
+
+        Raises:
+            ValueError: If there is a condition image.
         """
+        if condition is not None:
+            raise ValueError("MeanFlowLoss trains no model that is given an image; leave `condition` out.")
         levels = denoiser.scaling.clamp(sigma)
         sigma, until = (levels, levels) if levels.ndim == 1 else levels.unbind(1)
         x = x0 + per_sample(sigma, x0) * noise
