@@ -35,7 +35,7 @@ class ImageDataModule(LightningDataModule):
             than a quarter of its free memory.
     """
 
-    cache_dir: Any  # folder of the caches, of those that keep one
+    cache_dir: Any = None  # folder of the caches, of those that keep one
 
     def __init__(
         self,
@@ -66,8 +66,7 @@ class ImageDataModule(LightningDataModule):
             but_root: Whether the user named `root`, so that data may be downloaded there.
         """
         self.writes_root = but_root
-        if hasattr(self, "cache_dir"):
-            self.cache_dir = None
+        self.cache_dir = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

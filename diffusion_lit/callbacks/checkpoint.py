@@ -34,6 +34,7 @@ from diffusion_lit.runtime.internals import (
 )
 from diffusion_lit.runtime.stopping import RunStopped
 from diffusion_lit.runtime.watchdog import SAME
+from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -66,6 +67,16 @@ class LastCheckpoint(ModelCheckpoint):
         self._hosts: Any = None  # the group of processes through which ranks tell each other of it
         self._requeue: Any = None
         self._handlers: dict[int, Any] = {}
+
+    @property
+    def saved(self) -> str:
+        """The file that was written last; empty before."""
+        return self._last_checkpoint_saved
+
+    @property
+    def saved_step(self) -> int:
+        """Its training step."""
+        return self._last_global_step_saved
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs signal handlers, and runs the validation that an interruption skipped."""
@@ -121,7 +132,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was trained since the last validation."""
         self._save_new(trainer)
-        failure = trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "failure", None))
+        failure = trainer.strategy.broadcast(failure_of(trainer))
         if failure:
             raise RunStopped(
                 f"The run is over, but its last checkpoint could not be written to {self.dirpath}: {failure}. Make "
@@ -161,7 +172,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _keep(self, trainer: Trainer, name: str) -> None:
         """Links last.ckpt under a second name, which survives its replacement."""
         last = Path(str(self.dirpath)) / "last.ckpt"
-        if not last.exists() or (name == "best" and getattr(trainer.strategy.checkpoint_io, "failure", None)):
+        if not last.exists() or (name == "best" and failure_of(trainer)):
             return
         temporary = last.with_name(f".{name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):
@@ -243,7 +254,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _where(self, trainer: Trainer) -> str:
         """A sentence on where the state was saved."""
-        failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
+        failure = failure_of(trainer)
         if failure:
             return f"The state could not be saved: {failure}; the last checkpoint that is whole is older."
         if not self._last_checkpoint_saved:
@@ -273,3 +284,9 @@ def _validate(trainer: Trainer) -> None:
     with as_in_validation(trainer):
         loop.run()
     epochs.completed += edge
+
+
+def failure_of(trainer: Trainer) -> str | None:
+    """Why the last checkpoint could not be written, None where it was."""
+    files = trainer.strategy.checkpoint_io
+    return files.failure if isinstance(files, SafeCheckpointIO) else None

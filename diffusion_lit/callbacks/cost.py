@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.nets.layers import no_autocast
 from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.runtime.hardware import cpu_contention
-from diffusion_lit.runtime.internals import bare
+from diffusion_lit.runtime.internals import bare, data_of
 from diffusion_lit.runtime.ranks import images_of
 
 WARM_UP, MEASURED = 5, 20  # steps left out of the measured time, and after which it is reported
@@ -124,7 +125,7 @@ class Cost(Callback):
         if not trainer.is_global_zero or brief or not isinstance(net, nn.Module):
             return
         name = f"{type(net).__name__} of {magnitude(sum(one.numel() for one in net.parameters()))} parameters"
-        data = getattr(trainer, "datamodule", None)  # a classifier does not know the shape of its images
+        data = data_of(trainer)  # a classifier does not know the shape of its images
         places = ((pl_module, "x_shape"), (pl_module, "image_shape"), (data, "image_shape"))
         known = [getattr(place, attribute, None) for place, attribute in places]
         shape: Any = next((one for one in known if one is not None), None)
@@ -171,7 +172,7 @@ class Cost(Callback):
 def _averages(trainer: Trainer) -> int:
     """How many averages of the weights the callbacks keep."""
     kept = [one for one in trainer.callbacks if isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
-    return sum(max(1, len(getattr(one, "sigma_rel", []))) for one in kept)
+    return sum(max(1, len(one.sigma_rel)) if isinstance(one, EMA) else 1 for one in kept)
 
 
 def _mib(size: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.averaging import exponent, power_beta
+from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import images_of
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 from diffusion_lit.storage.snapshots import Snapshots
@@ -149,7 +150,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
         first = dict(self._average_model.module.named_parameters())
         averages: list[list[Tensor]] = [[first[name] for name in names], *self._others]
         folder = run_folder(trainer) / "averages"
-        classes = [str(name) for name in getattr(getattr(trainer, "datamodule", None), "class_names", None) or []]
+        classes = [str(name) for name in getattr(data_of(trainer), "class_names", None) or []]
         try:
             for width, average in zip(self.sigma_rel, averages, strict=True):
                 Snapshots.write(folder, self._step, width, dict(zip(names, average, strict=True)), classes)

@@ -22,8 +22,9 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, Missin
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.modules.protocols import Generates, HasImages
 from diffusion_lit.runtime import watchdog
-from diffusion_lit.runtime.internals import average_of
+from diffusion_lit.runtime.internals import average_of, data_of
 from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
 
 
@@ -139,8 +140,8 @@ class FID(Callback):
         Returns:
             A sentence without its full stop, or None.
         """
-        data = getattr(trainer, "datamodule", None)
-        if not hasattr(pl_module, "generate") or not hasattr(data, "reference_images"):
+        data = data_of(trainer)
+        if not isinstance(pl_module, Generates) or not isinstance(data, HasImages):
             return f"{type(pl_module).__name__} on {type(data).__name__} has no images to compare"
         return None
 
@@ -166,7 +167,7 @@ class FID(Callback):
             self.num_samples = min(self.num_samples, max(4, trainer.world_size))
         if trainer.world_size > self.num_samples:
             raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
-        data: Any = getattr(trainer, "datamodule", None)
+        data: Any = data_of(trainer)
         problem = self.problem(trainer, pl_module)
         if problem is None:  # rank 0 fills the caches that the others then read
             problem = rank_zero_first(partial(self._load, data), "the weights of the extractor")

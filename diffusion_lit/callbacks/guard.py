@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from diffusion_lit.callbacks.checkpoint import LastCheckpoint
 from diffusion_lit.runtime.internals import bare, logs_now
 from diffusion_lit.runtime.stopping import RunStopped
 
@@ -239,8 +240,7 @@ def _check_figures(trainer: Trainer) -> None:
 
 def _last_checkpoint(trainer: Trainer) -> str:
     """A sentence on the checkpoint to go back to."""
-    saved = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "")
-    if not saved:
-        return "No checkpoint was saved before."
-    step = getattr(trainer.checkpoint_callback, "_last_global_step_saved", 0)
-    return f"The last checkpoint is {saved}, of step {step}."
+    for kept in trainer.checkpoint_callbacks:
+        if isinstance(kept, LastCheckpoint) and kept.saved:
+            return f"The last checkpoint is {kept.saved}, of step {kept.saved_step}."
+    return "No checkpoint was saved before."

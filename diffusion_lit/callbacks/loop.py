@@ -118,7 +118,8 @@ class RunLoop(FitLoop):
     @property
     def skip(self) -> bool:
         """Whether there is nothing to train and no skipped validation to run."""
-        due = any(getattr(callback, "_validation_due", False) for callback in self.trainer.checkpoint_callbacks)
+        kept = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)]
+        due = any(one._validation_due for one in kept)
         return super().skip and not (due and self.max_batches)
 
     def setup_data(self) -> None:

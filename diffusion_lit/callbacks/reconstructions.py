@@ -12,8 +12,11 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
+from diffusion_lit.modules.latent import LatentDiffusion
+from diffusion_lit.modules.protocols import HasImages, Interpolates, Reconstructs
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.report.reconstructions import difference
+from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import rank_zero_alone
 
 
@@ -37,9 +40,9 @@ class Reconstructions(DrawingCallback):
         self.count = count
         self.columns = columns
 
-    def show(self, trainer: Trainer, module: Any) -> None:
+    def show(self, trainer: Trainer, module: LightningModule) -> None:
         """Draws rows of images, each above the rows of what became of them and of the differences."""
-        if not hasattr(module, "reconstruct"):
+        if not isinstance(module, Reconstructs):
             return
         images = real_images(trainer, self.count).to(module.device)
         made = rank_zero_alone(lambda: module.reconstruct(images), "reconstructions")
@@ -71,9 +74,9 @@ class Interpolations(DrawingCallback):
         self.rows = rows
         self.columns = columns
 
-    def show(self, trainer: Trainer, module: Any) -> None:
+    def show(self, trainer: Trainer, module: LightningModule) -> None:
         """Draws a row for each pair."""
-        if not hasattr(module, "interpolate"):
+        if not isinstance(module, Interpolates):
             return
         images = real_images(trainer, 2 * self.rows).to(module.device)
         half = len(images) // 2
@@ -133,18 +136,18 @@ class ReconstructionFID(FID):
         """
         return module.reconstruct(real_images(trainer, self.num_samples, self.held_out, rows).to(module.device))  # type: ignore[no-any-return]
 
-    def measure(self, trainer: Trainer, module: Any) -> Tensor:
+    def measure(self, trainer: Trainer, module: LightningModule) -> Tensor:
         """The distance, taken once where the autoencoder is not in training; see `FID.measure`."""
-        if self._measured is None or not getattr(module, "autoencoder_is_frozen", False):
+        if self._measured is None or not (isinstance(module, LatentDiffusion) and module.autoencoder_is_frozen):
             self._measured = super().measure(trainer, module)
         return self._measured
 
     def problem(self, trainer: Any, module: LightningModule) -> str | None:
         """Why it cannot be measured, or None; takes as many images as there are."""
-        data = getattr(trainer, "datamodule", None)
-        if not hasattr(module, "reconstruct") or not hasattr(data, "reference_images"):
+        data = data_of(trainer)
+        if not isinstance(module, Reconstructs) or not isinstance(data, HasImages):
             return f"{type(module).__name__} on {type(data).__name__} reconstructs no images"
-        there = len(data.reference_images(self.held_out))  # type: ignore[union-attr]
+        there = len(data.reference_images(self.held_out))
         if there < 2:
             return f"the split {self.held_out} has {there} images"
         self.num_samples = min(self.num_samples, there)

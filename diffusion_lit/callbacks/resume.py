@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from diffusion_lit.callbacks.loggers import TensorBoardLogger
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.reapply import reapply, reapply_implementation
-from diffusion_lit.runtime.internals import bare
+from diffusion_lit.runtime.internals import bare, data_of
 
 FREE = (  # how and where, not what, a run computes
     *("net.activation_checkpointing", "optimizer.fused", "optimizer.foreach", "cache_dir", "cache_latents"),
@@ -104,8 +104,8 @@ class Resume(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the settings beside the run's figures under TensorBoard's HPARAMS."""
-        data: Any = getattr(trainer, "datamodule", None)
-        every = {"model": dict(pl_module.hparams), "data": dict(getattr(data, "hparams", {})), **self.settings}
+        data = data_of(trainer)
+        every = {"model": dict(pl_module.hparams), "data": {} if data is None else dict(data.hparams), **self.settings}
         settings = {key: value for key, value in flat(every).items() if not key.endswith("_instantiator")}
         for logger in trainer.loggers if trainer.callback_metrics else []:
             if isinstance(logger, TensorBoardLogger):

@@ -154,6 +154,10 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """LightningCLI with base config, run names, links from data to network, and resumption by name."""
 
+    begun_at = 0  # the step of the checkpoint that is gone on from
+    trained_in: str | None = None  # and its precision
+    recorded: dict[str, Any] | None = None  # and its settings
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The subcommand that runs, by its name: to make the parsers of all four takes four times as long."""
@@ -321,7 +325,7 @@ class CLI(LightningCLI):
         strategy = config.get("strategy") or "auto"
         usual = isinstance(strategy, str) and strategy.startswith(("auto", "ddp"))
         if config.get("precision") is None and usual and not any(isinstance(p, Precision) for p in config["plugins"]):
-            trained_in = getattr(self, "trained_in", "bf16-mixed" if bf16_pays(device) else "32-true")
+            trained_in = self.trained_in or ("bf16-mixed" if bf16_pays(device) else "32-true")
             if trained_in == "bf16-mixed":
                 config["plugins"].append(TrainInBf16(device))
             else:
@@ -334,7 +338,7 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            started = self.trainer.global_step > getattr(self, "begun_at", 0)
+            started = self.trainer.global_step > self.begun_at
             stopped = told(error, started, getattr(self.datamodule, "batch_size", None), fits=subcommand == "fit")
             if stopped is None or debugging():
                 raise
@@ -360,7 +364,7 @@ class CLI(LightningCLI):
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay
-        recorded = getattr(self, "recorded", {})
+        recorded = self.recorded or {}
         if self.subcommand == "fit" and recorded.get("model"):
             now = {**self._settings(), "model": dict(self.model.hparams), "data": dict(self.datamodule.hparams)}
             before = {**recorded, "precision": self.trained_in}

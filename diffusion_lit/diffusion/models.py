@@ -23,10 +23,16 @@ class PixelModel(nn.Module):
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
         sampling: How images are drawn unless told otherwise.
         drawn_size: Height and width of what is denoised where another size than the network's own is drawn.
+        class_names: Names of the classes by their numbers, or prompts.
+        prompts: What label i asks a text model for; None where the model reads no text.
+        label_dropout: Share of the training without labels; None where it is not known.
     """
 
     denoiser: Denoiser
     sampling: Sampling
+    class_names: list[str]
+    prompts: list[str] | None = None
+    label_dropout: float | None = None
     drawn_size: tuple[int, int] | None = None
 
     @property

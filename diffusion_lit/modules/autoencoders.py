@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diffusion_lit.modules.protocols import Encodes
 from diffusion_lit.nets.autoencoder import part
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.runs import find_last
@@ -43,7 +44,7 @@ def build(record: dict[str, Any]) -> Any:
     with naming("The file"):
         check(record)
         kind = find_class(record["class_path"])
-    if not (issubclass(kind, nn.Module) and hasattr(kind, "encode")):
+    if not (issubclass(kind, nn.Module) and issubclass(kind, Encodes)):
         raise ValueError(f"{record['class_path']} is no autoencoder.")
     try:
         return kind(**{name: _built(value) for name, value in record["init_args"].items()})

@@ -26,8 +26,9 @@ from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.modules.given import PAIR, GivenImages
 from diffusion_lit.modules.labels import check_null_class
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
+from diffusion_lit.modules.protocols import Continues
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
-from diffusion_lit.runtime.internals import is_built_by_command, logs_now, trainer_of
+from diffusion_lit.runtime.internals import data_of, is_built_by_command, logs_now, trainer_of
 
 
 class Draws(NamedTuple):
@@ -47,13 +48,17 @@ class BaseModule(LightningModule):
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
     """
 
+    class_names: list[str]
+    prompts: list[str] | None = None
+    label_dropout: float | None = None
+
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
         super().__init__()
         # Kept in a closure, which the EMA's deepcopy shares: the command's factories reference the command, and so the
         # trainer, the data and the processes of other ranks, which cannot be copied.
         self._makers: Callable[[], tuple[OptimizerCallable, LRSchedulerCallable | None]]
         self._makers = lambda: (optimizer, lr_scheduler)
-        self.class_names: list[str] = []
+        self.class_names = []
         self.init_from: dict[str, Any] | None = None  # what its first weights were, of a run that did not draw them
         self._has_checked = False
         if is_built_by_command():  # built by the command: plain values that describe the checkpoint
@@ -157,12 +162,11 @@ class BaseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Records what the hyperparameters lack: class names, the data, and what the run started from."""
-        data: Any = getattr(trainer_of(self), "datamodule", None)
-        identity = getattr(data, "identity", None)
+        data = data_of(trainer_of(self))
         checkpoint["diffusion_lit"] = {
             "class_names": list(getattr(data, "class_names", None) or self.class_names),
             "conditional": self._is_conditional,
-            "data": {} if identity is None else identity(),
+            "data": data.identity() if isinstance(data, Continues) else {},
             "seed": run_seed(),
             "precision": "32-true" if trainer_of(self) is None else str(self.trainer.precision),
             **({} if self.init_from is None else {"init_from": self.init_from}),
@@ -177,8 +181,8 @@ class BaseModule(LightningModule):
         recorded = checkpoint.get("diffusion_lit", {})
         self.class_names = recorded.get("class_names", self.class_names)
         self.init_from = recorded.get("init_from")
-        data: Any = getattr(trainer_of(self), "datamodule", None)
-        if hasattr(data, "continue_from"):
+        data = data_of(trainer_of(self))
+        if isinstance(data, Continues):
             data.continue_from(recorded.get("data") or {}, self.class_names if self._is_conditional else [])
 
     @property
@@ -207,6 +211,8 @@ class DiffusionModule(GivenImages, BaseModule):
         ValueError: If `label_dropout` is no probability, or the network does not take the augmentation's labels or the
             condition.
     """
+
+    label_dropout: float
 
     def __init__(
         self,

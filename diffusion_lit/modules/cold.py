@@ -22,6 +22,8 @@ from diffusion_lit.diffusion.generate import StepCallback, check_labels
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keyed_generator
 from diffusion_lit.modules.base import BaseModule, run_seed
+from diffusion_lit.modules.protocols import HasImages
+from diffusion_lit.runtime.internals import data_of
 
 COMPONENTS = 64
 MOST_IMAGES = 500  # that the components are taken of
@@ -83,8 +85,8 @@ class ColdDiffusion(BaseModule):
 
     def on_fit_start(self) -> None:
         """Takes the mean and the principal components of the training images."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "reference_images"):
+        data = data_of(self.trainer)
+        if not isinstance(data, HasImages):
             raise ValueError(
                 "ColdDiffusion takes the mean and covariance of the training images, from which its samples start, "
                 f"and {type(data).__name__} does not give them; use one of datamodules."

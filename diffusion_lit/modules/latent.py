@@ -28,6 +28,8 @@ from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.base import DiffusionModule, run_seed
 from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all, interpolate, latent_shape, scale_of
+from diffusion_lit.modules.protocols import HasImages
+from diffusion_lit.runtime.internals import data_of
 
 
 class LatentDiffusion(LatentModel, DiffusionModule):
@@ -158,8 +160,8 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         self._caches = {}
 
     def _data(self) -> Any:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "reference_images"):
+        data = data_of(self.trainer)
+        if not isinstance(data, HasImages):
             raise ValueError("LatentDiffusion needs to see the whole training set; train it on one of datamodules.")
         return data
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from diffusion_lit.runtime.internals import parts_of
+
 HOW = ("fused", "foreach")  # how, not what, an optimizer computes: what this run and its hardware say
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of the options, those of which a group has its own share
 PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")  # what a plateau has seen so far
@@ -95,7 +97,7 @@ def _play(played: Any, scheduler: Any, step: int) -> None:
             played.step()
     scheduler.load_state_dict(played.state_dict())
     shares = [group.get("lr_ratio", 1.0) for group in scheduler.optimizer.param_groups]
-    for one, like in zip(*([each, *getattr(each, "_schedulers", [])] for each in (scheduler, played)), strict=True):
+    for one, like in zip(parts_of(scheduler), parts_of(played), strict=True):
         for name in ("base_lrs", "_last_lr"):  # of one group, and the run may have several
             if hasattr(like, name):
                 setattr(one, name, [getattr(like, name)[0] * share for share in shares])

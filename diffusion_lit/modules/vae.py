@@ -32,7 +32,7 @@ from diffusion_lit.modules.perceptual import LPIPS, Perceptual
 from diffusion_lit.modules.prior import PriorSampling
 from diffusion_lit.modules.quality import LatentUse, ssim
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
-from diffusion_lit.runtime.internals import trainer_of
+from diffusion_lit.runtime.internals import data_of, trainer_of
 from diffusion_lit.runtime.ranks import rank_zero_first
 
 
@@ -176,7 +176,7 @@ class VAE(BaseModule):
     def _load_perceptual(self) -> None:
         for one in self._perceptual:
             if one.frozen is None:
-                data: Any = getattr(trainer_of(self), "datamodule", None)
+                data: Any = data_of(trainer_of(self))
                 rank_zero_first(partial(one.load, data), "the perceptual distance")
 
     def terms(self, image: Tensor, *key: int | str, index: Tensor | None = None) -> Terms:

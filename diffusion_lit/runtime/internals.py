@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -40,6 +40,16 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return module.trainer
     except RuntimeError:
         return None
+
+
+def data_of(trainer: Trainer | None) -> LightningDataModule | None:
+    """The data module that a trainer runs on, if any: an attribute that Lightning declares nowhere."""
+    return getattr(trainer, "datamodule", None)
+
+
+def parts_of(schedule: Any) -> list[Any]:
+    """A learning-rate schedule and, where it is made of several (SequentialLR, ChainedScheduler), those."""
+    return [schedule, *getattr(schedule, "_schedulers", [])]
 
 
 def bare(optimizer: Any) -> Any:

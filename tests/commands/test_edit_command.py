@@ -19,6 +19,7 @@ FIT = [
     *["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"],
     *["--trainer.callbacks=[]", "--trainer.max_steps=2", "--data.init_args.batch_size=16"],
     *["--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"],
+    "--trainer.limit_val_batches=2",
 ]
 NET = "--model.init_args.net.init_args.model_channels=16"
 STEPS = "--model.init_args.sampling.num_steps=3"

@@ -34,6 +34,7 @@ def trained(tmp_path_factory):
                 *["--trainer.enable_model_summary=false", "--trainer.callbacks=[]", "--trainer.max_steps=3"],
                 *["--model.init_args.net.init_args.model_channels=16", "--model.init_args.sampling.num_steps=2"],
                 *["--data.init_args.batch_size=16", "--sample_grid.every=0", "--trajectory.every=0"],
+                "--trainer.limit_val_batches=2",
                 *[
                     "--loss_by_noise_level.batches=0",
                     "--ema.decay=0.7",

@@ -27,6 +27,7 @@ PROGRAMS = ("lightning ", "python -m ", "make ", "pytest ")
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 SHORT = [
     *[*QUIET, "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.init_args.batch_size=8"],
+    "--trainer.limit_val_batches=2",
     *[
         "--sample_grid.rows=1",
         "--sample_grid.columns=1",

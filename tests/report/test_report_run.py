@@ -21,6 +21,7 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--
 SMALL = [
     *[*QUIET, "--trainer.callbacks=[]", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"],
     *["--data.init_args.batch_size=16", "--sample_grid.columns=1", "--sample_grid.rows=1", "--trajectory.count=1"],
+    "--trainer.limit_val_batches=3",
 ]
 DIGITS = [
     *["fit", "--config", str(CONFIGS / "edm_digits.yaml"), *SMALL, "--loss_by_noise_level.batches=1"],

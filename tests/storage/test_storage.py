@@ -117,7 +117,7 @@ def hold(path, seconds):
 
 def test_a_lock_is_held_while_its_process_lives(tmp_path):
     path = tmp_path / "parts" / "lock"
-    child = multiprocessing.get_context("spawn").Process(target=hold, args=(path, 60))
+    child = multiprocessing.get_context("fork").Process(target=hold, args=(path, 60))
     child.start()
     try:
         while not (path.is_file() and path.read_text()):

@@ -1,0 +1,176 @@
+"""What commands, callbacks and figures ask of a model and of a data set.
+
+The protocols are structural: a module or a data set of one's own conforms by having the members. `Model`, `DataSet` and
+`Settings` are what the type checker holds every use to. The small ones, which `isinstance` asks for where any class may
+stand, name methods only: to look for a property would compute it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]
+
+
+class Settings(Protocol):
+    """How a model draws: `Sampling` of denoisers, or what stands in its place elsewhere."""
+
+    @property
+    def sampler(self) -> str:
+        """Name of the way."""
+
+    @property
+    def num_steps(self) -> int | None:
+        """Number of steps, None where it is as many as the model has."""
+
+    @property
+    def cfg_scale(self) -> float:
+        """Scale of classifier-free guidance, 1 for none."""
+
+    @property
+    def nfe(self) -> int | None:
+        """Calls of the model for a sample, None where they depend on it."""
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some replaced, None meaning unchanged."""
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain values, for receipts."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Draws images."""
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        sampling: Any = None,
+        callback: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """Draws one image per seed; see `PixelModel.generate`."""
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """An autoencoder."""
+
+    def encode(self, images: Tensor, /) -> Any:
+        """The posterior of the latents of images (B, C, H, W)."""
+
+    def decode(self, z: Tensor, /) -> Tensor:
+        """Images of latents."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """Makes images out of images, as an autoencoder does."""
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] as they come back."""
+
+
+@runtime_checkable
+class Interpolates(Protocol):
+    """Makes images between two."""
+
+    def interpolate(self, first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
+        """Images (B, len(shares), C, H, W) between two of shape (B, C, H, W)."""
+
+
+class Model(Generates, Protocol):
+    """A model that commands draw with: a module trained here, or one of another library."""
+
+    @property
+    def image_shape(self) -> Shape:
+        """Shape (C, H, W) of the images that it makes."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for an unconditional model."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes by their numbers; empty where they have none."""
+
+    @property
+    def prompts(self) -> Sequence[str] | None:
+        """What label i asks a text model for; None where the model reads no text."""
+
+    @property
+    def label_dropout(self) -> float | None:
+        """Share of the training without labels; None where it is not known."""
+
+    @property
+    def sampling(self) -> Settings:
+        """How it draws unless told otherwise."""
+
+    @property
+    def net(self) -> nn.Module:
+        """The network that is called for a sample."""
+
+    # What every torch.nn.Module has.
+    training: bool
+
+    def to(self, device: torch.device, /) -> Any:
+        """Moves it to a device."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Its weights by name."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters."""
+
+
+@runtime_checkable
+class HasImages(Protocol):
+    """A data set that gives the images of its splits, to be compared with."""
+
+    def reference_images(self, split: str) -> Any:
+        """The images of a split ("train", "val", "test" or several joined by "+"), array-like uint8 (N, C, H, W)."""
+
+
+class ImageSource(HasImages, Protocol):
+    """What figures ask of a data set that is prepared and set up."""
+
+    def reference_labels(self, split: str) -> Tensor | None:
+        """The classes of a split, int64 (N,), or None."""
+
+    def fingerprint(self, split: str) -> str:
+        """A hash of all that determines the images."""
+
+    @property
+    def image_shape(self) -> Shape:
+        """Shape (C, H, W) of an image."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 for none."""
+
+
+class DataSet(ImageSource, Protocol):
+    """What commands ask of a data set: a LightningDataModule with images."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Name of each class; empty where there are no labels."""
+
+    def prepare_data(self) -> None:
+        """Downloads and unpacks, in one process."""
+
+    def setup(self, stage: str) -> None:
+        """Reads what a stage needs."""
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A data set that compares itself with the one that a checkpoint was trained on."""
+
+    def identity(self) -> dict[str, Any]:
+        """What it is known by, as plain values."""
+
+    def continue_from(self, recorded: dict[str, Any], class_names: list[str]) -> None:
+        """Goes on with the recorded data; other data is a ValueError."""
