@@ -193,3 +193,13 @@ def unipc(denoise, x, levels, noises, order=2, variant="bh2"):
         y = model if t == 0 else exponential_adams(y, s, t, nodes[-p:], variant)
         states.append(to_ve(y, t))
     return states
+
+
+def consistency(denoise, x, levels, noises):
+    """Song 2023 (consistency models), algorithm 1 with epsilon 0: a sample, noise of level tau, a sample again."""
+    states = []
+    for s, tau in pairwise(levels):
+        x = denoise(x, s)
+        states.append(x if tau == 0 else x + math.sqrt(tau**2) * next(noises))
+        x = states[-1]
+    return states
