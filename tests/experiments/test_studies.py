@@ -22,6 +22,7 @@ from diffusion_lit.commands.configs import find_config
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.preconditioning import X0Preconditioning
 from experiments import studies, sweep
+from experiments.benchmarks.entries import read_entry
 from experiments.harness import runs
 from experiments.harness.runs import Failed, Run, Trained, grid, label_of
 from experiments.harness.study import QUIET, image_rows, main, markdown, split
@@ -419,8 +420,13 @@ def test_the_study_that_the_documentation_prints_works_as_printed(here):
     assert study.title == "Is a wider network better at the same number of steps?"
 
 
-def test_the_sweep_that_the_documentation_prints_is_one(tmp_path):
-    (printed,) = blocks("yaml")
+def test_the_sweep_and_the_entry_that_the_documentation_prints_are_such(tmp_path):
+    printed, entry = blocks("yaml")
+    (tmp_path / "my_net.py").write_text("")
+    (tmp_path / "entry.yaml").write_text(entry)
+    assert read_entry(str(tmp_path / "entry.yaml"), "fashion_mnist").options == {
+        "model.init_args.sampling.num_steps": 10
+    }
     (tmp_path / "x.yaml").write_text(printed)
     config, shared, variants = sweep.read(tmp_path / "x.yaml")
     assert find_config(config).name == "ddpm_digits.yaml" and shared == {"trainer.max_steps": 300}
