@@ -36,7 +36,8 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same
         before: Its settings by their part of the configuration; "precision" is the trainer's.
         now: Those of this run.
         same_weights: Whether both networks have weights of the same names and shapes: the levels with attention are
-            then the same, by whatever number the configuration calls them.
+            then the same, by whatever number the configuration calls them, and arguments that the checkpoint does not
+            know, since they came later, add nothing.
 
     Returns:
         Lines, sorted by the setting.
@@ -55,7 +56,8 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same
     lines = []
     for part in now.keys() & before.keys() - {"precision"}:
         for key, old, new in differences(before[part], now[part]):
-            if part == "model" and key == "net.attention_resolutions" and same_weights:
+            later = old is ABSENT or key == "net.attention_resolutions"  # an argument that came after the checkpoint
+            if part == "model" and key.startswith("net.") and later and same_weights:
                 continue
             if part == "model" and key.startswith("net."):
                 raise ValueError(
