@@ -197,6 +197,7 @@ class ImageFolder(ImageDataModule):
         if split_by not in ("content", "order"):
             raise ValueError(f"split_by is {split_by!r}; choose 'content' or 'order'.")
         check_count(0, crops=crops)
+        check_number(above=0, most=1, smallest_crop=smallest_crop)
         if crops and split_by != "content":
             raise ValueError(f"crops is {crops} and split_by {split_by!r}; random crops take split_by 'content'.")
         how = (image_size, channels, resize, crop, upscale, background, bits)

@@ -79,6 +79,7 @@ GIVEN = {  # what has no default
     "channels": 1,
     "resize": "area",
     "root": ".",
+    "given": ".",
     "image": ".",
     "path": ".",
     **NET,
