@@ -71,7 +71,14 @@ class Lock:
             return False
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back, though a child that was just forked has not closed its copy yet."""
+        if not self._file.closed and fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; another copy of it, of the process that forked this one, keeps the lock."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -88,7 +95,7 @@ _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
 def _let_go() -> None:
     """A child made by fork, such as a worker that reads data, closes its copies, so that none outlives the holder."""
     for lock in list(_HELD):
-        lock.release()
+        lock.close()
 
 
 if hasattr(os, "register_at_fork"):
