@@ -6,7 +6,6 @@ from diffusion_lit.diffusion.conditions import DegradedImage, ImageCondition, Pa
 from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss
 from diffusion_lit.diffusion.consistency_parts import (
     Distance,
-    EvenWeight,
     Gap,
     InverseGap,
     PairWeight,
@@ -111,7 +110,6 @@ __all__ = [
     "EmpiricalDenoiser",
     "EpsPreconditioning",
     "EpsScaling",
-    "EvenWeight",
     "FlowPreconditioning",
     "FlowScaling",
     "Gap",

@@ -175,19 +175,6 @@ class InverseGap(PairWeight):
         return 1 / (t - r)
 
 
-class EvenWeight(PairWeight):
-    """t / (c_out (t - r)): as `InverseGap` in units of the network's output, so that all noise levels count alike.
-
-    `InverseGap` leaves high noise levels, which the first step maps from, a share of sigma_data / t; a model that is
-    tuned for a short while from a denoiser, which is right at low levels, learns most at high ones.
-    """
-
-    def __call__(self, t: Tensor, r: Tensor, scaling: Preconditioning) -> Tensor:
-        """The weight; see `PairWeight.__call__`."""
-        c_out = scaling.coefficients(t)[1].abs()
-        return t / (c_out * (t - r))
-
-
 class PathPoint:
     """The point x_r of the path through x_t that makes a pair with it: x0 + r n of the same draw (training and tuning).
 

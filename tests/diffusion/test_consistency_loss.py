@@ -24,7 +24,6 @@ from diffusion_lit.diffusion import (
 )
 from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss, check_boundary
 from diffusion_lit.diffusion.consistency_parts import (
-    EvenWeight,
     Gap,
     InverseGap,
     PairWeight,
@@ -396,6 +395,4 @@ def test_its_mean_gradient_at_the_true_map_vanishes_but_for_the_cut_of_large_der
 def test_the_weight_is_that_of_the_gap():
     t, r = torch.tensor([2.0, 0.5]), torch.tensor([1.5, 0.0])
     assert torch.equal(InverseGap()(t, r, EDMPreconditioning()), torch.tensor([2.0, 2.0]))
-    norm = (t**2 + 0.25).sqrt()  # c_out is t sd / sqrt(t² + sd²)
-    torch.testing.assert_close(EvenWeight()(t, r, EDMPreconditioning()), norm / (0.5 * (t - r)))
     assert torch.equal(PairWeight()(t, r, EDMPreconditioning()), torch.ones(2))
