@@ -16,6 +16,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +64,8 @@ class GroupNorm(nn.GroupNorm):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, H, W)."""
+        if not x.is_contiguous() and not torch.compiler.is_compiling() and is_dual(x):
+            x = x.contiguous()  # torch 2.11 takes it for that where it derives
         if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != "cpu":
             # CUDA keeps the statistics of a bfloat16 input in bfloat16; the CPU kernel keeps them in float32.
             return super().forward(x.float()).to(x.dtype)
@@ -306,11 +309,14 @@ def upsample(channels: int, kind: ResampleName, taps: tuple[float, ...] = (1, 1)
     return Resample("up", taps)
 
 
+def is_dual(x: Tensor) -> bool:
+    """Return whether x carries a derivative in forward mode."""
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context without autocast, also for devices such as meta that have none."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    """Return a context without autocast; the device meta has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
