@@ -67,8 +67,8 @@ BY_HAND = {  # what no change of arithmetic plants: file, function, what is ther
         ("ConsistencyLoss.forward", "self.gap(t, progress)", "t - self.gap(t, progress)"),
         ("ConsistencyLoss.forward", "with repeating(draws,", "with repeating(network_draws(x.device),"),
         ("ContinuousConsistencyLoss.forward", "(slope, torch.ones_like(t))", "(slope, torch.zeros_like(t))"),
-        ("ContinuousConsistencyLoss.forward", "target = estimate - per", "target = estimate + per"),
-        ("ContinuousConsistencyLoss.forward", "torch.no_grad(), repeating", "torch.enable_grad(), repeating"),
+        ("ContinuousConsistencyLoss.forward", "(estimate - per", "(estimate + per"),
+        ("ContinuousConsistencyLoss.forward", "* v).detach()", "* v)"),
     ],
     f"{CORE}/consistency_parts.py": [
         ("TeacherStep.__call__", "per_sample(r - t, x)", "per_sample(t - r, x)"),

@@ -13,7 +13,6 @@ Sources: Song et al. 2023 (arXiv 2303.01469); Song and Dhariwal 2023 (arXiv 2310
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.consistency_parts import (
@@ -26,6 +25,7 @@ from diffusion_lit.diffusion.consistency_parts import (
     ShrinkingRatio,
 )
 from diffusion_lit.diffusion.denoiser import Denoiser, per_sample
+from diffusion_lit.diffusion.meanflow_loss import directional_derivative
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import network_draws, repeating
 
@@ -153,18 +153,14 @@ class ContinuousConsistencyLoss(nn.Module):
         """The loss of each sample; see `ConsistencyLoss.forward`. It is the same all through the training."""
         t = denoiser.scaling.clamp(sigma)
         x = x0 + per_sample(t, x0) * noise
-        c_out = denoiser.scaling.coefficients(t)[1]
-        draws = network_draws(x.device)
-        estimate = denoiser(x, t, label, augment=augment)
         slope = self.point.slope(x, x0, noise, t, label, augment).detach()
-        # Fused attention has no forward mode, and bf16 would round the derivative away.
-        exact = (sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False))
-        with torch.no_grad(), repeating(draws, x.device), exact[0], exact[1]:
-            change = torch.func.jvp(
-                lambda x, t: denoiser(x, t, label, augment=augment), (x, t), (slope, torch.ones_like(t))
-            )[1]
-            u = per_sample(t / c_out, x) * change
-            v = u / (per_sample(u.square().flatten(1).mean(1).sqrt(), u) + self.c)
-            target = estimate - per_sample(c_out, x) * v
+        _, change = directional_derivative(
+            lambda x, t: denoiser(x, t, label, augment=augment), (x, t), (slope, torch.ones_like(t))
+        )
+        estimate = denoiser(x, t, label, augment=augment)  # with the dropout that the derivative saw
+        c_out = denoiser.scaling.coefficients(t)[1]
+        u = per_sample(t / c_out, x) * change
+        v = u / (per_sample(u.square().flatten(1).mean(1).sqrt(), u) + self.c)
+        target = (estimate - per_sample(c_out, x) * v).detach()
         loss: Tensor = ((estimate - target) / per_sample(c_out, x)).square().flatten(1).mean(1)
         return loss
