@@ -117,7 +117,9 @@ def _innermost(text: str, key: str) -> str:
         return about + (lines[0] if lines else "This value is not valid.")
     value = value.strip() or "empty"
     value = value if len(value) <= 80 else f"{value[:60]} ... {value[-15:]}"
-    return f"{key or 'A value'} is {value}; give {' or '.join(types)}."
+    # Python may hand out `float | int` for `int | float`, whichever it made first.
+    named = sorted(types, key=lambda one: {"a whole number": -1, "a number": 1, "null": 2}.get(one, 0))
+    return f"{key or 'A value'} is {value}; give {' or '.join(named)}."
 
 
 def _type(name: str) -> str:
