@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 6006
 .DEFAULT_GOAL := help
-.PHONY: help install demo latent-demo gallery studies test test-plain-kernels test-slow lint types wheel lock docs docs-site board check-gpu clean
+.PHONY: help install demo latent-demo gallery studies test test-medium test-plain-kernels test-slow lint types wheel lock docs docs-site board check-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ studies: install ## run every study in its small form, in 20 minutes on 2 cores:
 
 test: install ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
+
+test-medium: install ## run the tests that take seconds each, which CI runs too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal -m medium
 
 # Every processor has kernels of its own, whose exp and log differ in the last bit: these tests run on the plainest too.
 COMPUTE := grids or last_bit or gradients or noise or preconditioning or conversions or denoiser or guidance or wrappers \

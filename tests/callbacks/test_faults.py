@@ -83,6 +83,7 @@ def test_figures_of_a_step_are_logged_at_the_interval_and_only_there(lightning, 
     assert logged(LAST.parent.parent, "train/loss") == {step: every[step] for step in told}
 
 
+@pytest.mark.medium
 def test_a_signal_during_validation_stops_at_once_and_keeps_the_steps_before(lightning, unbroken, monkeypatch, capsys):
     whole = unbroken("--trainer.val_check_interval=4")
     said = []
@@ -98,6 +99,7 @@ def test_a_signal_during_validation_stops_at_once_and_keeps_the_steps_before(lig
     assert logged(LAST.parent.parent, "val/loss") == logged("runs/unbroken/version_0", "val/loss")
 
 
+@pytest.mark.medium
 def test_a_signal_waits_for_accumulated_gradients(lightning, unbroken, monkeypatch):
     more = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4", "--trainer.max_steps=4"]
     whole = unbroken(*more)

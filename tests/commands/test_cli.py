@@ -186,6 +186,7 @@ def test_where_nothing_can_be_written_is_told_before_the_checkpoint_is_read(ligh
     assert "Nothing can be written to file" in said
 
 
+@pytest.mark.medium
 def test_values_that_are_not_finite_give_no_image_and_no_figure(lightning, checkpoint, capsys, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     for state in (content["state_dict"], content["current_model_state"]):
@@ -216,6 +217,7 @@ def test_the_last_checkpoint_is_continued_in_the_same_folder(lightning, checkpoi
     assert not (tmp_path / "runs/edm_digits/version_1").exists()
 
 
+@pytest.mark.medium
 def test_a_run_that_was_cut_in_mid_epoch_ends_in_the_same_weights(lightning, tmp_path):
     run = ["fit", "--config", DIGITS, *TINY, *NO_IMAGES, "--trainer.val_check_interval=3"]
     steady = ["--model.init_args.lr_scheduler=null", "--model.init_args.net.init_args.dropout=0.2"]

@@ -241,6 +241,7 @@ def test_an_exported_model_edits_the_same(edit, trained, lightning):
     assert again["model"]["sha256"] == file_hash(Path("model/model.safetensors"))
 
 
+@pytest.mark.medium
 def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
     from diffusers import DDPMScheduler
     from helpers.pretrained_models import save_if, save_unet
@@ -267,6 +268,7 @@ def test_pretrained_models_edit_by_prompts(lightning, capsys, tmp_path):
     assert "reads no text" in stopped(capsys, lightning, "edit", "inpaint", *plain, *prompts[:2])
 
 
+@pytest.mark.medium
 def test_the_lines_of_the_page_on_editing_edit(trained):
     """On the tiny model of digits and with fewer steps, or it would take minutes."""
     page = (CONFIGS.parent / "docs/editing.md").read_text()
@@ -395,6 +397,7 @@ def test_masks_that_cannot_be_used(edit, capsys, tmp_path):
     assert "leaves no latent known" in stopped(capsys, edit, "inpaint", "latent", "--box=[1,0,8,8]")
 
 
+@pytest.mark.medium
 def test_conditions_that_do_not_fit(edit, lightning, trained, capsys):
     cases = [
         (["img2img", "edm", "--label=12"], "There is no class '12' for --labels 12; give a number from 0 to 9"),

@@ -43,6 +43,7 @@ def test_what_is_wrong_with_a_run_is_one_sentence_before_it_starts(lightning, ca
     assert len(told) <= 411 and "Union subtypes" not in said
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("callback", ["ModelCheckpoint", "EarlyStopping"])
 def test_a_figure_that_no_one_logs_is_told_before_the_first_step(lightning, capsys, tmp_path, callback):
     watched = f'{{"class_path": "lightning.pytorch.callbacks.{callback}", "init_args": {{"monitor": "val_loss"}}}}'
@@ -52,6 +53,7 @@ def test_a_figure_that_no_one_logs_is_told_before_the_first_step(lightning, caps
     lightning(*FIT, f"--trainer.callbacks=[{watched.replace('val_loss', 'val/loss')}]", "--trainer.max_steps=1")
 
 
+@pytest.mark.medium
 def test_what_is_nested_too_deeply_is_one_sentence(lightning, capsys, tmp_path):
     deep = "[" * 100_000
     (tmp_path / "deep.yaml").write_text(f"model: {deep}")

@@ -78,6 +78,7 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).glob("*.png"))])
 
 
+@pytest.mark.medium
 def test_the_receipt_holds_what_would_change_a_figure(evaluate, trained, tmp_path):
     report = evaluate("--extractor=classifier", "--reference=train,test", "--seed=5", "--per_class")
     assert report["checkpoint"]["weights"] == "average (EMA)"
@@ -116,6 +117,7 @@ def test_the_receipt_holds_what_would_change_a_figure(evaluate, trained, tmp_pat
     assert not (tmp_path / "report.parts").exists()
 
 
+@pytest.mark.medium
 def test_ranks_and_batch_sizes_change_nothing(evaluate, tmp_path):
     options = ["--extractor=pixels", "--num_steps=2", "--samples=30"]
     options = ["--extractor=pixels", "--num_steps=2"]
@@ -131,6 +133,7 @@ def test_ranks_and_batch_sizes_change_nothing(evaluate, tmp_path):
         assert report["run"]["ranks"] == devices
 
 
+@pytest.mark.medium
 def test_the_average_weights_are_measured(evaluate, trained, tmp_path):
     content = torch.load(trained / "model.ckpt", weights_only=True)
     average = content["state_dict"]
@@ -173,6 +176,7 @@ def killed(options):
     main(options)
 
 
+@pytest.mark.medium
 def test_killed_and_started_again_it_gives_the_same_report(evaluate, trained, tmp_path, monkeypatch):
     options = ["--extractor=pixels", "--batch_size=16", "--memorization", "--sampler=heun,ddim"]
     expected = evaluate(*options, out="whole.json")
@@ -199,6 +203,7 @@ def test_killed_and_started_again_it_gives_the_same_report(evaluate, trained, tm
     assert not (tmp_path / "cut.parts").exists()
 
 
+@pytest.mark.medium
 def test_several_settings_give_a_table_and_a_plot(evaluate, tmp_path, trained, monkeypatch):
     opened, before = [], Path.open
     monkeypatch.setattr(
@@ -256,6 +261,7 @@ def test_kept_images_given_to_torch_fidelity_have_the_same_figures(evaluate, tmp
         assert ours[name] == pytest.approx(theirs[theirs_name], rel=1e-4), name
 
 
+@pytest.mark.medium
 def test_a_file_as_reference_is_named_in_the_receipt(evaluate, tmp_path):
     from datamodules import Digits
 
@@ -266,6 +272,7 @@ def test_a_file_as_reference_is_named_in_the_receipt(evaluate, tmp_path):
     assert (record["file"], record["used"], record["count"]) == ("batch.npz", "arr_0", 1437)
 
 
+@pytest.mark.medium
 def test_memorisation_and_likelihood_are_in_the_report(evaluate, tmp_path):
     report = evaluate("--extractor=pixels", "--memorization", "--likelihood", "--likelihood_images=3", "--num_blocks=1")
     found = report["results"][0]["memorization"]
@@ -348,6 +355,7 @@ def test_two_evaluations_never_share_a_report(evaluate, tmp_path, capsys):
     assert not (tmp_path / "report.parts").exists()
 
 
+@pytest.mark.medium
 def test_a_cache_that_cannot_be_written_changes_no_figure(evaluate, tmp_path, monkeypatch):
     options = ["--extractor=classifier", "--num_blocks=1", "--num_steps=1"]
     expected = evaluate(*options)
@@ -370,6 +378,7 @@ def test_a_cache_that_cannot_be_written_changes_no_figure(evaluate, tmp_path, mo
     assert len(store._IN_MEMORY) == 3  # the classifier, and the features of two splits
 
 
+@pytest.mark.medium
 def test_figures_are_printed_as_a_table_or_as_json(evaluate, capsys, tmp_path):
     few = ["--extractor=pixels", "--num_blocks=1", "--num_steps=1"]
     capsys.readouterr()
@@ -381,6 +390,7 @@ def test_figures_are_printed_as_a_table_or_as_json(evaluate, capsys, tmp_path):
     assert without_run(json.loads(capsys.readouterr().out)) == without_run(report)
 
 
+@pytest.mark.medium
 def test_options_of_guidance_that_do_nothing_are_refused(evaluate, capsys):
     from helpers.runs import stopped
 

@@ -77,6 +77,7 @@ def by_hand(scale, low, high):
     return to_uint8(images).permute(0, 2, 3, 1).numpy().astype(int)
 
 
+@pytest.mark.medium
 def test_samples_are_those_of_the_formula(here):
     plain = drawn(here, MODEL)
     assert np.abs(plain - by_hand(1, 0, 100)).max() <= 1
@@ -90,6 +91,7 @@ def test_samples_are_those_of_the_formula(here):
     assert np.array_equal(drawn(here, MODEL, f"--guide_ckpt={GUIDE}", "--guide_scale=1"), plain)
 
 
+@pytest.mark.medium
 def test_a_snapshot_an_export_and_the_model_itself_are_guides_too(here):
     """Guided by itself a model draws what it draws alone, up to rounding."""
     plain = drawn(here, MODEL)
@@ -103,6 +105,7 @@ def test_a_snapshot_an_export_and_the_model_itself_are_guides_too(here):
     )  # the same training
 
 
+@pytest.mark.medium
 def test_a_checkpoint_and_its_export_hold_the_guide_that_the_configuration_names(here):
     expected = drawn(here, MODEL, "--guide_ckpt=runs/guide", "--guide_scale=3")
     held = read(HELD)["guide"]
@@ -122,6 +125,7 @@ def test_a_checkpoint_and_its_export_hold_the_guide_that_the_configuration_names
     shutil.rmtree("again/guide")
 
 
+@pytest.mark.medium
 def test_receipts_name_the_guide_and_count_its_forwards(here):
     evaluate = ["evaluate", "--ckpt_path", MODEL, "--num_samples=20", "--num_blocks=1", "--extractor=pixels"]
     here(*evaluate, "--device=cpu", "--num_steps=2", f"--guide_ckpt={GUIDE}", "--guide_scale=1,2", "--out=a.json")

@@ -41,6 +41,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.medium
 def test_a_run_starts_from_another_and_everything_but_the_weights_begins_anew(here, capsys):
     before = read(SOURCE)
     assert not same(before["state_dict"], before["current_model_state"])
@@ -60,6 +61,7 @@ def test_a_run_starts_from_another_and_everything_but_the_weights_begins_anew(he
     assert "first weights" in RunPage(LAST.parent.parent).build().html()
 
 
+@pytest.mark.medium
 def test_it_goes_on_without_the_first_file_and_its_receipt_names_it(here, capsys):
     here(*SIX, FROM, "--name=unbroken", "--trainer.max_steps=4")
     here(*SIX, FROM, "--trainer.max_steps=2")
@@ -97,6 +99,7 @@ def test_two_ranks_start_from_the_same_weights(here):
     assert run["diffusion_lit"]["init_from"]["file"] == str(SOURCE)
 
 
+@pytest.mark.medium
 def test_what_contradicts_or_cannot_be_used_is_told_in_a_sentence(here, capsys):
     def told(*args):
         return stopped(capsys, here, *args)

@@ -9,6 +9,7 @@ SMALL = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--
 SMALL += ["--model.init_args.net.init_args.model_channels=8", "--data.init_args.batch_size=4", "--trainer.max_steps=1"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [128, 256])
 def test_both_stages_and_wide_samples(lightning, tmp_path, capsys, size):
     root = f"--data.init_args.root={write_images(tmp_path / 'images', count=8, size=2 * size)}"

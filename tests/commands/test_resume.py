@@ -32,6 +32,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("options", "stops", "steps"), CHAINS.values(), ids=list(CHAINS))
 def test_a_chain_of_interruptions_at_epochs_ends_changes_nothing(lightning, monkeypatch, options, stops, steps):
     """A second one after one at the end of an epoch repeated an epoch, or lost one."""
@@ -49,6 +50,7 @@ def test_a_chain_of_interruptions_at_epochs_ends_changes_nothing(lightning, monk
         assert logged(LAST.parent.parent, tag) == logged("runs/unbroken/version_0", tag)
 
 
+@pytest.mark.medium
 def test_a_longer_run_goes_on_in_the_middle_of_an_epoch(lightning):
     """A run that ends within an epoch leaves the rest of it to the run that goes on."""
     lightning(*FIT, *DIGITS_128, "--trainer.max_steps=15", "--name=unbroken")
@@ -88,6 +90,7 @@ def test_where_a_run_stood(epochs, batches, last, expected):
 # Intervals
 
 
+@pytest.mark.medium
 def test_validation_counts_optimizer_steps_and_comes_after_the_last(lightning):
     """11 batches, summed up by 4, are 3 steps of an epoch; the last of them sums up 3."""
     options = [*DIGITS_128, "--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2"]
@@ -141,6 +144,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.medium
 def test_what_was_changed_holds_and_is_told_in_a_line_each(lightning, capsys):
     start = [COSINE % 20, "--seed_everything=5", "--trainer.precision=32-true"]
     lightning(*FIT, "--trainer.max_steps=2", *start)
@@ -156,6 +160,7 @@ def test_what_was_changed_holds_and_is_told_in_a_line_each(lightning, capsys):
     assert group["lr"] == pytest.approx(1e-5 * (1 + math.cos(math.pi * 4 / 40)) / 2)
 
 
+@pytest.mark.medium
 def test_the_seed_is_the_checkpoints_unless_typed(lightning, capsys):
     lightning(*FIT, "--seed_everything=5", "--name=unbroken")
     lightning(*FIT, "--seed_everything=5", "--trainer.max_steps=3")

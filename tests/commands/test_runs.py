@@ -73,6 +73,7 @@ def saves(monkeypatch):
 # Folders, names and recipes
 
 
+@pytest.mark.medium
 def test_a_saved_config_is_a_recipe_and_a_fresh_run_overwrites_nothing(lightning, trained_once, capsys):
     trained_once("fit", *FIT, "--trainer.max_steps=1")
     lightning("fit", *FIT, "--trainer.max_steps=3", "--ckpt_path=last")
@@ -114,6 +115,7 @@ class Diary(Logger):
         pass
 
 
+@pytest.mark.medium
 def test_a_run_lies_in_its_folder_whatever_its_logger(lightning, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     tensorboard = "{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: runs}}"
@@ -387,6 +389,7 @@ def test_counts_without_measure_are_refused():
             make()
 
 
+@pytest.mark.medium
 def test_what_a_run_says(lightning, capsys, recwarn):
     """The line of a budget of time, of a run that trains nothing, and none about FLOPs and the chosen precision."""
     lightning("fit", *FIT, "--trainer.max_steps=10", "--trainer.max_time=00:00:10:00")
@@ -415,6 +418,7 @@ def test_a_learning_rate_that_waits_for_what_is_never_measured_is_refused(lightn
 # Checkpoints that cannot be continued
 
 
+@pytest.mark.medium
 def test_files_that_training_cannot_go_on_from_are_one_sentence(lightning, trained_once, capsys):
     trained_once("fit", *FIT, "--trainer.max_steps=1")
     whole = read(LAST)
@@ -437,6 +441,7 @@ def test_files_that_training_cannot_go_on_from_are_one_sentence(lightning, train
 # Which checkpoint is meant
 
 
+@pytest.mark.medium
 def test_every_command_understands_last_best_and_folders(lightning, capsys, tmp_path):
     lightning("fit", *FIT, "--trainer.max_steps=2", "--trainer.val_check_interval=1")
     best = read(RUN / "checkpoints/best.ckpt")["global_step"]
@@ -485,6 +490,7 @@ def test_the_run_that_was_trained_last_is_meant(tmp_path, monkeypatch):
     assert find_checkpoint("x/y.ckpt") == Path("x/y.ckpt")
 
 
+@pytest.mark.medium
 def test_test_and_predict_leave_their_own_folder_and_keep_the_samples(lightning, trained_once, capsys):
     said = told(capsys, lightning, "test", *FIT)
     assert "--ckpt_path" in said and not Path("runs").exists()

@@ -162,6 +162,7 @@ def test_never_two_timed_trainings_at_once(run, monkeypatch):
         seeds.train(Path("place"), training)
 
 
+@pytest.mark.medium
 def test_every_variant_that_ships_is_a_config_of_fit(tmp_path, capsys):
     config, _, variants = read(HALVING)
     path = Path(study.__file__).parents[1] / config

@@ -209,6 +209,7 @@ def test_a_track_whose_extractor_is_missing_is_refused_in_a_sentence(monkeypatch
         TRACKS["cifar10"].make_extractor(TRACKS[NAME].make_data(None, 1))
 
 
+@pytest.mark.medium
 def test_what_takes_no_part_is_told(track, tmp_path, capsys):
     bad = tmp_path / "bad.yaml"
     for content, words in {

@@ -243,6 +243,7 @@ def test_a_study_whose_trainings_all_fail_says_so_and_one_that_lost_some_ends_wi
     assert list(record["failed"]) == ["wrong"] and list(record["runs"]) == ["right"] and record["findings"]
 
 
+@pytest.mark.medium
 def test_toy_diffusion(here):
     options = {key: value for key, value in TINY.items() if key != "trainer.callbacks"}
     args = ["--num_samples=8", "--extractor=pixels", "--num_steps=[1,5]"]
@@ -264,6 +265,7 @@ def test_five_steps_of_the_toy_are_those_of_its_plain_loop():
         assert torch.allclose(state / (1 + following), mixed, atol=5e-3)
 
 
+@pytest.mark.medium
 def test_single_step_denoiser(here):
     options = {**TINY, "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 1, "trainer.log_every_n_steps": 1}
     options |= {"data.class_path": "datamodules.Digits", "model.init_args.sampling.num_steps": 2}
@@ -288,6 +290,7 @@ def test_checkpoints_are_kept_after_epochs():
     assert options["trainer.callbacks"][0]["init_args"]["every_n_epochs"] == 4
 
 
+@pytest.mark.medium
 def test_schedules(here):
     args = ["--num_samples=8", "--extractor=pixels", "--num_steps=[24]", "--few=3"]
     study = main(schedules, CONFIG, TINY, args=args)
@@ -302,6 +305,7 @@ def test_schedules_refuses_what_is_none(here, capsys):
     assert "There is no schedule 'quadratic'; choose some of linear" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_learning_rates(here):
     options = {**TINY, "trainer.max_steps": 4, "trainer.log_every_n_steps": 1}
     options["model.init_args.sampling.num_steps"] = 3
@@ -332,6 +336,7 @@ def test_decays_fall_as_they_say():
         scheduler("linear", 50)
 
 
+@pytest.mark.medium
 def test_noise_cutoff_and_variance(here):
     args = ["--num_samples=8", "--extractor=pixels", "--num_steps=4"]
     study = main(noise_cutoff, CONFIG, TINY, args=[*args, "--until=[0,4]"])

@@ -78,6 +78,7 @@ def table(made, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.medium
 def test_guidance(study):
     made = study(guidance_scale, "--scales=[0, 1, 3]", "--num_steps=2")
     rows = {row["guidance"]: row for row in table(made, "quality")}
@@ -93,6 +94,7 @@ def test_guidance(study):
     assert table(again, "quality") == table(made, "quality")
 
 
+@pytest.mark.medium
 def test_few_steps(study):
     made = study(few_steps, "--nfe=[1, 2, 4]", "--samplers=[heun, euler]", "--cfg_scale=1")
     rows = table(made, "quality")
@@ -115,6 +117,7 @@ def test_coarse_first(study):
     assert len(table(made, "places")) == 16
 
 
+@pytest.mark.medium
 def test_attention_ablation(study):
     made = study(attention_ablation, "--seconds=0")
     rows = {row["attention"]: row for row in table(made, "quality")}
@@ -126,6 +129,7 @@ def test_attention_ablation(study):
     assert min(kept, key=kept.get) == "none"
 
 
+@pytest.mark.medium
 def test_capacity(study):
     made = study(capacity, "--seconds=0", "--widths=[8, 16]", options={**TINY, "trainer.max_steps": 8})
     small, large = table(made, "quality")
@@ -134,6 +138,7 @@ def test_capacity(study):
     assert float(large["TFLOP in all"]) == pytest.approx(float(small["TFLOP in all"]), rel=0.2)
 
 
+@pytest.mark.medium
 def test_memorization(study):
     made = study(memorization, "--counts=[1, 16, null]", "--data.init_args.use_labels=false")
     rows = table(made, "copies")
@@ -141,6 +146,7 @@ def test_memorization(study):
     assert all(int(row["extracted"]) <= int(row["copies"]) for row in rows)
 
 
+@pytest.mark.medium
 def test_cold_diffusion(study):
     made = study(cold_diffusion, "--degradations=Blur,Pixelate", "--blurred_steps=2", config="configs/cold_digits.yaml")
     rows = table(made, "restored")
@@ -228,6 +234,7 @@ def test_a_subset_repeats_its_images_and_leaves_the_rest_alone():
         Subset(Digits(64), 2000).setup("fit")
 
 
+@pytest.mark.medium
 def test_metrics(study):
     made = study(metrics, "--counts=[10, 20]", "--draws=2", "--few_steps=1", "--noise=1.5")
     rows = {row["figure"]: row for row in table(made, "samples")}
@@ -237,6 +244,7 @@ def test_metrics(study):
     assert {row[kind] for row in rows.values() for kind in kinds} <= {"10", "20", "more than 20"}
 
 
+@pytest.mark.medium
 def test_warm_start(study):
     made = study(warm_start, "--left_out=3", "--shares=[1.0]")
     cold, warm = table(made, "quality")

@@ -97,6 +97,7 @@ def test_it_rests_until_its_start_and_the_average_is_of_the_autoencoder_alone(li
     assert not set(early["optimizer_states"][0]["state"]) & set(judges["params"])
 
 
+@pytest.mark.medium
 def test_a_run_that_was_cut_goes_on_exactly_with_accumulation_in_bf16(lightning, tmp_path):
     more = [*RUN, *SHARP, "--trainer.accumulate_grad_batches=2", "--trainer.precision=bf16-mixed"]
     more += ["--trainer.gradient_clip_val=1.0"]
@@ -107,6 +108,7 @@ def test_a_run_that_was_cut_goes_on_exactly_with_accumulation_in_bf16(lightning,
     assert same_training(last("cut1"), last("whole")) and same_training(last("cut3"), last("whole"))
 
 
+@pytest.mark.medium
 def test_two_ranks_train_as_one(lightning, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork must not inherit a pool
@@ -126,6 +128,7 @@ def test_two_ranks_train_as_one(lightning, tmp_path):
         assert torch.allclose(value, two[name], atol=2e-3), name
 
 
+@pytest.mark.medium
 def test_the_second_phase_trains_the_decoder_alone_and_a_latent_model_takes_it(lightning, tmp_path, capsys):
     from helpers.runs import LATENT_DIGITS, TINY_LATENT
 
@@ -217,6 +220,7 @@ def test_what_it_cannot_be_is_named(make, message):
         make()
 
 
+@pytest.mark.medium
 def test_a_checkpoint_of_the_second_phase_opens_nothing_and_goes_on_alone(lightning, tmp_path):
     import shutil
 

@@ -98,6 +98,7 @@ def test_every_classifier_config_trains_to_an_extractor(config, lightning, tmp_p
     assert made.logits.shape == (5, 10)
 
 
+@pytest.mark.medium
 def test_it_learns_images_whose_brightness_tells_their_class(lightning, tmp_path, capsys):
     folder = write_idx(tmp_path / "images", train=600, classes=3)
     lightning(

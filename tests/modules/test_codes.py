@@ -21,6 +21,7 @@ def last(name):
     return read(f"runs/{name}/version_0/checkpoints/last.ckpt")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", CODES)
 def test_codes_keep_the_promises_of_a_run_and_carry_latent_diffusion(lightning, tmp_path, kind):
     run = [*RUN, f"--model.init_args.net.init_args.bottleneck={CODES[kind]}", "--trainer.accumulate_grad_batches=2"]
@@ -46,6 +47,7 @@ def test_codes_keep_the_promises_of_a_run_and_carry_latent_diffusion(lightning, 
     torch.testing.assert_close(module.decode(x), module.decode(nearest), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_two_ranks_train_a_codebook_as_one(lightning, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork must not inherit a pool

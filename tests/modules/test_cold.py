@@ -231,6 +231,7 @@ FIT = [
 ]
 
 
+@pytest.mark.medium
 def test_a_run_that_was_cut_ends_in_the_same_weights_and_its_checkpoint_is_all_that_is_needed(lightning, tmp_path):
     lightning(*FIT, "--name=whole")
     lightning(*FIT, "--name=cut", "--trainer.max_steps=2", "--model.init_args.lr_scheduler.init_args.total_steps=4")

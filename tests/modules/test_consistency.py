@@ -75,6 +75,7 @@ def test_the_gap_shrinks_with_the_optimizer_steps_of_the_run():
     assert seen[-1] == 1, "held-out losses compare at the smallest gap"
 
 
+@pytest.mark.medium
 def test_it_goes_on_as_if_it_had_not_stopped(lightning):
     """With dropout, accumulated batches and a gap that shrinks by the step."""
     more = ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=8"]
@@ -94,6 +95,7 @@ def test_a_run_without_an_end_is_refused(lightning, capsys):
     assert "the run has no end: set trainer.max_steps" in said and "Traceback" not in said
 
 
+@pytest.mark.medium
 def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, capsys):
     edm = ["fit", f"--config={CONFIGS}/edm_digits.yaml", *QUIET, "--trainer.max_steps=2"]
     lightning(*edm, "--name=teacher")
@@ -127,6 +129,7 @@ def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, caps
     assert module.generate([0], torch.tensor([3])).shape == (1, 1, 8, 8)
 
 
+@pytest.mark.medium
 def test_what_needs_an_ode_is_refused(lightning, capsys):
     lightning(*FIT, "--trainer.max_steps=1")
     for command in (

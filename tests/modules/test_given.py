@@ -101,6 +101,7 @@ def test_guidance_needs_a_null_condition_that_was_trained(lightning, capsys):
     assert "condition's dropout is 0" in said and "cfg_scale 2" in said
 
 
+@pytest.mark.medium
 def test_a_run_of_random_masks_goes_on_bit_for_bit_in_the_middle_of_an_epoch(lightning):
     lightning(*FIT, *BOX, "--name=unbroken")
     lightning(*FIT, *BOX, "--trainer.max_steps=3", "--trainer.limit_val_batches=0")
@@ -108,6 +109,7 @@ def test_a_run_of_random_masks_goes_on_bit_for_bit_in_the_middle_of_an_epoch(lig
     assert same_training(read(LAST), read("runs/unbroken/version_0/checkpoints/last.ckpt"))
 
 
+@pytest.mark.medium
 def test_every_command_works_on_such_a_model(lightning, capsys):
     images = ["--sample_grid.every=1", "--sample_grid.columns=2", "--trajectory.every=1", "--trajectory.count=1"]
     loss = ["--loss_by_noise_level.batches=1", "--sample_grid.rows=2"]

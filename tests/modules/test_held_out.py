@@ -63,6 +63,7 @@ def means(make, world: int, batch_size: int) -> dict[str, float]:
     return {name: float(total[0] / total[1]) for name, total in totals.items()}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_out_figures_depend_on_neither_ranks_nor_batches(family):
     one = means(FAMILIES[family], 1, 8)

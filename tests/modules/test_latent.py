@@ -239,6 +239,7 @@ def test_latents_go_there_and_back(checkpoint):
     assert (shrunk == 0).nonzero().tolist() == [[0, 0, 0, 1]]
 
 
+@pytest.mark.medium
 def test_a_run_that_was_cut_ends_in_the_same_weights(here, lightning):
     run = ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, *NO_IMAGES, "--trainer.val_check_interval=2"]
     steady = ["--model.init_args.lr_scheduler=null"]
@@ -325,6 +326,7 @@ def test_a_latent_step_costs_a_third_of_a_pixel_step_at_most():
 PAIRS = sorted(path.stem.removeprefix("vae_") for path in CONFIGS.glob("vae_*.yaml"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name in PAIRS if name != "digits" and "landscapes" not in name])
 def test_every_config_runs(name, lightning, tmp_path):
     """Those of landscapes, which take large images, are in tests/commands/test_landscapes.py."""

@@ -34,6 +34,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.medium
 def test_two_ranks_train_as_one_also_with_accumulation(lightning):
     """A forward-mode derivative through the wrapper of DDP would leave each rank with its own gradient, unnoticed."""
     exact = ["--trainer.precision=32-true", "--trainer.max_steps=4", "--trainer.accumulate_grad_batches=2"]
@@ -48,6 +49,7 @@ def test_two_ranks_train_as_one_also_with_accumulation(lightning):
     assert any(float(value.abs().max()) > 0 for key, value in before.items() if "until" in key)  # it has learned of it
 
 
+@pytest.mark.medium
 def test_an_interruption_changes_nothing_in_bf16_with_dropout_and_what_was_learned_is_drawn(lightning, monkeypatch):
     options = ["--trainer.precision=bf16-mixed", "--model.init_args.net.init_args.dropout=0.2"]
     lightning(*SHORT, *options, "--name=unbroken")

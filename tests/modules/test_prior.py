@@ -70,6 +70,7 @@ def test_too_few_latents_are_refused():
         fit_mixture(draw(19, 2), 0)
 
 
+@pytest.mark.medium
 def test_the_commands_draw_from_it(lightning, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "cache"))
     run = ["fit", "--config", VAE_DIGITS, *TINY_VAE, *NO_IMAGES, "--trainer.callbacks=[]", "--trainer.max_steps=2"]

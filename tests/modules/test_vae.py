@@ -84,6 +84,7 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions():
     torch.testing.assert_close(way[:, 1], middle, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_a_batch_that_is_learned_by_heart_comes_back():
     from sklearn.datasets import load_digits
 

@@ -56,6 +56,7 @@ def test_it_takes_at_most_half_the_memory(name):
     assert checkpointed < plain / 2, (checkpointed, plain)
 
 
+@pytest.mark.medium
 def test_a_run_goes_on_with_it_where_it_was_started_without(lightning):
     option = "--model.init_args.net.init_args.activation_checkpointing=true"
     lightning(*FIT, "--trainer.max_steps=2")

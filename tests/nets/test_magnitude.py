@@ -166,6 +166,7 @@ def test_it_starts_at_zero_and_refuses_what_it_cannot_take():
         MPUNet(1, 8, model_channels=2)
 
 
+@pytest.mark.medium
 def test_a_run_goes_on_exactly(lightning):
     options = ["--model.net=diffusion_lit.nets.MPUNet", "--model.net.model_channels=8", "--model.optimizer.lr=0.01"]
     options += ["--model.net.channel_mult=[1,2]", "--model.net.attention_resolutions=[-1]"]

@@ -343,6 +343,7 @@ def compiled_equals_eager(name, backend):
     out.sum().backward()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "backend"), [("unet linear", "eager"), ("dit", "aot_eager")])
 def test_the_compiler_sees_one_graph(name, backend):
     """No part of a network falls back to Python: the tracer takes it whole; all of the compiler runs when slow."""

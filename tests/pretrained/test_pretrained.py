@@ -251,6 +251,7 @@ def test_stable_diffusion(stable_diffusion, tmp_path, kind):
         torch.testing.assert_close(model.encode(images), encoded)
 
 
+@pytest.mark.medium
 def test_the_negative_prompt_is_the_null_class(stable_diffusion):
     pipeline, folder = stable_diffusion
     model = load_pretrained(str(folder), PROMPTS, negative_prompt=WORDS[3])
@@ -320,6 +321,7 @@ def test_prompts_are_embedded_as_the_pipelines_do(stable_diffusion, deep_floyd):
         torch.testing.assert_close(embed_prompts(folder, [*PROMPTS, ""]), torch.cat([theirs, empty[:1]]))
 
 
+@pytest.mark.medium
 def test_the_vocabularies_of_the_first_models_of_the_hub(stable_diffusion, deep_floyd, tmp_path):
     for (_, folder), name in ((stable_diffusion, "sd"), (deep_floyd, "if")):
         shutil.copytree(folder, old := tmp_path / name)
@@ -334,6 +336,7 @@ def test_the_vocabularies_of_the_first_models_of_the_hub(stable_diffusion, deep_
         torch.testing.assert_close(embed_prompts(old, PROMPTS), embed_prompts(folder, PROMPTS))
 
 
+@pytest.mark.medium
 def test_prompts_are_embedded_once_and_kept_by_encoder_and_text(deep_floyd, tmp_path, monkeypatch):
     _, folder = deep_floyd
     loaded, load = [], transformers.T5EncoderModel.from_pretrained
@@ -485,6 +488,7 @@ def test_a_damaged_or_other_model_is_refused_in_a_sentence(tmp_path, damage, sen
         load_pretrained(str(tmp_path))
 
 
+@pytest.mark.medium
 def test_models_and_arguments_that_do_not_belong_together(tmp_path, stable_diffusion, deep_floyd, deep_floyd_2):
     (_, sd), (_, first), (_, second) = stable_diffusion, deep_floyd, deep_floyd_2
     save_unet(tmp_path / "plain", diffusers.DDPMScheduler())
@@ -523,6 +527,7 @@ def test_a_missing_extra_is_told(tmp_path, monkeypatch):
 # The command
 
 
+@pytest.mark.medium
 def test_sample_draws_from_a_pretrained_model(lightning, tmp_path, deep_floyd, deep_floyd_2, capsys):
     import numpy as np
 

@@ -21,6 +21,7 @@ def test_it_changes_arithmetic_one_place_at_a_time():
         compile(mutant.source, mutant.path, "exec")
 
 
+@pytest.mark.medium
 def test_every_sampler_and_every_prediction_type_is_covered():
     functions = {mutant.function.split(".")[0] for path in mutation.TESTS for mutant in mutation.mutants(path)}
     assert {"ddpm", "_first_order", "euler", "heun", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde"} <= functions
@@ -57,6 +58,7 @@ def test_wrong_coefficients_are_caught():
     assert "survived" not in done.stdout
 
 
+@pytest.mark.medium
 def test_a_name_without_arithmetic_is_refused():
     done = run("--only", "no_such_function")
     assert done.returncode == 1

@@ -69,6 +69,7 @@ def events(folder):
     return sorted(folder.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.medium
 def test_a_run_that_is_over(lightning, run, tmp_path):
     read = page_of(lightning, run)
     text = read.text
@@ -109,6 +110,7 @@ def test_figures_are_those_of_tensorboard(lightning, run):
         assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == pytest.approx(points)
 
 
+@pytest.mark.medium
 def test_evaluations_are_found_where_they_name_the_run(lightning, run, tmp_path):
     receipt = json.loads((run / "report.json").read_text())
     figures = receipt["results"][0]["references"]["train"]["figures"]
@@ -264,6 +266,7 @@ def test_where_there_is_no_run(lightning, run, tmp_path, capsys):
     assert "Run edm_digits/version_0" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.medium
 def test_autoencoders_latent_models_and_classifiers(lightning, tmp_path):
     two = ["--trainer.max_steps=2", "--sample_grid.every=0", "--trajectory.every=0", "--loss_by_noise_level.batches=0"]
     images = [

@@ -159,6 +159,7 @@ def test_feature_maps_lie_as_convolutions_want_them(lightning, monkeypatch, caps
     assert loaded.is_contiguous(memory_format=formats["NHWC" if machine == "x86_64" else "NCHW"])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layouts", [("false", "true"), ("true", "false")])
 def test_a_run_goes_on_in_another_layout(lightning, layouts):
     """A fused optimizer goes through weights and moments by address: laid differently, they would be mixed up."""

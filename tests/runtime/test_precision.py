@@ -73,6 +73,7 @@ def test_samples_in_bf16_are_near_those_in_float32():
     assert difference.max() < 0.3
 
 
+@pytest.mark.medium
 def test_training_in_bf16_keeps_weights_average_and_optimizer_in_float32(lightning):
     lightning(*FIT, "--trainer.precision=bf16-mixed")
     checkpoint = read(LAST)
@@ -84,6 +85,7 @@ def test_training_in_bf16_keeps_weights_average_and_optimizer_in_float32(lightni
     assert len(losses) == 6 and all(map(torch.isfinite, map(torch.tensor, losses)))
 
 
+@pytest.mark.medium
 def test_compiling_leaves_the_keys_of_the_checkpoint(lightning, trained_once, monkeypatch):
     trained_once(*FIT, "--trainer.max_steps=1")
     keys = read(LAST)["state_dict"].keys()
@@ -119,6 +121,7 @@ def test_sampling_compiles_the_network_for_graphs_and_draws_the_same(lightning, 
     assert abs(plain - compiled).max() <= 1
 
 
+@pytest.mark.medium
 def test_training_may_use_tf32_and_what_is_measured_does_not(lightning, monkeypatch):
     """The flags as a GPU would find them, at each training step, in each validation step and while images are drawn."""
     seen = {"train": set(), "val": set(), "draw": set()}

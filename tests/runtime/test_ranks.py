@@ -68,6 +68,7 @@ class Reductions(Callback):
 """
 
 
+@pytest.mark.medium
 def test_accumulated_batches_share_one_reduction_of_gradients(lightning, tmp_path):
     (tmp_path / "counting.py").write_text(COUNTING)
     steps = ["--trainer.accumulate_grad_batches=4", "--trainer.max_steps=3", "--trainer.val_check_interval=12"]
@@ -75,6 +76,7 @@ def test_accumulated_batches_share_one_reduction_of_gradients(lightning, tmp_pat
     assert [Path(f"reductions_{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
 
 
+@pytest.mark.medium
 def test_the_command_starts_its_ranks(tmp_path):
     """As the installed command does: the further rank is another start of the same file."""
     command = [sys.executable, str(Path(diffusion_lit.__file__).with_name("__main__.py")), *FIT]
@@ -106,6 +108,7 @@ def drawn(lightning, checkpoint, out, *options):
     return arrays["arr_0"].astype(int), arrays["labels"].tolist()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "sampler",
     [["--sampler=heun", '--sampler_options={"S_churn": 20}'], ["--sampler=ddpm", "--cfg_scale=2"]],
@@ -221,6 +224,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.medium
 def test_work_of_rank_zero_and_shared_work(tmp_path):
     """What rank 0 does alone reaches nobody else, its errors reach all, and shares make up the whole."""
     import socket

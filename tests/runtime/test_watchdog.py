@@ -56,6 +56,7 @@ def test_a_process_that_hangs_says_where_and_ends(python):
     assert "--ckpt_path last" in said and "--watchdog.minutes" in said
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_what_no_handler_can(python, number):
     process = python(
@@ -90,6 +91,7 @@ Draws().on_validation_end()
     assert "rank 1 is ended: the process that started it is gone" in said
 
 
+@pytest.mark.medium
 def test_work_and_waiting_on_purpose_are_no_hang(python):
     code = """
 watchdog.watch(0.5)

@@ -82,6 +82,7 @@ def test_what_was_the_default_attention_still_loads(kept, tmp_path):
     assert load_module(tmp_path / "old.ckpt").net.stem.weight.shape[1] == 4
 
 
+@pytest.mark.medium
 def test_a_run_of_before_goes_on_under_the_configs_of_now(kept, lightning):
     """The configs name the levels with attention otherwise now; the network is the same."""
     args = ["fit", f"--config={CONFIGS}/edm_digits.yaml", f"{NET}.model_channels=4", f"{NET}.channel_mult=[1]"]
