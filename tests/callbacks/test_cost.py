@@ -72,6 +72,7 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes():
     assert 0.75 < estimate / taken < 1.25, (estimate, taken)
 
 
+@pytest.mark.medium
 def test_a_run_says_what_it_costs_and_how_long_it_will_take(lightning, capsys):
     lightning(*FIT, "--trainer.max_steps=25")
     said = capsys.readouterr().out
@@ -91,6 +92,7 @@ def test_a_network_that_is_called_otherwise_does_not_stop_the_run(lightning, cap
     assert "could not be counted: it takes three arguments" in capsys.readouterr().out
 
 
+@pytest.mark.medium
 def test_a_run_on_cores_that_others_use_says_what_helps(lightning, capsys, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)

@@ -43,6 +43,7 @@ def pixels(name):
     return torch.from_numpy(np.asarray(Image.open(f"out/{name}.png")).astype(int))
 
 
+@pytest.mark.medium
 def test_the_steps_of_denoising_are_shown_beside_its_results(edit, kept, capsys):
     model = load_module(kept / "edm.ckpt")
     image = ImageOptions(image="flower").read(model)

@@ -81,6 +81,7 @@ def test_it_goes_on_without_the_first_file_and_its_receipt_names_it(here, capsys
     assert f"Started from {SOURCE}" in Path("receipt.md").read_text()
 
 
+@pytest.mark.medium
 def test_exports_and_snapshots_are_sources_too(here):
     before = read(SOURCE)["state_dict"]
     snapshot = next(Path("runs/first/version_0/averages").glob("*.safetensors"))

@@ -18,6 +18,7 @@ def test_every_benchmark_is_known():
     assert wanted <= set(COMMANDS)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["experiments.torture", "experiments.benchmarks.torture"])
 def test_a_benchmark_runs_by_its_old_and_its_new_name(name):
     words = [sys.executable, "-m", name, "--help"]

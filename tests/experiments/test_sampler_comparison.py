@@ -25,6 +25,7 @@ def test_an_adaptive_sampler_goes_by_its_tolerances():
     assert loose.num_steps == 2  # to sigma_min, and to 0
 
 
+@pytest.mark.medium
 def test_a_run_leaves_table_and_figure_and_is_not_repeated(lightning, tmp_path):
     lightning(
         *["fit", "--config", DIGITS, "--trainer.max_steps=1", "--trainer.callbacks=[]", "--trainer.accelerator=cpu"],

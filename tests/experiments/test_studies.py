@@ -182,6 +182,7 @@ def test_options_of_lightning_are_told_from_a_studys_own(capsys):
     assert "--trainer.max_steps needs a value" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_a_sweep_is_one_yaml(here, capsys):
     Path("mine.yaml").write_text(
         f"config: {CONFIG}\n"
@@ -226,6 +227,7 @@ def test_what_is_no_sweep_is_refused(tmp_path, text, told):
         sweep.read(tmp_path / "x.yaml")
 
 
+@pytest.mark.medium
 def test_a_study_whose_trainings_all_fail_says_so_and_one_that_lost_some_ends_with_status_1(here, capsys):
     def broken(study, good: bool = False):
         """Is it broken?"""

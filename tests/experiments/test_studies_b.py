@@ -111,6 +111,7 @@ def test_few_steps(study):
     assert levels(4, 5.0, 0.2, 0.8, made.trained["tuned"]) == pytest.approx([80.0, 5.0, 1.0, 0.2])
 
 
+@pytest.mark.medium
 def test_coarse_first(study):
     made = study(coarse_first, "--num_steps=5")
     assert [row["cycles per image"] for row in table(made, "bands")] == ["0 to 1", "1 to 2", "2 to 3", "3 to 5.66"]

@@ -76,6 +76,7 @@ def test_without_adaption_the_weight_is_as_given():
     assert float(contest.loss.detach()) == pytest.approx(float(0.3 * figures["adversarial"] + figures["discriminator"]))
 
 
+@pytest.mark.medium
 def test_it_rests_until_its_start_and_the_average_is_of_the_autoencoder_alone(lightning, tmp_path):
     lightning(*RUN, *SHARP, "--trainer.max_steps=2", "--name=early")
     lightning(*RUN, *SHARP, "--trainer.max_steps=5", "--name=late")

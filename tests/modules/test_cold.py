@@ -266,6 +266,7 @@ def test_what_was_never_trained_draws_nothing():
         tiny().generate([0], torch.tensor([1]))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("degradation", ["Blur", "Pixelate", "Snow"])
 def test_the_config_of_real_data_runs_with_every_degradation(lightning, idx_folder, degradation):
     lightning(

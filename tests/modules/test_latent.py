@@ -370,6 +370,7 @@ def test_on_a_full_disk_latents_stay_in_memory_and_train_the_same(here, monkeypa
         fitted(here, flips=True)
 
 
+@pytest.mark.medium
 def test_a_consistency_model_of_latents_starts_from_a_latent_model_and_draws_by_its_own_settings(here, lightning):
     config = yaml.safe_load(LATENT_DIGITS.read_text())
     config["model"]["class_path"] = "diffusion_lit.modules.LatentConsistency"

@@ -104,6 +104,7 @@ def test_state_is_restored_and_a_changed_option_is_taken():
     assert [group["parts"] for group in fresh.param_groups] == [0, 1]
 
 
+@pytest.mark.medium
 def test_a_run_goes_on_exactly(lightning):
     options = [MUON, "--model.optimizer.lr=0.003", "--model.init_args.net.init_args.model_channels=8"]
     lightning(*FIT, *options, "--trainer.max_steps=4", "--name=unbroken")

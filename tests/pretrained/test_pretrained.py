@@ -225,6 +225,7 @@ def guided(model, sampling):
 # Text models
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"])
 def test_stable_diffusion(stable_diffusion, tmp_path, kind):
     pipeline, folder = stable_diffusion
@@ -287,6 +288,7 @@ def test_if_stage_1(deep_floyd, tmp_path, scheduler):
         assert_same(model.generate(SEEDS, LABELS, model.sampling.replace(num_steps=STEPS, cfg_scale=scale)), theirs)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_if_stage_2(deep_floyd, deep_floyd_2, scale):
     (first, folder), (second, folder_2) = deep_floyd, deep_floyd_2
@@ -314,6 +316,7 @@ def test_if_stage_2(deep_floyd, deep_floyd_2, scale):
 # Prompts
 
 
+@pytest.mark.medium
 def test_prompts_are_embedded_as_the_pipelines_do(stable_diffusion, deep_floyd):
     for pipeline, folder in (stable_diffusion, deep_floyd):
         device = {} if pipeline is deep_floyd[0] else {"device": "cpu", "num_images_per_prompt": 1}
@@ -365,6 +368,7 @@ def test_prompts_are_embedded_once_and_kept_by_encoder_and_text(deep_floyd, tmp_
     assert not torch.equal(embed_prompts(other, PROMPTS), first) and len(loaded) == 4
 
 
+@pytest.mark.medium
 def test_the_text_encoder_is_freed_before_the_network_is_loaded(deep_floyd, monkeypatch):
     _, folder = deep_floyd
     alive, load_text = [], transformers.T5EncoderModel.from_pretrained

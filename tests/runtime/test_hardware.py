@@ -189,6 +189,7 @@ def test_a_run_goes_on_in_the_precision_that_it_was_started_in(lightning, watche
     assert watched[True] == {torch.float32}
 
 
+@pytest.mark.medium
 def test_resuming_in_bf16_is_exact(lightning, monkeypatch):
     monkeypatch.setattr("diffusion_lit.commands.fit.bf16_pays", lambda device: True)
     lightning(*FIT, "--trainer.max_steps=4")

@@ -103,6 +103,7 @@ def test_compiling_leaves_the_keys_of_the_checkpoint(lightning, trained_once, mo
     assert "_orig_mod" not in "".join(read(LAST)["current_model_state"])
 
 
+@pytest.mark.medium
 def test_sampling_compiles_the_network_for_graphs_and_draws_the_same(lightning, trained_once, monkeypatch):
     trained_once(*FIT, "--trainer.max_steps=1")
     options = ["--ckpt_path", LAST, "--num_samples=2", "--num_steps=2", "--device=cpu"]

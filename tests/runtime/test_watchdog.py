@@ -118,6 +118,7 @@ def test_a_failure_that_cannot_end_is_ended(python):
     assert process.returncode == 1 and "the disk is full" in said
 
 
+@pytest.mark.medium
 def test_signals_of_a_child_are_not_the_parents(python):
     """A loader's process inherits handlers; what it is sent must not count as a second signal to the run."""
     code = """
