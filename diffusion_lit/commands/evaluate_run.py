@@ -367,10 +367,12 @@ def header(
     Returns:
         Plain values: all that would change a figure.
     """
-    checkpoint = {} if plan.ckpt_path is None or Path(plan.ckpt_path).is_dir() else read_checkpoint(plan.ckpt_path)
-    averaged = "current_model_state" in checkpoint or checkpoint.get("weights", "").startswith("average")
-    weights = "average (EMA)" if averaged else "as trained: the checkpoint keeps no average"
-    weights = weights if checkpoint else "as published" if plan.pretrained else "as exported"
+    checkpoint = {} if plan.ckpt_path is None else read_checkpoint(plan.ckpt_path)
+    weights = "as trained: the checkpoint keeps no average" if checkpoint else "as published"
+    if "current_model_state" in checkpoint:
+        weights = "average (EMA)"
+    elif "weights" in checkpoint:
+        weights = f"{checkpoint['weights']}, as exported"
     warnings = attributed({f"reference {name}": reference.warnings for name, reference in references.items()})
     if plan.num_blocks < 3:
         warnings.append(f"{plan.num_blocks} block(s) of samples: their scatter needs at least 3.")

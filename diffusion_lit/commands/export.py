@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from diffusion_lit.storage.atomic import atomic
-from diffusion_lit.storage.exports import FORMAT, GUIDE, KEPT, RECORD, WEIGHTS, record_checksum
+from diffusion_lit.storage.exports import FORMAT, GUIDE, KEPT, PARTS, RECORD, WEIGHTS, record_checksum, take_apart
 
 
 def export(ckpt_path: str, out: str, weights: str = "average") -> None:
@@ -46,16 +46,24 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
         "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
         **{name: checkpoint[name] for name in KEPT if name in checkpoint},
     }
+    further: dict[str, Tensor] = {}
+    record |= {name: take_apart(checkpoint[name], name, further) for name in PARTS if name in checkpoint}
     folder, guide = Path(out), module.denoiser.guide if hasattr(module, "denoiser") else None
     if guide is not None:
         held = {"weights": "of a guide", **{name: guide.content[name] for name in KEPT if name in guide.content}}
         _write(folder / GUIDE, held, guide.content["state_dict"], ckpt_path)
         record["guide"] = guide.identity()
-    count = _write(folder, record, state, ckpt_path)
+    count = _write(folder, record, state, ckpt_path, further)
     print(f"{count:,} {which} weights of step {record.get('global_step')} are in {folder}/.")
 
 
-def _write(folder: Path, record: dict[str, Any], state: dict[str, Tensor], source: str) -> int:
+def _write(
+    folder: Path,
+    record: dict[str, Any],
+    state: dict[str, Tensor],
+    source: str,
+    further: dict[str, Tensor] | None = None,
+) -> int:
     """Writes both files of a model.
 
     Args:
@@ -63,13 +71,14 @@ def _write(folder: Path, record: dict[str, Any], state: dict[str, Tensor], sourc
         record: What is known of the model, plain values.
         state: Its weights.
         source: The checkpoint that it is from.
+        further: Tensors that are no weights of the module, by name.
 
     Returns:
         The number of its weights.
     """
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-    encoded = save_tensors(tensors)
-    count = sum(value.numel() for value in tensors.values())
+    tensors = {**state, **(further or {})}
+    encoded = save_tensors({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
+    count = sum(value.numel() for value in state.values())
     sums = {"sha256": hashlib.sha256(encoded).hexdigest(), "crc32": f"{zlib.crc32(encoded):08x}"}
     described = _json({"format": FORMAT, "parameters": count, **record, **sums}, source).encode()
     with atomic(folder / WEIGHTS) as file:

@@ -9,7 +9,7 @@ from torch import nn
 from diffusion_lit.modules.protocols import Encodes
 from diffusion_lit.nets.autoencoder import part
 from diffusion_lit.storage.checkpoints import read_checkpoint
-from diffusion_lit.storage.runs import find_last
+from diffusion_lit.storage.runs import find_checkpoint
 from diffusion_lit.storage.size import no_larger_than
 from diffusion_lit.storage.trust import check, find_class, naming
 
@@ -112,8 +112,7 @@ def vae_checkpoint(source: str) -> dict[str, Any]:
             f"There is no autoencoder {source}; train one with lightning fit --config configs/vae_NAME.yaml, which "
             f"leaves it in runs/vae_NAME, or give a checkpoint, a folder of diffusers' or {HUB}OWNER/NAME."
         )
-    if path.is_dir():
-        path = find_last(path)
+    path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     if "autoencoder" not in checkpoint:
         kind = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "another model")).rpartition(".")[2]

@@ -10,7 +10,7 @@ from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.latent_space import Frozen
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.storage.hashing import weights_hash
-from diffusion_lit.storage.runs import find_last
+from diffusion_lit.storage.runs import find_checkpoint
 
 
 class _FrozenDenoiser(Frozen):
@@ -54,7 +54,7 @@ class Teacher(TeacherStep):
             raise ValueError(
                 f"There is no teacher {self.ckpt_path}; give a checkpoint or a folder of runs as ckpt_path."
             )
-        teacher = load_module(find_last(path) if path.is_dir() else path)
+        teacher = load_module(find_checkpoint(path))
         if not isinstance(teacher, DiffusionModule):
             raise ValueError(f"The teacher {path} is a {type(teacher).__name__}; give a model that draws images.")
         if (x_shape, num_classes) != (teacher.x_shape, teacher.num_classes):

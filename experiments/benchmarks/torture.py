@@ -300,9 +300,9 @@ def from_files(workers: int) -> list[str]:
 
         from datamodules import Digits
 
-        images, labels = Digits(batch_size=1).split("train")
-        assert isinstance(images, torch.Tensor) and labels is not None
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        split = Digits(batch_size=1).split("train")
+        assert isinstance(split.images, torch.Tensor) and split.labels is not None
+        for index, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
             (root / str(int(label))).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).save(root / str(int(label)) / f"{index:04d}.png")
     return [

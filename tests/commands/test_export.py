@@ -69,6 +69,14 @@ def test_raw_weights_and_an_export_of_an_export(trained, lightning):
     assert same
 
 
+@pytest.mark.medium
+def test_the_receipt_of_an_export_says_what_was_exported(model, lightning):
+    small = ["--num_samples=4", "--num_blocks=1", "--extractor=pixels", "--device=cpu"]
+    lightning("evaluate", "--ckpt_path", model, "--out=report.json", *small)
+    told = json.loads(Path("report.json").read_text())["checkpoint"]
+    assert (told["step"], told["weights"]) == (6, "average (EMA), as exported")
+
+
 def damage(model, how):
     weights, record = model / "model.safetensors", model / "model.json"
     if how == "truncated":

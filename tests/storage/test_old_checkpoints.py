@@ -37,6 +37,32 @@ def test_it_samples_the_same_images(family, kept, lightning):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_its_export_samples_the_same_images(family, kept, lightning):
+    """The autoencoder of a latent model goes with it."""
+    checkpoint = kept[0] / f"{family}.ckpt"
+    steps = () if family == "vae" else ("--num_steps=2",)
+    lightning("export", f"--ckpt_path={checkpoint}", "--out=model")
+    lightning("export", "--ckpt_path=model", "--out=again")
+    for source, out in ((checkpoint, "a"), ("again", "b")):
+        lightning("sample", f"--ckpt_path={source}", "--num_samples=2", *steps, f"--out={out}", "--device=cpu")
+    assert np.array_equal(np.load("a/samples.npz")["arr_0"], np.load("b/samples.npz")["arr_0"])
+
+
+def test_exports_stand_in_for_an_autoencoder_and_a_classifier(kept, lightning):
+    from diffusion_lit.evaluation.classifiers import ClassifierFeatures
+    from diffusion_lit.modules.autoencoders import load_autoencoder
+
+    for name in ("vae", "classifier"):
+        lightning("export", f"--ckpt_path={kept[0] / name}.ckpt", f"--out={name}")
+    mine, theirs = load_autoencoder("vae").state_dict(), load_autoencoder(str(kept[0] / "vae.ckpt")).state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    extractor = ClassifierFeatures("classifier")
+    extractor.load()
+    assert extractor.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_trains_on(family, kept, lightning):
     folder, expected = kept
     for name in {family, "vae"}:  # a latent model finds its VAE where it was
