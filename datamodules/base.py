@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.loaders import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.runtime.mounts import network_mount
 
 SPLITS = ("train", "val", "test")
 NOT_THERE = (
     "a checkpoint named that folder, so that nothing is downloaded or unpacked into it unless --data_root names it"
 )
+READERS = 4  # threads that read ahead from a slow disk
 DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by default
 
 
@@ -28,7 +30,8 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         batch_size: Images per training step over all ranks.
-        num_workers: Processes that read ahead from an array on disk; sets in memory need none.
+        num_workers: Threads that read ahead from an array on disk; by default 4 where it lies on a network file system,
+            0 elsewhere. Sets in memory need none.
         use_labels: Whether batches carry the class, and the model is made conditional.
         random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
@@ -40,14 +43,14 @@ class ImageDataModule(LightningDataModule):
     def __init__(
         self,
         batch_size: int,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         use_labels: bool = True,
         random_flip: bool = False,
         on_device: bool | None = None,
     ) -> None:
         super().__init__()
         check_count(batch_size=batch_size)
-        check_count(0, num_workers=num_workers)
+        check_number(least=0, most=128, whole=True, num_workers=num_workers)
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -55,6 +58,7 @@ class ImageDataModule(LightningDataModule):
         self.random_flip = random_flip
         self.on_device = on_device
         self.writes_root = True
+        self._told = False
         self._splits: dict[str, Split] = {}
         self._moved: dict[str, Tensor] = {}
         self._identities: dict[str, dict[str, Any]] = {}
@@ -367,9 +371,31 @@ class ImageDataModule(LightningDataModule):
             "batch_size": self.batch_size,
             "world": world,
             "rank": rank,
-            "num_workers": 0 if isinstance(split.images, Tensor) else self.num_workers,
+            "num_workers": self.readers(split.images),
             "device": device,
         }
+
+    def readers(self, images: Array) -> int:
+        """How many threads read ahead from an array.
+
+        Args:
+            images: The array.
+
+        Returns:
+            `num_workers` where it is given, 0 for a tensor; otherwise by the kind of disk that the array lies on.
+        """
+        if isinstance(images, Tensor):
+            return 0
+        if self.num_workers is not None:
+            return self.num_workers
+        mount = network_mount(images.filename) if isinstance(images, np.memmap) and images.filename else None
+        if mount and not self._told:
+            rank_zero_info(
+                f"The images lie on a network file system ({mount}): {READERS} threads read ahead on each rank; "
+                "num_workers says another number."
+            )
+            self._told = True
+        return READERS if mount else 0
 
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks, and this one."""

@@ -47,7 +47,8 @@ class CelebA(ImageDataModule):
         strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
-        num_workers: Processes that read ahead from the cache while training, for one on a slow disk.
+        num_workers: Threads that read ahead from the cache; by default 4 where it lies on a network file system, 0
+            elsewhere.
         use_labels: Whether batches carry the classes that `attributes` makes.
         random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
@@ -64,7 +65,7 @@ class CelebA(ImageDataModule):
         strict: bool = False,
         cache_dir: str | None = None,
         cache_processes: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         use_labels: bool = True,
         random_flip: bool = True,
         on_device: bool | None = None,

@@ -155,7 +155,8 @@ class ImageFolder(ImageDataModule):
         strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
-        num_workers: Processes that read ahead from the cache while training, for one on a slow disk.
+        num_workers: Threads that read ahead from the cache; by default 4 where it lies on a network file system, 0
+            elsewhere.
         use_labels: Whether folders are classes, which batches carry and the model is conditioned on.
         random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
@@ -183,7 +184,7 @@ class ImageFolder(ImageDataModule):
         strict: bool = False,
         cache_dir: str | None = None,
         cache_processes: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         use_labels: bool = True,
         random_flip: bool = True,
         on_device: bool | None = None,
@@ -403,7 +404,7 @@ class Landscapes(ImageFolder):
         strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
-        num_workers: Processes that read ahead from the cache while training.
+        num_workers: Threads that read ahead from the cache; see `ImageFolder`.
         random_flip: Whether half of the training images are mirrored.
         on_device: Whether the images live on the training device.
         crops: Number of further squares that are cut out of each training image; see `ImageFolder`.
@@ -421,7 +422,7 @@ class Landscapes(ImageFolder):
         strict: bool = False,
         cache_dir: str | None = None,
         cache_processes: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         random_flip: bool = True,
         on_device: bool | None = None,
         crops: int = 0,

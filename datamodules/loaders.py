@@ -12,20 +12,39 @@ the batches before g. Evaluation reads a split in its own order, rank r the rows
 """
 
 import hashlib
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-Array = Tensor | np.ndarray
-"""Images: a uint8 tensor, or a memory-mapped uint8 array, of shape (N, C, H, W)."""
+
+class Stored(Protocol):
+    """Images that are read when rows are asked for, as of an array: uint8 (N, C, H, W)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (N, C, H, W)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
+Array = Tensor | np.ndarray | Stored
+"""Images of shape (N, C, H, W): a uint8 tensor, a memory-mapped uint8 array, or what is read as one."""
 
 
 class Split(NamedTuple):
@@ -79,37 +98,18 @@ def normalise(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-class Gather(Dataset[Tensor]):
-    """Cuts whole batches out of an array: `gather[rows] -> (len(rows), C, H, W)` uint8.
-
-    Args:
-        images: The array.
-    """
-
-    def __init__(self, images: Array) -> None:
-        self.images = images
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        if isinstance(self.images, Tensor):
-            return self.images.index_select(0, rows)  # many times faster than indexing on a CPU
-        return torch.from_numpy(self.images[rows.numpy()])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
 class BatchLoader:
     """Iterates over batches of a split; subclasses say which rows each batch has.
 
     It is no `torch.utils.data.DataLoader`, so that Lightning never replaces its sampler, whatever
-    `use_distributed_sampler` is; with `num_workers` it reads through one, for an array on a slow disk.
+    `use_distributed_sampler` is.
 
     Args:
         split: The images and labels.
         batch_size: Images per global batch, a multiple of the number of ranks.
         world: Number of ranks.
         rank: This rank.
-        num_workers: Processes that read ahead; 0 reads in this process.
+        num_workers: Threads that read ahead, for an array on a slow disk; 0 reads when a batch is asked for.
         device: Where batches are wanted.
         augment: Changes the images of a batch.
     """
@@ -138,7 +138,6 @@ class BatchLoader:
         self.num_workers = num_workers
         self.device = torch.device(device)
         self.augment = augment
-        self.gather = Gather(split.images)
 
     def keys(self) -> Iterator[Key]:
         """The keys of the batches that this iteration has."""
@@ -151,19 +150,34 @@ class BatchLoader:
         keys = self.keys()  # a generator: nothing is decided before the first batch is asked for
         if self.num_workers == 0:
             for key in keys:
-                yield self.batch(self.gather[key.rows], key)
+                yield self.batch(self.read(key.rows), key)
             return
-        ahead = list(keys)
-        reader = DataLoader(
-            self.gather,
-            batch_size=None,
-            sampler=[key.rows for key in ahead],
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            multiprocessing_context="fork",  # a memory map is shared by a fork and copied by a spawn
-        )
-        for key, images in zip(ahead, reader, strict=True):
-            yield self.batch(images, key)
+        with ThreadPoolExecutor(self.num_workers, "read-ahead") as readers:  # reading a disk does not hold the GIL
+            ahead: deque[tuple[Key, Future[Tensor]]] = deque()
+            try:
+                while True:
+                    for key in itertools.islice(keys, 2 * self.num_workers - len(ahead)):
+                        ahead.append((key, readers.submit(self.read, key.rows)))
+                    if not ahead:
+                        return
+                    key, images = ahead.popleft()
+                    yield self.batch(images.result(), key)
+            finally:  # also where the epoch is left before its end
+                for _, images in ahead:
+                    images.cancel()
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Cuts images out of the array.
+
+        Args:
+            rows: Their places, int64 (B,).
+
+        Returns:
+            Shape (B, C, H, W), uint8.
+        """
+        if isinstance(self.images, Tensor):
+            return self.images.index_select(0, rows)  # many times faster than indexing on a CPU
+        return torch.from_numpy(self.images[rows.numpy()])
 
     def batch(self, images: Tensor, key: Key) -> dict[str, Tensor]:
         """Makes a batch.
@@ -261,7 +275,3 @@ class EvalLoader(BatchLoader):
         starts = self.starts()
         for batch, (start, end) in enumerate(zip(starts, [*starts[1:], len(self.images)], strict=True)):
             yield Key(0, batch, torch.arange(start + self.rank, end, self.world))
-
-
-def _as_it_is(images: Any) -> Any:
-    return images

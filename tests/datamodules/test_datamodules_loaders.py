@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from datamodules import Digits, ImageDataModule
+from datamodules.base import READERS
 from datamodules.loaders import EvalLoader, Split, TrainLoader, normalise
+from diffusion_lit.runtime.mounts import network_mount
 
 
 class Numbered(ImageDataModule):
@@ -207,6 +210,46 @@ def test_batch_that_does_not_divide_over_ranks_is_refused():
 def test_batch_larger_than_the_split_is_refused():
     with pytest.raises(ValueError, match="batch_size is 51, but the training split has 50 images"):
         Numbered(batch_size=51).train_dataloader()
+
+
+def test_a_set_on_a_network_disk_is_read_ahead_by_eight_ranks_with_the_same_batches(tmp_path, monkeypatch, caplog):
+    local = Numbered(on_disk=str(tmp_path), batch_size=16)
+    assert local.train_dataloader().num_workers == 0
+    table = f"/dev/sda1 / ext4 rw 0 0\nserver:/data {tmp_path} nfs4 rw 0 0\n"
+    monkeypatch.setattr("datamodules.base.network_mount", lambda path: network_mount(path, table))
+    there = Numbered(on_disk=str(tmp_path), batch_size=16)
+    with caplog.at_level("INFO"):
+        loaders = [there.train_dataloader(), there.val_dataloader()]
+    assert [loader.num_workers for loader in loaders] == [READERS, READERS]
+    said = [record.getMessage() for record in caplog.records if "network file system" in record.getMessage()]
+    assert len(said) == 1 and f"nfs4 at {tmp_path}" in said[0] and "num_workers" in said[0]
+    assert Numbered(on_disk=str(tmp_path), num_workers=0).train_dataloader().num_workers == 0
+    assert Numbered().train_dataloader().num_workers == 0
+
+    whole = list(local.train_dataloader())
+    parts = []
+    for rank in range(8):
+        there._ranks = lambda rank=rank: (8, rank)
+        parts.append(list(there.train_dataloader()))
+    assert len(whole) == 3
+    for number, batch in enumerate(whole):
+        for key in ("image", "index", "label"):
+            together = torch.stack([part[number][key] for part in parts], dim=1).flatten(0, 1)
+            assert torch.equal(together, batch[key])
+
+
+def test_reading_ahead_stops_with_its_reader_and_passes_errors_on(tmp_path):
+    data = Numbered(on_disk=str(tmp_path), num_workers=2)
+    loader = data.train_dataloader()
+    before = threading.active_count()
+    batches = iter(loader)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
+    loader.read = lambda rows: 1 // 0
+    with pytest.raises(ZeroDivisionError):
+        list(loader)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}])
