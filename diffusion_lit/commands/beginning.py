@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
 from diffusion_lit.modules.base import BaseModule
+from diffusion_lit.modules.labels import class_names_of
 from diffusion_lit.modules.warm_start import Source, start_from
 from diffusion_lit.storage.runs import find_checkpoint
 
@@ -54,7 +54,7 @@ def _typed() -> bool:
     return any(word.partition("=")[0] == "--init_from" for word in sys.argv)
 
 
-def begin(module: LightningModule, data: Any, source: Source) -> list[str]:
+def begin(module: LightningModule, data: object, source: Source) -> list[str]:
     """Gives a module its first weights, and records where they are from.
 
     Args:
@@ -68,8 +68,7 @@ def begin(module: LightningModule, data: Any, source: Source) -> list[str]:
     Raises:
         ValueError: If nothing fits.
     """
-    names = getattr(data, "class_names", None) or getattr(module, "class_names", [])
-    start = start_from(module, source, [str(name) for name in names])
+    start = start_from(module, source, [str(name) for name in class_names_of(data, module)])
     if isinstance(module, BaseModule):
         module.init_from = start.record()
     return start.lines()

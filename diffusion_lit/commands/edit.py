@@ -6,7 +6,6 @@ their figures.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -17,8 +16,9 @@ from diffusion_lit.commands.edit_options import ImageOptions, Options, decibels,
 from diffusion_lit.commands.edit_restore import colorize, deblur, inpaint, super_resolve
 from diffusion_lit.commands.edit_steps import Passed
 from diffusion_lit.diffusion import editing
-from diffusion_lit.diffusion.generate import Sampling, check_follows_ode
+from diffusion_lit.diffusion.generate import check_follows_ode
 from diffusion_lit.diffusion.grids import evenly
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.modules.labels import check_guidance
 from diffusion_lit.report.images import Cell, animation, grid_image, labelled_grid
@@ -275,7 +275,7 @@ def invert(options: ImageOptions) -> None:
         options: Model, image, condition, sampling and output.
     """
     model = options.load()
-    own: Sampling = model.sampling
+    own = model.sampling
     check_follows_ode(own, "no image can be taken back to its noise")
     quiet = replace(own, sampler_options={}) if not SAMPLERS[own.sampler].stochastic else own.replace(sampler="heun")
     sampling = options.sampling(model, quiet.replace(num_steps=100))
@@ -332,11 +332,11 @@ def guidance(
     options.write("guidance", model, sampling, figure, images, facts)
 
 
-def _levels(model: Any, sigmas: Sequence[float], timesteps: Sequence[int] | None) -> dict[float, str]:
+def _levels(model: PixelModel, sigmas: Sequence[float], timesteps: Sequence[int] | None) -> dict[float, str]:
     """The noise levels asked for, each with its heading: as they are, or at steps of the model's schedule."""
     if timesteps is None:
         return {sigma: f"sigma {sigma:g}" for sigma in sigmas}
-    schedule = getattr(model.denoiser.scaling, "schedule", None)
+    schedule = model.denoiser.scaling.schedule
     if schedule is None:
         raise ValueError(f"--timesteps {list(timesteps)} was given, but the model has no schedule; give --sigmas.")
     last = len(schedule.sigmas) - 1

@@ -21,6 +21,7 @@ from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import psnr, to_uint8
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.modules.labels import check_guidance, class_indices
 from diffusion_lit.modules.load import load_data
@@ -53,18 +54,18 @@ class Options(DrawOptions):
     out: str | None = None
     json: bool = False
 
-    def load(self) -> Any:
+    def load(self) -> PixelModel:
         """The model, in eval mode on its device.
 
         Returns:
-            A `DiffusionModule` or what has its interface.
+            The model.
 
         Raises:
             ValueError: If there is none, or it does not denoise, or words are given to a model of classes.
         """
         try_folder(Path(self.out or OUT))
         model = self.load_model()
-        if not hasattr(model, "denoiser"):
+        if not isinstance(model, PixelModel):
             raise ValueError(
                 f"{self.ckpt_path} holds a {type(model).__name__}, which does not denoise; edit with a checkpoint of "
                 "DDPM, EDM or LatentDiffusion."
@@ -85,7 +86,7 @@ class Options(DrawOptions):
             if getattr(self, name) is not None:
                 raise ValueError(f"{what} asks no network, so that --{name} {getattr(self, name)} does nothing.")
 
-    def sampling(self, model: Any, default: Sampling) -> Sampling:
+    def sampling(self, model: PixelModel, default: Sampling) -> Sampling:
         """The settings of a task with what is given in place.
 
         Args:
@@ -102,7 +103,7 @@ class Options(DrawOptions):
         check_guidance(model, sampling, bool(self.prompts) or self.labels is not None, **self.guidance)
         return sampling
 
-    def conditions(self, model: Any) -> list[int]:
+    def conditions(self, model: PixelModel) -> list[int]:
         """The conditions given: classes by number, or prompts by place.
 
         Args:
@@ -120,9 +121,9 @@ class Options(DrawOptions):
             return []
         if model.num_classes == 0:
             raise ValueError(f"--labels {self.labels} was given, but the model is unconditional; leave --labels out.")
-        return class_indices(self.labels, model.num_classes, getattr(model, "class_names", []))
+        return class_indices(self.labels, model.num_classes, model.class_names)
 
-    def condition(self, model: Any, count: int) -> Tensor | None:
+    def condition(self, model: PixelModel, count: int) -> Tensor | None:
         """The one condition of a task, for each of its images.
 
         Args:
@@ -140,7 +141,7 @@ class Options(DrawOptions):
             raise ValueError(f"{len(given)} conditions were given, but this task takes one for all images; give one.")
         return torch.tensor(given * count) if given else None
 
-    def several(self, model: Any, needed: int, what: str) -> Tensor:
+    def several(self, model: PixelModel, needed: int, what: str) -> Tensor:
         """The conditions of a task that needs a certain number.
 
         Args:
@@ -155,7 +156,7 @@ class Options(DrawOptions):
             ValueError: As `conditions`, or if another number is given.
         """
         given = self.conditions(model)
-        if model.num_classes == 0 and getattr(model, "prompts", None) is None:
+        if model.num_classes == 0 and model.prompts is None:
             raise ValueError(f"{what} needs {needed} conditions, but the model knows none; give one with classes.")
         if len(given) != needed:
             raise ValueError(
@@ -164,7 +165,7 @@ class Options(DrawOptions):
             )
         return torch.tensor(given)
 
-    def names(self, model: Any, labels: Tensor | None) -> list[str]:
+    def names(self, model: PixelModel, labels: Tensor | None) -> list[str]:
         """What labels mean, in words.
 
         Args:
@@ -176,7 +177,7 @@ class Options(DrawOptions):
         """
         if labels is None:
             return []
-        known = self.prompts or [str(name) for name in getattr(model, "class_names", [])]
+        known = self.prompts or [str(name) for name in model.class_names]
         return [known[i] if i < len(known) else str(i) for i in labels.tolist()]
 
     def seeds(self, count: int) -> range:
@@ -197,7 +198,7 @@ class Options(DrawOptions):
     def write(
         self,
         task: str,
-        model: Any,
+        model: PixelModel,
         sampling: Sampling | None,
         figure: Image.Image,
         named: dict[str, Tensor],
@@ -247,7 +248,7 @@ class Options(DrawOptions):
             print(plain_table(table))
         print(f"{task}: figure.png, record.json and the images are in {folder}/.")
 
-    def _identity(self, model: Any) -> dict[str, Any]:
+    def _identity(self, model: PixelModel) -> dict[str, Any]:
         """What the model is, for the record."""
         identity: dict[str, Any] = {"class": type(model).__name__, "image_shape": list(model.image_shape)}
         if self.ckpt_path is None:
@@ -273,7 +274,7 @@ class ImageOptions(Options):
     negative_image: bool = False
     data_index: int = 0
 
-    def read(self, model: Any, size: int | None = None) -> Tensor:
+    def read(self, model: PixelModel, size: int | None = None) -> Tensor:
         """The image, fitted to the model.
 
         Args:
@@ -296,10 +297,10 @@ class ImageOptions(Options):
                 print(f"lightning: {self.image} {told}", file=sys.stderr)
         return -image if self.negative_image else image
 
-    def _test_image(self, model: Any) -> Tensor:
+    def _test_image(self, model: PixelModel) -> Tensor:
         if self.ckpt_path is None:
             raise ValueError("A pretrained model brings no data along; give --image FILE, or flower or china.")
-        data: Any = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
+        data = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
         data.prepare_data()
         images = data.reference_images("test")
         if not 0 <= self.data_index < len(images):
@@ -307,7 +308,7 @@ class ImageOptions(Options):
         return torch.as_tensor(images[self.data_index])
 
 
-def inverted(model: Any, image: Tensor) -> str:
+def inverted(model: PixelModel, image: Tensor) -> str:
     """Whether an image looks like the negative of the model's: bright at its border where theirs are dark.
 
     The model's images are asked of the model itself: far up in the noise it predicts their mean.
@@ -317,10 +318,10 @@ def inverted(model: Any, image: Tensor) -> str:
         image: An image (1, C, H, W) in [-1, 1].
 
     Returns:
-        What to say after the image's name; nothing where it is as the model's, or the model is none that denoises.
+        What to say after the image's name; nothing where it is as the model's.
     """
     bright = _border(image)
-    if bright < BRIGHT or not hasattr(model, "denoiser"):
+    if bright < BRIGHT:
         return ""
     count, sigma = 8, min(FAR, model.denoiser.scaling.sigma_max)
     labels = torch.arange(count) % model.num_classes if model.num_classes else None

@@ -29,7 +29,7 @@ from diffusion_lit.commands.edit_options import (
 )
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.editing.measurements import Measurement
-from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.posterior import POSTERIORS
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.report.images import Cell, labelled_grid
@@ -60,7 +60,7 @@ class RestoreOptions(ImageOptions):
     jump: int = 1
     num_samples: int = 4
 
-    def chosen(self, model: Any) -> str:
+    def chosen(self, model: PixelModel) -> str:
         """The method: the one that is given, or the one that suits the noise.
 
         Args:
@@ -85,7 +85,7 @@ class RestoreOptions(ImageOptions):
             raise ValueError("--method_options are those of mmps, pigdm and dps; leave them out, or give --method.")
         return method
 
-    def posterior(self, model: Any) -> editing.Posterior | None:
+    def posterior(self, model: PixelModel) -> editing.Posterior | None:
         """What wraps the denoiser for a noisy measurement; None for the projection."""
         method = self.chosen(model)
         if method == PROJECTION:
@@ -208,7 +208,7 @@ class Restoration:
         self.options, self.task = options, task
         self.model = options.load()
         self.posterior = options.posterior(self.model)
-        own: Sampling = self.model.sampling
+        own = self.model.sampling
         self.sampling = options.sampling(self.model, own if self.posterior else editing.revising(own))
         self.seeds, self.image = options.seeds(options.num_samples), options.read(self.model)
         self.labels = options.condition(self.model, options.num_samples)
@@ -287,7 +287,7 @@ class Restoration:
         self.options.write(self.task, self.model, self.sampling, figure, files, record)
 
 
-def _known(options: ImageOptions, model: Any, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
+def _known(options: ImageOptions, model: PixelModel, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
     """Which pixels are known, bool (1, 1, H, W)."""
     _, height, width = model.image_shape
     if mask is not None and box is not None:

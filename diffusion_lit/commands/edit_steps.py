@@ -9,6 +9,7 @@ from torch import Tensor, ones
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.conversions import SAME
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.report.images import Cell
 
 
@@ -25,7 +26,7 @@ class Passed:
         ValueError: If the grid has no such step.
     """
 
-    model: Any
+    model: PixelModel
     sampling: Sampling
     steps: Sequence[int]
     images: dict[tuple[float, int], Tensor] = field(default_factory=dict)

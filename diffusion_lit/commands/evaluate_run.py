@@ -1,6 +1,7 @@
 """One evaluation from end to end, on every rank: load, draw shards, wait; rank 0 measures and writes the report."""
 
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libra
 from diffusion_lit.checks import check_count
 from diffusion_lit.commands.options import SweepOptions
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
@@ -29,8 +31,11 @@ from diffusion_lit.evaluation.generation import (
 from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
 from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
 from diffusion_lit.evaluation.single_image import is_single
+from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.labels import check_guidance, parse_labels
+from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.load import load_data
+from diffusion_lit.modules.protocols import DataSet, Model, Settings, is_data_set
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
 from diffusion_lit.report.receipt_page import attributed, setting_name
@@ -122,19 +127,21 @@ class Plan(SweepOptions):
         """Number of samples of one setting, all blocks together."""
         return self.num_samples * self.num_blocks
 
-    def model_hash(self, module: Any) -> str:
+    def model_hash(self, module: Model) -> str:
         """What the model's weights are known by: the hash of the checkpoint's file, or of pretrained weights."""
         known = weights_hash(module.state_dict()) if self.ckpt_path is None else file_hash(Path(self.ckpt_path))
-        return known if self.decoder is None else f"{known} decoded by {module.space.sha256}"
+        if self.decoder is None or not isinstance(module, LatentDiffusion):
+            return known
+        return f"{known} decoded by {module.space.sha256}"
 
-    def check_guidance(self, module: Any, settings: list[Sampling]) -> None:
+    def check_guidance(self, module: Model, settings: Sequence[Settings]) -> None:
         """Refuses guidance that does nothing; every sample has a class where there are any.
 
         Args:
             module: The model.
             settings: All that are to be measured, of which one at least must be guided where options of guidance stand.
         """
-        guided = [one for one in settings if getattr(one, "cfg_scale", 1) not in (0, 1) or autoguided(one)] or settings
+        guided = [one for one in settings if one.cfg_scale not in (0, 1) or one.autoguided] or settings
         for setting in settings:
             given = {**self.guidance, "cfg_scale": None if self.cfg_scale is None else setting.cfg_scale}
             if setting is not guided[0]:
@@ -142,15 +149,12 @@ class Plan(SweepOptions):
             check_guidance(module, setting, module.num_classes > 0, **given)
 
 
-def autoguided(setting: Any) -> bool:
-    """Whether a setting is guided by a worse model, which settings of restoration never are."""
-    return bool(getattr(setting, "autoguided", False))
-
-
-def guide_of(module: Any, settings: list[Any]) -> dict[str, str] | None:
+def guide_of(module: Model, settings: Sequence[Settings]) -> dict[str, str] | None:
     """The file and the hash of the worse model that guides any of the settings, or None."""
-    found = [setting.guide_of(module.denoiser) for setting in settings if autoguided(setting)]
-    return found[0].identity() if found else None
+    if not isinstance(module, PixelModel):
+        return None
+    guides = [one.guide_of(module.denoiser) for one in settings if isinstance(one, Sampling)]
+    return next((guide.identity() for guide in guides if guide is not None), None)
 
 
 def run(fabric: Fabric, plan: Plan) -> list[str]:
@@ -188,25 +192,26 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     started = datetime.now(UTC)
     module = plan.load_model()
     for name in ("per_class", "likelihood"):
-        if getattr(plan, name) and getattr(module, "prompts", None) is not None:
+        if getattr(plan, name) and module.prompts is not None:
             raise ValueError(f"--{name} needs classes or none, but {plan.pretrained} is a text model; leave it out.")
     settings = plan.settings(module.sampling)
     plan.check_guidance(module, settings)
     reconstructs(plan, module)  # or refuses
 
-    def prepare() -> tuple[Any, FeatureExtractor]:
+    def prepare() -> tuple[DataSet, FeatureExtractor]:
         data = prepare_data(plan, module, fabric.is_global_zero)
         extractor = make_extractor(plan.extractor, plan.extractor_weights, module.image_shape)
         extractor.load(data)
         return data, extractor
 
     data, extractor = rank_zero_first(prepare, "data and extractor")
-    if getattr(module, "condition", None) is not None:
+    given = as_given(module)
+    if given is not None:
         if plan.likelihood:
             raise ValueError(
                 "--likelihood is that of images alone, but the model is given an image of each; leave it out."
             )
-        module.give(data, "test")
+        given.give(data, "test")
     module.to(fabric.device)
     extractor.to(fabric.device)
 
@@ -257,7 +262,7 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     return written
 
 
-def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
+def prepare_data(plan: Plan, module: Model, first: bool) -> DataSet:
     """The data that the checkpoint was trained on, or what the user gave instead, set up.
 
     Args:
@@ -276,8 +281,8 @@ def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
         raise ValueError(
             f"{plan.pretrained} brings no data along; say what to compare it with, such as --data datamodules.CIFAR10."
         )
-    data: Any = plan.data if plan.data is not None else load_data(plan.ckpt_path, **overrides)  # type: ignore[arg-type]
-    if not hasattr(data, "reference_images"):
+    data = plan.data if plan.data is not None else load_data(str(plan.ckpt_path), **overrides)
+    if not is_data_set(data):
         raise ValueError(f"{type(data).__name__} has no reference images; use one of datamodules.")
     if first:
         data.prepare_data()
@@ -292,7 +297,13 @@ def prepare_data(plan: Plan, module: Any, first: bool) -> Any:
 
 
 def make_job(
-    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, setting: Sampling, settings: int, single: bool
+    plan: Plan,
+    module: Model,
+    data: DataSet,
+    extractor: FeatureExtractor,
+    setting: Settings,
+    settings: int,
+    single: bool,
 ) -> GenerationJob:
     """What one setting draws.
 
@@ -315,7 +326,7 @@ def make_job(
         "sampling": setting.record(),
         "guide": guide_of(module, [setting]),
         "labels": rule,
-        **({"given": module.told()} if getattr(module, "condition", None) is not None else {}),
+        **({} if (given := as_given(module)) is None else {"given": given.told()}),
         "image_shape": list(module.image_shape),
         "extractor": extractor.identity(),
     }
@@ -327,7 +338,7 @@ def make_job(
     return GenerationJob(setting, plan.total, plan.seed, labels, record, plan.folder, plan.batch_size, keep, save_to)
 
 
-def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, str]:
+def choose_labels(plan: Plan, module: Model, data: DataSet) -> tuple[Tensor | None, str]:
     """The class of every sample, and in words how it came about.
 
     Args:
@@ -339,10 +350,10 @@ def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, st
         Classes int64 (total,) or None, and the rule.
     """
     given = "all" if plan.prompts else plan.labels
-    labels = parse_labels(given, plan.num_samples, module.num_classes, getattr(module, "class_names", []))
+    labels = parse_labels(given, plan.num_samples, module.num_classes, module.class_names)
     if labels is not None:
         return labels.repeat(plan.num_blocks), f"as given, {given}, in each block of {plan.num_samples}"
-    if getattr(module, "prompts", None) is not None:
+    if module.prompts is not None:
         return None, "none: the null prompt"
     frequencies = class_frequencies(data, module.num_classes)
     if frequencies is None:
@@ -353,7 +364,7 @@ def choose_labels(plan: Plan, module: Any, data: Any) -> tuple[Tensor | None, st
 
 
 def header(
-    plan: Plan, module: Any, data: Any, extractor: FeatureExtractor, references: dict[str, ReportedReference]
+    plan: Plan, module: Model, data: DataSet, extractor: FeatureExtractor, references: dict[str, ReportedReference]
 ) -> dict[str, Any]:
     """The report without its results.
 
@@ -385,7 +396,7 @@ def header(
             "module": f"{type(module).__module__}.{type(module).__name__}",
             "step": checkpoint.get("global_step"),
             "weights": weights,
-            **({"init_from": begun} if (begun := getattr(module, "init_from", None)) else {}),
+            **({"init_from": begun} if (begun := module.init_from) else {}),
         },
         **({"guide": guide} if (guide := guide_of(module, plan.settings(module.sampling))) else {}),
         "data": {"class": f"{type(data).__module__}.{type(data).__name__}", **parameters},
@@ -395,7 +406,7 @@ def header(
             "num_blocks": plan.num_blocks,
             "seeds": [plan.seed, plan.seed + plan.total - 1],
             "labels": choose_labels(plan, module, data)[1],
-            **({"given": module.told()} if getattr(module, "condition", None) is not None else {}),
+            **({} if (given := as_given(module)) is None else {"given": given.told()}),
             "precision": "float32 weights and sampling, uint8 images, float32 features, float64 statistics",
             "float32": float32_arithmetic(),
         },

@@ -18,6 +18,9 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from diffusion_lit.diffusion.guidance import Guide
+from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.exports import FORMAT, GUIDE, KEPT, PARTS, RECORD, WEIGHTS, record_checksum, take_apart
 
@@ -48,8 +51,8 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
     }
     further: dict[str, Tensor] = {}
     record |= {name: take_apart(checkpoint[name], name, further) for name in PARTS if name in checkpoint}
-    folder, guide = Path(out), module.denoiser.guide if hasattr(module, "denoiser") else None
-    if guide is not None:
+    folder, guide = Path(out), module.denoiser.guide if isinstance(module, PixelModel) else None
+    if isinstance(guide, Guide) and guide.content is not None:
         held = {"weights": "of a guide", **{name: guide.content[name] for name in KEPT if name in guide.content}}
         _write(folder / GUIDE, held, guide.content["state_dict"], ckpt_path)
         record["guide"] = guide.identity()
@@ -88,14 +91,13 @@ def _write(
     return count
 
 
-def _described(module: Any) -> dict[str, Any]:
+def _described(module: lightning.LightningModule) -> dict[str, Any]:
     """What a reader of the record wants to know and the module's arguments do not say."""
     values: dict[str, Any] = {"image_shape": list(getattr(module, "image_shape", []))}
-    if hasattr(module, "sampling"):
+    if is_model(module):
         values["sampling"] = module.sampling.record()
-    denoiser = getattr(module, "denoiser", None)
-    if denoiser is not None:
-        scaling = denoiser.scaling
+    if isinstance(module, PixelModel):
+        scaling = module.denoiser.scaling
         values["num_classes"] = module.num_classes
         values["class_names"] = list(module.class_names)
         values["scaling"] = {

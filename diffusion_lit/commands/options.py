@@ -5,17 +5,19 @@ A command takes one of these as an argument, and its parser makes an option of e
 
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
-from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.guides import take_guide
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.load import load_data
 from diffusion_lit.modules.prior import PriorSampling, mixture_of
+from diffusion_lit.modules.protocols import DataSet, Model, Settings
 from diffusion_lit.modules.vae import VAE
 from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.runtime.ranks import rank_zero_first
+
+S = TypeVar("S", bound=Settings)
 
 PRIORS = ("standard", "gmm")
 LISTS: dict[str, Any] = {"sampler": str, "num_steps": int, "cfg_scale": float, "guide_scale": float}  # sweeps
@@ -63,7 +65,7 @@ class SamplingOptions:
         names = ("cfg_scale", "guidance_interval", "guidance_rescale", "guide_scale")
         return {name: getattr(self, name) for name in names}
 
-    def applied(self, default: Sampling) -> Sampling:
+    def applied(self, default: S) -> S:
         """The settings with what is given in place.
 
         Args:
@@ -115,14 +117,14 @@ class DrawOptions(SamplingOptions):
         """The prompts, in order."""
         return list(self.prompt or [])
 
-    def load_model(self, **further: Any) -> Any:
+    def load_model(self, **further: Any) -> Model:
         """The model, in eval mode, on the CPU.
 
         Args:
             further: Further arguments of `diffusion_lit.pretrained.load_pretrained`.
 
         Returns:
-            A `DiffusionModule`, or what has its interface.
+            The model.
 
         Raises:
             ValueError: If not one model is given, --labels stands beside a text model, or the guide does not fit.
@@ -130,7 +132,7 @@ class DrawOptions(SamplingOptions):
         model = load_model(
             self.ckpt_path, self.pretrained, self.prompts, negative_prompt=self.negative_prompt, **further
         )
-        if self.labels is not None and getattr(model, "prompts", None) is not None:
+        if self.labels is not None and model.prompts is not None:
             raise ValueError(
                 f"--labels {self.labels} was given, but {self.pretrained} is a text model and has no classes; say what "
                 "it shall show by --prompt."
@@ -143,7 +145,7 @@ class DrawOptions(SamplingOptions):
             take_guide(model, self.guide_ckpt)
         return model
 
-    def _choose_decoder(self, model: Any) -> None:
+    def _choose_decoder(self, model: Model) -> None:
         """Gives a latent model the decoder that is asked for."""
         if not isinstance(model, LatentDiffusion):
             raise ValueError(
@@ -152,7 +154,7 @@ class DrawOptions(SamplingOptions):
             )
         model.space.take_decoder(load_autoencoder(str(self.decoder)), f"--decoder {self.decoder}")
 
-    def _choose_prior(self, model: Any) -> None:
+    def _choose_prior(self, model: Model) -> None:
         """Gives a VAE the prior that is asked for."""
         if self.prior not in PRIORS:
             raise ValueError(f"--prior is {self.prior!r}; choose one of {', '.join(PRIORS)}.")
@@ -166,10 +168,10 @@ class DrawOptions(SamplingOptions):
                 rank_zero_first(lambda: mixture_of(model.net, self._training_data()), "the mixture")
             )
 
-    def _training_data(self) -> Any:
+    def _training_data(self) -> DataSet:
         """The data that the checkpoint was trained on, set up."""
         assert self.ckpt_path is not None
-        data: Any = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
+        data = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
         data.prepare_data()
         data.setup("fit")
         return data
@@ -185,7 +187,7 @@ class StepsOptions(DrawOptions):
 
     num_steps: str | None = None  # type: ignore[assignment]
 
-    def settings(self, default: Any) -> list[Any]:
+    def settings(self, default: S) -> list[S]:
         """The settings, one for each number of steps.
 
         Args:
@@ -217,7 +219,7 @@ class SweepOptions(DrawOptions):
     sampler: str | None = None
     num_steps: str | None = None  # type: ignore[assignment]
 
-    def settings(self, default: Sampling) -> list[Sampling]:
+    def settings(self, default: S) -> list[S]:
         """The settings, every combination of the lists.
 
         Args:

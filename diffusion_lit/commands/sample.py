@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.fabric import Fabric
@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.options import StepsOptions
-from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.samplers import sampler_table
+from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import give_held_out
+from diffusion_lit.modules.protocols import Model, Settings
 from diffusion_lit.report.given import given_sheet
 from diffusion_lit.report.images import StepRecorder, save_gif, titled_grid
 from diffusion_lit.runtime.hardware import pick_device
@@ -92,8 +93,8 @@ def sample(
     if num_samples < len(prompts):
         raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")
     settings = options.settings(module.sampling)
-    names = getattr(module, "class_names", [])
-    classes = parse_labels("all" if prompts else options.labels, num_samples, module.num_classes, names)
+    given = "all" if prompts else options.labels
+    classes = parse_labels(given, num_samples, module.num_classes, module.class_names)
     check_guidance(module, settings[0], classes is not None, **options.guidance)
     if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
@@ -112,7 +113,7 @@ def sample(
         draw_all(jobs, Path(out))
 
 
-def take_size(module: Any, size: str) -> None:
+def take_size(module: Model, size: str) -> None:
     """Lets a model draw images of another size.
 
     Args:
@@ -127,7 +128,7 @@ def take_size(module: Any, size: str) -> None:
         raise ValueError(f"--size is {size!r}; give height and width, such as 128x192.")
     if not isinstance(module, PixelModel):
         raise ValueError(f"--size is {size}, but a {type(module).__name__} draws one size alone; leave it out.")
-    if getattr(module, "condition", None) is not None:
+    if as_given(module) is not None:
         raise ValueError(f"--size is {size}, but the model draws images as large as those it is given; leave it out.")
     module.draw_size(int(sides[0]), int(sides[1]))
 
@@ -168,8 +169,8 @@ class SampleJob:
         scale: Factor by which the GIFs of one sample enlarge pixels.
     """
 
-    module: Any
-    settings: Sampling
+    module: Model
+    settings: Settings
     classes: Tensor | None
     count: int
     seed: int
@@ -196,7 +197,7 @@ class SampleJob:
         channels, height, width = self.module.image_shape
         labels = None if self.classes is None else self.classes.numpy()
         recorder = StepRecorder(keep=min(RECORDED, self.count)) if self.trajectory else None
-        preview = Preview(self.classes, self.count, height, getattr(self.module, "class_names", []))
+        preview = Preview(self.classes, self.count, height, self.module.class_names)
         self.folder.mkdir(parents=True, exist_ok=True)
         archive = SampleArchive(self.folder / "samples.npz", (self.count, height, width, channels), labels)
         try:
@@ -251,8 +252,7 @@ class SampleJob:
         """
         seeds = range(self.seed + rows.start, self.seed + rows.stop)
         chosen = None if self.classes is None else self.classes[rows.start : rows.stop]
-        drawn: Tensor = self.module.generate(seeds, chosen, self.settings, recorder)
-        return drawn
+        return self.module.generate(seeds, chosen, self.settings, recorder)
 
     def write(self, preview: "Preview", recorder: StepRecorder | None) -> None:
         """Writes the images for a person, removes those of an earlier run, and says what is where.
@@ -270,12 +270,13 @@ class SampleJob:
             save_gif(recorder.frames(columns=4), self.folder / "trajectory.gif")
             for name, gif in zip(singles, recorder.animations(self.scale), strict=False):
                 (self.folder / name).write_bytes(gif)
-        if getattr(self.module, "condition", None) is not None:
+        given = as_given(self.module)
+        if given is not None:
             shown = sorted(preview.wanted)[:SHOWN]
             seeds = [self.seed + index for index in shown]
-            sheet = given_sheet(self.module, seeds, torch.stack([preview.samples[index] for index in shown]))
+            sheet = given_sheet(given, seeds, torch.stack([preview.samples[index] for index in shown]))
             sheet.save(self.folder / "given.png")
-            print(f"Each {self.module.told()}; {self.folder}/given.png shows some.")
+            print(f"Each {given.told()}; {self.folder}/given.png shows some.")
         nfe = self.settings.nfe
         calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
         some = "" if preview.shown == self.count else f" (with {preview.shown} of them)"

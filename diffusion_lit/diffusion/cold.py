@@ -95,6 +95,8 @@ class ColdSampling:
     sampler: str = "improved"
     num_steps: int | None = None
     cfg_scale: float = 1.0
+    guide_ckpt = None  # no other model guides
+    autoguided = False
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""

@@ -26,6 +26,7 @@ class PixelModel(nn.Module):
         class_names: Names of the classes by their numbers, or prompts.
         prompts: What label i asks a text model for; None where the model reads no text.
         label_dropout: Share of the training without labels; None where it is not known.
+        init_from: What its first weights were, of a training that did not draw them.
     """
 
     denoiser: Denoiser
@@ -33,6 +34,7 @@ class PixelModel(nn.Module):
     class_names: list[str]
     prompts: list[str] | None = None
     label_dropout: float | None = None
+    init_from: dict[str, Any] | None = None
     drawn_size: tuple[int, int] | None = None
 
     @property

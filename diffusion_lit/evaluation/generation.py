@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.checks import check_count
-from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.guidance import Guide
 from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
+from diffusion_lit.modules.protocols import ImageSource, Model, Settings
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
@@ -44,7 +46,7 @@ class GenerationJob:
         save_to: Folder for PNG files, or None.
     """
 
-    sampling: Sampling
+    sampling: Settings
     count: int
     seed: int
     labels: Tensor | None
@@ -112,7 +114,7 @@ class Samples:
 
 def generate_shards(
     job: GenerationJob,
-    module: Any,
+    module: Model,
     extractor: FeatureExtractor,
     rank: int = 0,
     world: int = 1,
@@ -169,7 +171,11 @@ def gather_shards(job: GenerationJob) -> Samples:
 
 
 def _make_shard(
-    job: GenerationJob, rows: range, module: Any, extractor: FeatureExtractor, progress: Callable[[int], object] | None
+    job: GenerationJob,
+    rows: range,
+    module: Model,
+    extractor: FeatureExtractor,
+    progress: Callable[[int], object] | None,
 ) -> dict[str, Tensor]:
     """Generates a shard's samples and their features, in batches."""
     started = time.perf_counter()
@@ -178,8 +184,9 @@ def _make_shard(
     def count(net: Any, args: tuple[Tensor, ...], made: Tensor) -> None:
         forwards[0] += len(args[0])
 
-    guide = getattr(getattr(module, "denoiser", None), "guide", None)
-    hooks = [net.register_forward_hook(count) for net in (module.net, *([guide.denoiser.net] if guide else []))]
+    guide = module.denoiser.guide if isinstance(module, PixelModel) else None
+    guides = [guide.denoiser.net] if isinstance(guide, Guide) else []
+    hooks = [net.register_forward_hook(count) for net in (module.net, *guides)]
     features, images, clipped = [], [], []
     try:
         for start in range(rows.start, rows.stop, job.batch_size):
@@ -228,7 +235,7 @@ def save_pngs(images: Tensor, indices: Sequence[int], folder: Path) -> None:
         Image.fromarray(array).save(folder / f"{index:06d}.png")
 
 
-def class_frequencies(data: Any, num_classes: int) -> Tensor | None:
+def class_frequencies(data: ImageSource, num_classes: int) -> Tensor | None:
     """How often each class occurs in the training split.
 
     Args:

@@ -24,7 +24,7 @@ from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.samplers.meanflow import check_takes_until
 from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.modules.given import PAIR, GivenImages
-from diffusion_lit.modules.labels import check_null_class
+from diffusion_lit.modules.labels import check_null_class, class_names_of
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
 from diffusion_lit.modules.protocols import Continues
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
@@ -164,7 +164,7 @@ class BaseModule(LightningModule):
         """Records what the hyperparameters lack: class names, the data, and what the run started from."""
         data = data_of(trainer_of(self))
         checkpoint["diffusion_lit"] = {
-            "class_names": list(getattr(data, "class_names", None) or self.class_names),
+            "class_names": class_names_of(data, self),
             "conditional": self._is_conditional,
             "data": data.identity() if isinstance(data, Continues) else {},
             "seed": run_seed(),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from diffusion_lit.diffusion.conditions import ConditionDraws, ImageCondition
@@ -16,7 +17,8 @@ from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator
-from diffusion_lit.runtime.internals import trainer_of
+from diffusion_lit.modules.protocols import HasImages, HasPairs
+from diffusion_lit.runtime.internals import data_of, trainer_of
 
 PAIR = "given"  # of a batch: the image that the data pairs with each one
 
@@ -27,6 +29,11 @@ class Source(NamedTuple):
     images: Any
     pairs: Any
     split: str
+
+
+def as_given(model: object) -> "GivenImages | None":
+    """The model if its samples are given images, else None."""
+    return model if isinstance(model, GivenImages) and model.condition is not None else None
 
 
 class GivenImages(PixelModel):
@@ -45,7 +52,7 @@ class GivenImages(PixelModel):
         """
         self.condition = condition
         self._source: Callable[[], Source | None] = lambda: None  # a closure, which the EMA's deepcopy shares
-        told = int(getattr(self.net, "condition_channels", 0))
+        told = self.denoiser.condition_channels
         wanted = 0 if condition is None else condition.channels(self.x_shape[0])
         if told != wanted:
             name = "none" if condition is None else type(condition).__name__
@@ -54,15 +61,16 @@ class GivenImages(PixelModel):
                 f"network's condition_channels to {wanted}, or change condition."
             )
 
-    def give(self, data: Any, split: str = "test") -> None:
+    def give(self, data: HasImages, split: str = "test") -> None:
         """Says whose images samples are given.
 
         Args:
             data: A data module, set up.
             split: Its split.
         """
-        pairs = getattr(data, "reference_pairs", lambda split: None)
-        self._source = lambda: Source(data.reference_images(split), pairs(split), split)
+        self._source = lambda: Source(
+            data.reference_images(split), data.reference_pairs(split) if isinstance(data, HasPairs) else None, split
+        )
 
     def source(self) -> Source:
         """The held-out images that samples are given.
@@ -74,8 +82,8 @@ class GivenImages(PixelModel):
             ValueError: If there are none.
         """
         given = self._source()
-        data: Any = getattr(trainer_of(cast(Any, self)), "datamodule", None)
-        if given is None and hasattr(data, "reference_images"):
+        data = data_of(trainer_of(cast(LightningModule, self)))
+        if given is None and isinstance(data, HasImages):
             self.give(data, "val" if len(data.reference_images("val")) else "train")
             given = self._source()
         if given is None or len(given.images) == 0:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.guidance import Guide
+from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.load import HELD, load_module
 from diffusion_lit.modules.warm_start import Source
 from diffusion_lit.storage.checkpoints import read_checkpoint
@@ -19,11 +22,11 @@ from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.storage.runs import find_checkpoint
 
 
-def take_guide(model: Any, given: str) -> Guide:
+def take_guide(model: object, given: str) -> Guide:
     """Loads a worse model and puts it beside a model, whose sampling may then name it as `guide_ckpt`.
 
     Args:
-        model: A `DiffusionModule`, or what has its interface.
+        model: The model.
         given: A checkpoint, a run, an export, or a snapshot of averages of the same network.
 
     Returns:
@@ -32,7 +35,7 @@ def take_guide(model: Any, given: str) -> Guide:
     Raises:
         ValueError: If there is no such file, it cannot be used, or it is of other images, latents or classes.
     """
-    if not isinstance(getattr(model, "denoiser", None), Denoiser):
+    if not isinstance(model, PixelModel):
         raise ValueError(
             f"--guide_ckpt {given} guides a denoiser, and the model is a {type(model).__name__}; leave it out."
         )
@@ -43,10 +46,10 @@ def take_guide(model: Any, given: str) -> Guide:
     return guide
 
 
-def _of_checkpoint(model: Any, path: Path) -> tuple[Denoiser, dict[str, Any]]:
+def _of_checkpoint(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, Any]]:
     """The denoiser that a checkpoint describes, and what another checkpoint keeps of it."""
     guide = load_module(path)
-    if not isinstance(getattr(guide, "denoiser", None), Denoiser):
+    if not isinstance(guide, PixelModel):
         raise ValueError(f"{path} holds a {type(guide).__name__}, which does not denoise and cannot guide.")
     for what, mine, its in (
         ("images of shape", tuple(model.image_shape), tuple(guide.image_shape)),
@@ -55,7 +58,7 @@ def _of_checkpoint(model: Any, path: Path) -> tuple[Denoiser, dict[str, Any]]:
     ):
         if mine != its:
             raise ValueError(f"The guide {path} has {what} {its}, and the model {mine}; take one of the same data.")
-    names, known = list(getattr(model, "class_names", [])), list(guide.class_names)
+    names, known = list(model.class_names), list(guide.class_names)
     if guide.num_classes and (guide.num_classes != model.num_classes or (names and names != known)):
         raise ValueError(
             f"The guide {path} knows {guide.num_classes} classes, {_few(known)}, and the model {model.num_classes}, "
@@ -65,13 +68,13 @@ def _of_checkpoint(model: Any, path: Path) -> tuple[Denoiser, dict[str, Any]]:
     return guide.denoiser, {name: checkpoint[name] for name in HELD if name in checkpoint}
 
 
-def _of_snapshot(model: Any, path: Path) -> tuple[Denoiser, dict[str, Any]]:
+def _of_snapshot(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, Any]]:
     """The model's own network with the weights of a snapshot, and what a checkpoint keeps of it."""
     state, denoiser = Source.read(path).state, deepcopy(model.denoiser)
     prefix, own = "denoiser.", denoiser.state_dict()
     theirs = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     trained = dict(denoiser.named_parameters())
-    odd = [name for name, value in own.items() if getattr(theirs.get(name), "shape", None) != value.shape]
+    odd = [name for name, value in own.items() if name not in theirs or theirs[name].shape != value.shape]
     odd = [name for name in odd if name in trained or name in theirs]
     if odd:
         raise ValueError(
@@ -81,20 +84,21 @@ def _of_snapshot(model: Any, path: Path) -> tuple[Denoiser, dict[str, Any]]:
     denoiser.load_state_dict({name: theirs.get(name, value) for name, value in own.items()})
     whole = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     whole |= {name: value for name, value in state.items() if name in whole}
-    known = {"class_names": list(getattr(model, "class_names", []))}
+    known = {"class_names": list(model.class_names)}
     return denoiser, {
-        "hyper_parameters": dict(getattr(model, "hparams", {})),
+        "hyper_parameters": dict(model.hparams) if isinstance(model, LightningModule) else {},
         "state_dict": whole,
         "diffusion_lit": known,
     }
 
 
-def _space(model: Any) -> str:
+def _space(model: PixelModel) -> str:
     """The latents that a model denoises in a word, with their scale; empty for images."""
-    space = getattr(model, "space", None)
-    if space is None:
+    if not isinstance(model, LatentDiffusion):
         return ""
-    scale = "" if space.mean is None else weights_hash({"mean": space.mean, "std": space.std.to(torch.float64)})[:8]
+    space, scale = model.space, ""
+    if space.mean is not None and space.std is not None:
+        scale = weights_hash({"mean": space.mean, "std": space.std.to(torch.float64)})[:8]
     return f"{space.sha256[:12]} at scale {scale}"
 
 

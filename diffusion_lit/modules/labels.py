@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_lit.modules.given import GivenImages, as_given
+from diffusion_lit.modules.protocols import Model, Settings
+
 
 def parse_labels(labels: str | None, count: int, num_classes: int, names: Sequence[str] = ()) -> Tensor | None:
     """Classes from a command line, one for each sample.
@@ -34,7 +37,12 @@ def parse_labels(labels: str | None, count: int, num_classes: int, names: Sequen
     return torch.tensor([classes[index % len(classes)] for index in range(count)])
 
 
-def check_null_class(module: Any) -> None:
+def class_names_of(*known: object) -> list[str]:
+    """The names of the classes from the first that knows any: of data and modules, which may be a user's own."""
+    return next((list(names) for one in known if (names := getattr(one, "class_names", None))), [])
+
+
+def check_null_class(module: GivenImages) -> None:
     """Refuses to train for guidance by a null class that no step would train.
 
     Args:
@@ -43,8 +51,7 @@ def check_null_class(module: Any) -> None:
     Raises:
         ValueError: If it draws its samples with guidance and leaves no label out.
     """
-    scale = getattr(module.sampling, "cfg_scale", 1.0)
-    condition = getattr(module, "condition", None)
+    scale, condition = module.sampling.cfg_scale, module.condition
     if condition is not None and condition.dropout == 0 and scale != 1:
         raise ValueError(
             f"The condition's dropout is 0, so that the null condition, which cfg_scale {scale:g} of "
@@ -87,8 +94,8 @@ def class_indices(labels: str, num_classes: int, names: Sequence[str] = ()) -> l
 
 
 def check_guidance(
-    module: Any,
-    sampling: Any,
+    module: Model,
+    sampling: Settings,
     labelled: bool,
     cfg_scale: Any = None,
     guidance_interval: Any = None,
@@ -109,20 +116,20 @@ def check_guidance(
     Raises:
         ValueError: If an option does nothing, or a class that the samples go through was left out of training.
     """
-    if guide_scale is not None and getattr(sampling, "guide_ckpt", None) is None:
+    if guide_scale is not None and sampling.guide_ckpt is None:
         raise ValueError(
             f"--guide_scale {guide_scale} does nothing without a model that guides; give --guide_ckpt CKPT, or leave "
             "it out."
         )
     given = {
         "cfg_scale": cfg_scale,
-        "guidance_interval": None if getattr(sampling, "autoguided", False) else guidance_interval,
+        "guidance_interval": None if sampling.autoguided else guidance_interval,
         "guidance_rescale": guidance_rescale or None,
     }
     typed = [f"--{name} {value}" for name, value in given.items() if value is not None]
-    reads_text = getattr(module, "prompts", None) is not None
-    scale, dropout = getattr(sampling, "cfg_scale", 1.0), getattr(module, "label_dropout", None)
-    condition = getattr(module, "condition", None)
+    reads_text = module.prompts is not None
+    scale, dropout, with_image = sampling.cfg_scale, module.label_dropout, as_given(module)
+    condition = None if with_image is None else with_image.condition
     if condition is not None:  # by which it is guided, whatever the class
         if condition.dropout == 0 and scale != 1:
             raise ValueError(

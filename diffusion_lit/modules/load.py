@@ -6,14 +6,16 @@ import io
 import warnings
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import instantiate_module
 
-from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.guidance import Guide
+from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.modules.given import as_given
+from diffusion_lit.modules.protocols import DataSet, Model
 from diffusion_lit.runtime.hardware import channels_last_pays
 from diffusion_lit.runtime.installation import refuse_hidden_datamodules
 from diffusion_lit.storage.checkpoints import read_checkpoint
@@ -27,7 +29,7 @@ JSONARGPARSE_SAYS_TOO = (
 )
 
 
-def load_module(path: str | Path) -> Any:
+def load_module(path: str | Path) -> LightningModule:
     """Builds the LightningModule that a checkpoint describes, with its average weights, in eval mode.
 
     Args:
@@ -45,9 +47,9 @@ def load_module(path: str | Path) -> Any:
     _described(checkpoint, "hyper_parameters", "module", path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module: Any = _build(LightningModule, checkpoint, path)
+        module: LightningModule = _build(LightningModule, checkpoint, path)
         guide = held_guide(checkpoint, path)
-    if guide is not None:
+    if guide is not None and isinstance(module, PixelModel):
         module.denoiser.guide = guide
     if hasattr(module, "net") and channels_last_pays("cpu"):
         module.net.to(memory_format=torch.channels_last)
@@ -75,13 +77,13 @@ def held_guide(checkpoint: dict[str, Any], path: str | Path) -> Guide | None:
     content = {name: held[name] for name in HELD}
     _described(content, "hyper_parameters", "module", f"{path}, of the guide,")
     latents = {name: checkpoint[name] for name in ("latent_space",) if name in checkpoint}
-    denoiser = getattr(_build(LightningModule, {**content, **latents}, path), "denoiser", None)
-    if not isinstance(denoiser, Denoiser) or weights_hash(denoiser.state_dict()) != held.get("sha256"):
+    model = _build(LightningModule, {**content, **latents}, path)
+    if not isinstance(model, PixelModel) or weights_hash(model.denoiser.state_dict()) != held.get("sha256"):
         raise ValueError(f"The guide in the checkpoint {path} is not the one that its hash names; the file is damaged.")
-    return Guide(denoiser, str(held.get("file")), str(held["sha256"]), content)
+    return Guide(model.denoiser, str(held.get("file")), str(held["sha256"]), content)
 
 
-def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
+def load_data(path: str | Path, **overrides: Any) -> DataSet:
     """Builds the LightningDataModule that a checkpoint was trained on.
 
     The checkpoint says where to read data but never where to write: caches go to their default folder, and nothing is
@@ -104,7 +106,7 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     checkpoint = read_checkpoint(path)
     _described(checkpoint, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "data", path)
     _refuse_unknown(checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]["_class_path"], overrides, path)
-    data = cast(LightningDataModule, _build(LightningDataModule, checkpoint, path, **overrides))
+    data: DataSet = _build(LightningDataModule, checkpoint, path, **overrides)
     if isinstance(data, datamodules.ImageDataModule):
         data.write_nowhere(but_root="root" in overrides)
         recorded = checkpoint.get("diffusion_lit", {})
@@ -113,7 +115,7 @@ def load_data(path: str | Path, **overrides: Any) -> LightningDataModule:
     return data
 
 
-def give_held_out(module: Any, path: str | Path | None, root: str | None = None) -> None:
+def give_held_out(module: Model, path: str | Path | None, root: str | None = None) -> None:
     """Gives a model that is given an image the test images of the data that it was trained on.
 
     Args:
@@ -125,12 +127,13 @@ def give_held_out(module: Any, path: str | Path | None, root: str | None = None)
         ValueError: If the data cannot be built.
         OSError: If the data is missing.
     """
-    if getattr(module, "condition", None) is None or path is None:
+    given = as_given(module)
+    if given is None or path is None:
         return
-    data: Any = load_data(path, **({} if root is None else {"root": root}))
+    data = load_data(path, **({} if root is None else {"root": root}))
     data.prepare_data()
     data.setup("test")
-    module.give(data, "test")
+    given.give(data, "test")
 
 
 def _refuse_unknown(class_path: str, overrides: dict[str, Any], path: str | Path) -> None:

@@ -106,6 +106,8 @@ class PriorSampling:
     prior: Prior = field(default_factory=Prior)
     num_steps: int = 1
     cfg_scale: float = 1.0
+    guide_ckpt = None  # no other model guides
+    autoguided = False
 
     @property
     def sampler(self) -> str:

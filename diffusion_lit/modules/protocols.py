@@ -6,7 +6,7 @@ stand, name methods only: to look for a property would compute it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ class Settings(Protocol):
     @property
     def nfe(self) -> int | None:
         """Calls of the model for a sample, None where they depend on it."""
+
+    @property
+    def guide_ckpt(self) -> str | None:
+        """Checkpoint of a worse model that guides, None where there is none."""
+
+    @property
+    def autoguided(self) -> bool:
+        """Whether that model guides."""
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some replaced, None meaning unchanged."""
@@ -109,6 +117,10 @@ class Model(Generates, Protocol):
         """How it draws unless told otherwise."""
 
     @property
+    def init_from(self) -> dict[str, Any] | None:
+        """What its first weights were, of a training that did not draw them."""
+
+    @property
     def net(self) -> nn.Module:
         """The network that is called for a sample."""
 
@@ -125,12 +137,25 @@ class Model(Generates, Protocol):
         """Its parameters."""
 
 
+def is_model(module: object) -> TypeGuard[Model]:
+    """Whether a module, which may be a user's own, is a model: one that draws."""
+    return isinstance(module, Generates)
+
+
 @runtime_checkable
 class HasImages(Protocol):
     """A data set that gives the images of its splits, to be compared with."""
 
     def reference_images(self, split: str) -> Any:
         """The images of a split ("train", "val", "test" or several joined by "+"), array-like uint8 (N, C, H, W)."""
+
+
+@runtime_checkable
+class HasPairs(Protocol):
+    """A data set that pairs its images with others."""
+
+    def reference_pairs(self, split: str) -> Any:
+        """What is paired with the images of a split, array-like uint8 (N, C', H, W)."""
 
 
 class ImageSource(HasImages, Protocol):
@@ -163,6 +188,11 @@ class DataSet(ImageSource, Protocol):
 
     def setup(self, stage: str) -> None:
         """Reads what a stage needs."""
+
+
+def is_data_set(data: object) -> TypeGuard[DataSet]:
+    """Whether data, which may be a user's own, is a data set: one that gives its images."""
+    return isinstance(data, HasImages)
 
 
 @runtime_checkable

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusion_lit.modules.load import load_module
+from diffusion_lit.modules.protocols import Model, is_model
 from diffusion_lit.pretrained.load import load_pretrained
 
 
 def load_model(
     ckpt_path: str | None, pretrained: str | None = None, prompts: Sequence[str] = (), **options: Any
-) -> Any:
+) -> Model:
     """The model that a command draws with: a checkpoint's, or one of another library.
 
     Args:
@@ -19,7 +20,7 @@ def load_model(
         options: Further arguments of `load_pretrained`; empty ones mean nothing.
 
     Returns:
-        A `DiffusionModule`, or what has its interface as far as sampling goes, in eval mode, on the CPU.
+        The model, in eval mode, on the CPU.
 
     Raises:
         ValueError: If not one of the two is given, prompts are given for a checkpoint, or it cannot be loaded or does
@@ -39,6 +40,6 @@ def load_model(
         if value:
             raise ValueError(f"--{name} is for a pretrained text model; leave it out with --ckpt_path {ckpt_path}.")
     module = load_module(ckpt_path)
-    if not hasattr(module, "generate"):
+    if not is_model(module):
         raise ValueError(f"{ckpt_path} holds a {type(module).__name__}, which draws no images; give a model that does.")
     return module

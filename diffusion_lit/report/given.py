@@ -1,15 +1,15 @@
 """What samples were given, the samples, and the images that they were made of, below each other."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.modules.given import GivenImages
 from diffusion_lit.report.images import titled_grid
 
 
-def given_sheet(module: Any, seeds: Sequence[int], samples: Tensor) -> Image.Image:
+def given_sheet(module: GivenImages, seeds: Sequence[int], samples: Tensor) -> Image.Image:
     """Lays out what a model was given and what it made of it.
 
     Args:
@@ -21,7 +21,9 @@ def given_sheet(module: Any, seeds: Sequence[int], samples: Tensor) -> Image.Ima
         Three rows: given, sample, image.
     """
     images, pairs = module.originals(seeds)
-    given = module.conditions(seeds, images, pairs)[:, :-1].cpu()
+    conditions = module.conditions(seeds, images, pairs)
+    assert conditions is not None
+    given = conditions[:, :-1].cpu()
     channels = max(given.shape[1], samples.shape[1])
     rows = [list(row.cpu().expand(-1, channels, -1, -1)) for row in (given, samples, images)]
     return titled_grid(rows, ["given", "sample", "image"])
