@@ -356,8 +356,8 @@ def test_a_image_of_twenty_thousand_pixels(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png", compress_level=1)
     with pytest.raises(ValueError, match="more pixels than an image has"):
         ImageOptions(image=str(tmp_path / "huge.png")).read(Stub())
-    Image.new("L", (20_000, 40), 255).save(tmp_path / "long.png")
-    assert (ImageOptions(image=str(tmp_path / "long.png")).read(Stub()) == 1).all()
+    Image.new("L", (20_000, 40), 0).save(tmp_path / "long.png")
+    assert (ImageOptions(image=str(tmp_path / "long.png")).read(Stub()) == -1).all()
 
 
 # What is refused
