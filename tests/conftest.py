@@ -48,6 +48,17 @@ def lightning(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def one_thread():
+    """A fork must not inherit a pool of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def runs_made():
     """Folders of runs by their command lines."""

@@ -25,13 +25,7 @@ GUIDED = [
 SHORT = [*FIT[:2], str(CONFIG), *FIT[3:], *GUIDED, "--trainer.val_check_interval=4"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A fork must not inherit a pool of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.medium

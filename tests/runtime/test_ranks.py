@@ -22,13 +22,7 @@ PLAIN = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A fork must not inherit a pool of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_two_ranks_train_as_one(lightning):
