@@ -4,6 +4,7 @@ A file carries the CRC-32 of its tensors' names, types, shapes and bytes as `crc
 of other programs or older versions, are read unchecked.
 """
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,10 +44,20 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
         metadata: Texts that go with them.
 
     Returns:
-        The bytes.
+        The bytes, the same for the same contents.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(whole, metadata={**(metadata or {}), KEY: checksum(whole)})
+    return _ordered(save(whole, metadata={**(metadata or {}), KEY: checksum(whole)}))
+
+
+def _ordered(encoded: bytes) -> bytes:
+    """The bytes of a file with its metadata sorted, which safetensors writes in an order of chance."""
+    end = 8 + int.from_bytes(encoded[:8], "little")
+    header = json.loads(encoded[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + encoded[end:]
 
 
 def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusion_lit.runtime.lock import Busy, Lock
 from diffusion_lit.storage import tensors as store
 from diffusion_lit.storage.own_files import RECORD, own_files
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
+from diffusion_lit.storage.verified import decode, encode
 
 
 def pixels(count=100):
@@ -157,6 +159,19 @@ def test_a_lock_that_is_waited_for_leaves_the_contents_alone(tmp_path):
 
     Lock(path, waiting).release()
     assert told == ["rows"] and path.read_text() == "rows"
+
+
+def test_the_same_tensors_and_texts_are_the_same_bytes(tmp_path):
+    """safetensors orders metadata by chance, anew in each call."""
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
+    texts = {"class_names": "cat\nKätzchen", "more": "x", "other": "y"}
+    files = {encode(tensors, texts) for _ in range(20)}
+    assert len(files) == 1
+    (tmp_path / "file").write_bytes(files.pop())
+    read, told = decode(tmp_path / "file")
+    assert told == texts
+    assert all(torch.equal(value, tensors[name]) for name, value in read.items())
+    assert load_file(tmp_path / "file").keys() == tensors.keys()
 
 
 def test_tensors_that_the_cache_cannot_take_stay_in_memory_and_are_the_same(tmp_path, monkeypatch):
