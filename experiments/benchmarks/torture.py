@@ -232,7 +232,7 @@ def line(row: dict[str, Any]) -> str:
     length = f"{setting.epochs} epochs" if setting.epochs else f"{setting.steps} steps"
     verdict = f"differs in {', '.join(row['differs'])}" if row["differs"] else "identical"
     return (
-        f"{setting.family:<8}{setting.ranks} rank(s), {setting.workers} workers, {setting.accumulate} x "
+        f"{setting.family:<12}{setting.ranks} rank(s), {setting.workers} workers, {setting.accumulate} x "
         f"{setting.batch_size} images, {length} ({setting.steps_per_epoch} an epoch), saved every "
         f"{setting.save_every}, validated every {setting.validate_every}: {row['kills']} left {row['at']}: {verdict}"
     )
