@@ -17,12 +17,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import CLI
 from torch import nn
 
 from diffusion_lit.commands.evaluate import evaluate
@@ -34,6 +35,7 @@ from diffusion_lit.modules.load import load_data
 from diffusion_lit.report.receipt_page import setting_name, shown
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_last
+from experiments.harness.command import command
 from experiments.harness.runs import COMMAND
 
 PARITY = {
@@ -86,12 +88,17 @@ def fid_benchmark(
         configs = "configs/edm_digits.yaml,configs/ddpm_digits.yaml"
     paths = [checkpoint_of(Path(config), fit_options) for config in _words(configs)]
     paths += [Path(path) for path in _words(checkpoints)]
-    options: dict[str, Any] = {
-        **{"num_samples": num_samples, "num_blocks": num_blocks, "extractor": extractor, "batch_size": batch_size},
-        **{"extractor_weights": extractor_weights, "reference": reference},
-        **{"devices": devices, "accelerator": accelerator},
-    }
-    reports = {model_name(path): measured(path, folder / "receipts", options) for path in paths}
+    plan = Plan(
+        num_samples=num_samples,
+        num_blocks=num_blocks,
+        extractor=extractor,
+        extractor_weights=extractor_weights,
+        reference=reference,
+        batch_size=batch_size,
+        device=accelerator,
+    )
+    receipts = folder / "receipts"
+    reports = {name: measured(path, name, receipts, plan, devices) for name, path in named(paths).items()}
     (folder / "leaderboard.md").write_text(leaderboard(reports))
     write_csv(reports, folder / "leaderboard.csv")
     print((folder / "leaderboard.md").read_text())
@@ -123,37 +130,56 @@ def checkpoint_of(config: Path, fit_options: str) -> Path:
         return find_last(run)
 
 
-def model_name(path: Path) -> str:
-    """A checkpoint's name in the table: that of its run and version, or of its file.
+def named(paths: list[Path]) -> dict[str, Path]:
+    """Checkpoints by their names in the table.
 
     Args:
-        path: The checkpoint.
+        paths: The checkpoints; one that is named twice counts once.
+
+    Returns:
+        Names such as `edm_digits/version_0`, with `/best` behind it for another than the last checkpoint of a run; the
+        file's name outside of a run, and the whole path of files that have one name.
+    """
+    distinct = {path.resolve(): path for path in paths}
+    names = {path: model_name(whole) for whole, path in distinct.items()}
+    often = Counter(names.values())
+    return {name if often[name] == 1 else str(path.with_suffix("")): path for path, name in names.items()}
+
+
+def model_name(path: Path) -> str:
+    """A checkpoint's name by itself: that of its run and version, or of its file.
+
+    Args:
+        path: The checkpoint, from the root.
 
     Returns:
         Such as `edm_digits/version_0`.
     """
-    if path.parent.name == "checkpoints":
-        return f"{path.parents[2].name}/{path.parents[1].name}"
-    return path.stem
+    if path.parent.name != "checkpoints":
+        return path.stem
+    version = path.parents[1]
+    return f"{version.parent.name}/{version.name}" + (f"/{path.stem}" if path.stem != "last" else "")
 
 
-def measured(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def measured(path: Path, name: str, folder: Path, plan: Plan, devices: int) -> dict[str, Any]:
     """A checkpoint's report, read where it was made before under the same options.
 
     Args:
         path: The checkpoint.
+        name: Its name in the table.
         folder: Where reports go.
-        options: Options of `evaluate`.
+        plan: What `evaluate` is asked for, but for the checkpoint and the report's name.
+        devices: Number of processes.
 
     Returns:
         The report.
     """
-    report = folder / f"{model_name(path).replace('/', '_')}.json"
+    report = folder / f"{name.replace('/', '_')}.json"
     note = report.with_suffix(".options")
-    record = {name: value for name, value in options.items() if name not in ("batch_size", "devices", "accelerator")}
-    wanted = json.dumps({**record, "checkpoint": file_hash(path)}, sort_keys=True)
+    options = {key: value for key, value in asdict(plan).items() if key not in ("out", "batch_size", "device")}
+    wanted = json.dumps({**options, "ckpt_path": file_hash(path)}, sort_keys=True)
     if not (report.exists() and note.exists() and note.read_text() == wanted):
-        evaluate(str(path), out=str(report), **options)
+        evaluate(replace(plan, ckpt_path=str(path), out=str(report)), devices)
         note.write_text(wanted)
     found: dict[str, Any] = json.loads(report.read_text())
     return found
@@ -290,11 +316,11 @@ def compare_with_command(
             torch.save(read_state(Path(parity), "Inception"), weights)
         save_pngs(real, range(len(real)), here / "real")
         ours = evaluated(checkpoint, here, real, str(weights), count, batch_size, accelerator)
-        command = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(here / "samples")]
-        command += ["--input2", str(here / "real"), "--isc", "--fid", "--kid", "--prc", "--cpu", "--json", "--silent"]
-        command += ["--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", str(weights)]
-        command += ["--kid-subset-size", str(kid_subset_size(count, len(real))), "--no-cache", "--save-cpu-ram"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        words = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(here / "samples")]
+        words += ["--input2", str(here / "real"), "--isc", "--fid", "--kid", "--prc", "--cpu", "--json", "--silent"]
+        words += ["--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", str(weights)]
+        words += ["--kid-subset-size", str(kid_subset_size(count, len(real))), "--no-cache", "--save-cpu-ram"]
+        said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     theirs = json.loads(said[said.index("{") :])
     (folder / "parity.json").write_text(json.dumps({"ours": ours, "theirs": theirs}, indent=2))
     lines = [f"# The same {count} samples through both commands ({parity} weights)", ""]
@@ -342,4 +368,4 @@ def evaluated(
 
 
 if __name__ == "__main__":
-    CLI(fid_benchmark, as_positional=False)
+    command(fid_benchmark)
