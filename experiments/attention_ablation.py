@@ -35,7 +35,8 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
         small: Size of the smaller ones; half of it when omitted.
         seconds: How long the time of a training step is measured.
     """
-    largest = build(study).image_size // (study.value(f"{NET}.patch_size") or 1)
+    net: Any = build(study)
+    largest: int = net.image_size // (study.value(f"{NET}.patch_size") or 1)
     large = large or largest
     small = small or large // 2
     places = [str([size])[1:-1] for size in (large, small)]
@@ -50,9 +51,10 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
     trained = study.fit(variants)
     evaluator = study.evaluator(trained)
     batch_size = int(study.value("data.init_args.batch_size"))
-    rows, shown = [], {}
+    rows: list[dict[str, Any]] = []
+    shown = {}
     for name, run in trained.items():
-        net = load_module(run.ckpt_path).to(study.device).net
+        module: Any = load_module(run.ckpt_path).to(study.device)
         drawn = study.draw(run, evaluator)
         assert drawn.images is not None
         rows.append(
@@ -60,8 +62,8 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
                 "attention": name,
                 **evaluator.measure(drawn),
                 "val/loss": run.metrics["val/loss"],
-                "parameters M": parameters(net),
-                **step_cost(net, batch_size, seconds),
+                "parameters M": parameters(module.net),
+                **step_cost(module.net, batch_size, seconds),
                 "ms per sample": 1000 * drawn.seconds / len(drawn.features),
             }
         )

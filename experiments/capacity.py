@@ -72,7 +72,8 @@ def capacity(
             continue
         drawn = study.draw(run, evaluator)
         assert drawn.images is not None
-        net = load_module(run.ckpt_path).to(study.device).net
+        module: Any = load_module(run.ckpt_path).to(study.device)
+        net = module.net
         rows.append(
             {
                 **planned,

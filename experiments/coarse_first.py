@@ -79,7 +79,7 @@ def coarse_first(
     sigmas = kept["sigmas"]
     edges = band_edges(size, bands)
     when = {name: settled(kept[name], TOLERANCE) for name in ("band_errors", "tile_errors")}
-    band_rows = [
+    band_rows: list[dict[str, Any]] = [
         {
             "cycles per image": f"{edges[band]:.3g} to {edges[band + 1]:.3g}",
             **summary(when["band_errors"][:, band], sigmas),

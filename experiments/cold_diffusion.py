@@ -80,7 +80,8 @@ def cold_diffusion(
     study.figure("restored", draw_bars(rows, evaluator), "Distance of restored test images from the images themselves.")
 
     first, run = next(iter(trained.items()))
-    total = load_module(run.ckpt_path).degradation.num_steps
+    model: Any = load_module(run.ckpt_path)
+    total = int(model.degradation.num_steps)
     counts = sorted({1, total, *(int(word) for word in blurred_steps.split(",") if int(word) < total)})
     ways = [ColdSampling(sampler, steps) for sampler in ("naive", "improved") for steps in counts]
     over = [
@@ -129,7 +130,7 @@ def degraded(study: Study, run: Trained, images: Tensor) -> Tensor:
     Returns:
         uint8 (N, C, H, W).
     """
-    module = load_module(run.ckpt_path)
+    module: Any = load_module(run.ckpt_path)
     return to_uint8(module.degrade(images / 127.5 - 1, range(len(images)))[0])
 
 

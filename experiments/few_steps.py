@@ -57,7 +57,8 @@ def few_steps(
     evaluator = study.evaluator(trained)
     rows, images = [], {}
     for name, run in trained.items():
-        default = load_module(run.ckpt_path).sampling
+        module: Any = load_module(run.ckpt_path)
+        default: Sampling = module.sampling
         for calls in nfe:
             if name == "tuned":
                 settings = [default.replace(grid_options={"levels": levels(calls, high, low, second, run)})]
@@ -67,6 +68,7 @@ def few_steps(
             (figures, drawn), setting = min(found, key=lambda one: one[0][0][evaluator.metric])
             row = {"model": name, "NFE": calls, "sampler": setting.sampler, "steps": setting.num_steps, **figures}
             rows.append(row)
+            assert drawn.images is not None
             images[f"{name}, {calls}"] = drawn.images[:SHOWN] / 127.5 - 1
     count = study.setup.num_samples
     study.table("quality", rows, f"{count:,} samples of the same seeds against the training images.")
@@ -106,7 +108,8 @@ def levels(calls: int, high: float, low: float, second: float, run: Trained) -> 
     Returns:
         Falling levels.
     """
-    start = float(load_module(run.ckpt_path).denoiser.scaling.sampling_range[1])
+    module: Any = load_module(run.ckpt_path)
+    start = float(module.denoiser.scaling.sampling_range[1])
     if calls < 3:
         return [start, second][:calls]
     spaced = torch.linspace(torch.tensor(high).log(), torch.tensor(low).log(), calls - 1, dtype=torch.float64).exp()

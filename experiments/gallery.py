@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import CLI
 from PIL import Image, ImageDraw
 
 from diffusion_lit.commands.main import main
 from diffusion_lit.report import Page
 from diffusion_lit.storage.hashing import file_hash
+from experiments.harness.command import command
 from experiments.harness.gallery_figures import COMPOSED, HYBRID_BLUR, measured
 from experiments.harness.runs import Failed, Run, fit
 
@@ -299,9 +299,9 @@ def show(
     run = ["edit", *words, "--ckpt_path", str(ckpt_path), "--device", device, "--out", str(place)]
     record = place / "record.json"
     said = place / "command.json"
-    command = {"run": run, "sha256": file_hash(ckpt_path)}
+    recipe = {"run": run, "sha256": file_hash(ckpt_path)}
     page.heading(f"{piece.task}: {piece.text}", level=3)
-    if not (record.is_file() and said.is_file() and json.loads(said.read_text()) == command):
+    if not (record.is_file() and said.is_file() and json.loads(said.read_text()) == recipe):
         with contextlib.redirect_stderr(io.StringIO()) as error:
             try:
                 main(run)
@@ -309,7 +309,7 @@ def show(
                 page.text(f"It failed: {error.getvalue().strip().splitlines()[-1]}")
                 print(f"{place.name} failed: {error.getvalue().strip()}")
                 return
-        said.write_text(json.dumps(command))
+        said.write_text(json.dumps(recipe))
     page.images([(place / file, "") for file in piece.files], columns=len(piece.files))
     page.command(shlex.join(["lightning", "edit", *words, "--ckpt_path", str(ckpt_path)]))
 
@@ -357,4 +357,4 @@ def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:
 
 
 if __name__ == "__main__":
-    CLI(gallery, as_positional=False)
+    command(gallery)

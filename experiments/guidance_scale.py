@@ -227,7 +227,8 @@ def draw(study: Study, evaluator: Evaluator, path: Path, module: Any, way: Way, 
     folder = study.folder / "samples"
     job = GenerationJob(way.sampling, len(labels), seed, labels, record, folder, setup.batch_size, True)
     study.tell(way.name)
-    generate_shards(job, module if way.denoiser is None else Guided(module, way.denoiser), evaluator.extractor)
+    model: Any = module if way.denoiser is None else Guided(module, way.denoiser)
+    generate_shards(job, model, evaluator.extractor)
     return gather_shards(job)
 
 

@@ -50,9 +50,10 @@ def learning_rates(
     trained = study.fit(variants)
     evaluator = study.evaluator(trained)
     study.figure("loss", losses(trained), "Loss on held-out images and learning rate along the training.")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, run in trained.items():
         drawn = study.draw(run, evaluator)
+        assert drawn.images is not None
         loss = run.metrics["val/loss"]
         rows.append({"learning rate": name, "val/loss": loss, **evaluator.measure(drawn), "seconds": run.seconds})
         study.images(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")
@@ -131,7 +132,7 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
     Returns:
         The figure: for each sample a row of x, at unit variance, above one of x0_hat.
     """
-    module = load_module(run.ckpt_path)
+    module: Any = load_module(run.ckpt_path)
     recorder = StepRecorder(keep=count)
     labels = torch.arange(count) % module.num_classes if module.num_classes else None
     module.generate(range(study.setup.seed, study.setup.seed + count), labels, callback=recorder)

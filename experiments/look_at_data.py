@@ -19,6 +19,7 @@ arXiv 2301.10972), and is a start, not a law: the loss by noise level that train
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ from diffusion_lit.runtime.stopping import end
 ROWS = 4096  # images that are in memory at once
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """Mean and standard deviation of each channel, and of all values about their channel's mean, in [-1, 1]."""
 
     mean: list[float]
@@ -62,15 +64,15 @@ def statistics(images: Array) -> Statistics:
     Returns:
         Its statistics, accumulated in float64.
     """
-    total, squares, count = 0.0, 0.0, 0
+    total, squares, count = torch.zeros(()), torch.zeros(()), 0
     for start in range(0, len(images), ROWS):
         part = images[start : start + ROWS]
         values = normalise(part if isinstance(part, Tensor) else torch.tensor(part)).double()
         total = total + values.sum((0, 2, 3))
         squares = squares + values.square().sum((0, 2, 3))
         count += values[:, 0].numel()
-    mean = torch.as_tensor(total) / count
-    variance = torch.as_tensor(squares) / count - mean.square()
+    mean = total / count
+    variance = squares / count - mean.square()
     return Statistics(
         mean.tolist(), variance.clamp(min=0).sqrt().tolist(), math.sqrt(max(0.0, float(variance.mean()))), len(images)
     )

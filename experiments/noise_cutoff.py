@@ -41,7 +41,8 @@ def noise_cutoff(
     """
     path = ckpt_path or str(study.fit({"ddpm": {}})["ddpm"].ckpt_path)
     cuts = until or sorted({round(num_steps * share) for share in (0, 0.1, 0.3, 0.6, 0.9, 0.95, 1)})
-    module, evaluator = load_module(path), study.evaluator(path)
+    module: Any = load_module(path)
+    evaluator = study.evaluator(path)
     default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
     real = real_images(evaluator)
     scale = sharpness(real)

@@ -19,7 +19,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from jsonargparse import CLI
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 
 import datamodules
@@ -41,6 +40,7 @@ from diffusion_lit.modules import EDM, VAE, LatentDiffusion
 from diffusion_lit.nets import Autoencoder, UNet
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.hashing import weights_hash
+from experiments.harness.command import command
 
 DECAY = 0.4  # share of the time over which the learning rate falls to 0
 
@@ -328,4 +328,4 @@ def write(
 
 
 if __name__ == "__main__":
-    CLI(pixel_vs_latent, as_positional=False)
+    command(pixel_vs_latent)

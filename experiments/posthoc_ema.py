@@ -19,7 +19,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from jsonargparse import CLI
 
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
@@ -30,6 +29,7 @@ from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.modules.posthoc import reconstruct
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.snapshots import Snapshots
+from experiments.harness.command import command
 
 
 def posthoc_ema(
@@ -62,7 +62,7 @@ def posthoc_ema(
         The figures that it prints.
     """
     snapshots = Snapshots(Path(ckpt_path).resolve().parent.parent / "averages")
-    module = load_module(ckpt_path).to(device)
+    module: Any = load_module(ckpt_path).to(device)
     data: Any = load_data(ckpt_path)
     data.prepare_data()
     data.setup()
@@ -128,4 +128,4 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    CLI(posthoc_ema, as_positional=False)
+    command(posthoc_ema)

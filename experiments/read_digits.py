@@ -9,17 +9,19 @@ held-out digits that lie among the samples, beside the share that lie among as m
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import CLI
 from sklearn.svm import SVC
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from datamodules import Digits
+from datamodules.loaders import Array
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import grid_image
+from experiments.harness.command import command
 
 
 def read_digits(
@@ -41,7 +43,7 @@ def read_digits(
     Returns:
         The figures that it prints.
     """
-    module = load_module(ckpt_path)
+    module: Any = load_module(ckpt_path)
     data = Digits(batch_size=1)
     data.prepare_data()
     data.setup()
@@ -72,7 +74,7 @@ def read_digits(
     return figures
 
 
-def flat(images: torch.Tensor) -> np.ndarray:
+def flat(images: Array) -> np.ndarray:
     """Images (N, C, H, W) as float rows (N, C*H*W) in 0 to 255."""
     return np.asarray(images).reshape(len(images), -1).astype(np.float64)
 
@@ -89,4 +91,4 @@ def variety(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> dic
 
 
 if __name__ == "__main__":
-    CLI(read_digits, as_positional=False)
+    command(read_digits)

@@ -15,7 +15,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from jsonargparse import CLI
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from diffusion_lit.evaluation.reference import real_against_real, reference_of
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash
+from experiments.harness.command import command
 
 ALIASES = ("ddim", "euler_ancestral")  # ddim with eta 0 is euler, with eta 1 euler_ancestral is ddpm
 
@@ -82,7 +82,7 @@ def sampler_comparison(
         The measurements.
     """
     chosen = samplers or [name for name in SAMPLERS if name not in ALIASES and SAMPLERS[name].order]
-    module = load_module(ckpt_path).to(pick_device(device))
+    module: Any = load_module(ckpt_path).to(pick_device(device))
     settings = [setting for name in chosen for setting in settings_of(module.sampling, name, nfe, rtol)]
     data: Any = load_data(ckpt_path, **({} if data_root is None else {"root": data_root}))
     data.prepare_data()
@@ -187,4 +187,4 @@ def write(points: list[Point], floor: tuple[float, int] | None, metric: str, cou
 
 
 if __name__ == "__main__":
-    CLI(sampler_comparison, as_positional=False)
+    command(sampler_comparison)

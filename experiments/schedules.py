@@ -9,6 +9,7 @@ by ancestral sampling over all of its own steps, and over a few of them.
     python -m experiments.schedules --config configs/ddpm_fashion_mnist.yaml --data.init_args.root FOLDER
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -27,7 +28,7 @@ from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets.layers import Conditioning
 from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
 
-SCHEDULES: dict[str, type[Schedule]] = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": LinearSchedule,
     "scaled linear": ScaledLinearSchedule,
     "cosine": CosineSchedule,
@@ -84,13 +85,15 @@ def schedules(
     }
     trained = study.fit(variants)
     evaluator = study.evaluator(trained)
-    rows, shown = [], {}
+    rows: list[dict[str, Any]] = []
+    shown = {}
     for name, run in trained.items():
-        module = load_module(run.ckpt_path)
+        module: Any = load_module(run.ckpt_path)
         schedule, _, steps = name.partition(", ")
-        row = {"schedule": schedule, "steps": int(steps)}
+        row: dict[str, Any] = {"schedule": schedule, "steps": int(steps)}
         for way, count in ((f"{few} of them", few), ("all steps", int(steps))):
             drawn = study.draw(run, evaluator, module.sampling.replace(num_steps=count))
+            assert drawn.images is not None
             row |= {f"{key}, {way}": value for key, value in evaluator.measure(drawn).items() if key != "precision"}
             shown[name] = drawn.images[:12]
         rows.append(row)
@@ -165,7 +168,7 @@ def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
     return figure
 
 
-def quality(rows: list[dict[str, float]], evaluator: Evaluator, few: int) -> plt.Figure:
+def quality(rows: list[dict[str, Any]], evaluator: Evaluator, few: int) -> plt.Figure:
     """The Fréchet distance and recall against the number of steps, a line for each schedule and way of sampling.
 
     Args:

@@ -107,7 +107,8 @@ class Denoise:
     """
 
     def __init__(self, ckpt_path: Path, constant: bool) -> None:
-        self.denoiser = load_module(ckpt_path).denoiser
+        module: Any = load_module(ckpt_path)
+        self.denoiser = module.denoiser
         self.constant = constant
 
     @torch.no_grad()
@@ -205,8 +206,8 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     columns = STRENGTHS[::2].tolist()
     rows = {"noisy": torch.cat([clean[:1] + UNIT * strength * noise[:1] for strength in columns])}
     for name, function in denoisers.items():
-        made = [function(x[None], strength) for x, strength in zip(rows["noisy"], columns, strict=True)]
-        rows[name] = torch.cat(made)
+        restored = [function(x[None], strength) for x, strength in zip(rows["noisy"], columns, strict=True)]
+        rows[name] = torch.cat(restored)
     figure = image_rows(rows, [f"{strength:.1f}" for strength in columns], width=8)
     figure.suptitle("noise, for pixels in [0, 1]")
     study.figure("out_of_distribution_images", figure, "One held-out image under noise of every strength.")
@@ -230,11 +231,12 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
     for name, run in told.items():
         for count in epochs:
             path = at_epoch(run, count)
-            module = load_module(path)
+            module: Any = load_module(path)
             classes = module.num_classes
             labels = torch.arange(total) % classes if classes else None
             for scale in (1.0, cfg_scale) if classes else (1.0,):
                 drawn = study.draw(path, evaluator, module.sampling.replace(cfg_scale=scale), labels)
+                assert drawn.images is not None
                 guided = scale if classes else None
                 rows.append({"told": name, "epochs": count, "guidance": guided, **evaluator.measure(drawn)})
                 how = f", guidance {scale:g}, a row per class" if classes else ""

@@ -16,6 +16,8 @@ That is the flow path of the project's own core: `X0Preconditioning()` with `Uni
     python -m experiments.toy_diffusion --data.class_path datamodules.FashionMNIST --data.init_args.root FOLDER
 """
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
         num_steps: Numbers of steps to draw with.
     """
     trained = study.fit({"toy": {}})["toy"]
-    module = load_module(trained.ckpt_path)
+    module: Any = load_module(trained.ckpt_path)
     evaluator = study.evaluator(trained.ckpt_path)
     real = held_out(evaluator, 9)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(study.setup.seed))
@@ -64,23 +66,26 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
     module.generate(range(study.setup.seed, study.setup.seed + 8), sampling=module.sampling, callback=recorder)
     steps = len(recorder.x)
     visible = [x / (1 + sigma) for x, sigma in zip(recorder.x, recorder.sigmas, strict=True)]
-    rows = {}
+    mixes = {}
     for step in range(steps):
-        rows[f"{step + 1}: mix"] = visible[step]
-        rows[f"{step + 1}: prediction"] = recorder.x0_hat[step]
+        mixes[f"{step + 1}: mix"] = visible[step]
+        mixes[f"{step + 1}: prediction"] = recorder.x0_hat[step]
     caption = f"The {steps} steps of eight samples: the mix that goes into the network, above the prediction it makes."
-    study.figure("five_steps", image_rows(rows), caption)
+    study.figure("five_steps", image_rows(mixes), caption)
 
-    rows = []
+    measured: list[dict[str, Any]] = []
     for count in num_steps:
         drawn = study.draw(trained, evaluator, module.sampling.replace(num_steps=count))
-        rows.append({"steps": count, **evaluator.measure(drawn)})
+        assert drawn.images is not None
+        measured.append({"steps": count, **evaluator.measure(drawn)})
         if count == module.sampling.num_steps:
             study.images("samples", drawn.images[:80], f"Samples in {count} steps.")
-    study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images.")
-    study.figure("quality", quality(rows, evaluator), "The Fréchet distance to the training images against the steps.")
-    best = min(rows, key=lambda row: row[evaluator.metric])
-    asked = next((row for row in rows if row["steps"] == module.sampling.num_steps), best)
+    study.table("quality", measured, f"{study.setup.num_samples:,} samples against the training images.")
+    study.figure(
+        "quality", quality(measured, evaluator), "The Fréchet distance to the training images against the steps."
+    )
+    best = min(measured, key=lambda row: row[evaluator.metric])
+    asked = next((row for row in measured if row["steps"] == module.sampling.num_steps), best)
     floor = "" if evaluator.floor is None else f" (real images get {evaluator.floor[0]:.3g})"
     study.finding(
         f"A network that is not told the noise draws with {evaluator.metric} {asked[evaluator.metric]:.3g} in "
@@ -118,7 +123,7 @@ def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
-def quality(rows: list[dict[str, float]], evaluator: Evaluator) -> plt.Figure:
+def quality(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """The Fréchet distance against the number of steps.
 
     Args:

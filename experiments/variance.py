@@ -47,7 +47,8 @@ def variance(
             "model.init_args.sampling.sampler_options": {"variance": "learned"},
         }
         ckpt_path = str(study.fit({"learned variance": options})["learned variance"].ckpt_path)
-    module, evaluator = load_module(ckpt_path), study.evaluator(ckpt_path)
+    module: Any = load_module(ckpt_path)
+    evaluator = study.evaluator(ckpt_path)
     default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
     ways: dict[str, dict[str, Any]] = {
         f"posterior x {scale:g}": {"variance": "posterior", "variance_scale": scale} for scale in scales if scale < 1
@@ -61,7 +62,8 @@ def variance(
     real = real_images(evaluator)
     assert evaluator.reference.features is not None
     spread = diversity(evaluator.reference.features.features, evaluator.reference.labels)
-    rows, shown = [], {}
+    rows: list[dict[str, Any]] = []
+    shown = {}
     for name, options in ways.items():
         drawn = study.draw(ckpt_path, evaluator, default.replace(sampler_options=options), labels)
         assert drawn.images is not None

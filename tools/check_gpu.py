@@ -60,7 +60,11 @@ class Check:
         left = max(20.0, self.until - time.monotonic())
         run = subprocess.run(
             [sys.executable, "-m", "diffusion_lit", *options, *accelerator],
-            **{"cwd": self.folder, "env": env, "capture_output": True, "text": True, "timeout": left},
+            cwd=self.folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=left,
         )
         if run.returncode:
             raise RuntimeError(

@@ -18,9 +18,15 @@ import resource
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = "diffusion_lit/diffusion"
@@ -95,6 +101,9 @@ BY_HAND = {  # what no change of arithmetic plants: file, function, what is ther
 CPU_SECONDS = 300
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 
+Setter = Callable[[ast.AST], None]  # puts another node in a node's place
+Place = tuple[ast.expr, ast.AST, Setter]  # a node that computes, what it is part of, and its setter
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -108,7 +117,7 @@ class Mutant:
     source: str
 
 
-def changes(node, parent):
+def changes(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr]:
     """What may be put in a node's place."""
     if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
         changed = copy.deepcopy(node)
@@ -116,30 +125,30 @@ def changes(node, parent):
         yield changed
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         yield node.operand
-    number = isinstance(node, ast.Constant) and type(node.value) in (int, float)
-    option = isinstance(parent, ast.keyword) and isinstance(getattr(node, "value", None), float)
-    if number and (option or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.Tuple)):
-        yield ast.Constant(node.value * 1.05 or 0.05)
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        option = isinstance(parent, ast.keyword) and isinstance(node.value, float)
+        if option or isinstance(parent, ast.BinOp | ast.UnaryOp | ast.Tuple):
+            yield ast.Constant(node.value * 1.05 or 0.05)
 
 
-def arithmetic(node, parent=None, setter=None):
+def arithmetic(node: ast.AST, parent: ast.AST | None = None, setter: Setter | None = None) -> Iterator[Place]:
     """Every node that computes, with what puts another in its place; not indices, comparisons and annotations."""
     if isinstance(node, ast.JoinedStr | ast.arguments | ast.Subscript | ast.Raise | ast.Compare):
         return
-    if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Constant) and setter is not None:
+    if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Constant) and parent is not None and setter is not None:
         yield node, parent, setter
     for field, value in ast.iter_fields(node):
         if field in ("returns", "annotation", "decorator_list"):
             continue
         if isinstance(value, ast.AST):
-            yield from arithmetic(value, node, lambda new, n=node, f=field: setattr(n, f, new))
+            yield from arithmetic(value, node, partial(setattr, node, field))
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, ast.AST):
-                    yield from arithmetic(item, node, lambda new, v=value, i=index: v.__setitem__(i, new))
+                    yield from arithmetic(item, node, partial(value.__setitem__, index))
 
 
-def functions(tree):
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
     """Functions, methods and tables of numbers, by name."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
@@ -152,7 +161,7 @@ def functions(tree):
             yield ast.unparse(node.targets[0]), node
 
 
-def mutants(path):
+def mutants(path: str) -> Iterator[Mutant]:
     """All mutants of a file."""
     text = (ROOT / path).read_text()
     for name, before, after in BY_HAND.get(path, []):
@@ -172,25 +181,26 @@ def mutants(path):
                 put(node)
 
 
-class Planted:
+class Planted(Loader):
     """An importer that gives one module another source."""
 
-    def __init__(self, name, path, source):
+    def __init__(self, name: str, path: str, source: str) -> None:
         self.name, self.path, self.source = name, path, source
 
-    def find_spec(self, name, path=None, target=None):
-        if name == self.name:
-            return importlib.util.spec_from_loader(name, self, origin=self.path, is_package=False)
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=self.path, is_package=False)
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         module.__file__ = self.path
         exec(compile(self.source, self.path, "exec"), module.__dict__)
 
 
-def verdict(mutant):
+def verdict(mutant: Mutant) -> str:
     """Runs the tests on a mutant in a forked process: 'caught', 'hangs' (it never passes either) or 'survived'."""
     pid = os.fork()
     if pid == 0:
@@ -208,9 +218,9 @@ def verdict(mutant):
     return "survived" if code == 0 else "hangs" if code == -signal.SIGKILL else "caught"
 
 
-def report(results):
+def report(results: list[tuple[Mutant, str]]) -> bool:
     """The table: one line per function, then the survivors."""
-    counts = defaultdict(lambda: [0, 0])
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for mutant, result in results:
         counts[mutant.path, mutant.function][0] += 1
         counts[mutant.path, mutant.function][1] += result != "survived"
@@ -224,7 +234,7 @@ def report(results):
     return not survivors
 
 
-def main():
+def main() -> None:
     """Plants, runs and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="functions, classes or files to plant in; all by default")

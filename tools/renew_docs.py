@@ -28,12 +28,13 @@ class Span(NamedTuple):
     last: int
 
 
-def symbols(path):
+def symbols(path: Path) -> dict[str, Span]:
     """Where each function, class, method and constant of a file is defined, by its qualified name."""
     found = {}
 
-    def walk(body, prefix):
+    def walk(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
+            assert node.end_lineno is not None
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found[prefix + node.name] = Span(node.lineno, node.end_lineno)
                 if isinstance(node, ast.ClassDef):
@@ -48,7 +49,7 @@ def symbols(path):
     return found
 
 
-def problems(page):
+def problems(page: Path) -> list[str]:
     """What is wrong with the links of a page into the code, a sentence each."""
     found = []
     for symbol, target, line in LINK.findall(page.read_text()):
@@ -64,7 +65,7 @@ def problems(page):
     return found
 
 
-def header(config):
+def header(config: Path) -> dict[str, str]:
     """The comment that opens a config: what it is (under ""), and Run, Data, Cost and Expect."""
     fields, name = {"": ""}, ""
     for line in config.read_text().splitlines():
@@ -78,7 +79,7 @@ def header(config):
     return fields
 
 
-def recipes():
+def recipes() -> str:
     """The table of configs: what each trains, costs and gives."""
     rows = ["| config | what it trains | cost | what to expect |", "| --- | --- | --- | --- |"]
     for config in CONFIGS:
@@ -88,10 +89,10 @@ def recipes():
     return "".join(f"{row}\n" for row in rows)
 
 
-def renewed(page):
+def renewed(page: Path) -> str:
     """The text of a page with lines of links and table as they are now; links without a symbol stay."""
 
-    def renew(match):
+    def renew(match: re.Match[str]) -> str:
         symbol, target, line = match.groups()
         path = (page.parent / target).resolve()
         span = symbols(path).get(symbol) if path.is_file() else None

@@ -127,7 +127,7 @@ class Model(Generates, Protocol):
     # What every torch.nn.Module has.
     training: bool
 
-    def to(self, device: torch.device, /) -> Any:
+    def to(self, device: torch.device | str, /) -> Any:
         """Moves it to a device."""
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jsonargparse import CLI
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +25,7 @@ from torchvision import datasets, transforms
 
 from datamodules import ImageDataModule, ImageFolder
 from datamodules.loaders import Split
+from experiments.harness.command import command
 
 BATCH = 128
 SLICES = 8
@@ -237,4 +237,4 @@ def data_throughput(seconds: float = 6.0, images: int = 20_000, files: int = 200
 
 
 if __name__ == "__main__":
-    CLI(data_throughput, as_positional=False)
+    command(data_throughput)

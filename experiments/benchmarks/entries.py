@@ -86,7 +86,7 @@ def read_entry(name: str, track: str) -> Entry:
     code = None if content.get("code") is None else path.parent / content["code"]
     if code is not None and not code.is_file():
         raise ValueError(f"{path} names the code {code}, which is not there.")
-    told = {"code": None if code is None else code.read_text(), "module": "" if code is None else code.stem}
+    told: dict[str, Any] = {} if code is None else {"code": code.read_text(), "module": code.stem}
     if "config" in content:
         config = path.parent / content["config"]
         config = config if config.is_file() else find_config(content["config"])
@@ -94,7 +94,7 @@ def read_entry(name: str, track: str) -> Entry:
     contender = str(content["contender"])
     if code is None and (contender not in installed() or contender == OURS):
         raise ValueError(f"{contender} is no library that is known and installed here; pip install it, or give code.")
-    sizes = {key: int(content[key]) for key in ("width", "batch_size") if key in content}
+    sizes: dict[str, Any] = {key: int(content[key]) for key in ("width", "batch_size") if key in content}
     return Entry(path.stem, None, {}, contender, **sizes, **told)
 
 

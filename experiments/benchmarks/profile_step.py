@@ -263,9 +263,9 @@ def recording_logging(recorder: Recorder) -> Iterator[None]:
     """Makes an action of the profiler of what Lightning's logger connector does after a step."""
     before = _LoggerConnector.update_train_step_metrics
 
-    def update(connector: _LoggerConnector) -> None:
+    def update(self: _LoggerConnector) -> None:
         recorder.start("logging")
-        before(connector)
+        before(self)
         recorder.stop("logging")
 
     _LoggerConnector.update_train_step_metrics = update  # type: ignore[method-assign]
@@ -338,8 +338,8 @@ def beside_network(device: str, repeats: int, samples: int, steps: int, channels
     for name, scaling in SAMPLERS.items():
         sampling = Sampling(name, steps, grid="trailing" if name == "ddpm" else "karras")
         seconds = []
-        for one, count in ((net, repeats), (Nothing(), 3 * repeats)):
-            denoiser = Denoiser(one, scaling).to(device).eval()
+        for network, count in ((net, repeats), (Nothing(), 3 * repeats)):
+            denoiser = Denoiser(network, scaling).to(device).eval()
             seconds.append(_timed(partial(sampling.generate, denoiser, (3, 32, 32), range(samples)), device, count))
         found[name] = seconds[1] / seconds[0]
     denoiser = Denoiser(net, EDMPreconditioning()).to(device).eval()

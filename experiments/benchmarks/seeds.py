@@ -102,7 +102,9 @@ def _train(place: Path, training: Training) -> None:
     work = train_peer if training.entry.config is None else train_by_fit
     drawn, facts = work(place, training)
     if drawn:
-        pixels = {title: to_uint8(samples).permute(0, 2, 3, 1).numpy() for title, samples in drawn.items()}
+        pixels: dict[str, Any] = {
+            title: to_uint8(samples).permute(0, 2, 3, 1).numpy() for title, samples in drawn.items()
+        }
         np.savez_compressed(place / "samples.npz", **pixels)
         for title, samples in drawn.items():
             grid_image(samples[:40], 10).save(place / f"{title}.png")

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.runtime.hardware import device_type
@@ -91,11 +92,20 @@ def time_to_quality(
             raise ValueError(f"There is no contender {name!r} here; choose of {', '.join(known)}.")
     if minutes <= 0 or min(seeds, nfe, batch_size or 1) < 1 or num_samples < 2:
         raise ValueError("minutes must be above 0, seeds, nfe and batch_size at least 1, and num_samples at least 2.")
-    terms = {"device": device_type(accelerator), "threads": None, "seeds": tuple(range(seeds)), "evaluations": nfe}
-    track = Track("datamodules.FashionMNIST", minutes, **terms, num_samples=num_samples, extractor="classifier")
+    track = Track(
+        "datamodules.FashionMNIST",
+        minutes,
+        device=device_type(accelerator),
+        threads=None,
+        seeds=tuple(range(seeds)),
+        num_samples=num_samples,
+        evaluations=nfe,
+        extractor="classifier",
+    )
     machine, folder = machine_of(track), Path(out)
     judge = Judge(track, track.make_data(root, 1), classifier)
-    records, shown = [], {}
+    records: list[dict[str, Any]] = []
+    shown: dict[str, Tensor] = {}
     for seed in range(seeds):
         for name in names:
             place = folder / f"{name}_{seed}"

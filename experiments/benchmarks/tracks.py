@@ -239,11 +239,11 @@ class Judge:
         return kernel_distance(features, real)
 
 
-DIGITS: dict[str, str] = {
+DIGITS: dict[str, Any] = {
     "images": "8956a92d97e1c2f34293404e184613590ebb899d21710e8608f6b9088d886131",
     "measure": "f96b8456b6ce318e94b05ed7681b4290c0b28d6061a83018760dd724d2571e40",
 }
-IMAGENET: dict[str, str] = {
+IMAGENET: dict[str, Any] = {
     "extractor": "efficientnet_lite0",
     "measure": "c371e1a60908bff95ce4bf5e19db02967e2a34ce6d72f7704655ec8cf5b052ca",
     "metric": "kd",

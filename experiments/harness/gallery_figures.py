@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from diffusion_lit.commands.edit_options import decibels
-from diffusion_lit.diffusion import Sampling, editing, keyed_seed
+from diffusion_lit.diffusion import editing, keyed_seed
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
@@ -65,7 +66,7 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
 
 def untrained(ckpt_path: Path) -> Any:
     """A checkpoint's model with fresh random weights."""
-    module = load_module(ckpt_path)
+    module: Any = load_module(ckpt_path)
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed("untrained"))
         for layer in module.net.modules():
@@ -136,26 +137,22 @@ def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
         labels = (rows + 3 * torch.arange(len(views))) % classes
         found = {
             which: torch.stack([plain.names(view.apply(images)) for view in views], 1) == labels
-            for which, images in each(
-                model, random, lambda m, s, v=views, c=labels: editing.anagram(m, v, c, sampling=s)
-            )
+            for which, images in each(model, random, partial(editing.anagram, views=views, labels=labels))
         }
         rates["anagrams"].append({"views": names, **{which: shares(right) for which, right in found.items()}})
     labels = (rows + 3 * torch.arange(2)) % classes
     found = {
         which: torch.stack([afar.names(images), close.names(images)], 1) == labels
-        for which, images in each(
-            model, random, lambda m, s: editing.hybrid(m, labels, blur_sigma=HYBRID_BLUR, sampling=s)
-        )
+        for which, images in each(model, random, partial(editing.hybrid, labels=labels, blur_sigma=HYBRID_BLUR))
     }
     rates["hybrids"].append({"views": ["from afar", "from near"], **{w: shares(right) for w, right in found.items()}})
     return rates
 
 
-def each(model: Any, random: Any, draw: Callable[[Any, Sampling], Tensor]) -> list[tuple[str, Tensor]]:
+def each(model: Any, random: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Tensor]]:
     """Images of the trained and the untrained model under the same settings."""
     sampling = model.sampling.replace(**COMPOSED)
-    return [("trained", draw(model, sampling)), ("untrained", draw(random, sampling).nan_to_num())]
+    return [("trained", draw(model, sampling=sampling)), ("untrained", draw(random, sampling=sampling).nan_to_num())]
 
 
 def shares(right: Tensor) -> list[float]:

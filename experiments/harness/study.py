@@ -235,7 +235,7 @@ class Study:
             Their features and images, uint8 (count, C, H, W).
         """
         path = Path(trained.ckpt_path if isinstance(trained, Trained) else trained)
-        module = load_module(path).to(self.device)
+        module: Any = load_module(path).to(self.device)
         setting = sampling or module.sampling
         count, seed = count or self.setup.num_samples, self.setup.seed
         if labels is None:
