@@ -39,6 +39,7 @@ class ImageDataModule(LightningDataModule):
     """
 
     cache_dir: Any = None  # folder of the caches, of those that keep one
+    random_flip: bool = False
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.averaging import exponent, power_beta
+from diffusion_lit.modules.base import BaseModule
+from diffusion_lit.modules.labels import class_names_of
 from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import images_of
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
@@ -150,7 +152,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
         first = dict(self._average_model.module.named_parameters())
         averages: list[list[Tensor]] = [[first[name] for name in names], *self._others]
         folder = run_folder(trainer) / "averages"
-        classes = [str(name) for name in getattr(data_of(trainer), "class_names", None) or []]
+        classes = [str(name) for name in class_names_of(data_of(trainer))]
         try:
             for width, average in zip(self.sigma_rel, averages, strict=True):
                 Snapshots.write(folder, self._step, width, dict(zip(names, average, strict=True)), classes)
@@ -230,4 +232,5 @@ class EMA(WritesToRunFolder, WeightAveraging):
 
 def _is_averaged(parameter: Tensor, module: LightningModule) -> bool:
     """Whether a parameter is trained and not one that its module keeps apart, as an adversary's."""
-    return parameter.requires_grad and not any(parameter is one for one in getattr(module, "unaveraged", ()))
+    apart = module.unaveraged if isinstance(module, BaseModule) else []
+    return parameter.requires_grad and not any(parameter is one for one in apart)

@@ -5,7 +5,7 @@ for real images against real images.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +22,7 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, Missin
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
-from diffusion_lit.modules.protocols import Generates, HasImages
+from diffusion_lit.modules.protocols import Generates, HasImages, ImageSource, is_model
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.internals import average_of, data_of
 from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
@@ -116,7 +116,7 @@ class FID(Callback):
             value += frechet_distance(Statistics.of(made.features), self._reference.statistics)
         return trainer.strategy.broadcast(value)
 
-    def draw(self, trainer: Trainer, pl_module: Any, rows: Tensor) -> Tensor:
+    def draw(self, trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:
         """The images that are measured.
 
         Args:
@@ -127,8 +127,10 @@ class FID(Callback):
         Returns:
             Samples (B, C, H, W) in [-1, 1].
         """
+        assert is_model(pl_module)
         seeds = (rows + self.seed).tolist()
-        return pl_module.generate(seeds, draw_labels(seeds, _class_frequencies(trainer, pl_module)))  # type: ignore[no-any-return]
+        frequencies = class_frequencies(_data(trainer), pl_module.num_classes)
+        return pl_module.generate(seeds, draw_labels(seeds, frequencies))
 
     def problem(self, trainer: Any, pl_module: LightningModule) -> str | None:
         """Why the model cannot be measured on this data, or None.
@@ -167,8 +169,7 @@ class FID(Callback):
             self.num_samples = min(self.num_samples, max(4, trainer.world_size))
         if trainer.world_size > self.num_samples:
             raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
-        data: Any = data_of(trainer)
-        problem = self.problem(trainer, pl_module)
+        data, problem = _data(trainer), self.problem(trainer, pl_module)
         if problem is None:  # rank 0 fills the caches that the others then read
             problem = rank_zero_first(partial(self._load, data), "the weights of the extractor")
         self._available = trainer.strategy.reduce_boolean_decision(problem is None)
@@ -178,7 +179,7 @@ class FID(Callback):
         rank_zero_alone(partial(self._measure_reference, trainer, pl_module, data), "the features of real images")
         self._floor = trainer.strategy.broadcast(self._floor)
 
-    def _load(self, data: Any) -> str | None:
+    def _load(self, data: ImageSource) -> str | None:
         """Loads the extractor, or says why it cannot be had."""
         try:
             self.extractor.load(data)
@@ -200,7 +201,7 @@ class FID(Callback):
         also = " and keeps no best checkpoint by it" if monitors else ""
         rank_zero_warn(f"This run trains without {self.tag}{also}: {problem}")
 
-    def _measure_reference(self, trainer: Any, pl_module: LightningModule, data: Any) -> None:
+    def _measure_reference(self, trainer: Any, pl_module: LightningModule, data: ImageSource) -> None:
         """The reference and the floor, from the cache or computed now."""
         self.extractor.to(pl_module.device)
         limit = 64 if trainer.fast_dev_run else None
@@ -221,7 +222,7 @@ class FID(Callback):
         if warning and not trainer.fast_dev_run:
             rank_zero_warn(f"{self.tag}: {warning}")
 
-    def _generated(self, trainer: Trainer, pl_module: Any) -> Features:
+    def _generated(self, trainer: Trainer, pl_module: LightningModule) -> Features:
         """Features of all samples in the order of their seeds; rank r draws samples r, r + world, ..."""
         world, rank = trainer.world_size, trainer.global_rank
         self.extractor.to(pl_module.device)
@@ -238,9 +239,9 @@ class FID(Callback):
         return Features(gather(whole).transpose(0, 1).flatten(0, 1)[: self.num_samples].cpu())
 
 
-def _class_frequencies(trainer: Any, pl_module: Any) -> Tensor | None:
-    """Class shares of the training images."""
-    return class_frequencies(trainer.datamodule, pl_module.num_classes)
+def _data(trainer: Trainer) -> ImageSource:
+    """The data of a run, a data set unless `FID.problem` says otherwise."""
+    return cast(ImageSource, data_of(trainer))
 
 
 def _check_average(trainer: Any) -> None:

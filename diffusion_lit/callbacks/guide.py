@@ -4,8 +4,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from diffusion_lit.modules.guides import take_guide
+from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.modules.guides import guide_beside, take_guide
 from diffusion_lit.modules.load import held_guide
+from diffusion_lit.modules.protocols import is_model
 
 
 class KeepGuide(Callback):
@@ -16,19 +18,19 @@ class KeepGuide(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the guide, unless the checkpoint that the run goes on from has brought it."""
-        given = getattr(getattr(pl_module, "sampling", None), "guide_ckpt", None)
-        denoiser: Any = getattr(pl_module, "denoiser", None)
-        if given is not None and (denoiser.guide is None or denoiser.guide.file != given):
+        given = pl_module.sampling.guide_ckpt if is_model(pl_module) else None
+        guide = guide_beside(pl_module)
+        if given is not None and (guide is None or guide.file != given):
             take_guide(pl_module, given)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the guide."""
-        guide = getattr(getattr(pl_module, "denoiser", None), "guide", None)
+        guide = guide_beside(pl_module)
         if guide is not None and guide.content is not None:
             checkpoint["guide"] = {**guide.identity(), **guide.content}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the guide out of a checkpoint."""
         guide = held_guide(checkpoint, str(trainer.ckpt_path))
-        if guide is not None:
-            pl_module.denoiser.guide = guide  # type: ignore[union-attr]
+        if guide is not None and isinstance(pl_module, PixelModel):
+            pl_module.denoiser.guide = guide

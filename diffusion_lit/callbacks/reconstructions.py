@@ -123,7 +123,7 @@ class ReconstructionFID(FID):
         """Name of the metric, such as `rfid_inception_5k`."""
         return f"r{self.extractor.metric}_{short_count(self.num_samples)}"
 
-    def draw(self, trainer: Any, module: Any, rows: Tensor) -> Tensor:
+    def draw(self, trainer: Trainer, module: LightningModule, rows: Tensor) -> Tensor:
         """Reconstructs some of the held-out images.
 
         Args:
@@ -134,7 +134,8 @@ class ReconstructionFID(FID):
         Returns:
             Reconstructions (B, C, H, W) in [-1, 1].
         """
-        return module.reconstruct(real_images(trainer, self.num_samples, self.held_out, rows).to(module.device))  # type: ignore[no-any-return]
+        assert isinstance(module, Reconstructs)
+        return module.reconstruct(real_images(trainer, self.num_samples, self.held_out, rows).to(module.device))
 
     def measure(self, trainer: Trainer, module: LightningModule) -> Tensor:
         """The distance, taken once where the autoencoder is not in training; see `FID.measure`."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from diffusion_lit.callbacks.intervals import ends
 from diffusion_lit.callbacks.loggers import show_image
 from diffusion_lit.checks import check_count
+from diffusion_lit.modules.given import as_given
+from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.report.given import given_sheet
 from diffusion_lit.report.images import StepRecorder, png_bytes, save_gif, titled_grid
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
@@ -41,7 +43,7 @@ class DrawingCallback(WritesToRunFolder):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws at the interval, on all ranks, with the averaged weights."""
-        if trainer.sanity_checking or not hasattr(pl_module, "generate"):
+        if trainer.sanity_checking or not is_model(pl_module):
             return
         self.validations += 1
         ended = trainer.state.fn == "fit" and ends(trainer)
@@ -94,8 +96,7 @@ class DrawingCallback(WritesToRunFolder):
             chosen = None if labels is None else labels[rows.start : rows.stop]
             return module.generate(seeds, chosen, callback=recorder)
 
-        sampling = getattr(module, "sampling", None)
-        if recorder is not None and getattr(sampling, "nfe", 0) is None:  # each rank might take other steps
+        if recorder is not None and module.sampling.nfe is None:  # each rank might take other steps
             drawn = rank_zero_alone(lambda: some(range(count)), "a trajectory")
             return torch.empty(0) if drawn is None else drawn
         drawn = share_rows(module, count, some)
@@ -157,10 +158,11 @@ class SampleGrid(DrawingCallback):
         names = [str(name) for name in module.class_names[:rows]] if module.num_classes else []
         grid = titled_grid([list(row) for row in torch.split(samples, self.columns)], names)
         self.write(trainer, "samples", "samples", grid)
-        if getattr(module, "condition", None) is not None:
+        given = as_given(module)
+        if given is not None:
             first = samples[: self.columns]
             seeds = range(self.seed, self.seed + len(first))
-            self.write(trainer, "given", "given", given_sheet(module, seeds, first))
+            self.write(trainer, "given", "given", given_sheet(given, seeds, first))
 
 
 class Trajectory(DrawingCallback):

@@ -387,7 +387,8 @@ def header(
     warnings = attributed({f"reference {name}": reference.warnings for name, reference in references.items()})
     if plan.num_blocks < 3:
         warnings.append(f"{plan.num_blocks} block(s) of samples: their scatter needs at least 3.")
-    parameters = {name: value for name, value in dict(getattr(data, "hparams", {})).items() if not name.startswith("_")}
+    arguments = dict(data.hparams) if isinstance(data, LightningDataModule) else {}
+    parameters = {name: value for name, value in arguments.items() if not name.startswith("_")}
     return {
         "format": FORMAT,
         "checkpoint": {

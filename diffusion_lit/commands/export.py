@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from diffusion_lit.diffusion.guidance import Guide
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.storage.atomic import atomic
@@ -36,6 +35,7 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
     Raises:
         ValueError: If the checkpoint cannot be used or holds no such weights.
     """
+    from diffusion_lit.modules.guides import guide_beside
     from diffusion_lit.modules.load import load_module
     from diffusion_lit.storage.checkpoints import choose_weights, read_checkpoint
 
@@ -51,8 +51,8 @@ def export(ckpt_path: str, out: str, weights: str = "average") -> None:
     }
     further: dict[str, Tensor] = {}
     record |= {name: take_apart(checkpoint[name], name, further) for name in PARTS if name in checkpoint}
-    folder, guide = Path(out), module.denoiser.guide if isinstance(module, PixelModel) else None
-    if isinstance(guide, Guide) and guide.content is not None:
+    folder, guide = Path(out), guide_beside(module)
+    if guide is not None and guide.content is not None:
         held = {"weights": "of a guide", **{name: guide.content[name] for name in KEPT if name in guide.content}}
         _write(folder / GUIDE, held, guide.content["state_dict"], ckpt_path)
         record["guide"] = guide.identity()

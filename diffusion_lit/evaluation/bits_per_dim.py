@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from diffusion_lit.diffusion.generate import check_follows_ode
 from diffusion_lit.diffusion.likelihood import Likelihood
+from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.wrappers import Conditioned
 from diffusion_lit.evaluation.metrics import check_figures, mean_and_deviation
+from diffusion_lit.modules.protocols import ImageSource, Model
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
@@ -19,14 +21,14 @@ SPLIT = "test"
 CHUNK = 50
 
 
-def _solver(module: Any) -> Likelihood:
+def _solver(module: PixelModel) -> Likelihood:
     """The integral over the noise levels that the model was made for."""
     low, high = module.denoiser.scaling.sampling_range
     prior = (1 + high**2) ** 0.5 if module.denoiser.scaling.variance_preserving else None
     return Likelihood(sigma_min=float(low), sigma_max=float(high), prior_std=prior)
 
 
-def _record(plan: Any, module: Any, data: Any) -> dict[str, Any]:
+def _record(plan: Any, module: PixelModel, data: ImageSource) -> dict[str, Any]:
     """All that determines the figure."""
     return {
         "checkpoint": plan.model_hash(module),
@@ -38,7 +40,7 @@ def _record(plan: Any, module: Any, data: Any) -> dict[str, Any]:
     }
 
 
-def _parts(plan: Any, data: Any) -> list[range]:
+def _parts(plan: Any, data: ImageSource) -> list[range]:
     count = min(plan.likelihood_images, len(data.reference_images(SPLIT)))
     return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
@@ -47,7 +49,7 @@ def _path(plan: Any, record: dict[str, Any], rows: range) -> Path:
     return Path(plan.folder) / f"likelihood_{key_of(record)[:16]}" / f"part_{rows.start:08d}.safetensors"
 
 
-def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) -> None:
+def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, world: int) -> None:
     """Computes this rank's parts, those that are there already left alone.
 
     Args:
@@ -60,10 +62,9 @@ def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) 
     Raises:
         ValueError: If the model does not denoise images themselves, such as a latent one.
     """
-    if not hasattr(module, "denoiser"):
+    if not isinstance(module, PixelModel):
         raise ValueError(f"A {type(module).__name__} denoises nothing, so that it gives no likelihood.")
-    net = module.denoiser.net
-    if tuple(module.image_shape) != (net.in_channels, net.image_size, net.image_size):
+    if module.image_shape != module.x_shape:
         raise ValueError("The model denoises a code and not images, so that it gives them no likelihood.")
     check_follows_ode(module.sampling, "it gives no likelihood")
     record, device = _record(plan, module, data), next(module.parameters()).device
@@ -81,7 +82,7 @@ def likelihood_shards(plan: Any, module: Any, data: Any, rank: int, world: int) 
             write_tensors(path, {"bits": bits.double()}, own)
 
 
-def gather_bits(plan: Any, module: Any, data: Any) -> dict[str, Any]:
+def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
     """Puts the parts of all ranks together.
 
     Args:
@@ -95,6 +96,7 @@ def gather_bits(plan: Any, module: Any, data: Any) -> dict[str, Any]:
     Raises:
         ValueError: If a part is missing.
     """
+    assert isinstance(module, PixelModel)
     record = _record(plan, module, data)
     found: list[Tensor] = []
     for rows in _parts(plan, data):

@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.checks import check_count
-from diffusion_lit.diffusion.guidance import Guide
 from diffusion_lit.diffusion.images import to_uint8
-from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
+from diffusion_lit.modules.guides import guide_beside
 from diffusion_lit.modules.protocols import ImageSource, Model, Settings
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
@@ -184,9 +183,9 @@ def _make_shard(
     def count(net: Any, args: tuple[Tensor, ...], made: Tensor) -> None:
         forwards[0] += len(args[0])
 
-    guide = module.denoiser.guide if isinstance(module, PixelModel) else None
-    guides = [guide.denoiser.net] if isinstance(guide, Guide) else []
-    hooks = [net.register_forward_hook(count) for net in (module.net, *guides)]
+    guide = guide_beside(module)
+    nets = (module.net, *([] if guide is None else [guide.denoiser.net]))
+    hooks = [net.register_forward_hook(count) for net in nets]
     features, images, clipped = [], [], []
     try:
         for start in range(rows.start, rows.stop, job.batch_size):

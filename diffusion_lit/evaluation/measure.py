@@ -28,6 +28,7 @@ from diffusion_lit.evaluation.metrics import (
 )
 from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
+from diffusion_lit.modules.protocols import DataSet, ImageSource, Model
 
 MOST_COMPARED = 5000  # samples whose neighbours are looked for
 
@@ -48,7 +49,7 @@ class ReportedReference:
 
 
 def read_references(
-    plan: Any, data: Any, extractor: FeatureExtractor, image_shape: tuple[int, int, int]
+    plan: Any, data: ImageSource, extractor: FeatureExtractor, image_shape: tuple[int, int, int]
 ) -> dict[str, ReportedReference]:
     """All references of a report with their floors.
 
@@ -79,7 +80,7 @@ def read_references(
     return found
 
 
-def other_split(data: Any, name: str) -> str | None:
+def other_split(data: ImageSource, name: str) -> str | None:
     """A split whose images are not in the reference, for the floor.
 
     Args:
@@ -138,8 +139,8 @@ def measure(
     plan: Any,
     job: GenerationJob,
     samples: Samples,
-    module: Any,
-    data: Any,
+    module: Model,
+    data: DataSet,
     extractor: FeatureExtractor,
     references: dict[str, ReportedReference],
     device: torch.device,
@@ -193,7 +194,7 @@ def measure(
 
 
 def per_class(
-    samples: Samples, module: Any, extractor: FeatureExtractor, references: dict[str, ReportedReference]
+    samples: Samples, module: Model, extractor: FeatureExtractor, references: dict[str, ReportedReference]
 ) -> tuple[dict[str, Any], list[str]]:
     """The Fréchet distance of each class, all blocks together.
 
@@ -235,7 +236,7 @@ def per_class(
 
 
 def memorization(
-    plan: Any, job: GenerationJob, samples: Samples, data: Any, extractor: FeatureExtractor, device: torch.device
+    plan: Any, job: GenerationJob, samples: Samples, data: DataSet, extractor: FeatureExtractor, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Whether the samples are nearer to training images than chance allows.
 
@@ -254,7 +255,6 @@ def memorization(
     training, held_out = data.reference_images("train"), data.reference_images("test")
     count = min(MOST_COMPARED, len(samples.images))
     images = samples.images[:count]
-    flips = bool(getattr(data, "random_flip", False))
     spaces = {
         extractor.name: compare(
             samples.features.features[:count],
@@ -264,7 +264,7 @@ def memorization(
         )
     }
     if extractor.name != "pixels":
-        spaces["pixels"] = compare(images, training, held_out, flips, device)
+        spaces["pixels"] = compare(images, training, held_out, data.random_flip, device)
     setting = f"{job.sampling.sampler}_{job.sampling.num_steps}_{job.sampling.cfg_scale:g}"
     triples = {
         f"{plan.path.stem}.memorization_{setting}_{space}.png": worst_triples(found, images, training, held_out)

@@ -21,6 +21,7 @@ from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_
 from diffusion_lit.evaluation.reference import Reference
 from diffusion_lit.modules.data_classifier import classifier_of, training_labels
 from diffusion_lit.modules.perceptual import StageDistance
+from diffusion_lit.modules.protocols import ImageSource, Model, Reconstructs
 from diffusion_lit.modules.quality import ssim
 from diffusion_lit.modules.vae import VAE
 from diffusion_lit.nets.classifier import ConvClassifier
@@ -30,7 +31,7 @@ BATCH = 64
 SMALLEST_SSIM = 6  # pixels of a side
 
 
-def reconstructs(plan: Any, module: Any) -> bool:
+def reconstructs(plan: Any, module: object) -> bool:
     """Whether an evaluation measures reconstructions.
 
     Args:
@@ -43,7 +44,7 @@ def reconstructs(plan: Any, module: Any) -> bool:
     Raises:
         ValueError: If they are asked for and the model gives no images back.
     """
-    if plan.reconstruction and not hasattr(module, "reconstruct"):
+    if plan.reconstruction and not isinstance(module, Reconstructs):
         raise ValueError(f"A {type(module).__name__} gives no images back; leave --reconstruction out.")
     return isinstance(module, VAE) if plan.reconstruction is None else bool(plan.reconstruction)
 
@@ -51,8 +52,8 @@ def reconstructs(plan: Any, module: Any) -> bool:
 def add_reconstructions(
     report: dict[str, Any],
     plan: Any,
-    module: Any,
-    data: Any,
+    module: Model,
+    data: ImageSource,
     extractor: FeatureExtractor,
     references: dict[str, ReportedReference],
 ) -> Tensor | None:
@@ -85,6 +86,7 @@ def add_reconstructions(
             raise ValueError(problem)
         report["warnings"].append(problem)
         return None
+    assert isinstance(module, Reconstructs)
     device = next(module.parameters()).device
     entry, panel = measure_reconstructions(plan, module, data, extractor, one.reference, split, device)
     report["reconstruction"] = {"reference": name, **entry, "images": f"{plan.path.stem}.reconstructions.png"}
@@ -92,7 +94,13 @@ def add_reconstructions(
 
 
 def measure_reconstructions(
-    plan: Any, module: Any, data: Any, extractor: FeatureExtractor, reference: Reference, split: str, device: Any
+    plan: Any,
+    module: Reconstructs,
+    data: ImageSource,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    split: str,
+    device: torch.device,
 ) -> tuple[dict[str, Any], Tensor]:
     """Reconstructs held-out images and measures them.
 
@@ -130,7 +138,7 @@ def measure_reconstructions(
     return entry, shown
 
 
-def nearness(made: Tensor, real: Tensor, distance: Any, device: Any) -> dict[str, float]:
+def nearness(made: Tensor, real: Tensor, distance: StageDistance | None, device: torch.device) -> dict[str, float]:
     """Mean PSNR, SSIM and perceptual distance of uint8 images to others.
 
     Args:
@@ -156,7 +164,7 @@ def nearness(made: Tensor, real: Tensor, distance: Any, device: Any) -> dict[str
     return {name: value / len(real) for name, value in sums.items()}
 
 
-def perceptual_distance(data: Any, extractor: FeatureExtractor, device: Any) -> StageDistance | None:
+def perceptual_distance(data: ImageSource, extractor: FeatureExtractor, device: torch.device) -> StageDistance | None:
     """The perceptual distance that receipts give, or None where the data has no labels."""
     network = extractor.network if isinstance(extractor.network, ConvClassifier) else None
     if network is None and training_labels(data) is not None:
@@ -165,10 +173,9 @@ def perceptual_distance(data: Any, extractor: FeatureExtractor, device: Any) -> 
 
 
 @torch.no_grad()
-def _restore(module: Any, images: Tensor) -> Tensor:
+def _restore(module: Reconstructs, images: Tensor) -> Tensor:
     """Reconstructions of uint8 images, uint8 on the CPU."""
-    made: Tensor = to_uint8(module.reconstruct(images.float() / 127.5 - 1)).cpu()
-    return made
+    return to_uint8(module.reconstruct(images.float() / 127.5 - 1)).cpu()
 
 
 def _features(extractor: FeatureExtractor, images: Tensor) -> Features:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
+from diffusion_lit.modules.protocols import ImageSource, ReadsSplits
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.checkpoints import read_checkpoint
@@ -67,7 +68,7 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
 
 @torch.inference_mode(False)  # also where it is first asked for within a validation
 @torch.enable_grad()
-def classifier_of(data: Any, key: str = MEASURING) -> ConvClassifier:
+def classifier_of(data: ImageSource, key: str = MEASURING) -> ConvClassifier:
     """The data set's own classifier, from the cache or trained now.
 
     Args:
@@ -101,7 +102,7 @@ def classifier_of(data: Any, key: str = MEASURING) -> ConvClassifier:
     return network.eval().requires_grad_(False)
 
 
-def training_labels(data: Any) -> Tensor | None:
+def training_labels(data: ImageSource) -> Tensor | None:
     """The classes of the training images, also where the model at hand is to be trained without them.
 
     Args:
@@ -110,11 +111,8 @@ def training_labels(data: Any) -> Tensor | None:
     Returns:
         Class indices int64 (N,), or None where the data set has none.
     """
-    labels: Tensor | None = data.reference_labels("train")
-    read = getattr(data, "read", None)
-    if labels is None and read is not None:
-        labels = read("train")[1]
-    return labels
+    labels = data.reference_labels("train")
+    return data.read("train")[1] if labels is None and isinstance(data, ReadsSplits) else labels
 
 
 def _fresh(channels: int, size: int, num_classes: int, key: str) -> ConvClassifier:

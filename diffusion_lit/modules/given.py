@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from diffusion_lit.diffusion.conditions import ConditionDraws, ImageCondition
+from diffusion_lit.diffusion.conditions import ConditionDraws, DegradedImage, ImageCondition
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.models import PixelModel
@@ -97,8 +97,8 @@ class GivenImages(PixelModel):
         """What samples are given, in words; nothing for a model that is given no image."""
         if self.condition is None:
             return ""
-        kind = getattr(self.condition, "degradation", None)
-        how = "its pair" if kind is None else f"it degraded by {type(kind).__name__}"
+        kind = type(self.condition.degradation).__name__ if isinstance(self.condition, DegradedImage) else None
+        how = "its pair" if kind is None else f"it degraded by {kind}"
         return f"sample with seed s is given {how}, image s of the {self.source().split} split"
 
     def training_condition(

@@ -22,6 +22,12 @@ from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.storage.runs import find_checkpoint
 
 
+def guide_beside(model: object) -> Guide | None:
+    """The worse model that was put beside a model, None where there is none."""
+    guide = model.denoiser.guide if isinstance(model, PixelModel) else None
+    return guide if isinstance(guide, Guide) else None
+
+
 def take_guide(model: object, given: str) -> Guide:
     """Loads a worse model and puts it beside a model, whose sampling may then name it as `guide_ckpt`.
 

@@ -28,7 +28,7 @@ from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.base import DiffusionModule, run_seed
 from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all, interpolate, latent_shape, scale_of
-from diffusion_lit.modules.protocols import HasImages
+from diffusion_lit.modules.protocols import DataSet, is_data_set
 from diffusion_lit.runtime.internals import data_of
 
 
@@ -120,8 +120,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
             ValueError: If it is not to be had, or does not fit the data or the network.
         """
         if self._space is None:
-            data: Any = self._data()
-            self._space = LatentSpace(load_autoencoder(self.vae_ckpt), data.image_shape, self.vae_precision)
+            self._space = LatentSpace(load_autoencoder(self.vae_ckpt), self._data().image_shape, self.vae_precision)
         if self.space.shape != self.x_shape:
             raise ValueError(
                 f"The latents have shape {self.space.shape} and the network is made for {self.x_shape}; give it "
@@ -159,9 +158,9 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         """Closes the cache of latents."""
         self._caches = {}
 
-    def _data(self) -> Any:
+    def _data(self) -> DataSet:
         data = data_of(self.trainer)
-        if not isinstance(data, HasImages):
+        if not is_data_set(data):
             raise ValueError("LatentDiffusion needs to see the whole training set; train it on one of datamodules.")
         return data
 

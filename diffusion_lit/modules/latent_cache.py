@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.lock import Lock
@@ -85,7 +86,7 @@ class LatentCache:
 def latent_cache(
     trainer: Trainer,
     space: LatentSpace,
-    data: Any,
+    data: ImageSource,
     split: str,
     mirrored: bool,
     folder: str | None,
@@ -109,7 +110,7 @@ def latent_cache(
         OSError: If it cannot be written and does not fit into memory.
     """
     images = data.reference_images(split)
-    record = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "encoder_sha256": space.encoder_sha256,
         "precision": space.precision,

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from diffusion_lit.checks import check_number
 from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
 from diffusion_lit.modules.latent_space import Frozen
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.classifier import ConvClassifier
 
 NETWORKS = ("vgg", "alex", "squeeze")
@@ -42,7 +43,7 @@ class Perceptual:
         self.weight = weight
         self.frozen: Frozen | None = None
 
-    def load(self, data: Any) -> None:
+    def load(self, data: ImageSource) -> None:
         """Gets the network, once; further calls do nothing. Called on all ranks, rank 0 first.
 
         Args:
@@ -54,7 +55,7 @@ class Perceptual:
         if self.frozen is None:
             self.frozen = Frozen(self.network(data))
 
-    def network(self, data: Any) -> nn.Module:
+    def network(self, data: ImageSource) -> nn.Module:
         """A network from images (B, C, H, W) in [-1, 1], in pairs, to their distances (B,)."""
         raise NotImplementedError
 
@@ -96,7 +97,7 @@ class ClassifierPerceptual(Perceptual):
         super().__init__(weight)
         self.ckpt_path = ckpt_path
 
-    def network(self, data: Any) -> nn.Module:
+    def network(self, data: ImageSource) -> nn.Module:
         """The stages of the classifier."""
         if self.ckpt_path is not None:
             return StageDistance(classifier_from_checkpoint(Path(self.ckpt_path)))
@@ -122,7 +123,7 @@ class LPIPS(Perceptual):
         super().__init__(weight)
         self.net = net
 
-    def network(self, data: Any) -> nn.Module:
+    def network(self, data: ImageSource) -> nn.Module:
         """Torchmetrics' network.
 
         Raises:

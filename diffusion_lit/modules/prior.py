@@ -22,6 +22,7 @@ from torch import Tensor
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.bottlenecks import GaussianBottleneck
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of, weights_hash
@@ -179,7 +180,9 @@ def fit_mixture(latents: Tensor, components: int = COMPONENTS, seed: int = 0) ->
 
 
 @torch.no_grad()
-def mixture_of(net: Any, data: Any, components: int = COMPONENTS, batch_size: int = 256) -> GaussianMixturePrior:
+def mixture_of(
+    net: Any, data: ImageSource, components: int = COMPONENTS, batch_size: int = 256
+) -> GaussianMixturePrior:
     """The mixture of an autoencoder's latents of training images, from the cache or fitted now.
 
     Args:

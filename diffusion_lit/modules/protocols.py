@@ -158,6 +158,14 @@ class HasPairs(Protocol):
         """What is paired with the images of a split, array-like uint8 (N, C', H, W)."""
 
 
+@runtime_checkable
+class ReadsSplits(Protocol):
+    """A data set that knows more of its images than it hands out."""
+
+    def read(self, split: str) -> tuple[Any, Tensor | None, int]:
+        """Images, and classes where the source has them, even if they are not to be used; see `datamodules`."""
+
+
 class ImageSource(HasImages, Protocol):
     """What figures ask of a data set that is prepared and set up."""
 
@@ -182,6 +190,13 @@ class DataSet(ImageSource, Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Name of each class; empty where there are no labels."""
+
+    @property
+    def random_flip(self) -> bool:
+        """Whether half of the training images are mirrored, drawn anew at each epoch."""
+
+    def mirrored(self, epoch: int, batch: int) -> Tensor | None:
+        """Which images of a training batch are mirrored, bool (B,); None where none ever is."""
 
     def prepare_data(self) -> None:
         """Downloads and unpacks, in one process."""

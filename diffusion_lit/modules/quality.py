@@ -1,11 +1,12 @@
 """Structural similarity of reconstructions, and how much of the latents is in use."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+from diffusion_lit.nets.bottlenecks import Bottleneck
 
 ACTIVE_VARIANCE = 0.01
 MOST_CODES = 2**20  # that are counted
@@ -35,7 +36,7 @@ class LatentUse:
         self._moments: Tensor | None = None
         self._counts: Tensor | None = None
 
-    def add(self, means: Tensor, bottleneck: Any) -> None:
+    def add(self, means: Tensor, bottleneck: Bottleneck | None) -> None:
         """Counts a batch.
 
         Args:
@@ -46,9 +47,8 @@ class LatentUse:
         exact = means.double() if means.device.type != "mps" else means
         sums = torch.stack([torch.ones_like(exact[0]) * len(exact), exact.sum(0), exact.square().sum(0)])
         self._moments = sums if self._moments is None else self._moments + sums
-        count = getattr(bottleneck, "count", 0)
-        if 0 < count <= MOST_CODES:
-            seen = torch.bincount(bottleneck.index(means).flatten(), minlength=count)
+        if bottleneck is not None and 0 < bottleneck.count <= MOST_CODES:
+            seen = torch.bincount(bottleneck.index(means).flatten(), minlength=bottleneck.count)
             self._counts = seen if self._counts is None else self._counts + seen
 
     def figures(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -30,6 +30,7 @@ from diffusion_lit.modules.base import BaseModule, run_seed
 from diffusion_lit.modules.latent_space import interpolate, latent_shape
 from diffusion_lit.modules.perceptual import LPIPS, Perceptual
 from diffusion_lit.modules.prior import PriorSampling
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.modules.quality import LatentUse, ssim
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
 from diffusion_lit.runtime.internals import data_of, trainer_of
@@ -176,7 +177,7 @@ class VAE(BaseModule):
     def _load_perceptual(self) -> None:
         for one in self._perceptual:
             if one.frozen is None:
-                data: Any = data_of(trainer_of(self))
+                data = cast(ImageSource, data_of(trainer_of(self)))
                 rank_zero_first(partial(one.load, data), "the perceptual distance")
 
     def terms(self, image: Tensor, *key: int | str, index: Tensor | None = None) -> Terms:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import LightningModule
+from torch import nn
 
+from diffusion_lit.modules.latent import LatentDiffusion
+from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.modules.warm_start import sentence
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import versions
@@ -124,7 +128,7 @@ def describe(value: Any) -> str:
     return "[" + ", ".join(map(describe, value)) + "]" if isinstance(value, list) else str(value)
 
 
-def settings(config: dict[str, Any], module: Any) -> list[list[str]]:
+def settings(config: dict[str, Any], module: LightningModule | None) -> list[list[str]]:
     """The settings that tell runs apart.
 
     Args:
@@ -139,9 +143,8 @@ def settings(config: dict[str, Any], module: Any) -> list[list[str]]:
         rows.append([part, class_name(config.get(part))])
         values = inside(config, part, "init_args") or {}
         rows += [[f"{part}.{key}", describe(value)] for key, value in values.items() if value is not None]
-    sampling = getattr(module, "sampling", None)
-    if sampling is not None and inside(config, "model", "init_args", "sampling") is None:
-        chosen = {key: value for key, value in sampling.record().items() if value not in (None, {})}
+    if is_model(module) and inside(config, "model", "init_args", "sampling") is None:
+        chosen = {key: value for key, value in module.sampling.record().items() if value not in (None, {})}
         rows.append(["model.sampling, by default", describe(chosen)])
     trainer = config.get("trainer") or {}
     names = ("max_steps", "max_epochs", "precision", "accelerator", "strategy", "devices", "num_nodes")
@@ -152,7 +155,7 @@ def settings(config: dict[str, Any], module: Any) -> list[list[str]]:
     return rows
 
 
-def parameters(module: Any) -> list[str]:
+def parameters(module: LightningModule) -> list[str]:
     """How large a model is.
 
     Args:
@@ -164,8 +167,9 @@ def parameters(module: Any) -> list[str]:
     own, whole = count(getattr(module, "net", module)), count(module)
     told = [f"{magnitude(own)} in the network ({own:,})"]
     told += [f"{magnitude(whole)} in all ({whole:,})"] if whole > own else []
-    space = getattr(module, "space", None)
-    return told if space is None else [*told, f"{magnitude(count(space.net))} in the autoencoder, which is frozen"]
+    if not isinstance(module, LatentDiffusion):
+        return told
+    return [*told, f"{magnitude(count(module.space.net))} in the autoencoder, which is frozen"]
 
 
 def begun_from(record: Any) -> str | None:
@@ -183,7 +187,7 @@ def begun_from(record: Any) -> str | None:
         return None
 
 
-def count(module: Any) -> int:
+def count(module: nn.Module) -> int:
     """The number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 

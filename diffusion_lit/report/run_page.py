@@ -7,9 +7,12 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import LightningModule
 
 from diffusion_lit.diffusion.grids import evenly
+from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.load import load_module
+from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.report.curves import LAST, draw, panels, scales, title
 from diffusion_lit.report.events import History, read_history
 from diffusion_lit.report.facts import (
@@ -63,7 +66,7 @@ class RunPage:
                     "comes before."
                 )
         self.checkpoint: dict[str, Any] = {}
-        self.module: Any = None
+        self.module: LightningModule | None = None
         self._read_checkpoint()
 
     def _read_checkpoint(self) -> None:
@@ -197,7 +200,7 @@ class RunPage:
         if not found:
             last, receipt = self.folder / "checkpoints" / "last.ckpt", self.folder / "evaluation.json"
             page.text("No report of lightning evaluate was found beside the run.")
-            if self.module is not None and hasattr(self.module, "generate"):
+            if is_model(self.module):
                 page.text("To make one:")
                 page.command(f"lightning evaluate --ckpt_path {quote(str(last))} --out {quote(str(receipt))}")
         for path, content in found:
@@ -246,7 +249,7 @@ class RunPage:
             rows += [["parameters", text] for text in parameters(self.module)]
         batch = inside(self.config, "data", "init_args", "batch_size")
         rows.append(["training steps", f"{self.steps:,}"])
-        begun = begun_from(getattr(self.module, "init_from", None))
+        begun = begun_from(self.module.init_from if isinstance(self.module, BaseModule) else None)
         rows += [["first weights", begun]] if begun else []
         if isinstance(batch, int):
             accumulated = (self.config.get("trainer") or {}).get("accumulate_grad_batches") or 1

@@ -13,6 +13,8 @@ from diffusion_lit.diffusion import EDMPreconditioning, Sampling
 from diffusion_lit.diffusion.cold import ColdSampling
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.modules import DDPM, EDM, VAE, Classifier, ColdDiffusion, LatentDiffusion, protocols
+from diffusion_lit.modules.given import as_given
+from diffusion_lit.modules.guides import guide_beside
 from diffusion_lit.modules.vae import PriorSampling
 from diffusion_lit.nets import UNet
 from diffusion_lit.nets.autoencoder import Autoencoder
@@ -59,6 +61,8 @@ def test_every_data_set_is_one(kind):
     for protocol in (protocols.DataSet, protocols.ImageSource, protocols.HasImages, protocols.Continues):
         conforms(kind, protocol)
     assert issubclass(kind, protocols.HasImages) and issubclass(kind, protocols.Continues)
+    assert issubclass(kind, protocols.ReadsSplits)
+    assert issubclass(kind, protocols.HasPairs) == issubclass(kind, datamodules.PairedFolder)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -66,7 +70,7 @@ def test_every_model_is_one(name):
     model = MODELS[name]()
     conforms(type(model), protocols.Model, model)
     conforms(type(model.sampling), protocols.Settings, model.sampling)
-    assert isinstance(model, protocols.Generates)
+    assert protocols.is_model(model) and as_given(model) is None and guide_beside(model) is None
     assert model.prompts is None and model.image_shape == (1, 8, 8) and model.num_classes == 0
     assert list(model.class_names) == [] and (model.label_dropout is None or 0 <= model.label_dropout <= 1)
 
@@ -74,7 +78,7 @@ def test_every_model_is_one(name):
 @pytest.mark.parametrize("kind", [LatentDiffusion, PretrainedLatentModel, Cascade])
 def test_those_that_need_other_models_are_ones_too(kind):
     conforms(kind, protocols.Generates)
-    for name in ("image_shape", "num_classes", "prompts", "label_dropout"):
+    for name in ("image_shape", "num_classes", "prompts", "label_dropout", "init_from"):
         assert hasattr(kind, name)
 
 
@@ -82,15 +86,17 @@ def test_those_that_need_other_models_are_ones_too(kind):
 def test_settings_are_ones(settings):
     conforms(type(settings), protocols.Settings, settings)
     assert settings.replace(num_steps=None).record() == settings.record()
+    assert settings.guide_ckpt is None and not settings.autoguided
+    assert settings.record().keys() == {"sampler", "num_steps", "cfg_scale"} or isinstance(settings, Sampling)
 
 
 def test_what_draws_or_reconstructs_nothing_is_told_apart():
     classifier = Classifier(ConvClassifier(1, 8, 10))
-    assert not isinstance(classifier, protocols.Generates | protocols.Reconstructs)
+    assert not protocols.is_model(classifier) and not isinstance(classifier, protocols.Reconstructs)
     assert isinstance(MODELS["VAE"](), protocols.Reconstructs) and issubclass(Autoencoder, protocols.Encodes)
     assert isinstance(MODELS["ColdDiffusion"](), protocols.Reconstructs)
     assert not isinstance(MODELS["EDM"](), protocols.Reconstructs)
-    assert not isinstance(torch.utils.data.TensorDataset(), protocols.HasImages)
+    assert not protocols.is_data_set(torch.utils.data.TensorDataset()) and protocols.is_model(MODELS["EDM"]())
 
 
 def test_the_protocols_that_are_looked_for_at_run_time_name_methods_only():
