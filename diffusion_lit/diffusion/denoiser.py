@@ -84,9 +84,9 @@ class Denoiser(nn.Module):
     Args:
         net: Called as `net(c_in * x (B, C, H, W), c_noise (B,), label (B,) or None)`, with `augment=` and `condition=`
             only when given; gives (B, C, H, W). Its attributes, where it has them: `num_classes`, the number of classes
-            (0: unconditional), and `condition_channels`, the channels C' of the image that it is given (0: none). If
-            its attribute `takes_until` is true, it is called with `until=` (B,) too, the c_noise of the second noise
-            level; without, that is c_noise itself.
+            (0: unconditional), `condition_channels`, the channels C' of the image that it is given (0: none), and
+            `augment_dim`, the length of augmentation labels (0: none). If its attribute `takes_until` is true, it is
+            called with `until=` (B,) too, the c_noise of the second noise level; without, that is c_noise itself.
         scaling: The prediction type.
 
     Raises:
@@ -100,6 +100,7 @@ class Denoiser(nn.Module):
         self.guide: DenoiserLike | None = None  # a worse model, beside it and no part of it: `guidance.Guide`
         self.num_classes = int(getattr(net, "num_classes", 0))
         self.condition_channels = int(getattr(net, "condition_channels", 0))
+        self.augment_dim = int(getattr(net, "augment_dim", 0))
         if self.takes_until and not bool(scaling.coefficients(torch.zeros(1))[3].isfinite()):
             raise ValueError(
                 f"The network takes a second noise level (takes_until), but {type(scaling).__name__} has no c_noise "

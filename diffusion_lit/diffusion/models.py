@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from diffusion_lit.checks import check_count
+from diffusion_lit.diffusion.conditions import ImageCondition
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
 
@@ -23,6 +24,7 @@ class PixelModel(nn.Module):
         denoiser: The model, `(x, sigma, label) -> x0_hat`.
         sampling: How images are drawn unless told otherwise.
         drawn_size: Height and width of what is denoised where another size than the network's own is drawn.
+        condition: What the network is given of an image; None where it is given none.
         class_names: Names of the classes by their numbers, or prompts.
         prompts: What label i asks a text model for; None where the model reads no text.
         label_dropout: Share of the training without labels; None where it is not known.
@@ -31,6 +33,7 @@ class PixelModel(nn.Module):
 
     denoiser: Denoiser
     sampling: Sampling
+    condition: ImageCondition | None
     class_names: list[str]
     prompts: list[str] | None = None
     label_dropout: float | None = None

@@ -26,7 +26,7 @@ from diffusion_lit.modules.batches import check_batch
 from diffusion_lit.modules.given import PAIR, GivenImages
 from diffusion_lit.modules.labels import check_null_class, class_names_of
 from diffusion_lit.modules.optim import check_plateau, configure_optimizers, step_plateau
-from diffusion_lit.modules.protocols import Continues
+from diffusion_lit.modules.protocols import Continues, is_model
 from diffusion_lit.nets.augment import AUGMENT_DIM, Augment, augment_images
 from diffusion_lit.runtime.internals import data_of, is_built_by_command, logs_now, trainer_of
 
@@ -188,7 +188,7 @@ class BaseModule(LightningModule):
     @property
     def _is_conditional(self) -> bool:
         """Whether the network depends on class numbers."""
-        return bool(getattr(self, "num_classes", True))
+        return not is_model(self) or self.num_classes > 0
 
 
 class DiffusionModule(GivenImages, BaseModule):
@@ -228,7 +228,7 @@ class DiffusionModule(GivenImages, BaseModule):
     ) -> None:
         BaseModule.__init__(self, optimizer, lr_scheduler)
         check_share(label_dropout=label_dropout)
-        told = getattr(denoiser.net, "augment_dim", 0)  # 1: the size of random crops, where the data has such
+        told = denoiser.augment_dim  # 1: the size of random crops, where the data has such
         if augment is not None and told != AUGMENT_DIM:
             raise ValueError(
                 f"The network has augment_dim {told}, but augmentation tells it labels of length {AUGMENT_DIM}; set "
@@ -310,7 +310,7 @@ class DiffusionModule(GivenImages, BaseModule):
         if augment is not None:
             x0 = augment_images(x0, augment)
             pair = None if pair is None else augment_images(pair, augment)
-        elif "crop_size" in batch and getattr(self.denoiser.net, "augment_dim", 0) == 1:
+        elif "crop_size" in batch and self.denoiser.augment_dim == 1:
             augment = batch["crop_size"]
         draws = draws._replace(condition=self.training_condition(x0, pair, self.ranks, *key))
         loss = self.losses(x0, draws, augment).mean()

@@ -39,8 +39,6 @@ def as_given(model: object) -> "GivenImages | None":
 class GivenImages(PixelModel):
     """What a module with a part `condition` does for it; without one nothing changes."""
 
-    condition: ImageCondition | None
-
     def take_condition(self, condition: ImageCondition | None) -> None:
         """Takes the part, and checks that it suits the network.
 

@@ -39,6 +39,7 @@ class PretrainedModel(PixelModel):
         self.name = name
         self.denoiser = denoiser
         self.sampling = sampling
+        self.condition = None
         self.shape = shape
         self.prompts = None if prompts is None else list(prompts)
         self.class_names = [str(index) for index in range(self.num_classes)] if self.prompts is None else self.prompts

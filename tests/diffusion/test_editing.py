@@ -38,7 +38,7 @@ class Exact(PixelModel):
 
     def __init__(self, denoiser, shape, sampling=None):
         super().__init__()
-        self.denoiser, self.shape, self.sampling = denoiser, shape, sampling or settings()
+        self.denoiser, self.shape, self.sampling, self.condition = denoiser, shape, sampling or settings(), None
         if not hasattr(denoiser, "scaling"):
             denoiser.scaling = EDMPreconditioning()
 

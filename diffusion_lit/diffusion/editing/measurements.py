@@ -59,8 +59,7 @@ class Measurement:
         Returns:
             Condition images (B, C', H, W); None where the model is given no image, or was trained on another kind.
         """
-        condition = getattr(model, "condition", None)
-        shown = self.show(y)
+        condition, shown = model.condition, self.show(y)
         if condition is None or not condition.fits(self.task, self.strength, shown.shape[-1]):
             return None
         known = shown.new_ones(1) if self.known is None else self.known.to(shown)
