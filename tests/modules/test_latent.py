@@ -274,7 +274,7 @@ def test_weights_that_are_not_those_of_the_hash_are_refused(checkpoint):
         ("runs/nowhere", "There is no autoencoder runs/nowhere"),
         ("truncated.ckpt", "damaged, truncated"),
         ("runs/latent_digits/version_0/checkpoints/last.ckpt", "checkpoint of LatentDiffusion, not of a VAE"),
-        ("runs/empty", "holds checkpoints/last.ckpt"),
+        ("runs/empty", "runs/empty is a folder and none of"),
     ],
 )
 def test_what_is_no_autoencoder_is_told_in_a_sentence(here, lightning, capsys, source, message):
