@@ -137,8 +137,9 @@ def pixel_vs_latent(
     optimizer: Any = lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate)  # noqa: E731
 
     def network(shape: tuple[int, int, int]) -> UNet:
+        attended = tuple(side for side in (shape[1], shape[1] // 2) if side in (8, 4))
         return UNet(
-            shape[0], shape[1], source.num_classes, model_channels, (1, 2), 1, (8, 4), noise_embedding="fourier"
+            shape[0], shape[1], source.num_classes, model_channels, (1, 2), 1, attended, noise_embedding="fourier"
         )
 
     pixel = train("pixel EDM", EDM(network(source.image_shape), optimizer=optimizer), source, seconds, accelerator)

@@ -2,12 +2,11 @@
 
 import csv
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.by_command import by_command
 
 from experiments.benchmarks.fid_benchmark import named
 
@@ -27,17 +26,8 @@ def checkpoint(lightning):
     return LAST
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Runs the command in this process: `benchmark("--checkpoints=a.ckpt")`."""
-
-    def run(*words):
-        name = "experiments.benchmarks.fid_benchmark"
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        monkeypatch.setattr(sys, "argv", [name, *words, "--accelerator=cpu", "--out=out"])
-        runpy.run_module(name, run_name="__main__")
-
-    return run
+def benchmark(*words):
+    by_command("benchmarks.fid_benchmark", *words, "--accelerator=cpu", "--out=out")
 
 
 def test_each_checkpoint_has_a_name_of_its_own(tmp_path, monkeypatch):
@@ -48,7 +38,7 @@ def test_each_checkpoint_has_a_name_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.medium
-def test_the_leaderboard_says_what_evaluate_says(lightning, checkpoint, benchmark, capsys):
+def test_the_leaderboard_says_what_evaluate_says(lightning, checkpoint, capsys):
     shutil.copy(checkpoint, "model.ckpt")
     words = [f"--configs={DIGITS}", "--checkpoints=model.ckpt", *MEASURED]
     benchmark(*words)
@@ -77,7 +67,7 @@ def test_the_leaderboard_says_what_evaluate_says(lightning, checkpoint, benchmar
 
 
 @pytest.mark.slow
-def test_the_same_samples_through_torch_fidelitys_command(checkpoint, benchmark):
+def test_the_same_samples_through_torch_fidelitys_command(checkpoint):
     benchmark(f"--checkpoints={checkpoint}", *MEASURED, "--parity=random", "--parity_samples=24")
     found = json.loads(Path("out/parity.json").read_text())
     pairs = {
