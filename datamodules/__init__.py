@@ -8,6 +8,7 @@ from datamodules.folder import ImageFolder, Landscapes
 from datamodules.mnist import MNIST, FashionMNIST
 from datamodules.paired import PairedFolder
 from datamodules.single_image import SingleImage
+from datamodules.streaming import Streamed
 from datamodules.subset import Subset
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "Landscapes",
     "PairedFolder",
     "SingleImage",
+    "Streamed",
     "Subset",
 ]

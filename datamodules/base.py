@@ -38,6 +38,7 @@ class ImageDataModule(LightningDataModule):
             than a quarter of its free memory.
     """
 
+    train_loader: type[TrainLoader] = TrainLoader
     cache_dir: Any = None  # folder of the caches, of those that keep one
     random_flip: bool = False
 
@@ -284,7 +285,7 @@ class ImageDataModule(LightningDataModule):
                 f"batch_size is {self.batch_size}, but the training split has {count} images, so that no whole batch "
                 f"fits; choose at most {count}."
             )
-        loader = TrainLoader(augment=self._augment, **arguments)
+        loader = self.train_loader(augment=self._augment, **arguments)
         loader.trainer = self.trainer
         return loader
 

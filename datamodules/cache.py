@@ -231,11 +231,11 @@ def _decode(
     by_content: bool,
 ) -> dict[str, Any]:
     """Decodes all images into a file that has their size, leaves the broken ones out, and returns the index."""
-    hashes = _hashes(listing, pools) if by_content else {}
+    hashes = content_hashes(listing, pools) if by_content else {}
     if by_content:
         pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
     names = [image.name for pool in pools.values() for image in pool]
-    transform = replace(transform, bits=transform.bits or _bits(listing, names))
+    transform = replace(transform, bits=transform.bits or bits_of(listing, names))
     reasons = decode_all(listing, names, transform, path, processes, strict)
     skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
     if strict and skipped:
@@ -257,7 +257,7 @@ def _decode(
     }
 
 
-def _hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str, str]:
+def content_hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str, str]:
     """The hash of each file's contents by name, or of its name if it is unreadable, which decoding will report."""
 
     def hashed(name: str) -> str:
@@ -272,7 +272,7 @@ def _hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str,
         return dict(zip(names, threads.map(hashed, names), strict=True))
 
 
-def _bits(listing: Listing, names: Sequence[str]) -> int:
+def bits_of(listing: Listing, names: Sequence[str]) -> int:
     """How many of 16 bits the images use, by the largest value of up to 64 of them."""
     found = []
     for name in names[:: max(1, len(names) // 64)]:

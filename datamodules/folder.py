@@ -317,9 +317,7 @@ class ImageFolder(ImageDataModule):
             return 0
         if self.split_by != "content":
             return max(1, round(fraction * (end - start)))
-        border = hash_at(fraction if lowest else 1 - fraction)
-        place = bisect_left(self.cache.hashes, border, start, end)
-        return max(1, place - start if lowest else end - place)
+        return held_out_of(self.cache.hashes[start:end], fraction, lowest)
 
     def read(self, split: str) -> Split:
         """Opens a split in the cache; see `ImageDataModule.read`.
@@ -457,6 +455,23 @@ def hash_at(fraction: float) -> str:
         16 hexadecimal digits.
     """
     return f"{int(fraction * 2**64):016x}"
+
+
+def held_out_of(hashes: Sequence[str], fraction: float, lowest: bool) -> int:
+    """How many images are held out at one end of their rising hashes.
+
+    Args:
+        hashes: The hashes of their files' contents, rising.
+        fraction: The share of all hashes, in [0, 1).
+        lowest: Whether those with the lowest hashes are held out, or those with the highest.
+
+    Returns:
+        At least 1, but for a share of 0.
+    """
+    if not fraction:
+        return 0
+    place = bisect_left(hashes, hash_at(fraction if lowest else 1 - fraction))
+    return max(1, place if lowest else len(hashes) - place)
 
 
 def describe_classes(names: Sequence[str], counts: Mapping[str | None, int] | None = None) -> str:

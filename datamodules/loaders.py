@@ -245,12 +245,24 @@ class TrainLoader(BatchLoader):
         epoch, seen = self.position()
         fixed = getattr(self.trainer, "overfit_batches", 0) > 0  # the same few batches at every epoch
         generator = keyed_generator("order", run_seed(), 0 if fixed else epoch)
+        for batch, rows in enumerate(self.shuffled(generator, seen), seen):
+            yield Key(epoch, batch, rows[self.rank :: self.world])
+
+    def shuffled(self, generator: torch.Generator, seen: int) -> Iterator[Tensor]:
+        """The rows of each global batch of an epoch.
+
+        Args:
+            generator: Keyed by the epoch.
+            seen: Batches to leave out at the start.
+
+        Returns:
+            int64 (batch_size,) for each batch, an incomplete last one being dropped.
+        """
         order = torch.randperm(len(self.images), generator=generator)
         if isinstance(self.images, Tensor):
             order = order.to(self.images.device)
         for batch in range(seen, len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield Key(epoch, batch, rows[self.rank :: self.world])
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 class EvalLoader(BatchLoader):
