@@ -173,7 +173,7 @@ class Store:
         if not self.remote:
             return place
         if not self._there(place, size):
-            with Lock(place.with_name(f"{place.name}.lock"), lambda: None):
+            with Lock(place.with_name(f"{place.name}.fetch"), lambda: None):  # litdata's own lock is NAME.lock
                 if not self._there(place, size):
                     place.unlink(missing_ok=True)
                     self._make_room(size or 0)

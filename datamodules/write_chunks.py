@@ -122,7 +122,10 @@ def write_chunks(
     splits, classes = deal(listing, val_fraction, test_fraction, use_labels)
     names = [name for split in splits.values() for name, _ in split]
     if not splits.get("train"):
-        raise ValueError(f"There is no image to train on in {listing.label}; give a folder with images.")
+        raise ValueError(
+            f"{listing.label} has {len(listing.images)} images, of which none is left to train on; give a folder with "
+            "more, or set val_fraction and test_fraction to 0."
+        )
     transform = replace(transform, bits=bits_of(listing, names))
     items, skipped = {}, []
     per_chunk = max(1, round(chunk_mb * 2**20 / (int(np.prod(transform.shape)) + 40)))

@@ -22,6 +22,7 @@ from datamodules.write_chunks import Encode, write_chunks
         ({"output": "ftp://host/set"}, "ftp://host/set"),
         ({"output": "."}, "not empty"),
         ({"root": "nothing"}, "nothing"),
+        ({"root": "first"}, "1 images.*val_fraction"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path, monkeypatch, options, word):
@@ -34,7 +35,7 @@ def test_bad_arguments_are_refused_before_any_work(tmp_path, monkeypatch, option
 def test_without_litdata_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "litdata", None)
     with pytest.raises(ModuleNotFoundError, match=r"diffusion-lit\[streaming\]"):
-        write_chunks(str(write_images(tmp_path / "photos", count=2)), str(tmp_path / "set"), 8)
+        write_chunks(str(write_images(tmp_path / "photos", count=9)), str(tmp_path / "set"), 8)
 
 
 @pytest.mark.medium
@@ -68,12 +69,14 @@ def test_chunks_hold_what_an_image_folder_has_and_litdata_reads_them(tmp_path, c
 @pytest.mark.medium
 def test_an_index_of_pickles_by_litdata_is_refused(tmp_path):
     litdata = pytest.importorskip("litdata")
-    write_chunks(str(write_images(tmp_path / "photos", count=30)), str(tmp_path / "set"), 8)
+    write_chunks(
+        str(write_images(tmp_path / "photos", count=30)), str(tmp_path / "set"), 8, val_fraction=0, test_fraction=0
+    )
     for path in (tmp_path / "set/train").glob("chunk*"):
         path.unlink()
     (tmp_path / "set/train/index.json").unlink()
     writer = litdata.streaming.writer.BinaryWriter(str(tmp_path / "set/train"), chunk_size=10)
-    for row in range(28):
+    for row in range(30):
         writer[row] = {"image": {1, 2}, "label": row}  # a set is none of litdata's kinds
     writer.done()
     writer.merge()

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.configs_tools import DATA
+from helpers.configs_tools import DATA, write_images
 from helpers.project_files import ROOT
 
 BLOCKS = re.findall(r"```\n(.*?)```", Path(ROOT, "docs/scaling.md").read_text(), re.DOTALL)
-COMMANDS = [line for block in BLOCKS if "#!" not in block for line in block.replace("\\\n", "").splitlines()]
+LINES = [line for block in BLOCKS if "#!" not in block for line in block.replace("\\\n", "").splitlines()]
+STREAMED = [line for line in LINES if "chunks" in line]
+COMMANDS = [line for line in LINES if line not in STREAMED]
 FIT = [
     *["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.callbacks=[]"],
     *["--data.init_args.batch_size=8", "--model.init_args.net.init_args.model_channels=16", "--sample_grid.columns=1"],
@@ -27,6 +29,8 @@ MORE = {
 def words(command, folder, data):
     """The command line: as printed, then the limits."""
     given = shlex.split(command)
+    if given[0] == "python":
+        return [sys.executable, *given[1:]]
     verb = next(word for word in given if word in ("fit", *MORE))
     more = [*FIT, *data] if verb == "fit" else MORE[verb]
     if given[0] == "torchrun":
@@ -36,13 +40,18 @@ def words(command, folder, data):
     return [word.replace("NODE0", "localhost") for word in given] + more
 
 
-@pytest.mark.slow
-def test_every_command_runs_as_it_is_printed(tmp_path):
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    script = tmp_path / ".venv/bin/diffusion-lit"
+def environment(folder):
+    """Variables of a process, and the installed command in the folder."""
+    (folder / ".venv/bin").mkdir(parents=True)
+    script = folder / ".venv/bin/diffusion-lit"
     script.write_text(f"#!{sys.executable}\nfrom diffusion_lit.commands.main import main\nmain()\n")
     script.chmod(0o755)
-    env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+@pytest.mark.slow
+def test_every_command_runs_as_it_is_printed(tmp_path):
+    env = environment(tmp_path)
     data = DATA["CIFAR10"](tmp_path / "data")
     assert len(COMMANDS) == 7
     for command in COMMANDS:
@@ -61,3 +70,18 @@ def test_every_command_runs_as_it_is_printed(tmp_path):
     assert folders == ["version_0", "version_1", "version_2"]
     assert all(list((tmp_path / "runs/edm_cifar10" / name / "samples").glob("*.png")) for name in folders)
     assert (tmp_path / "runs/samples/grid.png").exists() and (tmp_path / "runs/evaluations/report.json").exists()
+
+
+@pytest.mark.slow
+def test_chunks_are_written_trained_with_and_measured_as_it_is_printed(tmp_path):
+    pytest.importorskip("litdata")
+    env = environment(tmp_path)
+    write_images(tmp_path / "photos", count=120)
+    assert len(STREAMED) == 3
+    for command in STREAMED:
+        line = words(command, tmp_path, [])
+        run = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, (command, run.stderr[-3000:])
+    assert len(list((tmp_path / "chunks").glob("*/items.dat"))) == 3
+    assert list((tmp_path / "runs/edm_folder/version_0/samples").glob("*.png"))
+    assert (tmp_path / "runs/evaluations/report.json").exists()
