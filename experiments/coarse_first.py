@@ -147,7 +147,7 @@ def follow(study: Study, module: Any, path: Path, sampling: Sampling, bands: int
     setup = study.setup
     labels = None
     if module.num_classes:
-        data: Any = load_data(path)
+        data = load_data(path)
         data.prepare_data()
         data.setup()
         seeds = range(setup.seed, setup.seed + setup.num_samples)

@@ -45,11 +45,11 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
             for count in counts
         }
     )
-    first: Any = load_data(next(iter(trained.values())).ckpt_path)
+    first = load_data(next(iter(trained.values())).ckpt_path)
     evaluator = study.evaluator_on(first.data if isinstance(first, Subset) else first)
     rows = []
     for name, run in trained.items():
-        own: Any = load_data(run.ckpt_path)
+        own = load_data(run.ckpt_path)
         own.prepare_data()
         own.setup()
         samples = draw(study, evaluator, run, own)

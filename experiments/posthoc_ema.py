@@ -63,7 +63,7 @@ def posthoc_ema(
     """
     snapshots = Snapshots(Path(ckpt_path).resolve().parent.parent / "averages")
     module: Any = load_module(ckpt_path).to(device)
-    data: Any = load_data(ckpt_path)
+    data = load_data(ckpt_path)
     data.prepare_data()
     data.setup()
     measure = extractor or ClassifierFeatures()

@@ -87,7 +87,7 @@ def restoration(
     models = {"zero-shot": load_module(path)} | (
         {} if given is None else {"given": load_module(find_checkpoint(given))}
     )
-    data: Any = load_data(path, **({} if root is None else {"root": root}))
+    data = load_data(path, **({} if root is None else {"root": root}))
     data.prepare_data()
     data.setup()
     measure = extractor or ClassifierFeatures()

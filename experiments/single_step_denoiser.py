@@ -55,7 +55,7 @@ def single_step_denoiser(
     first, last = epochs or ([4, 20] if small else [1, 5])
     ddpm_first, ddpm_last = ddpm_epochs or ([15, 60] if small else [5, 20])
     single = study.fit({"single step": keep(first, last)})["single step"]
-    data: Any = load_data(single.ckpt_path)
+    data = load_data(single.ckpt_path)
     data.prepare_data()
     data.setup()
     steps = ddpm_last * (len(data.reference_images("train")) // int(study.value("data.init_args.batch_size")))

@@ -201,8 +201,8 @@ class DataSet(ImageSource, Protocol):
     def prepare_data(self) -> None:
         """Downloads and unpacks, in one process."""
 
-    def setup(self, stage: str) -> None:
-        """Reads what a stage needs."""
+    def setup(self, stage: str | None = None) -> None:
+        """Reads what a stage needs; None for all."""
 
 
 def is_data_set(data: object) -> TypeGuard[DataSet]:

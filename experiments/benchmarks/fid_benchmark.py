@@ -303,7 +303,7 @@ def compare_with_command(
     Returns:
         A page with both figures and their difference.
     """
-    data: Any = load_data(checkpoint)
+    data = load_data(checkpoint)
     data.prepare_data()
     data.setup("fit")
     real = torch.as_tensor(data.reference_images("train")[:count])

@@ -50,7 +50,7 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
     path = folder / "figures.json"
     if path.is_file() and json.loads(path.read_text())["key"] == key:
         return dict(json.loads(path.read_text()))
-    data: Any = load_data(ckpt_path, **({} if root is None else {"root": root}))
+    data = load_data(ckpt_path, **({} if root is None else {"root": root}))
     data.prepare_data()
     model = load_module(ckpt_path).to(pick_device(device))
     figures = {
