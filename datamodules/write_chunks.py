@@ -24,7 +24,7 @@ import numpy as np
 from jsonargparse import CLI
 
 from datamodules.cache import bits_of, content_hashes
-from datamodules.chunks import ITEM, Catalogue, hash_of
+from datamodules.catalogue import ITEM, Catalogue, hash_of
 from datamodules.decode import BadImageError, Transform, decode
 from datamodules.folder import describe_classes, held_out_of, lay_out
 from datamodules.sources import Listing, list_images, printable

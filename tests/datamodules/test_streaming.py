@@ -45,7 +45,7 @@ class Copier:
 @pytest.fixture
 def copier(monkeypatch):
     copier = Copier()
-    monkeypatch.setattr("datamodules.chunks.downloader_of", lambda root, folder: copier)
+    monkeypatch.setattr("datamodules.chunk_store.downloader_of", lambda root, folder: copier)
     return copier
 
 
