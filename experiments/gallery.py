@@ -347,7 +347,7 @@ def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:
     page.table(
         ["sampler", "mean PSNR, dB", "least, dB"],
         [[name, f"{mean:.1f}", f"{least:.1f}"] for name, (mean, least) in figures["inversion"].items()],
-        "Inversion and back, 100 steps each way, 4 test images (at most 99 dB: equal)",
+        "Inversion and back, 100 steps each way, 4 test images (at most 100 dB: equal)",
     )
     page.table(
         ["sampler", "known pixels are the image's, bit for bit"],

@@ -305,6 +305,28 @@ def test_the_gallery_shows_each_piece_once_and_tells_of_failures(trained, lightn
     assert "It failed: lightning: Colorizing needs a model of RGB images" in pages[-1].html()
 
 
+@pytest.mark.medium
+def test_the_gallerys_figures_are_of_the_model(trained, lightning, tmp_path):
+    from diffusion_lit.report import Page
+    from experiments.gallery import put_figures
+    from experiments.harness.gallery_figures import VIEWS, measured
+
+    path = checkpoint(trained, "edm")
+    figures = measured(path, None, 4, "cpu", tmp_path)
+    assert figures["accuracy"]["image"] > 0.9 and figures["chance"] == 0.1
+    assert [row["views"] for row in figures["anagrams"]] == VIEWS and len(figures["hybrids"]) == 1
+    for row in figures["anagrams"] + figures["hybrids"]:
+        for which in ("trained", "untrained"):
+            *views, whole = row[which]
+            assert len(views) == len(row["views"]) and 0 <= whole <= min(views) <= max(views) <= 1
+    assert figures["inpainting"] == {"heun": True, "ddim": True, "ddpm": True}
+    assert figures["inversion"]["heun"][0] > 25 and figures["img2img"]["1"] < figures["img2img"]["20"]
+    page = Page("Gallery")
+    put_figures(page, figures, 4)
+    assert page.html().count("anagram: ") == len(VIEWS) and "NO</td>" not in page.html()
+    assert measured(path, None, 4, "cpu", tmp_path) == json.loads(json.dumps(figures))  # read where it was made
+
+
 # Images of every kind
 
 
