@@ -97,6 +97,13 @@ def test_an_epoch_is_keyed_and_has_each_image_once(tmp_path, images, workers):
     assert rows_of(first)[:12] != sorted(rows_of(first)[:12])
 
 
+def test_the_images_of_a_window_come_in_another_order_at_each_epoch(tmp_path):
+    write_set(tmp_path / "set", {"train": 24}, per_chunk=24)  # one chunk, so that the order of chunks is no help
+    orders = [rows_of(epoch_of(streamed(tmp_path), epoch)) for epoch in range(3)]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
 def test_ranks_and_resumption_are_exact(tmp_path, images):
     data = streamed(tmp_path)
     whole = epoch_of(data, 2)
