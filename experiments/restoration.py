@@ -3,7 +3,9 @@
 Test images are measured (shrunk, or blurred, with noise or without) and restored by each method with the same seeds:
 
     python -m experiments.restoration --ckpt_path runs/edm_fashion_mnist --given runs/superres_fashion_mnist
-    python -m experiments.restoration --ckpt_path runs/edm_fashion_mnist --task deblur --noise 0.1
+    python -m experiments.restoration --ckpt_path runs/edm_fashion_mnist --task deblur --noise 0.1 --num_steps 48
+
+Samplers that draw no noise are replaced by ddpm, whose fresh noise lets later steps mend what earlier ones got wrong.
 
 The Fréchet distance is that of the restored images to the originals of the whole test split. The mean of several
 restorations of one image is nearer to it than each, since PSNR rewards blur; each is measured by itself here.
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import CLI
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -31,7 +32,11 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import reference_of
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.images import titled_grid
+from diffusion_lit.runtime.hardware import hardware
+from diffusion_lit.runtime.versions import versions
+from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_checkpoint
+from experiments.harness.command import command
 
 SHOWN = 10
 
@@ -116,7 +121,19 @@ def restoration(
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"task": task, "noise": noise, "num_images": num_images, "metric": measure.metric, "rows": rows}
+    files = {"zero-shot": path} | ({} if given is None else {"given": find_checkpoint(given)})
+    figures = {
+        "task": task,
+        **({"factor": factor} if task == "super_resolve" else {"blur_sigma": blur_sigma}),
+        "noise": noise,
+        "num_images": num_images,
+        "checkpoints": {name: {"file": str(file), "sha256": file_hash(file)} for name, file in files.items()},
+        "extractor": measure.identity(),
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu"), 1),
+        "metric": measure.metric,
+        "rows": rows,
+    }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2))
     sheet = {**made, "image": images}
     titled_grid([list(x[:SHOWN]) for x in sheet.values()], list(sheet)).save(folder / "restoration.png")
@@ -139,8 +156,7 @@ def ways_of(
 
     def way(model: Any, cutoff: float = 1e-3, times: int = 1, posterior: Any = None) -> Way:
         def restore(y: Tensor, sampling: Any, seeds: Any) -> Tensor:
-            sampling = sampling or model.sampling
-            sampling = sampling if posterior else editing.revising(sampling)
+            sampling = editing.revising(sampling or model.sampling)
             options: Any = {"seeds": seeds, "sampling": sampling, "resamplings": times, "posterior": posterior}
             if task == "super_resolve":
                 return editing.super_resolve(model, y, **options)
@@ -182,4 +198,4 @@ def row_of(
 
 
 if __name__ == "__main__":
-    CLI(restoration, as_positional=False)
+    command(restoration)

@@ -208,8 +208,7 @@ class Restoration:
         self.options, self.task = options, task
         self.model = options.load()
         self.posterior = options.posterior(self.model)
-        own = self.model.sampling
-        self.sampling = options.sampling(self.model, own if self.posterior else editing.revising(own))
+        self.sampling = options.sampling(self.model, editing.revising(self.model.sampling))
         self.seeds, self.image = options.seeds(options.num_samples), options.read(self.model)
         self.labels = options.condition(self.model, options.num_samples)
         self.measurement: Measurement | None = None

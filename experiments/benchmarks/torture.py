@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import CLI
 
 from experiments.benchmarks.killed_runs import Kill, checkpoint, compare, remove, run
+from experiments.harness.command import command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FEW = ["--model.init_args.sampling.num_steps=3", "--sample_grid.rows=2", "--sample_grid.columns=2"]
@@ -334,4 +334,4 @@ def take_out(what: str | None) -> None:
 
 
 if __name__ == "__main__":
-    CLI(torture, as_positional=False)
+    command(torture)

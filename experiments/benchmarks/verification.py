@@ -160,7 +160,7 @@ class Verification:
             place: Folder for it.
         """
         found, seed = train(place, training), training.seed
-        print(f"seed {seed}: the {which} steps are done again, {found['seconds']:.0f} s")
+        print(f"seed {seed}: {which} steps are done again, {found['seconds']:.0f} s")
         if which != "last" and self.alike:
             what = f"the hash of seed {seed}'s weights after the first steps"
             self.same(what, told["hashes"]["first"], found["hashes"]["first"])

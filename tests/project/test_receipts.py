@@ -1,0 +1,33 @@
+"""Figures of docs/results.md that name a receipt are the receipt's."""
+
+import json
+import re
+
+import pytest
+from renew_docs import ROOT
+
+PAGE = ROOT / "docs/results.md"
+LINK = re.compile(r"\((receipts/[\w./]+\.json)\)")
+ROWS = [line for line in PAGE.read_text().splitlines() if LINK.search(line)]
+
+
+def figures(receipt):
+    """The figures that a row must give: each setting's distance, or each method's PSNR and distance."""
+    if "rows" in receipt:
+        return [row[name] for row in receipt["rows"] for name in ("psnr", receipt["metric"])]
+    metric = receipt["extractor"]["metric"]
+    return [result["references"]["train"]["figures"][metric]["mean"] for result in receipt["results"]]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:40])
+def test_a_row_gives_the_figures_of_its_receipts(row):
+    for path in LINK.findall(row):
+        for figure in figures(json.loads((PAGE.parent / path).read_text())):
+            assert f"{figure:.2f}" in row, (path, figure)
+
+
+def test_every_receipt_belongs_to_a_row():
+    linked = {path for row in ROWS for path in LINK.findall(row)}
+    kept = {str(path.relative_to(PAGE.parent)) for path in (PAGE.parent / "receipts").rglob("*.json")}
+    assert kept == linked
+    assert kept
