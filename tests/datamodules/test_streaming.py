@@ -160,7 +160,8 @@ def test_a_url_is_read_through_a_cache_that_stays_small(tmp_path, images, copier
             held = list((tmp_path / "cache").glob("*/train/*.bin"))
             assert len(held) <= chunks + 4  # those that are fetched at the same time
         files = [name for name in copier.seen if name.endswith(".bin")]
-        assert len(files) == len(set(files)) and (4 if epoch else 12) <= len(files) <= 13  # 13 there are
+        assert (4 if epoch else 12) <= len(set(files)) <= 13  # 13 there are
+        assert len(files) <= 13 + 4  # room is made by the time of use, and a chunk may go just before it is used
     held[0].unlink()  # another process made room
     assert rows_of(epoch_of(data)) == rows_of(epoch_of(plain))
 

@@ -28,6 +28,7 @@ FOREIGN = {  # private by their names alone, or of libraries whose versions pypr
     *{"_current_frames", "_exit", "_replace", "_actions", "_instances", "_get_file_writer", "_text_preprocessing"},
     *{"_amp_foreach_non_finite_check_and_unscale_", "_foreach_copy_", "_foreach_lerp_", "_step_supports_amp_scaling"},
     *{"_is_amx_tile_supported", "_is_avx512_bf16_supported", "_get_default_store", "_step_count", "_last_lr"},
+    "_get_fs_provider",
 }
 
 
