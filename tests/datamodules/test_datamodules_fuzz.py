@@ -208,7 +208,7 @@ MEMBERS = {
     "encrypted": lambda data: central(data, 8, b"\x01\x00"),
     "compressed in a way that nobody knows": lambda data: central(data, 10, struct.pack("<H", 77)),
     "said to have four gigabytes": lambda data: central(data, 24, struct.pack("<I", 2**32 - 2)),
-    "somewhere else": lambda data: central(data, 42, struct.pack("<I", 5)),
+    "somewhere else": lambda data: central(data, 42, struct.pack("<I", data.index(b"bad.png") - 30 + 5)),
 }
 
 
