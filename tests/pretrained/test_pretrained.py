@@ -82,11 +82,12 @@ def generators(*key):
     return [keyed_generator("sample", keyed_seed(*key, seed) if key else seed) for seed in SEEDS]
 
 
-def assert_same(ours, theirs):
+def assert_same(ours, theirs, scale=1.0):
+    """The same up to rounding, which guidance enlarges by its scale."""
     difference = float((ours - theirs).abs().max() / (theirs.max() - theirs.min()).clamp(min=2))
     assert ours.shape == theirs.shape
     assert float(theirs.std()) > 0.05
-    assert difference <= 5e-4, difference  # guidance of 7 enlarges what versions of torch round otherwise
+    assert difference <= 1e-4 * scale, difference
 
 
 CASES = {
@@ -285,7 +286,8 @@ def test_if_stage_1(deep_floyd, tmp_path, scheduler):
     made.register_to_config(variance_type=made.config.get("variance_type", "fixed_small"))
     for scale in (1.0, 7.0):
         theirs = last_state(pipeline, prompt=[PROMPTS[label] for label in LABELS], guidance_scale=scale)
-        assert_same(model.generate(SEEDS, LABELS, model.sampling.replace(num_steps=STEPS, cfg_scale=scale)), theirs)
+        ours = model.generate(SEEDS, LABELS, model.sampling.replace(num_steps=STEPS, cfg_scale=scale))
+        assert_same(ours, theirs, scale)
 
 
 @pytest.mark.medium
