@@ -19,11 +19,11 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 demo: install ## train a diffusion model on handwritten digits, in minutes on a laptop
-	$(BIN)/lightning fit --config configs/edm_digits.yaml
+	$(BIN)/diffusion-lit fit --config configs/edm_digits.yaml
 
 latent-demo: install ## train a VAE on handwritten digits and a diffusion model on its latents, in minutes
-	$(BIN)/lightning fit --config configs/vae_digits.yaml
-	$(BIN)/lightning fit --config configs/latent_digits.yaml
+	$(BIN)/diffusion-lit fit --config configs/vae_digits.yaml
+	$(BIN)/diffusion-lit fit --config configs/latent_digits.yaml
 
 gallery: install ## every editing task on small models, which are trained if need be: runs/gallery/index.html
 	$(BIN)/python -m experiments.gallery

@@ -110,7 +110,7 @@ def variant(words: str) -> tuple[str, dict[str, Any]]:
         words: Its class, and its number of steps behind a colon: `Pixelate:2`.
 
     Returns:
-        The class's name, and the options of `lightning fit`.
+        The class's name, and the options of `diffusion-lit fit`.
     """
     name, colon, steps = words.partition(":")
     described: Any = f"diffusion_lit.diffusion.{name}"

@@ -1,6 +1,6 @@
 """Every editing task on models that a laptop can train, on one page: images, the commands that made them, figures.
 
-Models that are not given are trained by `lightning fit`: handwritten digits (EDM, DDPM and latent diffusion),
+Models that are not given are trained by `diffusion-lit fit`: handwritten digits (EDM, DDPM and latent diffusion),
 FashionMNIST and a single photograph. Interrupted, it goes on where it was. The figures ask a classifier trained on the
 data what it sees in anagrams and hybrids, beside chance and beside the same network untrained, and take the PSNR of
 image-to-image and inversion.
@@ -42,7 +42,7 @@ class Piece:
 
     Args:
         model: Key of `ABOUT`.
-        task: Task of `lightning edit`.
+        task: Task of `diffusion-lit edit`.
         options: Its options.
         text: What to see.
         files: The images to show.
@@ -250,7 +250,7 @@ def gallery(
 
 
 def train(name: str, out: Path, data_root: str | None) -> Path | Failed:
-    """Trains a model through `lightning fit`, or finds it trained.
+    """Trains a model through `diffusion-lit fit`, or finds it trained.
 
     Args:
         name: Key of `ABOUT`.
@@ -311,7 +311,7 @@ def show(
                 return
         said.write_text(json.dumps(recipe))
     page.images([(place / file, "") for file in piece.files], columns=len(piece.files))
-    page.command(shlex.join(["lightning", "edit", *words, "--ckpt_path", str(ckpt_path)]))
+    page.command(shlex.join(["diffusion-lit", "edit", *words, "--ckpt_path", str(ckpt_path)]))
 
 
 def put_figures(page: Page, figures: dict[str, Any], count: int) -> None:

@@ -70,7 +70,7 @@ def learning_rates(
 
 
 def scheduler(decay: str, steps: int) -> dict[str, Any] | None:
-    """A learning-rate schedule as the configuration of `lightning fit` has it.
+    """A learning-rate schedule as the configuration of `diffusion-lit fit` has it.
 
     Args:
         decay: One of `DECAYS`.

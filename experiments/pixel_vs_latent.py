@@ -118,7 +118,7 @@ def pixel_vs_latent(
         model_channels: Width of the network, which is the same on both sides.
         latent_channels: Channels of a latent.
         learning_rate: Learning rate of all three trainings.
-        extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
+        extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `diffusion-lit evaluate`.
         extractor_weights: Local file of the extractor's weights.
         accelerator: auto, cpu, gpu, ...
         seed: Seed of the trainings and of the first sample.

@@ -3,7 +3,7 @@
 Train with several power-function averages and snapshots of them, then reconstruct any width (Karras 2024, arXiv
 2312.02696, section 3.2) and measure the Fréchet distance of its samples to the training images:
 
-    lightning fit --config configs/edm_digits.yaml --ema.sigma_rel '[0.05, 0.1]' --ema.snapshot_every 50
+    diffusion-lit fit --config configs/edm_digits.yaml --ema.sigma_rel '[0.05, 0.1]' --ema.snapshot_every 50
     python -m experiments.posthoc_ema --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
 
 The same seeds are used for each average, so that they differ by their weights alone; the floor is that of real images

@@ -10,10 +10,10 @@ images (unbiased, so that few samples do), with the standard error over blocks o
 round. The better half and the config itself go on, for twice the time. The last round has `--finalists` variants, all
 of them together as one more, and `--seeds` seeds.
 
-The race ends in `winner.yaml`, which `lightning fit --config` takes, and in a page that says of each variant whether it
-helped, against the config in the same round. Interrupted, the same command goes on with the training that was not
-finished. A variant that fails is told and leaves the race. Where the hours are over before the last round is, that of
-before decides.
+The race ends in `winner.yaml`, which `diffusion-lit fit --config` takes, and in a page that says of each variant
+whether it helped, against the config in the same round. Interrupted, the same command goes on with the training that
+was not finished. A variant that fails is told and leaves the race. Where the hours are over before the last round is,
+that of before decides.
 """
 
 import math

@@ -70,7 +70,7 @@ def sampler_comparison(
         samplers: Their names; when omitted all that follow the ODE or its SDE, but the aliases.
         rtol: Tolerances of the adaptive rk45, which has no number of steps.
         num_samples: Samples of each point.
-        extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `lightning evaluate`.
+        extractor: What images are compared by: classifier, inception, pixels, ...; auto as in `diffusion-lit evaluate`.
         extractor_weights: Local file of the extractor's weights.
         data_root: Where the checkpoint's own data lies now.
         batch_size: Samples drawn at a time.

@@ -136,7 +136,7 @@ def keep(every: int, last: int) -> dict[str, Any]:
         last: Epochs of the training.
 
     Returns:
-        Options of `lightning fit`.
+        Options of `diffusion-lit fit`.
     """
     checkpoint = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -1,4 +1,4 @@
-"""A sweep of one's own: a YAML says what is varied, `lightning fit` trains each variant, and a table compares them.
+"""A sweep of one's own: a YAML says what is varied, `diffusion-lit fit` trains each variant, and a table compares them.
 
     config: configs/ddpm_digits.yaml                      # the experiment
     options: {trainer.max_steps: 400}                     # what all variants share beside it
@@ -10,7 +10,7 @@
 
     python -m experiments.sweep --config my_sweep.yaml --jobs 2
 
-Options are named as on the command line of `lightning fit`. Interrupted and started again it goes on; changed, it
+Options are named as on the command line of `diffusion-lit fit`. Interrupted and started again it goes on; changed, it
 trains what is new. Each run's parameters and metrics are in TensorBoard's HParams tab (`make board`), and the table,
 the curves and the last samples of each on one page under `runs/studies/`.
 """

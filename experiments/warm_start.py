@@ -1,8 +1,8 @@
 """Starting from another model: a class that a trained model does not know is learnt from its weights or from nothing.
 
-One model is trained without one class. From its average weights (`lightning fit --init_from`) models of all classes go
-on, for shares of the steps, and others of the same lengths start from nothing. Learning rate, average and the order of
-the data are those of a fresh run of that length.
+One model is trained without one class. From its average weights (`diffusion-lit fit --init_from`) models of all classes
+go on, for shares of the steps, and others of the same lengths start from nothing. Learning rate, average and the order
+of the data are those of a fresh run of that length.
 
     python -m experiments.warm_start
     python -m experiments.warm_start --config configs/edm_fashion_mnist.yaml --left_out Bag --data.init_args.root DIR

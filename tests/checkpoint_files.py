@@ -1,4 +1,4 @@
-"""Checkpoints as `lightning fit` writes them, made without a training."""
+"""Checkpoints as `diffusion-lit fit` writes them, made without a training."""
 
 import copy
 from pathlib import Path

@@ -68,7 +68,7 @@ class Check:
         )
         if run.returncode:
             raise RuntimeError(
-                f"lightning {' '.join(options[:4])} ... ended with {run.returncode}: {run.stderr[-1500:]}"
+                f"diffusion-lit {' '.join(options[:4])} ... ended with {run.returncode}: {run.stderr[-1500:]}"
             )
         return run.stdout + run.stderr
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance during training, by the code of `lightning evaluate` with fewer samples.
+"""The Fréchet distance during training, by the code of `diffusion-lit evaluate` with fewer samples.
 
 The metric is named after its extractor and number of samples, `fid_inception_5k`; `fid_inception_5k_floor` is the same
 for real images against real images.
@@ -84,7 +84,7 @@ class FID(Callback):
         self._prepare(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for `lightning validate`."""
+        """The same for `diffusion-lit validate`."""
         self._prepare(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Writes the samples of `lightning predict`, in the format of `lightning sample`."""
+"""Writes the samples of `diffusion-lit predict`, in the format of `diffusion-lit sample`."""
 
 import shutil
 from pathlib import Path

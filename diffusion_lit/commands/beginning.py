@@ -35,7 +35,7 @@ def source_of(config: Namespace, command: str, run: Path) -> Source | None:
         return None
     if command != "fit":
         if _typed():
-            raise ValueError(f"--init_from {given} starts a training, and `lightning {command}` does not train.")
+            raise ValueError(f"--init_from {given} starts a training, and `diffusion-lit {command}` does not train.")
         return None
     if config.get("ckpt_path") is not None:
         if _typed():

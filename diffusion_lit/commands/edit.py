@@ -1,4 +1,4 @@
-"""`lightning edit TASK`: what a trained denoiser can do beyond sampling, a command per task.
+"""`diffusion-lit edit TASK`: what a trained denoiser can do beyond sampling, a command per task.
 
 The tasks themselves are the functions of `diffusion_lit.diffusion.editing`; here are their defaults, their images and
 their figures.

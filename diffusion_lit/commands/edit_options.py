@@ -1,4 +1,4 @@
-"""What the tasks of `lightning edit` share: the model, how it is sampled, the image, and what is written.
+"""What the tasks of `diffusion-lit edit` share: the model, how it is sampled, the image, and what is written.
 
 A task writes into its folder figure.png (what a person looks at), the images themselves pixel for pixel, and
 record.json: the model and its hash, the sampling, the options and the figures.
@@ -28,6 +28,7 @@ from diffusion_lit.modules.load import load_data
 from diffusion_lit.report.images import png_bytes
 from diffusion_lit.report.receipt_page import plain_table
 from diffusion_lit.runtime.hardware import pick_device
+from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.exports import WEIGHTS, is_export
 from diffusion_lit.storage.hashing import file_hash
@@ -294,7 +295,7 @@ class ImageOptions(Options):
         if self.image is not None and not self.negative_image and size is None:
             told = inverted(model, image)
             if told:
-                print(f"lightning: {self.image} {told}", file=sys.stderr)
+                print(f"{PROGRAM}: {self.image} {told}", file=sys.stderr)
         return -image if self.negative_image else image
 
     def _test_image(self, model: PixelModel) -> Tensor:

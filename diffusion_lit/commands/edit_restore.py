@@ -1,4 +1,4 @@
-"""The tasks of `lightning edit` that restore an image: inpaint, colorize, super_resolve and deblur.
+"""The tasks of `diffusion-lit edit` that restore an image: inpaint, colorize, super_resolve and deblur.
 
 A measurement of the image is made, with noise where it is asked for, and images are drawn that agree with it. How:
 

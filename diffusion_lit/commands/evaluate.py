@@ -1,4 +1,4 @@
-"""`lightning evaluate`: a checkpoint's figures, with a receipt."""
+"""`diffusion-lit evaluate`: a checkpoint's figures, with a receipt."""
 
 from functools import partial
 from json import loads

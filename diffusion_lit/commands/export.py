@@ -1,10 +1,10 @@
-"""`lightning export`: a model as two files without any pickle, and back.
+"""`diffusion-lit export`: a model as two files without any pickle, and back.
 
     OUT/model.safetensors   the weights that sample, each tensor under its name in the module
     OUT/model.json          what builds the module and draws from it: classes and arguments, sampling, classes' names
     OUT/guide               the same of the worse model that guides it, where the run's sampling names one
 
-`lightning sample` and `lightning evaluate` take the folder in a checkpoint's place.
+`diffusion-lit sample` and `diffusion-lit evaluate` take the folder in a checkpoint's place.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""`lightning fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults.
+"""`diffusion-lit fit`, `validate`, `test` and `predict`: LightningCLI with this project's defaults.
 
 What it adds: `configs/base.yaml` is read before every config; the run's NAME is that of the config file, and all
 that the run writes lies under `runs/NAME/version_N/`, whatever its logger; the network's channels, size and classes
@@ -58,6 +58,7 @@ from diffusion_lit.commands.resuming import differing_lines, line, names_seed, r
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
+from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.internals import class_change
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
@@ -147,7 +148,7 @@ class Parser(LightningArgumentParser):
         if "maximum nesting depth" in message:
             message = str(too_deep(sys.argv[1:]) or message)
         listed = "The options are listed by --help; --print_config shows the configuration."
-        print(f"lightning: {plain(message, 310)}\n{listed}", file=sys.stderr)
+        print(f"{PROGRAM}: {plain(message, 310)}\n{listed}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -232,7 +233,7 @@ class CLI(LightningCLI):
         if given is None:
             if subcommand != "fit" and not config.trainer.get("fast_dev_run"):
                 raise UserError(
-                    f"`lightning {subcommand}` is for a trained model: add --ckpt_path last (of {self.place.run}), "
+                    f"`{PROGRAM} {subcommand}` is for a trained model: add --ckpt_path last (of {self.place.run}), "
                     "best, runs/NAME or a file."
                 )
             return
@@ -303,7 +304,7 @@ class CLI(LightningCLI):
             said = f"The trainer refuses its settings: {error}"
             if re.search("accelerator|backend|device|strategy", said):
                 asked = ", ".join(f"{name} {config.get(name)!r}" for name in ("accelerator", "devices", "strategy"))
-                said += f" It was given {asked}; see `lightning doctor`."
+                said += f" It was given {asked}; see `{PROGRAM} doctor`."
             raise UserError(said) from error
         trainer.fit_loop = RunLoop(trainer)
         return trainer
@@ -462,13 +463,13 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
             save_config_callback=SaveRecipe,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={name: dict(defaults) for name in cli.subcommands()}
-            | {"allow_abbrev": False, "prog": "lightning"},
+            | {"allow_abbrev": False, "prog": PROGRAM},
             seed_everything_default=0,
         )
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns an interrupt into an exit with status 1
         if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        print("lightning: Interrupted outside training.", file=sys.stderr)
+        print(f"{PROGRAM}: Interrupted outside training.", file=sys.stderr)
         raise SystemExit(130) from error
     except RecursionError:
         raise  # `main` looks for what is nested too deeply

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
-from diffusion_lit.runtime.installation import foreign_lightning, refuse_hidden_datamodules
+from diffusion_lit.runtime.installation import PROGRAM, foreign_lightning, refuse_hidden_datamodules
 from diffusion_lit.runtime.sentences import plain, too_deep
 from diffusion_lit.storage.trust import TRUST_HELP, trusted, trusting
 
@@ -42,7 +42,7 @@ COMMANDS = {
     "report": Command(
         "diffusion_lit.commands.report", "report", "put a run on one HTML page: curves, samples, evaluations"
     ),
-    "edit": Command("diffusion_lit.commands.edit", "TASKS", "edit images: `lightning edit --help` lists the tasks"),
+    "edit": Command("diffusion_lit.commands.edit", "TASKS", "edit images: `diffusion-lit edit --help` lists the tasks"),
     "export": Command("diffusion_lit.commands.export", "export", "write a checkpoint's model as safetensors and JSON"),
     "configs": Command("diffusion_lit.commands.configs", "configs", "list the experiments, or copy one to edit"),
     "doctor": Command("diffusion_lit.commands.doctor", "doctor", "what this machine has, and what would be chosen"),
@@ -62,7 +62,7 @@ TRAINING = {
 def help_text() -> str:
     """The text of `diffusion-lit --help`."""
     lines = [
-        "usage: diffusion-lit COMMAND ...",
+        f"usage: {PROGRAM} COMMAND ...",
         "",
         "Train, sample and measure image diffusion models.",
         "",
@@ -72,7 +72,7 @@ def help_text() -> str:
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
         "",
-        "`diffusion-lit COMMAND --help` lists a command's options. For fit, validate, test and predict:",
+        f"`{PROGRAM} COMMAND --help` lists a command's options. For fit, validate, test and predict:",
         "  --config NAME                      the experiment: of `diffusion-lit configs`, or a YAML of yours",
         "  --trainer.max_steps 1000           any value can be overridden",
         "  --print_config                     shows the whole configuration and stops",
@@ -154,11 +154,11 @@ def _run_command(command: Command, args: list[str]) -> None:
     elif args[1:] and args[1] in target:
         _run_function(target[args[1]], args[:2], args[2:], notes)
     elif args[1:] and args[1] not in ("-h", "--help", "help"):
-        _stop(f"There is no task {args[1]!r} of `lightning {args[0]}`; choose one of {', '.join(target)}.")
+        _stop(f"There is no task {args[1]!r} of `{PROGRAM} {args[0]}`; choose one of {', '.join(target)}.")
     else:
-        lines = [f"usage: lightning {args[0]} TASK ...", "", "tasks:"]
+        lines = [f"usage: {PROGRAM} {args[0]} TASK ...", "", "tasks:"]
         lines += [f"  {name:<15} {_summary(function).splitlines()[0]}" for name, function in target.items()]
-        print("\n".join([*lines, "", f"`lightning {args[0]} TASK --help` lists a task's options."]))
+        print("\n".join([*lines, "", f"`{PROGRAM} {args[0]} TASK --help` lists a task's options."]))
 
 
 def function_parser(function: Callable[..., Any], names: list[str], notes: str = "") -> Any:
@@ -188,7 +188,7 @@ def function_parser(function: Callable[..., Any], names: list[str], notes: str =
             _stop(f"{plain(message, 330)}\nThe options are listed by: {self.prog} --help")
 
     parser = Parser(
-        prog=" ".join(["lightning", *names]),
+        prog=" ".join([PROGRAM, *names]),
         allow_abbrev=False,
         description=_summary(function),
         epilog=notes,
@@ -287,5 +287,5 @@ def _summary(function: Callable[..., Any]) -> str:
 
 
 def _stop(message: str, status: int = 2) -> NoReturn:
-    print(f"lightning: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
     raise SystemExit(status)

@@ -33,7 +33,7 @@ class SamplingOptions:
         guide_ckpt: Checkpoint of a worse model of the same images, which samples are led away from (autoguidance): of
             a smaller network, an earlier checkpoint of the run, an export, or a snapshot of averages.
         guide_scale: Strength of that, guide + guide_scale * (model - guide): 1 is the model alone, 2 by default.
-        sampler: Name of the sampler; `lightning sample --help` lists them.
+        sampler: Name of the sampler; `diffusion-lit sample --help` lists them.
         num_steps: Number of sampling steps.
         grid: Noise levels of the steps: karras, exponential, log_snr, uniform_t, leading, linspace, trailing or levels.
         sigma_min: Smallest noise level of the grid above 0.

@@ -1,4 +1,4 @@
-"""`lightning report`: a run on one HTML page."""
+"""`diffusion-lit report`: a run on one HTML page."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ def report(run: str | None = None, out: str | None = None, ckpt_path: str | None
     """Makes one self-contained HTML page of a run.
 
     It shows figures, curves, samples over time, evaluations, cost and configuration; the run may be going on, stopped
-    or over. Reports of `lightning evaluate` are found in the run's folder, in the one above it and in the current one,
-    where they name a checkpoint of the run.
+    or over. Reports of `diffusion-lit evaluate` are found in the run's folder, in the one above it and in the current
+    one, where they name a checkpoint of the run.
 
     Args:
         run: The run's folder, runs/NAME/version_N, or runs/NAME for the newest version; `last` is the run trained last.

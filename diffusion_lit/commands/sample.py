@@ -1,4 +1,4 @@
-"""`lightning sample`: images from a checkpoint, which is all that it needs, or from a pretrained model."""
+"""`diffusion-lit sample`: images from a checkpoint, which is all that it needs, or from a pretrained model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -41,7 +41,7 @@ class Degradation(nn.Module):
         ValueError: If there is no step.
     """
 
-    task = ""  # of `lightning edit`, which undoes it
+    task = ""  # of `diffusion-lit edit`, which undoes it
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Sampling from end to end: settings in, images out.
 
-A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Callbacks, `lightning sample` and
-evaluation all use it, so that the same settings and seeds give the same images. Sample i depends on its own seed alone:
-the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a variance-preserving path, and n and all later draws come
-from the generator of that seed.
+A `Sampling` names a sampler, a grid and a guidance, and draws x0 from any denoiser. Callbacks, `diffusion-lit sample`
+and evaluation all use it, so that the same settings and seeds give the same images. Sample i depends on its own seed
+alone: the start is sigma_max * n, or sqrt(1 + sigma_max^2) * n on a variance-preserving path, and n and all later draws
+come from the generator of that seed.
 """
 
 import inspect

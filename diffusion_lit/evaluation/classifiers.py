@@ -13,9 +13,9 @@ from diffusion_lit.modules.protocols import ImageSource
 class ClassifierFeatures(FeatureExtractor):
     """Penultimate layer of a small classifier of the data set at hand, for images that Inception never saw.
 
-    With `ckpt_path` it is one trained by `lightning fit --config configs/classifier_NAME.yaml`; without, a small one is
-    trained on the spot from the data set's own training images, in seconds to a minute, the same each time, and kept
-    in the user's cache. Distances compare only under the same weights, whose hash is in every receipt.
+    With `ckpt_path` it is one trained by `diffusion-lit fit --config configs/classifier_NAME.yaml`; without, a small
+    one is trained on the spot from the data set's own training images, in seconds to a minute, the same each time, and
+    kept in the user's cache. Distances compare only under the same weights, whose hash is in every receipt.
 
     Args:
         ckpt_path: Checkpoint of a `diffusion_lit.modules.Classifier`, or None.

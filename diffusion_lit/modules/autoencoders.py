@@ -109,7 +109,7 @@ def vae_checkpoint(source: str) -> dict[str, Any]:
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(
-            f"There is no autoencoder {source}; train one with lightning fit --config configs/vae_NAME.yaml, which "
+            f"There is no autoencoder {source}; train one with diffusion-lit fit --config configs/vae_NAME.yaml, which "
             f"leaves it in runs/vae_NAME, or give a checkpoint, a folder of diffusers' or {HUB}OWNER/NAME."
         )
     path = find_checkpoint(path)

@@ -36,7 +36,7 @@ class MissingWeights(ValueError):
 
 
 def classifier_from_checkpoint(path: Path) -> ConvClassifier:
-    """Reads a classifier trained by `lightning fit --config configs/classifier_NAME.yaml`.
+    """Reads a classifier trained by `diffusion-lit fit --config configs/classifier_NAME.yaml`.
 
     Args:
         path: The checkpoint file.
@@ -50,7 +50,7 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
     """
     if not path.exists():
         raise MissingWeights(
-            f"There is no classifier {path}; train it with lightning fit --config configs/classifier_NAME.yaml, or "
+            f"There is no classifier {path}; train it with diffusion-lit fit --config configs/classifier_NAME.yaml, or "
             "leave ckpt_path out to train a small one on the spot."
         )
     checkpoint = read_checkpoint(path)

@@ -167,11 +167,11 @@ class VAE(BaseModule):
         self._load_perceptual()
 
     def on_validation_start(self) -> None:
-        """The same for `lightning validate`."""
+        """The same for `diffusion-lit validate`."""
         self._load_perceptual()
 
     def on_test_start(self) -> None:
-        """The same for `lightning test`."""
+        """The same for `diffusion-lit test`."""
         self._load_perceptual()
 
     def _load_perceptual(self) -> None:

@@ -14,7 +14,7 @@ def load_model(
     """The model that a command draws with: a checkpoint's, or one of another library.
 
     Args:
-        ckpt_path: Checkpoint file, or a folder of `lightning export`.
+        ckpt_path: Checkpoint file, or a folder of `diffusion-lit export`.
         pretrained: Name or folder of a pretrained model; see `diffusion_lit.pretrained.load_pretrained`.
         prompts: What a pretrained text model is asked for; label i means prompt i.
         options: Further arguments of `load_pretrained`; empty ones mean nothing.

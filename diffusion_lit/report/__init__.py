@@ -1,4 +1,4 @@
-"""Reports as HTML: the page that every report is made of, and the page of a run (`lightning report`)."""
+"""Reports as HTML: the page that every report is made of, and the page of a run (`diffusion-lit report`)."""
 
 from diffusion_lit.report.page import Page
 

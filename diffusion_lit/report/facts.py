@@ -37,7 +37,7 @@ def find_run(folder: Path) -> Path:
         ValueError: If there is none.
     """
     if not folder.exists():
-        raise ValueError(f"There is no folder {folder}; `lightning fit` writes runs/NAME/version_N.")
+        raise ValueError(f"There is no folder {folder}; `diffusion-lit fit` writes runs/NAME/version_N.")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the run's folder, runs/NAME/version_N.")
     if is_run(folder):
@@ -55,7 +55,7 @@ def find_run(folder: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds anything that `lightning fit` leaves."""
+    """Whether a folder holds anything that `diffusion-lit fit` leaves."""
     return (folder / "config.yaml").is_file() or any(
         any(folder.glob(pattern)) for pattern in ("events.out.tfevents.*", "checkpoints/*.ckpt")
     )
@@ -193,7 +193,7 @@ def count(module: nn.Module) -> int:
 
 
 def receipts(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The reports of `lightning evaluate` on checkpoints of a run, found in and beside it and in the current folder.
+    """The reports of `diffusion-lit evaluate` on checkpoints of a run, in and beside it and in the current folder.
 
     Args:
         run: The run's folder.

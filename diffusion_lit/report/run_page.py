@@ -199,15 +199,15 @@ class RunPage:
         found = receipts(self.folder)
         if not found:
             last, receipt = self.folder / "checkpoints" / "last.ckpt", self.folder / "evaluation.json"
-            page.text("No report of lightning evaluate was found beside the run.")
+            page.text("No report of diffusion-lit evaluate was found beside the run.")
             if is_model(self.module):
                 page.text("To make one:")
-                page.command(f"lightning evaluate --ckpt_path {quote(str(last))} --out {quote(str(receipt))}")
+                page.command(f"diffusion-lit evaluate --ckpt_path {quote(str(last))} --out {quote(str(receipt))}")
         for path, content in found:
             try:
                 self._evaluation(page, path, content)
             except (KeyError, TypeError, ValueError, StopIteration):
-                page.text(f"{path.name} is not a whole report of lightning evaluate.")
+                page.text(f"{path.name} is not a whole report of diffusion-lit evaluate.")
 
     def _evaluation(self, page: Page, path: Path, receipt: dict[str, Any]) -> None:
         """One receipt: its tables, its images and what it was made with."""
@@ -236,7 +236,7 @@ class RunPage:
         page.listing(json.dumps(receipt, indent=2), f"{path.name}, whole")
 
     def _explained(self, image: Path, receipt: Path) -> str:
-        """What an image of `lightning evaluate` shows."""
+        """What an image of `diffusion-lit evaluate` shows."""
         if image.stem == receipt.stem:
             return "Quality against cost."
         setting = image.stem.removeprefix(f"{receipt.stem}.").removeprefix("memorization_")
@@ -272,7 +272,7 @@ class RunPage:
         path = self.folder / "config.yaml"
         given = quote(str(path))
         page.text("To train it anew, and to go on where it stopped:")
-        page.command(f"lightning fit --config {given}")
-        page.command(f"lightning fit --config {given} --ckpt_path last")
+        page.command(f"diffusion-lit fit --config {given}")
+        page.command(f"diffusion-lit fit --config {given} --ckpt_path last")
         page.table(["what", "value"], settings(self.config, self.module))
         page.listing(path.read_text(errors="replace"), "config.yaml, whole")

@@ -2,9 +2,11 @@
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PROGRAM = "lightning" if Path(sys.argv[0]).name == "lightning" else "diffusion-lit"  # as it was typed
 
 
 def refuse_hidden_datamodules() -> None:

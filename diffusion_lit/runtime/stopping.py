@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.sentences import OF_THE_USER, debugging, plain, sentence
 
 LOST_RANK = (
@@ -67,7 +68,7 @@ def told(
     return explained or RunStopped(sentence(error), 2)
 
 
-def end(error: Exception, name: str = "lightning", silent: bool = False) -> NoReturn:
+def end(error: Exception, name: str = PROGRAM, silent: bool = False) -> NoReturn:
     """Ends a command with what its error says; with DIFFUSION_LIT_DEBUG=1, or for a bug, the error goes on.
 
     Args:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from diffusion_lit.runtime.installation import PROGRAM
+
 PERIOD = 2.0  # seconds between two looks
 GRACE = 5.0  # seconds that a second signal's own handler has
 SAME = 1.0  # signals so many seconds apart are one: a launcher passes on what a terminal gives to all by itself
@@ -175,7 +177,7 @@ class _Watch(threading.Thread):
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(2, f"\nlightning: {text}\n".encode())
+            os.write(2, f"\n{PROGRAM}: {text}\n".encode())
 
 
 def name_place(frames: list[FrameType]) -> str:

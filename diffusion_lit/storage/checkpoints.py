@@ -1,8 +1,8 @@
 """Self-describing checkpoints, read without executing anything in them.
 
-A checkpoint made by `lightning fit` records the classes and arguments of its module and data, the average weights as
-`state_dict` and the raw ones as `current_model_state`. Reading goes through `storage.pickled` alone, and what is built
-from a record through `storage.trust`.
+A checkpoint made by `diffusion-lit fit` records the classes and arguments of its module and data, the average weights
+as `state_dict` and the raw ones as `current_model_state`. Reading goes through `storage.pickled` alone, and what is
+built from a record through `storage.trust`.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     An unchanged file is read once per process; do not modify its tensors.
 
     Args:
-        path: The file, or a folder of `lightning export`.
+        path: The file, or a folder of `diffusion-lit export`.
 
     Returns:
         Lightning's checkpoint dictionary without the optimizer's state; see `read_training_state`.
@@ -74,11 +74,11 @@ def _read(path: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
         return read_export(path)
     if path.is_dir():
         raise ValueError(
-            f"{path} is a folder and none of `lightning export`; give a checkpoint file such as checkpoints/last.ckpt."
+            f"{path} is a folder and none of `diffusion-lit export`; give a checkpoint file: checkpoints/last.ckpt."
         )
     if not path.exists():
         raise ValueError(
-            f"There is no checkpoint {path}; `lightning fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
+            f"There is no checkpoint {path}; `diffusion-lit fit` writes runs/NAME/version_N/checkpoints/last.ckpt."
         )
     if not path.is_file():
         raise ValueError(f"{path} is no regular file (a pipe or a device), which a checkpoint is.")
@@ -96,7 +96,9 @@ def _read(path: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
             f"{path} is not a readable checkpoint: it is damaged, truncated or another kind of file."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is a PyTorch file but not a checkpoint of `lightning fit`: it has no `state_dict`.")
+        raise ValueError(
+            f"{path} is a PyTorch file but not a checkpoint of `diffusion-lit fit`: it has no `state_dict`."
+        )
     for field, kind in FIELDS.items():
         if field in checkpoint and not isinstance(checkpoint[field], kind):
             raise ValueError(

@@ -29,7 +29,7 @@ PARTS = ("latent_space", "autoencoder", "classifier", "teacher_sha256")  # what 
 
 
 def is_export(path: str | Path) -> bool:
-    """Whether a path is a folder written by `lightning export`.
+    """Whether a path is a folder written by `diffusion-lit export`.
 
     Args:
         path: Any path.
@@ -114,7 +114,7 @@ def read_export(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{folder / RECORD} is damaged: {error}. Export the checkpoint again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{folder / RECORD} is not a record of `lightning export`; export the checkpoint again.")
+        raise ValueError(f"{folder / RECORD} is not a record of `diffusion-lit export`; export the checkpoint again.")
     if "record_crc32" in record and record["record_crc32"] != record_checksum(record):
         raise ValueError(
             f"{folder / RECORD} is damaged or was changed after it was written; export the checkpoint again."

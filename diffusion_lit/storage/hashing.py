@@ -60,7 +60,7 @@ def file_hash(path: Path) -> str:
     """The hash of a file's bytes, computed once per process while the file is unchanged.
 
     Args:
-        path: The file, or a folder of `lightning export`, whose weights count.
+        path: The file, or a folder of `diffusion-lit export`, whose weights count.
 
     Returns:
         Hexadecimal SHA-256.

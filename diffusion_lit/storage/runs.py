@@ -92,8 +92,8 @@ def find_checkpoint(given: str | Path, run: Path | None = None) -> Path:
     """The checkpoint that a person means.
 
     Args:
-        given: A file; a folder of `lightning export`; a run, runs/NAME, or one version of it, runs/NAME/version_N, of
-            which the last checkpoint is meant; `last` or `best`, of the run that was trained last. A run's best is
+        given: A file; a folder of `diffusion-lit export`; a run, runs/NAME, or one version of it, runs/NAME/version_N,
+            of which the last checkpoint is meant; `last` or `best`, of the run that was trained last. A run's best is
             runs/NAME/best.
         run: The run's folder in which `last` and `best` are looked for; all below `runs` where there is none.
 
@@ -141,7 +141,7 @@ def _newest(name: str) -> Path:
     found = list(RUNS.rglob("version_*/checkpoints/last.ckpt"))
     if not found:
         raise ValueError(
-            f"There is no run below {RUNS}/ here for --ckpt_path {name}; train one by `lightning fit`, or give a file."
+            f"There is no run below {RUNS}/ for --ckpt_path {name}; train one (`diffusion-lit fit`) or give a file."
         )
     newest = max(found, key=lambda path: path.stat().st_mtime)
     return _of_folder(newest.parent.parent, name)

@@ -4,13 +4,13 @@ A contender is a library's own U-Net under the library's own training step and s
 
 | name                        | network     | training step                          | sampler                  |
 | --------------------------- | ----------- | -------------------------------------- | ------------------------ |
-| diffusion-lit               | UNet        | `lightning fit` with all its callbacks | Euler                    |
+| diffusion-lit               | UNet        | `diffusion-lit fit` with all its callbacks | Euler                    |
 | diffusers                   | UNet2DModel | train_unconditional.py's loop          | DDIMScheduler            |
 | denoising-diffusion-pytorch | Unet        | Trainer.train's loop with its average  | GaussianDiffusion's DDIM |
 | smalldiffusion              | Unet        | training_loop                          | samples                  |
 
-The peers are handed their batches ready made, which is in their favour: `lightning fit` cuts, normalises and draws its
-own. A library that is not installed takes no part.
+The peers are handed their batches ready made, which is in their favour: `diffusion-lit fit` cuts, normalises and draws
+its own. A library that is not installed takes no part.
 """
 
 import math
@@ -448,7 +448,7 @@ class RandomImages(ImageDataModule):
 
 
 class TrainOnRequest(Callback):
-    """Lets `lightning fit` train as many steps at a time as the other end of a pipe asks for.
+    """Lets `diffusion-lit fit` train as many steps at a time as the other end of a pipe asks for.
 
     The time of a slice runs from the start of its first step to the start of the step after its last: data, callbacks,
     logging and the trainer's own work are in it.
@@ -533,7 +533,7 @@ def work(pipe: Any, job: BenchmarkJob, folder: str) -> None:
 
 
 def _fit(pipe: Any, job: BenchmarkJob, folder: str) -> None:
-    """`lightning fit`, paced."""
+    """`diffusion-lit fit`, paced."""
     from diffusion_lit.commands.main import main
 
     TrainOnRequest.pipe, TrainOnRequest.job = pipe, job

@@ -1,6 +1,6 @@
 """Entries of the speedrun: who takes part.
 
-An entry is a YAML. Most are trained by `lightning fit`: the file is one of its configs, or names one and what differs,
+An entry is a YAML. Most are trained by `diffusion-lit fit`: the file is one of its configs, or names one and changes:
 
     config: configs/edm_fashion_mnist.yaml
     options: {model.init_args.sampling.num_steps: 10}
@@ -36,7 +36,7 @@ class Entry:
 
     Args:
         name: Its name in tables.
-        config: Settings of `lightning fit`, nested, as config.yaml of a run has them; None for another library.
+        config: Settings of `diffusion-lit fit`, nested, as config.yaml of a run has them; None for another library.
         options: What differs from them, by the names of its command line.
         contender: Name of another library; "" with `config`.
         width: Channels of the first level of that library's network.
@@ -79,7 +79,9 @@ def read_entry(name: str, track: str) -> Entry:
     if isinstance(content, dict) and "model" in content:
         return _checked(Entry(path.stem, read_config(path)), path)
     if not isinstance(content, dict) or not ("config" in content) ^ ("contender" in content):
-        raise ValueError(f"{path} is no entry: it is a config of lightning fit, or has a line config: or contender:.")
+        raise ValueError(
+            f"{path} is no entry: it is a config of diffusion-lit fit, or has a line config: or contender:."
+        )
     for key in content:
         if key not in KEYS:
             raise ValueError(f"{path} says {key}, but an entry has {', '.join(KEYS)}.")

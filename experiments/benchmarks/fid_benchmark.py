@@ -72,10 +72,10 @@ def fid_benchmark(
         checkpoints: Checkpoint files, separated by commas.
         num_samples: Samples in each block.
         num_blocks: Blocks, for the error bars.
-        extractor: As in lightning evaluate.
-        extractor_weights: As in lightning evaluate.
+        extractor: As in diffusion-lit evaluate.
+        extractor_weights: As in diffusion-lit evaluate.
         reference: Split to compare with.
-        fit_options: Further options of lightning fit for configs without a run, such as "--trainer.max_steps 500".
+        fit_options: Further options of diffusion-lit fit for configs without a run, such as "--trainer.max_steps 500".
         parity: Compares with torch-fidelity's command: a file of Inception's weights, or `random`.
         parity_samples: Samples, and images of the reference, that this comparison takes.
         batch_size: Samples drawn at a time.
@@ -290,7 +290,7 @@ def random_inception(path: Path) -> Path:
 def compare_with_command(
     checkpoint: Path, parity: str, count: int, folder: Path, batch_size: int, accelerator: str
 ) -> str:
-    """The same images through `lightning evaluate` and through torch-fidelity's command.
+    """The same images through `diffusion-lit evaluate` and through torch-fidelity's command.
 
     Args:
         checkpoint: The model whose samples are compared.
@@ -324,7 +324,7 @@ def compare_with_command(
     theirs = json.loads(said[said.index("{") :])
     (folder / "parity.json").write_text(json.dumps({"ours": ours, "theirs": theirs}, indent=2))
     lines = [f"# The same {count} samples through both commands ({parity} weights)", ""]
-    lines += ["| figure | lightning evaluate | fidelity | relative difference |", "| --- | ---: | ---: | ---: |"]
+    lines += ["| figure | diffusion-lit evaluate | fidelity | relative difference |", "| --- | ---: | ---: | ---: |"]
     for name, key in PARITY.items():
         difference = abs(ours[name] - theirs[key]) / max(abs(theirs[key]), 1e-12)
         lines.append(f"| {name} | {ours[name]:.7g} | {theirs[key]:.7g} | {difference:.1e} |")

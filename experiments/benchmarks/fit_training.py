@@ -1,4 +1,4 @@
-"""Trainings of the speedrun by `lightning fit`."""
+"""Trainings of the speedrun by `diffusion-lit fit`."""
 
 import json
 import os
@@ -33,7 +33,7 @@ TRAINED = ("state_dict", "current_model_state", "optimizer_states", "lr_schedule
 
 
 def train_by_fit(place: Path, training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`lightning fit`: some steps for the pace where it is needed, then the run itself in what is left of the time."""
+    """`diffusion-lit fit`: some steps for the pace where it is needed, then the run in what is left of the time."""
     from diffusion_lit.commands.main import main
 
     entry, track = training.entry, training.track
@@ -114,7 +114,7 @@ def write_module(place: Path, entry: Entry) -> list[str]:
 
 
 def draw_samples(path: Path, training: Training) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Draws the samples of a model that `lightning fit` trained.
+    """Draws the samples of a model that `diffusion-lit fit` trained.
 
     Args:
         path: Its checkpoint.

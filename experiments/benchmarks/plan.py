@@ -3,7 +3,7 @@ r"""How long a recipe takes on hardware that one may not have yet.
     python -m experiments.benchmarks.plan --gpus 8 --config configs/edm_cifar10.yaml \
         --config configs/paper/edm_cifar10.yaml
 
-The recipe's network is built from the config as `lightning fit` builds it, its operations are counted, and some
+The recipe's network is built from the config as `diffusion-lit fit` builds it, its operations are counted, and some
 training steps of it are timed on this machine. For other hardware there is no measurement here: its peak is the
 vendor's, and which share of it is reached, and how much is lost between several GPUs, are assumptions that are printed
 beside the figure and can be given.
@@ -39,7 +39,7 @@ PEAKS = {  # dense bf16 (fp16 where there is no bf16) tensor TFLOP/s with float3
 
 
 class Built(LightningFit):
-    """`lightning fit` up to the point where it would train."""
+    """`diffusion-lit fit` up to the point where it would train."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Leaves the training out."""
@@ -97,7 +97,7 @@ def plan(
     """Estimates how long a recipe takes.
 
     Args:
-        config: Configs as for `lightning fit`, the later override the earlier.
+        config: Configs as for `diffusion-lit fit`, the later override the earlier.
         gpus: Number of GPUs of the named hardware.
         gpu: Their kinds; all that are known when omitted.
         share: Share in (0, 1] of the vendor's peak that training is assumed to reach. The default is counted, not
@@ -107,7 +107,7 @@ def plan(
         steps: Training steps that are timed on this machine; 0 for none.
         batch: Images in such a step.
         accelerator: auto, cpu or cuda: where they are timed.
-        options: Further words of `lightning fit`'s command line.
+        options: Further words of `diffusion-lit fit`'s command line.
 
     Returns:
         The estimates, this machine's first.
@@ -147,7 +147,7 @@ def read(built: Any) -> Recipe:
     """What a config trains.
 
     Args:
-        built: `lightning fit`, with the model, the data and the trainer made.
+        built: `diffusion-lit fit`, with the model, the data and the trainer made.
 
     Returns:
         The recipe.

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.profile_step --config configs/edm_fashion_mnist.yaml
 
-Three measurements. First `lightning fit` takes turns with a bare PyTorch loop over the same step (the same batches,
+Three measurements. First `diffusion-lit fit` takes turns with a bare PyTorch loop over the same step (the same batches,
 draws, network, loss, precision, optimizer and a plain average of the weights, without Lightning, callbacks and
 logging), so that what else the machine does strikes both; the ratio is of CPU time on a CPU, of the clock on a GPU.
 Second the records of Lightning's profiler say where the time of `fit` goes. Third each sampler runs with a network of
@@ -52,7 +52,7 @@ TARGETS = {"Lightning": 0.02, "data": 0.01, "sampler": 0.005, "guidance": 2.05}
 
 
 class Finished(Exception):
-    """Ends `lightning fit` from within."""
+    """Ends `diffusion-lit fit` from within."""
 
 
 class Recorder(Profiler):
@@ -196,7 +196,7 @@ def profile_step(
     """Measures where a step's time goes.
 
     Args:
-        config: Configs as for `lightning fit`, of a model on pixels.
+        config: Configs as for `diffusion-lit fit`, of a model on pixels.
         options: Further words of its command line, such as ["--data.init_args.root=FOLDER"].
         rounds: Turns of `fit` and of the bare loop.
         steps: Steps in a turn.
@@ -236,7 +236,7 @@ def profile_step(
 
 
 def fit(config: list[str], options: list[str], turns: Turns) -> None:
-    """Runs `lightning fit` in turns with the bare loop, in a folder that is thrown away."""
+    """Runs `diffusion-lit fit` in turns with the bare loop, in a folder that is thrown away."""
     Rounds.study = turns
     with tempfile.TemporaryDirectory() as folder, recording_logging(turns.recorder):
         arguments = [
@@ -247,7 +247,7 @@ def fit(config: list[str], options: list[str], turns: Turns) -> None:
         ]
 
         class Recorded(LightningFit):
-            """`lightning fit` under the recorder."""
+            """`diffusion-lit fit` under the recorder."""
 
             def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
                 return super()._instantiate_trainer({**config, "profiler": turns.recorder}, callbacks)

@@ -58,7 +58,7 @@ def throughput(
         steps: Training steps in a turn.
         samples: Images that a turn draws.
         peers: The peers to take part; all that are installed when omitted.
-        precisions: 32-true, bf16-mixed or both; by default float32 and what `lightning fit` chooses here.
+        precisions: 32-true, bf16-mixed or both; by default float32 and what `diffusion-lit fit` chooses here.
         accelerator: auto, cpu or cuda.
         out: Folder for throughput.json and throughput.md.
 

@@ -73,7 +73,7 @@ def time_to_quality(
         nfe: Network evaluations per image.
         num_samples: Images that each draws.
         batch_size: Images per training step of all; by default 64 here and 32 of the peers.
-        options: Further words of `lightning fit`'s command line, for this project's run.
+        options: Further words of `diffusion-lit fit`'s command line, for this project's run.
         classifier: Checkpoint of configs/classifier_fashion_mnist.yaml, whose features count; by default a small one
             that is trained on the spot.
         accelerator: auto, cpu or cuda.

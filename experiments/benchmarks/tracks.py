@@ -47,7 +47,7 @@ class Track:
         seeds: Seeds of the trainings.
         num_samples: Images that each draws.
         evaluations: Evaluations of the network per image, at most; a guided step takes two.
-        extractor: What images are compared by, as in `lightning evaluate`; `locked` is the classifier beside the
+        extractor: What images are compared by, as in `diffusion-lit evaluate`; `locked` is the classifier beside the
             entries, and `auto` what the studies take.
         measure: SHA-256 of the extractor's identity (its name, weights and transform); None where it is not locked.
         metric: `fd`, the Fréchet distance, or `kd`, the kernel distance, to the training images.
@@ -146,7 +146,7 @@ class Track:
 
 
 def _named(name: str, weights: str | None, data: Any) -> FeatureExtractor:
-    """An extractor of `lightning evaluate`.
+    """An extractor of `diffusion-lit evaluate`.
 
     Raises:
         MissingWeights: If this version has none of the name.

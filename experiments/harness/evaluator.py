@@ -1,4 +1,4 @@
-"""Measures the samples of a study, with the code of `lightning evaluate`."""
+"""Measures the samples of a study, with the code of `diffusion-lit evaluate`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,8 +106,8 @@ def choose_extractor(data: Any, name: str, weights: str | None, tell: Callable[[
 
     Args:
         data: The data set, set up.
-        name: As in `lightning evaluate`; auto is a classifier of the data set where it has classes, else that of
-            `lightning evaluate`, and thumbnails where that cannot be had.
+        name: As in `diffusion-lit evaluate`; auto is a classifier of the data set where it has classes, else that of
+            `diffusion-lit evaluate`, and thumbnails where that cannot be had.
         weights: Local file of its weights, or None.
         tell: Called with a sentence where thumbnails stand in.
 

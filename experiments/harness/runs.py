@@ -1,4 +1,4 @@
-"""Runs of `lightning fit` by the dozen: several at once, each in a process of its own, none done twice.
+"""Runs of `diffusion-lit fit` by the dozen: several at once, each in a process of its own, none done twice.
 
 A `Run` is a config and what differs from it. Its key is the hash of both, and its folder, `NAME-KEY/`, holds
 Lightning's `version_N/`, what the command printed (`log.txt`) and a record of how it went (`run.json`). `fit` leaves
@@ -42,7 +42,7 @@ class Run:
 
     Args:
         name: What tells it from the others; part of its folder's name.
-        config: A YAML of `lightning fit`; see `find_config`.
+        config: A YAML of `diffusion-lit fit`; see `find_config`.
         options: What differs from it, by the names of the command line: `{"trainer.max_steps": 400}`.
         shown: The options to tell it by in tables and in TensorBoard; all by default.
     """
@@ -227,7 +227,7 @@ def _train(
     started = time.perf_counter()
     try:
         with log.open("a") as said:
-            said.write(f"$ lightning {shlex.join(command)}\n")
+            said.write(f"$ diffusion-lit {shlex.join(command)}\n")
             said.flush()
             status = children.run([*COMMAND, *command], stdout=said, stderr=subprocess.STDOUT, env=environment)
     finally:
@@ -308,9 +308,9 @@ def _children() -> Iterator[_Children]:
 def _last_words(log: Path) -> str:
     """What a command said at its end: its own sentence where there is one, else the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    started = max(index for index, line in enumerate(lines) if line.startswith("$ lightning"))
+    started = max(index for index, line in enumerate(lines) if line.startswith("$ diffusion-lit"))
     said = lines[started + 1 :]
-    told = [line.removeprefix("lightning: ") for line in said if line.startswith("lightning: ")]
+    told = [line.removeprefix("diffusion-lit: ") for line in said if line.startswith("diffusion-lit: ")]
     return (told or said or [""])[-1]
 
 

@@ -1,9 +1,10 @@
 """What every study stands on: trainings, samples and their measures, and what is left of them to read.
 
-A study is a function that takes a `Study` and asks it for trained models (`fit`: each is a run of `lightning fit`, see
-`runs`), for samples of them (`draw`) and for their quality (`evaluator`), and hands it figures, tables and one finding.
-Under `runs/studies/NAME/` it leaves them as PNG, CSV and Markdown, together on a page (`index.html`), and as a record
-(`study.json`). Interrupted and started again it goes on: trainings and samples that are there are not made again.
+A study is a function that takes a `Study` and asks it for trained models (`fit`: each is a run of `diffusion-lit fit`,
+see `runs`), for samples of them (`draw`) and for their quality (`evaluator`), and hands it figures, tables and one
+finding. Under `runs/studies/NAME/` it leaves them as PNG, CSV and Markdown, together on a page (`index.html`), and as a
+record (`study.json`). Interrupted and started again it goes on: trainings and samples that are there are not made
+again.
 
     def rates(study: Study, values: list[float] = [1e-3, 1e-4]) -> None:
         '''Which learning rate is best?'''
@@ -17,7 +18,7 @@ Under `runs/studies/NAME/` it leaves them as PNG, CSV and Markdown, together on 
         main(rates, "configs/ddpm_digits.yaml", {"trainer.max_steps": 400})
 
 Run as it is, it is small and works on embedded data. `--config configs/ddpm_fashion_mnist.yaml` takes another
-experiment in its place, and options of `lightning fit`, such as `--data.init_args.root FOLDER`, hold for all of its
+experiment in its place, and options of `diffusion-lit fit`, such as `--data.init_args.root FOLDER`, hold for all of its
 trainings.
 """
 
@@ -81,11 +82,11 @@ class Setup:
     """What every study can be told.
 
     Args:
-        config: The experiment that is varied, a YAML of `lightning fit`; the study's own small one when omitted.
+        config: The experiment that is varied, a YAML of `diffusion-lit fit`; the study's own small one when omitted.
         out: Folder for the results; runs/studies/NAME by default, with the name of other data or another config behind.
         num_samples: Samples that each figure is measured on.
         extractor: What images are compared by: classifier, inception, pixels, ...; auto is a classifier of the data
-            set where it has classes, else as in `lightning evaluate`, else thumbnails.
+            set where it has classes, else as in `diffusion-lit evaluate`, else thumbnails.
         extractor_weights: Local file of the extractor's weights.
         jobs: Trainings at a time, on the same device.
         gpus: Numbers of the GPUs to spread trainings over, such as [0, 1]; by default the device is the config's.
@@ -144,7 +145,7 @@ class Study:
         """Trains models, those that are there already left alone.
 
         Args:
-            variants: What differs, by the options of `lightning fit`, for each training's name.
+            variants: What differs, by the options of `diffusion-lit fit`, for each training's name.
             config: Another experiment than the study's.
 
         Returns:
@@ -170,7 +171,7 @@ class Study:
         """A setting that holds for all of the study's trainings.
 
         Args:
-            name: As on the command line of `lightning fit`, such as `trainer.max_steps`.
+            name: As on the command line of `diffusion-lit fit`, such as `trainer.max_steps`.
 
         Returns:
             What the options say, else the config, else configs/base.yaml; None where none says anything.
@@ -415,7 +416,7 @@ def main(
     parser = ArgumentParser(
         prog=f"python -m experiments.{name}",
         description=f"{title} {' '.join(about.split())}",
-        epilog="Options of `lightning fit`, such as --data.init_args.root FOLDER, hold for all trainings.",
+        epilog="Options of `diffusion-lit fit`, such as --data.init_args.root FOLDER, hold for all trainings.",
     )
     parser.add_class_arguments(Setup, fail_untyped=True)
     parser.add_function_arguments(function, skip={"study"}, fail_untyped=True)
@@ -442,7 +443,7 @@ def main(
 
 
 def split(args: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Tells the options of `lightning fit`, whose names have a dot, from a study's own.
+    """Tells the options of `diffusion-lit fit`, whose names have a dot, from a study's own.
 
     Args:
         args: A command line.

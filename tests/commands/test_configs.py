@@ -13,7 +13,7 @@ DIFFUSION = tuple(f"diffusion_lit.modules.{name}" for name in ("DDPM", "EDM", "C
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_config_says_what_it_is_and_repeats_no_base(config):
     text = "\n".join(line for line in config.read_text().splitlines() if line.startswith("#"))
-    assert f"lightning fit --config configs/{config.name}" in text
+    assert f"diffusion-lit fit --config configs/{config.name}" in text
     for word in ("Cost:", "Expect:"):
         assert word in text
     base, own = (yaml.safe_load(path.read_text()) for path in (CONFIGS / "base.yaml", config))

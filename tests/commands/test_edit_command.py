@@ -1,4 +1,4 @@
-"""`lightning edit`: every task on every family from a checkpoint alone; images of every kind; what is refused."""
+"""`diffusion-lit edit`: every task on every family from a checkpoint alone; images of every kind; what is refused."""
 
 import json
 import shlex
@@ -138,7 +138,7 @@ def test_help_lists_tasks_and_their_options(lightning, capsys):
             lightning("edit", task, "--help")
         assert caught.value.code == 0
         said = capsys.readouterr().out
-        assert f"usage: lightning edit {task}" in said and "--ckpt_path" in said and "--sampler_options" in said
+        assert f"usage: diffusion-lit edit {task}" in said and "--ckpt_path" in said and "--sampler_options" in said
         assert ("--image" in said) == (task == "inpaint")
     assert "There is no task 'paint'" in stopped(capsys, lightning, "edit", "paint")
 
@@ -298,11 +298,11 @@ def test_the_gallery_shows_each_piece_once_and_tells_of_failures(trained, lightn
         )
         show(pages[-1], piece, 0, checkpoint(trained, "edm"), tmp_path, None, tmp_path / "boot.png", "cpu")
     assert pages[0].html() == pages[1].html()
-    assert "data:image/gif" in pages[0].html() and "lightning edit interpolate --num_frames 3" in pages[0].html()
+    assert "data:image/gif" in pages[0].html() and "diffusion-lit edit interpolate --num_frames 3" in pages[0].html()
     assert capsys.readouterr().out.count("interpolate: figure.png") == 1  # the second time it was there
     failing = Piece("digits", "colorize", "", "No colours here.")
     show(pages[-1], failing, 1, checkpoint(trained, "edm"), tmp_path, None, tmp_path / "boot.png", "cpu")
-    assert "It failed: lightning: Colorizing needs a model of RGB images" in pages[-1].html()
+    assert "It failed: diffusion-lit: Colorizing needs a model of RGB images" in pages[-1].html()
 
 
 @pytest.mark.medium

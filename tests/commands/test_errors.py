@@ -24,7 +24,7 @@ CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
         (["--trainer.callbacks=[1]"], ["trainer.callbacks is 1"]),
         (["--trainer.precision=17"], ["trainer.precision is 17", "'bf16-mixed'"]),
         (["--ema.half_life=x"], ["ema.half_life is x; give a number or null."]),
-        (["--data.init_args.batch_size=0"], ["lightning: batch_size is 0; give a whole number from 1 on."]),
+        (["--data.init_args.batch_size=0"], ["diffusion-lit: batch_size is 0; give a whole number from 1 on."]),
         (["--data.class_path=Nope"], ["data is Nope; give a class's full name"]),
         (["--trajectory.count=1000000000"], ["1000000000", "trajectory.count"]),
         (["--model.init_args.optimizer.init_args.betas=null"], ["betas"]),
@@ -38,7 +38,7 @@ def test_what_is_wrong_with_a_run_is_one_sentence_before_it_starts(lightning, ca
     if not gpu and __import__("torch").cuda.is_available():
         pytest.skip("This machine has a GPU.")
     said = stopped(capsys, lightning, *FIT, *options)
-    told = said[said.rindex("lightning: ") :]
+    told = said[said.rindex("diffusion-lit: ") :]
     assert all(word in told for word in words), told
     assert len(told) <= 411 and "Union subtypes" not in said
 

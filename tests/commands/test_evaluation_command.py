@@ -1,4 +1,4 @@
-"""`lightning evaluate`, through the command in this process, on a digits model trained for three steps."""
+"""`diffusion-lit evaluate`, through the command in this process, on a digits model trained for three steps."""
 
 import errno
 import json

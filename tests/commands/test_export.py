@@ -99,7 +99,7 @@ def damage(model, how):
     [
         ("truncated", "is not the file that model.json beside it describes, or it is damaged"),
         ("json", "is damaged"),
-        ("another", "is not a record of `lightning export`"),
+        ("another", "is not a record of `diffusion-lit export`"),
         ("class", "os.system"),
         ("changed", "is damaged or was changed after it was written"),
     ],

@@ -1,4 +1,4 @@
-"""The leaderboard by its command: its rows are what `lightning evaluate` says of the same checkpoints."""
+"""The leaderboard by its command: its rows are what `diffusion-lit evaluate` says of the same checkpoints."""
 
 import csv
 import json

@@ -62,14 +62,14 @@ if meet:  # wait until as many others are here, at the same time
             sys.exit(3)
         time.sleep(0.02)
 if options.get("fail") == "true" and not os.environ.get("REPAIRED"):
-    print("lightning: The learning rate is a tomato.", file=sys.stderr)
+    print("diffusion-lit: The learning rate is a tomato.", file=sys.stderr)
     sys.exit(2)
 """
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """A command that leaves what `lightning fit` does without doing it."""
+    """A command that leaves what `diffusion-lit fit` does without doing it."""
     monkeypatch.setattr(runs, "COMMAND", [sys.executable, "-c", FAKE])
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
@@ -77,7 +77,7 @@ def fake(monkeypatch, tmp_path):
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """Runs `lightning fit` in this process and in an empty folder: a new process would take seconds to import."""
+    """Runs `diffusion-lit fit` in this process and in an empty folder: a new process would take seconds to import."""
 
     def run(self, command, stdout, **options):
         from diffusion_lit.commands.main import main as lightning
@@ -85,7 +85,7 @@ def here(monkeypatch, tmp_path):
         try:
             lightning(command[len(runs.COMMAND) :])
         except SystemExit as stopped:
-            stdout.write(f"lightning: exit {stopped.code}\n")
+            stdout.write(f"diffusion-lit: exit {stopped.code}\n")
             return stopped.code
         return 0
 
@@ -150,7 +150,7 @@ def test_a_failed_run_is_told_and_loses_no_other_and_what_is_done_is_not_done_ag
     assert all(isinstance(result, Trained) for result in results)
     assert said[0] == "2 of 3 runs are done already." and said[1].startswith("b: goes on") and len(said) == 3
     log = (several[1].folder(fake) / "log.txt").read_text()
-    assert log.count("$ lightning fit") == 2 and log.rstrip().endswith("ckpt_path last")
+    assert log.count("$ diffusion-lit fit") == 2 and log.rstrip().endswith("ckpt_path last")
     record = json.loads((several[1].folder(fake) / "run.json").read_text())
     assert record["status"] == 0 and record["key"] == several[1].key
 

@@ -76,7 +76,7 @@ def test_the_width_is_chosen_by_operations():
 
 @pytest.mark.slow
 def test_ours_is_the_command_with_its_callbacks(tmp_path, monkeypatch):
-    """`lightning fit` in this process, asked for two slices and samples through a pipe that answers from a list."""
+    """`diffusion-lit fit` in this process, asked for two slices and samples through a pipe that answers from a list."""
 
     class Done(Exception):
         pass

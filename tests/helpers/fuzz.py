@@ -158,7 +158,7 @@ def attempt(main, line, seconds=60):
 
 def told(said):
     """What a command told, without the warnings before it."""
-    return said[said.rfind("lightning: ") :].strip() if "lightning: " in said else ""
+    return said[said.rfind("diffusion-lit: ") :].strip() if "diffusion-lit: " in said else ""
 
 
 def run(cases, outcomes, memory=4 * 2**30):

@@ -284,7 +284,7 @@ def test_what_is_no_autoencoder_is_told_in_a_sentence(here, lightning, capsys, s
     run = ["fit", "--config", LATENT_DIGITS, *TINY_LATENT, "--trainer.max_steps=1"]
     said = stopped(capsys, lightning, *run, f"--model.init_args.vae_ckpt={source}")
     assert message in said
-    assert said.strip().splitlines()[-1].startswith("lightning: ")
+    assert said.strip().splitlines()[-1].startswith("diffusion-lit: ")
 
 
 def test_an_autoencoder_of_other_images_is_refused():

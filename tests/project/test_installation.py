@@ -168,6 +168,15 @@ def test_the_version_is_printed_and_is_that_of_the_distribution(capsys):
     assert capsys.readouterr().out == f"diffusion-lit {diffusion_lit.__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["lightning", "diffusion-lit"])
+def test_messages_begin_with_the_name_that_was_typed(name, tmp_path):
+    (tmp_path / name).write_text("from diffusion_lit.commands.main import main\nmain()\n")
+    for words, begun in ((["trian"], f"{name}: There is no command 'trian'"), (["--help"], f"usage: {name} COMMAND")):
+        run = [sys.executable, str(tmp_path / name), *words]
+        done = subprocess.run(run, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert (done.stderr if words == ["trian"] else done.stdout).startswith(begun)
+
+
 @pytest.mark.parametrize("shape", ["file", "package", "folder"])
 def test_files_that_hide_the_datamodules_are_told(shape, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`lightning report`: pages of real, tiny runs that are over, were stopped, go on or are damaged."""
+"""`diffusion-lit report`: pages of real, tiny runs that are over, were stopped, go on or are damaged."""
 
 import json
 import shutil
@@ -134,7 +134,7 @@ def test_evaluations_are_found_where_they_name_the_run(lightning, run, tmp_path)
     (tmp_path / "elsewhere.json").write_text(json.dumps(receipt))
     assert "last.ckpt, weights: as exported; samples" in page_of(lightning, run).text
     (tmp_path / "elsewhere.json").unlink()
-    assert "half.json is not a whole report of lightning evaluate." in page_of(lightning, run).text
+    assert "half.json is not a whole report of diffusion-lit evaluate." in page_of(lightning, run).text
 
 
 def test_a_continued_run_replaces_what_it_trained_again(tmp_path):
@@ -218,7 +218,7 @@ def test_what_is_damaged_costs_its_own_part(lightning, run):
     assert "last.ckpt is not a readable checkpoint" in text
     assert "The image step_0000006.png cannot be read as an image." in text
     assert "val/loss" in text
-    assert "No report of lightning evaluate was found" in text
+    assert "No report of diffusion-lit evaluate was found" in text
     (run / "config.yaml").write_text("- a list")
     assert "config.yaml holds no configuration." in RunPage(run).problems
     (run / "config.yaml").unlink()
