@@ -349,7 +349,8 @@ class ImageFolder(ImageDataModule):
         """Adds the sizes of random crops to a training batch."""
         if isinstance(self.transform, Crops) and self.trainer is not None and self.trainer.training:
             rows = batch["index"]
-            batch["crop_size"] = self.crop_sizes[rows.cpu()].to(rows.device)
+            self.crop_sizes = self.crop_sizes.to(rows.device)  # once
+            batch["crop_size"] = self.crop_sizes[rows]
         return batch
 
     def labels(self, names: Sequence[str]) -> Tensor | None:

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.rng import send
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -190,12 +192,10 @@ class BatchLoader:
             "image" in [-1, 1], "index" (rows of the split) and, where there are labels, "label", and where images are
             paired, "given", in [-1, 1], all on the device.
         """
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()  # or the copy would wait, and the host with it
-        images = images.to(self.device, non_blocking=True)
+        images = send(images, self.device)
         if self.augment is not None:
             images = self.augment(images, key)
-        rows = key.rows.to(self.device, non_blocking=True)
+        rows = send(key.rows, self.device)
         batch = {"image": normalise(images), "index": rows}
         if self.given:
             batch["image"], batch["given"] = batch["image"].tensor_split((-self.given,), dim=1)

@@ -17,6 +17,7 @@ from datamodules.decode import BadImageError, Transform, decode
 from datamodules.files import may_not_read
 from datamodules.loaders import Split, keyed_generator
 from diffusion_lit.checks import check_count
+from diffusion_lit.diffusion.rng import send
 
 SAMPLES = ("flower", "china")
 HELD_OUT = 64  # rows of "val" and "test"
@@ -124,7 +125,7 @@ class SingleImage(ImageDataModule):
             Images, uint8 (B, C, H, W).
         """
         if self.patches is not None:
-            images = self._cut(self.batch_size, generator, rows).to(images.device)
+            images = send(self._cut(self.batch_size, generator, rows), images.device)
         return super().augment(images, generator, rows)
 
     def _cut(self, count: int, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:

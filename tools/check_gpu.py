@@ -6,8 +6,9 @@
 
 It needs torch and the project's other dependencies; a machine with Python 3.12 and torch 2.11 lacks torchvision,
 lightning, torchmetrics, torch-fidelity, tensorboard, einops, jsonargparse, scikit-learn, matplotlib and safetensors
-(`pip install -e .` brings them), and diffusers for the line beside it (`pip install diffusers`). The checks that tell
-most come first; one for which no time is left is skipped and said so.
+(`pip install -e .` brings them), and diffusers for the line beside it (`pip install diffusers`); what is lacking is
+named at the start. The checks that tell most come first; one for which no time is left is skipped and said so. The
+figures are written after each check, so that a run that is cut short leaves those that it had.
 """
 
 import copy
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,29 @@ sys.path.insert(0, str(ROOT))
 SHORT = ["--trainer.log_every_n_steps=10", "--trainer.enable_progress_bar=false"]
 FIT = ["fit", "--config", str(ROOT / "configs/edm_digits.yaml"), *SHORT]
 NO_FID = "--trainer.callbacks=[]"
+
+
+class Skip(Exception):
+    """A check that cannot be made here, and why."""
+
+
+def lacking(*more: str) -> list[str]:
+    """Packages that are needed and not installed.
+
+    Args:
+        more: Further ones, beside the dependencies in pyproject.toml.
+
+    Returns:
+        Them, as pip takes them.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = []
+    for wanted in (*project["dependencies"], *more):
+        try:
+            version(re.split(r"[^\w.-]", wanted)[0])
+        except PackageNotFoundError:
+            found.append(wanted)
+    return found
 
 
 @dataclass
@@ -56,7 +82,8 @@ class Check:
             RuntimeError: If it fails or takes more than the time that is left.
         """
         accelerator = [f"--trainer.accelerator={self.device}"] if here else []
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        cache = {"XDG_CACHE_HOME": str(self.folder / "cache"), "DIFFUSION_LIT_CACHE": str(self.folder / "cache")}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **cache}
         left = max(20.0, self.until - time.monotonic())
         run = subprocess.run(
             [sys.executable, "-m", "diffusion_lit", *options, *accelerator],
@@ -68,7 +95,7 @@ class Check:
         )
         if run.returncode:
             raise RuntimeError(
-                f"diffusion-lit {' '.join(options[:4])} ... ended with {run.returncode}: {run.stderr[-1500:]}"
+                f"diffusion-lit {' '.join(options[:4])} ... ended with {run.returncode}: {run.stderr[-3000:]}"
             )
         return run.stdout + run.stderr
 
@@ -264,6 +291,7 @@ def speed(check: Check) -> str:
     net = DDPMpp(in_channels=3, image_size=32, channel_mult=(2, 2, 2) if check.gpu else (1,))
     with FlopCounterMode(display=False) as counter:
         ours(net, torch.zeros(1, 3, 32, 32), torch.zeros(1)).sum().backward()
+    torch.backends.cudnn.benchmark = True  # as `fit` has it
     flop, top = counter.get_total_flops(), peak(check)
     figures: dict[str, Any] = {"peak_tflops": top / 1e12, "gflop_per_image": flop / 1e9, "images_per_s": {}}
     check.figures["speed"] = figures
@@ -274,10 +302,15 @@ def speed(check: Check) -> str:
         probe = copy.deepcopy(net)
         if compiled:
             probe.compile(backend="inductor" if check.gpu else "eager", dynamic=False)
-        if check.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        found = train_step(check, probe, batch, nhwc, ours)
         name = f"{batch} {'NHWC' if nhwc else 'NCHW'} {'compiled' if compiled else 'eager'}"
+        if check.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            found = train_step(check, probe, batch, nhwc, ours)
+        except torch.OutOfMemoryError:
+            print(f"         {name}: out of memory")
+            continue
         memory = torch.cuda.max_memory_allocated() / 2**30 if check.gpu else 0.0
         figures["images_per_s"][name] = {"images_per_s": found, "share": found * flop / top, "gib": memory}
         print(f"         {name}: {found:,.0f} images/s, {found * flop / top:.0%} of the peak, {memory:.1f} GiB")
@@ -289,8 +322,11 @@ def speed(check: Check) -> str:
 def beside_diffusers(check: Check) -> str:
     """The UNet2DModel of diffusers under the same bf16 autocast: as it is built (eager, NCHW), and both compiled."""
     import torch
-    from diffusers import UNet2DModel
     from torch.utils.flop_counter import FlopCounterMode
+
+    if missing := lacking("diffusers>=0.42")[-1:]:
+        raise Skip(f"pip install {missing[0]}")
+    from diffusers import UNet2DModel
 
     width = 160 if check.gpu else 32
     blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
@@ -331,16 +367,16 @@ def graphs(check: Check) -> str:
 
 CHECKS: dict[str, Callable[[Check], str]] = {
     "fit": default_fit,
-    "precisions": precisions,
-    "cpu-and-gpu": cpu_and_gpu,
-    "val-loss": held_out_loss,
     "host-stops": host_stops,
     "speed": speed,
     "diffusers": beside_diffusers,
+    "cpu-and-gpu": cpu_and_gpu,
+    "precisions": precisions,
+    "val-loss": held_out_loss,
     "samplers": samplers,
-    "nccl": one_rank,
-    "resume": exact_resume,
     "graphs": graphs,
+    "resume": exact_resume,
+    "nccl": one_rank,
 }
 
 
@@ -366,6 +402,8 @@ def main(
     started, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         check = Check(device, Path(folder), started + 60 * minutes, all)
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        check.figures |= {"device": name, "torch": torch.__version__, "python": sys.version.split()[0], "checks": {}}
         for name in chosen:
             begun = time.monotonic()
             if begun > check.until:
@@ -373,24 +411,23 @@ def main(
             else:
                 try:
                     result, said = "PASS", CHECKS[name](check)
+                except Skip as reason:
+                    result, said = "SKIP", str(reason)
                 except Exception as error:
                     result, said = "FAIL", f"{type(error).__name__}: {error}"
             failed += result != "PASS"
             seconds = time.monotonic() - begun
-            check.figures.setdefault("checks", {})[name] = {
-                "result": result,
-                "said": said,
-                "seconds": round(seconds, 1),
-            }
+            check.figures["checks"][name] = {"result": result, "said": said, "seconds": round(seconds, 1)}
+            check.figures["seconds"] = round(time.monotonic() - started)
+            Path(out).write_text(json.dumps(check.figures, indent=1))
             print(f"{result}  {name:<12} {seconds:5.0f} s  {said}", flush=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    check.figures |= {"device": name, "torch": torch.__version__, "seconds": round(time.monotonic() - started)}
-    Path(out).write_text(json.dumps(check.figures, indent=1))
     print(f"{len(chosen) - failed} of {len(chosen)} passed in {check.figures['seconds']} s; the figures are in {out}")
     raise SystemExit(min(failed, 1))
 
 
 if __name__ == "__main__":
+    if missing := lacking():
+        raise SystemExit(f"This Python lacks what the project needs: pip install {' '.join(map(repr, missing))}")
     from jsonargparse import CLI
 
     CLI(main)

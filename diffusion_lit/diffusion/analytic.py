@@ -118,6 +118,7 @@ class GaussianMixtureDenoiser(nn.Module):
         log_normal = -0.5 * (centred.square() / total + total.log() + math.log(2 * math.pi)).sum(2)
         prior = self.weights.log().expand_as(log_normal)
         if label is not None:
+            label = label.to(centred.device)
             components = torch.arange(self.num_classes, device=label.device)
             known = _check_labels(label, self.num_classes)[:, None] < self.num_classes
             prior = torch.where(known, torch.where(label[:, None] == components, 0.0, -math.inf), prior)
@@ -225,6 +226,7 @@ class EmpiricalDenoiser(nn.Module):
         if label is not None:
             if self.labels is None:
                 raise ValueError("The data set has no labels; leave the label out, or make the denoiser with labels.")
+            label = label.to(flat.device)
             other = (_check_labels(label, self.num_classes)[:, None] != self.labels) & (label < self.num_classes)[
                 :, None
             ]

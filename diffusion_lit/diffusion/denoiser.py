@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.preconditioning import Preconditioning
+from diffusion_lit.diffusion.rng import send
 
 DenoiserLike = Callable[..., Tensor]
 """Anything that is called as `denoiser(x, sigma, label) -> x0_hat`, with `condition=` where it is given an image."""
@@ -72,7 +73,7 @@ def _ratio(x: Tensor, sigma: Tensor | float, until: Tensor | float) -> Tensor:
 
 def _level(x: Tensor, value: Tensor | float) -> Tensor:
     """A noise level in x's precision, at least float32, and on its device."""
-    return widen(value).to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
+    return send(widen(value).to(torch.promote_types(x.dtype, torch.float32)), x.device)
 
 
 class Denoiser(nn.Module):
@@ -239,7 +240,7 @@ class Denoiser(nn.Module):
             self.scaling.check(sigma)
         if x.device.type == "mps":  # which has no float64
             sigma = sigma.to(x.dtype)
-        return sigma.to(x.device, non_blocking=True)
+        return send(sigma, x.device)
 
     def _refuse_until(self) -> None:
         """Refuses a second noise level where the network takes none."""
@@ -282,7 +283,7 @@ class Denoiser(nn.Module):
                     f"Label {label[outside][0].item()} is outside the classes 0 to {self.num_classes - 1}; choose one "
                     f"of these ({self.num_classes} is the null class, which means no class)."
                 )
-        return label.to(x.device)
+        return send(label, x.device)
 
 
 class LearnedVarianceDenoiser(Denoiser):

@@ -267,8 +267,6 @@ class Sampling:
         """
         device = next(denoiser.parameters()).device
         labels = check_labels(labels, denoiser.num_classes, len(seeds))
-        if labels is not None:
-            labels = labels.to(device)
         noise = SeededNoise(seeds)
         x = self.start(denoiser.scaling, noise(torch.empty(len(seeds), *shape, device=device)))
         denoise = self.wrap(denoiser, labels, condition)
@@ -390,7 +388,8 @@ def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor 
         count: Number of samples B.
 
     Returns:
-        The labels as int64, or None.
+        The labels as int64 on the CPU, where the denoiser looks at them at every call without waiting for a device, or
+        None.
 
     Raises:
         ValueError: If there are labels and the model has no classes, a label is outside [0, num_classes), or their
@@ -402,6 +401,7 @@ def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor 
         raise ValueError("The model is unconditional and takes no labels; leave them out.")
     if labels.shape != (count,):
         raise ValueError(f"{count} samples need {count} labels, but labels have shape {tuple(labels.shape)}.")
+    labels = labels.cpu()
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.numel():
         raise ValueError(f"Label {int(outside[0])} is outside the model's classes 0 to {num_classes - 1}.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_lit.checks import check_numbers, check_share
 from diffusion_lit.diffusion.conversions import SAME, widen
 from diffusion_lit.diffusion.denoiser import Denoiser, DenoiserLike, per_sample
+from diffusion_lit.diffusion.rng import send
 from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, at_rows
 
 Interval = tuple[float, float]
@@ -63,7 +64,14 @@ def _scales(
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
     """Selects rows; returns the tensor itself if all are selected in order (a copy would lose the memory format)."""
-    return x if len(rows) == len(x) else x[rows]
+    return x if len(rows) == len(x) else x[send(rows, x.device)]
+
+
+def _put(share: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The rows in their places among `count`, zeros in the others."""
+    if len(rows) == count:
+        return share
+    return share.new_zeros(count, *share.shape[1:]).index_copy(0, send(rows, share.device), share)
 
 
 def _rescaled(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
@@ -133,7 +141,6 @@ class ClassifierFreeGuidance(DenoiserWrapper):
         """
         if label is None:
             return evaluate(x, sigma, None)
-        label = label.to(x.device)
         scale = _scales(self._scale_of(label), sigma, self.interval, x, neutral=1.0)
         null = torch.full_like(label, self.num_classes)
         return _mixed(evaluate, x, sigma, scale, self.rescale, (label, {}), (null, {}))
@@ -166,7 +173,7 @@ def _mixed(
         return evaluate(x, sigma, told[0], **told[1])
     if bool((scale == 0).all()):
         return evaluate(x, sigma, null[0], **null[1])
-    conditioned, without = ((scale != other).nonzero()[:, 0].to(x.device) for other in (0, 1))
+    conditioned, without = ((scale != other).nonzero()[:, 0] for other in (0, 1))
 
     def both(ours: Tensor, theirs: Tensor) -> Tensor:
         return torch.cat([_take(ours, conditioned), _take(theirs, without)])
@@ -179,13 +186,12 @@ def _mixed(
         rows,
         **{name: both(value, null[1][name]) for name, value in told[1].items()},
     )
-    weight = per_sample(scale.to(outputs[0].dtype).to(x.device), x)
+    weight = per_sample(send(scale.to(outputs[0].dtype), x.device), x)
     merged = []
     for index, output in enumerate(outputs):
         shares = torch.split(output, [len(conditioned), len(without)])
         conditional, unconditional = (
-            output.new_zeros(len(x), *output.shape[1:]).index_copy(0, which, share)
-            for which, share in zip((conditioned, without), shares, strict=True)
+            _put(share, which, len(x)) for which, share in zip((conditioned, without), shares, strict=True)
         )
         mixed = conditional
         if index == 0:
@@ -304,13 +310,16 @@ class Autoguidance(DenoiserWrapper):
         """Evaluates both denoisers where both matter; see `DenoiserWrapper.transform`."""
         scale = _scales(self.scale, sigma, self.interval, x, neutral=1.0)
         x0_hat, *rest = evaluate(x, sigma, label)
-        rows = (scale != 1).nonzero()[:, 0].to(x.device)
+        rows = (scale != 1).nonzero()[:, 0]
         if len(rows) == 0:
             return (x0_hat, *rest)
-        guide_label = None if label is None or getattr(self.guide, "num_classes", None) == 0 else label[rows]
+        guide_label = None if label is None or getattr(self.guide, "num_classes", None) == 0 else _take(label, rows)
         (worse,) = evaluate.of(self.guide)(_take(x, rows), at_rows(sigma, rows), guide_label, rows)
-        weight = per_sample(scale.to(x0_hat.dtype).to(x.device)[rows], x)
-        return (x0_hat.index_copy(0, rows, worse + weight * (x0_hat[rows] - worse)), *rest)
+        weight = per_sample(send(scale.to(x0_hat.dtype)[rows], x.device), x)
+        guided = worse + weight * (_take(x0_hat, rows) - worse)
+        if len(rows) < len(x):
+            guided = x0_hat.index_copy(0, send(rows, x.device), guided)
+        return (guided, *rest)
 
 
 class ClassifierGuidance(DenoiserWrapper):
@@ -358,8 +367,8 @@ class ClassifierGuidance(DenoiserWrapper):
         scale = _scales(self.scale, sigma, self.interval, x, neutral=0.0)
         if bool((scale == 0).all()):
             return evaluate(x, sigma, own_label)
-        levels = widen(sigma).to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-        label = label.to(x.device)
+        levels = send(widen(sigma).to(torch.promote_types(x.dtype, torch.float32)), x.device).expand(len(x))
+        label = send(label, x.device)
         # Samplers and validation run without gradients, even in inference mode, whose tensors must be copied to take
         # part.
         with torch.inference_mode(False), torch.enable_grad():
@@ -368,6 +377,6 @@ class ClassifierGuidance(DenoiserWrapper):
             logits = self.classifier(x, levels) if self.noisy else self.classifier(outputs[0])
             chosen = logits.log_softmax(1).gather(1, label[:, None])
             (slope,) = torch.autograd.grad(chosen.sum(), x)
-        weight = per_sample(scale.to(outputs[0].dtype).to(x.device) * levels**2, x)
+        weight = per_sample(send(scale.to(outputs[0].dtype), x.device) * levels**2, x)
         x0_hat, *rest = (output.detach() for output in outputs)
         return (x0_hat + weight * slope, *rest)

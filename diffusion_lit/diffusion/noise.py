@@ -94,7 +94,7 @@ class Schedule:
         log_sigma = widen(sigma).log()
         table = self._table(log_sigma.device)
         upper = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, self.num_steps - 1)
-        low, high = table[upper - 1], table[upper]
+        low, high = torch.take(table, upper - 1), torch.take(table, upper)  # an index () would make the host wait
         t = (upper - 1 + (log_sigma - low) / (high - low)).clamp(0, self.num_steps - 1)
         return t.to(_result_dtype(sigma))
 
@@ -110,7 +110,7 @@ class Schedule:
         position = widen(t).clamp(0, self.num_steps - 1)
         table = self._table(position.device)
         lower = position.floor().clamp(max=self.num_steps - 2).long()
-        log_sigma = torch.lerp(table[lower], table[lower + 1], position - lower)
+        log_sigma = torch.lerp(torch.take(table, lower), torch.take(table, lower + 1), position - lower)
         return log_sigma.exp().to(_result_dtype(t))
 
 

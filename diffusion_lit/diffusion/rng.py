@@ -107,7 +107,24 @@ def drawn_by_index(index: Tensor, draw: Callable[[torch.Generator], Tensor], *ke
     rows = index.cpu()
     blocks, which = torch.unique(rows // BLOCK, return_inverse=True)
     drawn = [draw(keyed_generator(*key, block)) for block in blocks.tolist()]
-    return torch.cat(drawn)[which * BLOCK + rows % BLOCK].to(index.device)
+    return send(torch.cat(drawn)[which * BLOCK + rows % BLOCK], index.device)
+
+
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, where the host does not wait for what the device has still to do.
+
+    Args:
+        value: Any tensor.
+        device: Where it is wanted.
+
+    Returns:
+        It, or a copy. From a device to the CPU the host waits, since it would read what is not there yet.
+    """
+    if value.device.type != "cpu" or device.type in ("cpu", "mps"):
+        return value.to(device)
+    if device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 class SeededNoise:
@@ -143,4 +160,4 @@ class SeededNoise:
         noise = torch.empty(x.shape, dtype=dtype)
         for row, generator in zip(noise, self.generators, strict=True):
             row.normal_(generator=generator)
-        return noise.to(device=x.device, dtype=x.dtype)
+        return send(noise, x.device).to(x.dtype)

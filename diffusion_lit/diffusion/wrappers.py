@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.denoiser import DenoiserLike, estimate_of_move, move, per_sample
 from diffusion_lit.diffusion.preconditioning import Preconditioning
+from diffusion_lit.diffusion.rng import send
 
 
 class Evaluate:
@@ -73,7 +74,7 @@ class _EvaluateVariance(Evaluate):
 
 def at_rows(value: Tensor | float, rows: Tensor) -> Tensor | float:
     """A value per sample at the given samples; one for all is itself."""
-    return value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim else value
+    return value[send(rows, value.device)] if isinstance(value, Tensor) and value.ndim else value
 
 
 class DenoiserWrapper(nn.Module):

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_lit.diffusion.rng import send
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.autoencoder import Posterior
@@ -75,11 +76,11 @@ class LatentCache:
         Returns:
             Mean and standard deviation (B, c, h, w) on the device of `rows`.
         """
-        copies = torch.zeros_like(rows) if mirrored is None else mirrored.to(rows)
+        copies = torch.zeros_like(rows) if mirrored is None else send(mirrored, rows.device).to(rows.dtype)
         if isinstance(self.moments, Tensor):
             taken = self.moments[copies, rows]
         else:
-            taken = torch.from_numpy(self.moments[copies.cpu().numpy(), rows.cpu().numpy()]).to(rows.device)
+            taken = send(torch.from_numpy(self.moments[copies.cpu().numpy(), rows.cpu().numpy()]), rows.device)
         return Posterior(taken[:, 0], taken[:, 1])
 
 

@@ -124,7 +124,6 @@ class Upsampler(nn.Module):
             ValueError: If a label is outside the prompts, or their numbers differ.
         """
         labels = check_labels(labels, self.denoiser.num_classes, len(seeds))
-        labels = None if labels is None else labels.to(images.device)
         noise = SeededNoise(keyed_seed("stage 2", int(seed)) for seed in seeds)
         start = self.sampling.start(self.denoiser.scaling, noise(images.new_empty(len(images), *self.shape)))
         large = enlarge(images, *self.shape[1:])

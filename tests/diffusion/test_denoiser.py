@@ -142,6 +142,22 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(compiled(x, sigma, label), expected)
 
 
+def test_one_level_for_all_and_one_for_each_image_share_a_graph():
+    class Net(torch.nn.Conv2d):
+        def forward(self, x, noise, label=None):
+            return super().forward(x) + torch.sin(noise)[:, None, None, None]
+
+    torch.compiler.reset()
+    graphs = []
+    denoiser = Denoiser(Net(2, 2, 3, padding=1), EDMPreconditioning()).eval()
+    denoiser.net.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    x, sigma = noisy()
+    with torch.no_grad():
+        for level in (sigma, 2.0, torch.tensor(0.5), sigma[0].expand(len(x))):
+            denoiser(x, level)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("sigma", "label", "words"),
     [

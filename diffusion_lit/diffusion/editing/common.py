@@ -97,6 +97,5 @@ def check_seeds(seeds: Sequence[int] | None, count: int) -> Sequence[int]:
 
 
 def labels_for(model: PixelModel, labels: Tensor | None, count: int) -> Tensor | None:
-    """Labels checked and on the model's device; see `generate.check_labels`."""
-    checked = check_labels(labels, model.denoiser.num_classes, count)
-    return None if checked is None else checked.to(device_of(model))
+    """Labels checked and on the CPU; see `generate.check_labels`."""
+    return check_labels(labels, model.denoiser.num_classes, count)
