@@ -122,8 +122,8 @@ def send(value: Tensor, device: torch.device) -> Tensor:
     """
     if value.device.type != "cpu" or device.type in ("cpu", "mps"):
         return value.to(device)
-    if device.type == "cuda":
-        value = value.pin_memory()
+    if device.type == "cuda" and value.ndim > 1:  # CUDA takes what is small at once, pinned or not
+        value = value.contiguous().pin_memory()
     return value.to(device, non_blocking=True)
 
 

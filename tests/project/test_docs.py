@@ -240,15 +240,6 @@ def test_what_the_python_of_the_readme_imports_is_there():
                 assert there or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
 
 
-@pytest.mark.slow
-def test_the_python_of_the_readme_runs(own):
-    narrow = ["--model.init_args.net.init_args.model_channels=8", "--trainer.callbacks=[]"]
-    cli.main(["fit", "--config", "configs/edm_digits.yaml", *SHORT, *narrow])
-    (block,) = (block for block in blocks(ROOT / "README.md", "python") if "runs/edm_digits/" in block)
-    exec(compile(block, "README.md", "exec"), {})
-    assert (own / "digits.png").is_file()
-
-
 def printed(start):
     """The printed commands of docs/extend.md that begin so, in their order."""
     return [shlex.split(line)[1:] for line in commands(EXTEND) if line.startswith(f"lightning {start} ")]
