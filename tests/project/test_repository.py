@@ -78,6 +78,9 @@ def test_what_the_workflows_run_is_there():
                 for line in step.get("run", "").splitlines():
                     words = shlex.split(re.sub(r"\$\{\{.*?\}\}", "X", line))
                     assert words[0] in files, line
+                    if "--resolution" in words:  # the lowest version of what has no bound is the first that ever was
+                        wanted = words[words.index("--editable") + 1 :]
+                        assert all(word.startswith(".[") or ">=" in word for word in wanted), line
                     if words[0] == "make":
                         assert set(words[1:]) <= targets, line
                     for word in words:
