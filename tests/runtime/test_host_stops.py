@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.tiny_net import TinyNet
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,10 +86,9 @@ def copies_of(work):
 @pytest.mark.parametrize("name", [name for name, one in SAMPLERS.items() if not one.takes_until and name != "rk45"])
 def test_sampling_waits_for_nothing(name, scaling):
     """rk45 is left out: whether its step is taken back depends on what the network said."""
-    denoiser = Denoiser(unet(), scaling).eval().to(META)
-    for cfg_scale in (1.0, 2.0):
-        sampling = Sampling(sampler=name, num_steps=4, cfg_scale=cfg_scale, guidance_interval=(0.1, 10.0))
-        assert copies_of(lambda: sampling.generate(denoiser, (1, 8, 8), [0, 1], torch.tensor([0, 2]))) == []  # noqa: B023
+    denoiser = Denoiser(TinyNet(1, num_classes=3), scaling).eval().to(META)
+    sampling = Sampling(sampler=name, num_steps=4, cfg_scale=2.0, guidance_interval=(0.1, 10.0))
+    assert copies_of(lambda: sampling.generate(denoiser, (1, 8, 8), [0, 1], torch.tensor([0, 2]))) == []
 
 
 def test_a_sampler_of_steps_of_any_length_waits_for_nothing():
