@@ -9,7 +9,7 @@ A measurement of the image is made, with noise where it is asked for, and images
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from diffusion_lit.commands.edit_options import (
     read_pixels,
     seed_names,
 )
+from diffusion_lit.commands.edit_run import Edited, ImageEdit
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.editing.measurements import Measurement
-from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.posterior import POSTERIORS
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.report.images import Cell, labelled_grid
@@ -60,14 +60,9 @@ class RestoreOptions(ImageOptions):
     jump: int = 1
     num_samples: int = 4
 
-    def chosen(self, model: PixelModel) -> str:
-        """The method: the one that is given, or the one that suits the noise.
-
-        Args:
-            model: The model.
-
-        Returns:
-            A name of `METHODS`.
+    @property
+    def chosen(self) -> str:
+        """The method, a name of `METHODS`: the one that is given, or the one that suits the noise.
 
         Raises:
             ValueError: If there is no such method, or options or noise do not suit it.
@@ -85,178 +80,74 @@ class RestoreOptions(ImageOptions):
             raise ValueError("--method_options are those of mmps, pigdm and dps; leave them out, or give --method.")
         return method
 
-    def posterior(self, model: PixelModel) -> editing.Posterior | None:
-        """What wraps the denoiser for a noisy measurement; None for the projection."""
-        method = self.chosen(model)
+
+class Restoration(ImageEdit):
+    """One restoration: of a measurement of the image, with its noise."""
+
+    options: RestoreOptions
+    measurement: Measurement
+    y: Tensor
+    is_given: bool
+
+    @cached_property
+    def posterior(self) -> editing.Posterior | None:
+        """What wraps the denoiser for a noisy measurement; None for the projection.
+
+        Raises:
+            ValueError: As `RestoreOptions.chosen`, or if the method has no such options.
+        """
+        noise, method, given = self.options.noise, self.options.chosen, self.options.method_options
         if method == PROJECTION:
             return None
-        options: dict[str, Any] = dict(self.method_options or {})
+        options: dict[str, Any] = dict(given or {})
         if method == "pigdm":
-            options.setdefault("sigma_data", float(getattr(model.denoiser.scaling, "sigma_data", 1.0)))
+            options.setdefault("sigma_data", float(getattr(self.model.denoiser.scaling, "sigma_data", 1.0)))
         kind = POSTERIORS[method]
         try:
-            kind(model.denoiser, lambda x: x, torch.zeros(1), sigma_y=self.noise, **options)
+            kind(self.model.denoiser, lambda x: x, torch.zeros(1), sigma_y=noise, **options)
         except TypeError as error:
-            raise ValueError(f"--method_options {self.method_options} do not suit {method}: {error}.") from error
-        return partial(kind, sigma_y=self.noise, **options)
+            raise ValueError(f"--method_options {given} do not suit {method}: {error}.") from error
+        return partial(kind, sigma_y=noise, **options)
 
-    def noisy(self, y: Tensor) -> Tensor:
-        """A measurement with its noise, the same for all results."""
-        return y + self.noise * torch.randn(y.shape, generator=keyed_generator("measurement", self.seed))
-
-
-def inpaint(options: RestoreOptions, mask: str | None = None, box: tuple[int, int, int, int] | None = None) -> None:
-    """Fills in a part of an image; the rest of the result is the image itself, bit for bit, where there is no noise.
-
-    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling, method and output.
-        mask: Image file that is white (or transparent) where to fill in, of the size of the image or of the model.
-        box: The part to fill in as JSON, '[left, top, right, bottom]', in pixels of the model's size; by default the
-            middle half.
-    """
-    run = Restoration(options, "inpaint")
-    known = _known(options, run.model, mask, box)
-    run.measure(editing.known_pixels(known))
-    made = run.restore(editing.inpaint, known=known.expand(options.num_samples, -1, -1, -1))
-    shade = (1.0 - 2.0 * known.float()).expand_as(run.image)
-    facts = {
-        "known_share": float(known.float().mean()),
-        "labels": options.names(run.model, run.labels),
-        "known_pixels_are_the_images": bool((made == run.image)[known.expand_as(made)].all()),
-        "mask": mask,
-        "box": box,
-    }
-    run.write({"mask": shade, "known": run.y}, made, facts, without_psnr=("mask", "known"))
-
-
-def colorize(options: RestoreOptions) -> None:
-    """Gives an image other colours: its grey stays, to the last bit that rounding leaves, where there is no noise.
-
-    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling, method and output.
-    """
-    run = Restoration(options, "colorize")
-    grey = editing.to_grey(run.image) if run.image.shape[1] == 3 else run.image
-    run.measure(editing.grey_of(), grey)
-    made = run.restore(editing.colorize)
-    error = float((editing.to_grey(made) - run.y).abs().max())
-    run.write({"grey": run.y}, made, {"grey_error": error})
-
-
-def super_resolve(options: RestoreOptions, factor: int = 4) -> None:
-    """Gives a small image detail: its pixels stay the means over squares of the result, where there is no noise.
-
-    The image is fitted to the model and shrunk; one that is smaller than the model's images is fitted to the small
-    size instead. Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling, method and output.
-        factor: Pixels of the result along the side of one of the small image.
-    """
-    run = Restoration(options, "super_resolve")
-    side = run.model.image_shape[1]
-    if factor < 2 or side % factor:
-        raise ValueError(f"factor is {factor}; it must be at least 2 and divide the model's {side} pixels.")
-    small = avg_pool2d(run.image, factor)
-    if options.image not in (None, *SAMPLES) and min(image_size(options.image)) < side:
-        small = options.read(run.model, side // factor)
-    run.measure(editing.small_of(factor), small)
-    made = run.restore(editing.super_resolve)
-    given = {
-        "small": run.y,
-        "nearest": enlarge(run.y, scale_factor=factor),
-        "bicubic": enlarge(run.y, scale_factor=factor, mode="bicubic"),
-    }
-    error = float((avg_pool2d(made, factor) - run.y).abs().max())
-    run.write(given, made, {"factor": factor, "mean_error": error})
-
-
-def deblur(options: RestoreOptions, blur_sigma: float = 1.5, cutoff: float | None = None) -> None:
-    """Takes a Gaussian blur off an image: blurred, the result is the blurred image, where there is no noise.
-
-    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
-
-    Args:
-        options: Model, image, condition, sampling, method and output.
-        blur_sigma: Standard deviation of the blur in pixels.
-        cutoff: The projection leaves frequencies alone of which the blur has left less than this share; by default as
-            much as the noise, or 0.001.
-    """
-    run = Restoration(options, "deblur")
-    _, height, width = run.model.image_shape
-    cutoff = max(1e-3, options.noise) if cutoff is None else cutoff
-    run.measure(editing.blurred(blur_sigma, height, width, cutoff))
-    made = run.restore(editing.deblur, blur_sigma=blur_sigma, cutoff=cutoff)
-    assert run.measurement is not None
-    error = float((run.measurement.apply(made) - run.y).abs().max())
-    run.write({"blurred": run.y}, made, {"blur_sigma": blur_sigma, "cutoff": cutoff, "blurred_error": error})
-
-
-class Restoration:
-    """One restoration: the model, the image, what is measured of it, and what is written.
-
-    Args:
-        options: The options.
-        task: The task's name.
-    """
-
-    def __init__(self, options: RestoreOptions, task: str) -> None:
-        self.options, self.task = options, task
-        self.model = options.load()
-        self.posterior = options.posterior(self.model)
-        self.sampling = options.sampling(self.model, editing.revising(self.model.sampling))
-        self.seeds, self.image = options.seeds(options.num_samples), options.read(self.model)
-        self.labels = options.condition(self.model, options.num_samples)
-        self.measurement: Measurement | None = None
-        self.y = self.image
-        self.is_given = False
+    @cached_property
+    def resamplings(self) -> int:
+        """How often each window of steps is run."""
+        return self.options.resamplings or (1 if self.is_given or self.posterior is not None else 5)
 
     def measure(self, measurement: Measurement, y: Tensor | None = None) -> None:
-        """Measures the image, with noise.
+        """Measures the image, with noise that is the same for all results.
 
         Args:
             measurement: What is measured.
             y: The measurement, if it is not that of the image.
         """
-        y = self.options.noisy(measurement.apply(self.image) if y is None else y)
+        y = measurement.apply(self.image) if y is None else y
+        noise = torch.randn(y.shape, generator=keyed_generator("measurement", self.options.seed))
+        y = y + self.options.noise * noise
         self.y = measurement.apply(y) if measurement.known is not None else y
         self.measurement = measurement
         self.is_given = measurement.condition_for(self.model, self.y) is not None
 
-    def restore(self, task: Callable[..., Tensor], **facts: Any) -> Tensor:
+    def restore(self, function: Callable[..., Tensor], **arguments: Any) -> Tensor:
         """Draws the results.
 
         Args:
-            task: The task, a function of `editing`.
-            facts: Its further arguments.
+            function: One of `editing`.
+            arguments: Its further arguments.
 
         Returns:
             Images (B, C, H, W) on the CPU.
         """
-        options = self.options
-        plain = self.posterior is not None or self.is_given
-        self.resamplings = options.resamplings or (1 if plain else 5)
-        made: Tensor = task(
-            self.model,
-            self.y.expand(options.num_samples, -1, -1, -1),
-            **facts,
-            labels=self.labels,
-            seeds=self.seeds,
-            sampling=self.sampling,
-            resamplings=self.resamplings,
-            jump=options.jump,
-            posterior=self.posterior,
-        )
+        count = self.options.num_samples
+        rows = self.y.expand(count, -1, -1, -1)
+        how = {"resamplings": self.resamplings, "jump": self.options.jump, "posterior": self.posterior}
+        made: Tensor = function(self.model, rows, **arguments, **self.draw(count), **how)
         return made.cpu()
 
-    def write(
+    def result(
         self, given: dict[str, Tensor], made: Tensor, facts: dict[str, Any], without_psnr: tuple[str, ...] = ()
-    ) -> None:
-        """Writes what was made: the image, what was known of it, the results with their PSNR.
+    ) -> Edited:
+        """What was made: the image, what was known of it, the results with their PSNR.
 
         Args:
             given: What was known, and simple ways to restore it.
@@ -264,31 +155,116 @@ class Restoration:
             facts: What else the record shall hold.
             without_psnr: Which of `given` are no restorations.
         """
-        image, results = self.image, decibels(made, self.image)
+        image, results, draw = self.image, decibels(made, self.image), self.draw(len(made))
         compared = {name: x for name, x in given.items() if x.shape == image.shape and name not in without_psnr}
         values = {name: decibels(x, image)[0] for name, x in compared.items()}
         cells = [Cell(image[0])]
         cells += [Cell(x[0], in_decibels(values[name]) if name in values else "") for name, x in given.items()]
         cells += [Cell(x, in_decibels(value)) for x, value in zip(made, results, strict=True)]
-        figure = labelled_grid([cells], ["image", *given, *seed_names(self.seeds)], [""])
+        figure = labelled_grid([cells], ["image", *given, *seed_names(draw["seeds"])], [""])
         record = {
-            "method": self.options.chosen(self.model),
+            "method": self.options.chosen,
             "model_is_given_the_image": self.is_given,
             "noise": self.options.noise,
             "resamplings": self.resamplings,
             "jump": self.options.jump,
-            "labels": self.options.names(self.model, self.labels)[:1],
+            "labels": self.names(draw["labels"])[:1],
             **facts,
             "psnr": {**values, "results": results},
-            "seeds": list(self.seeds),
+            "seeds": list(draw["seeds"]),
         }
-        files = {"input": image, **given, "result": made}
-        self.options.write(self.task, self.model, self.sampling, figure, files, record)
+        return Edited(figure, {"input": image, **given, "result": made}, record)
 
 
-def _known(options: ImageOptions, model: PixelModel, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
+def inpaint(edit: Restoration, mask: str | None = None, box: tuple[int, int, int, int] | None = None) -> Edited:
+    """Fills in a part of an image; the rest of the result is the image itself, bit for bit, where there is no noise.
+
+    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        edit: Model, image, condition, sampling, method and output.
+        mask: Image file that is white (or transparent) where to fill in, of the size of the image or of the model.
+        box: The part to fill in as JSON, '[left, top, right, bottom]', in pixels of the model's size; by default the
+            middle half.
+    """
+    known = _known(edit, mask, box)
+    edit.measure(editing.known_pixels(known))
+    made = edit.restore(editing.inpaint, known=known.expand(edit.options.num_samples, -1, -1, -1))
+    shade = (1.0 - 2.0 * known.float()).expand_as(edit.image)
+    facts = {
+        "known_share": float(known.float().mean()),
+        "labels": edit.names(edit.draw(len(made))["labels"]),
+        "known_pixels_are_the_images": bool((made == edit.image)[known.expand_as(made)].all()),
+        "mask": mask,
+        "box": box,
+    }
+    return edit.result({"mask": shade, "known": edit.y}, made, facts, without_psnr=("mask", "known"))
+
+
+def colorize(edit: Restoration) -> Edited:
+    """Gives an image other colours: its grey stays, to the last bit that rounding leaves, where there is no noise.
+
+    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        edit: Model, image, condition, sampling, method and output.
+    """
+    grey = editing.to_grey(edit.image) if edit.image.shape[1] == 3 else edit.image
+    edit.measure(editing.grey_of(), grey)
+    made = edit.restore(editing.colorize)
+    error = float((editing.to_grey(made) - edit.y).abs().max())
+    return edit.result({"grey": edit.y}, made, {"grey_error": error})
+
+
+def super_resolve(edit: Restoration, factor: int = 4) -> Edited:
+    """Gives a small image detail: its pixels stay the means over squares of the result, where there is no noise.
+
+    The image is fitted to the model and shrunk; one that is smaller than the model's images is fitted to the small
+    size instead. Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        edit: Model, image, condition, sampling, method and output.
+        factor: Pixels of the result along the side of one of the small image.
+    """
+    side = edit.model.image_shape[1]
+    if factor < 2 or side % factor:
+        raise ValueError(f"factor is {factor}; it must be at least 2 and divide the model's {side} pixels.")
+    small = avg_pool2d(edit.image, factor)
+    if edit.options.image not in (None, *SAMPLES) and min(image_size(edit.options.image)) < side:
+        small = edit.options.read(edit.model, side // factor)
+    edit.measure(editing.small_of(factor), small)
+    made = edit.restore(editing.super_resolve)
+    given = {
+        "small": edit.y,
+        "nearest": enlarge(edit.y, scale_factor=factor),
+        "bicubic": enlarge(edit.y, scale_factor=factor, mode="bicubic"),
+    }
+    error = float((avg_pool2d(made, factor) - edit.y).abs().max())
+    return edit.result(given, made, {"factor": factor, "mean_error": error})
+
+
+def deblur(edit: Restoration, blur_sigma: float = 1.5, cutoff: float | None = None) -> Edited:
+    """Takes a Gaussian blur off an image: blurred, the result is the blurred image, where there is no noise.
+
+    Draws with ddpm where the model's own sampler is deterministic, unless told otherwise.
+
+    Args:
+        edit: Model, image, condition, sampling, method and output.
+        blur_sigma: Standard deviation of the blur in pixels.
+        cutoff: The projection leaves frequencies alone of which the blur has left less than this share; by default as
+            much as the noise, or 0.001.
+    """
+    _, height, width = edit.model.image_shape
+    cutoff = max(1e-3, edit.options.noise) if cutoff is None else cutoff
+    edit.measure(editing.blurred(blur_sigma, height, width, cutoff))
+    made = edit.restore(editing.deblur, blur_sigma=blur_sigma, cutoff=cutoff)
+    error = float((edit.measurement.apply(made) - edit.y).abs().max())
+    return edit.result({"blurred": edit.y}, made, {"blur_sigma": blur_sigma, "cutoff": cutoff, "blurred_error": error})
+
+
+def _known(edit: Restoration, mask: str | None, box: tuple[int, int, int, int] | None) -> Tensor:
     """Which pixels are known, bool (1, 1, H, W)."""
-    _, height, width = model.image_shape
+    _, height, width = edit.model.image_shape
     if mask is not None and box is not None:
         raise ValueError("Both --mask and --box were given; give one of them.")
     known = torch.ones(1, 1, height, width, dtype=torch.bool)
@@ -303,7 +279,7 @@ def _known(options: ImageOptions, model: PixelModel, mask: str | None, box: tupl
         return known
     marked = read_pixels(mask, height, 1, resize="area")[None]
     size = image_size(mask)
-    of_image = image_size(options.image) if options.image not in (None, *SAMPLES) else None
+    of_image = image_size(edit.options.image) if edit.options.image not in (None, *SAMPLES) else None
     if size not in ((width, height), of_image):
         whose = "" if of_image is None else f"the image's {of_image[0]}x{of_image[1]} or "
         raise ValueError(
