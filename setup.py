@@ -14,5 +14,9 @@ PACKAGES = [".".join(("diffusion_lit", *folder.parts)) for folder in CONFIGS]
 setup(
     packages=[*find_packages(include=["diffusion_lit*", "datamodules*"]), *PACKAGES],
     package_dir={"diffusion_lit.configs": "configs"},
-    package_data={package: ["*.yaml"] for package in PACKAGES} | {"diffusion_lit": ["py.typed"]},
+    package_data={package: ["*.yaml"] for package in PACKAGES}
+    | {
+        "diffusion_lit": ["py.typed"],
+        "diffusion_lit.report": ["templates/*.html.j2"],
+    },
 )

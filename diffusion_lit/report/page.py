@@ -1,5 +1,7 @@
 """The one HTML generator: headings, paragraphs, commands, tables and images in a file that needs no other.
 
+The markup is that of the Jinja templates beside this file, which escape all text.
+
 A page is a function of what was put on it: written twice, it has the same bytes. It holds no script and names no other
 file but by `link`; it follows the reader's choice of light or dark, and wide tables scroll on a narrow screen.
 """
@@ -8,11 +10,10 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
@@ -24,44 +25,30 @@ Source = Path | str | Image.Image | Figure
 SMALL = 200  # images below this many pixels a side are enlarged by a whole factor
 INCH = 96  # CSS pixels
 SHORT = 28  # characters of a cell that is not broken into lines
+UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # control characters, broken Unicode
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --faint: #59636e; --paper: #ffffff; --well: #f3f5f7; --line: #d5dae0;
-  --link: #0757b3; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --faint: #a3adb8; --paper: #14171b; --well: #1f242a;
-  --line: #38404a; --link: #7fb8ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 66rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 .25rem; }
-p { max-width: 46rem; margin: .6rem 0; }
-a { color: var(--link); }
-nav { margin: 1rem 0; } nav a { margin-right: 1rem; white-space: nowrap; }
-.subtitle, figcaption, caption { color: var(--faint); }
-pre { background: var(--well); padding: .6rem .8rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-pre.command { white-space: pre-wrap; }
-details { margin: .6rem 0; } summary { cursor: pointer; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .9rem; } caption { text-align: left; padding-bottom: .3rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } .number { text-align: right; } .short { white-space: nowrap; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; }
-figure { margin: 0; max-width: calc((100% - (var(--columns) - 1) * 1rem) / var(--columns)); }
-@media (max-width: 44rem) { figure { max-width: 100%; } }
-img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-img.pixels { image-rendering: pixelated; }
-figcaption { font-size: .85rem; padding-top: .3rem; max-width: 40rem; }
-.missing { color: var(--faint); font-style: italic; }
-""".strip()
+
+def _readable(value: Any) -> Any:
+    """Text without what HTML cannot hold, which becomes a replacement character."""
+    return UNREADABLE.sub("\ufffd", value) if type(value) is str else value
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("diffusion_lit.report"),
+    autoescape=True,
+    finalize=_readable,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 class Page:
     """A self-contained HTML page, built from top to bottom.
 
-    All text is escaped. An image that is missing or cannot be read becomes a sentence that says so, so that one lost
-    file does not cost the report.
+    An image that is missing or cannot be read becomes a sentence that says so, so that one lost file does not cost the
+    report.
 
     Args:
         title: Title of the page.
@@ -72,7 +59,7 @@ class Page:
         self.title = title
         self.subtitle = subtitle
         self._sections: list[str] = []
-        self._parts: list[str] = []
+        self._body: list[tuple[str, dict[str, Any]]] = []
 
     def heading(self, text: str, level: int = 2) -> None:
         """Opens a section; those of level 2 are listed at the top of the page.
@@ -81,11 +68,8 @@ class Page:
             text: The section's title.
             level: 2, or 3 for a section within a section.
         """
-        anchor = ""
-        if level == 2:
-            self._sections.append(text)
-            anchor = f' id="section-{len(self._sections)}"'
-        self._parts.append(f"<h{level}{anchor}>{_text(text)}</h{level}>")
+        self._sections += [text] if level == 2 else []
+        self._add("heading", text=text, level=level, section=len(self._sections) if level == 2 else None)
 
     def text(self, paragraph: str) -> None:
         """Adds a paragraph.
@@ -93,7 +77,7 @@ class Page:
         Args:
             paragraph: Plain text.
         """
-        self._parts.append(f"<p>{_text(paragraph)}</p>")
+        self._add("text", paragraph=paragraph)
 
     def command(self, line: str) -> None:
         """Adds a command line, to copy.
@@ -101,7 +85,7 @@ class Page:
         Args:
             line: The command, without a prompt.
         """
-        self._parts.append(f'<pre class="command"><code>{_text(line)}</code></pre>')
+        self._add("command", line=line)
 
     def listing(self, text: str, summary: str) -> None:
         """Adds a long text, such as a configuration, folded away until it is asked for.
@@ -110,9 +94,7 @@ class Page:
             text: The text, whose lines are kept.
             summary: The line that shows while it is folded.
         """
-        self._parts.append(
-            f"<details><summary>{_text(summary)}</summary><pre><code>{_text(text)}</code></pre></details>"
-        )
+        self._add("listing", text=text, summary=summary)
 
     def link(self, text: str, target: str | Path) -> None:
         """Adds a link to a file that lies beside the page or below its folder.
@@ -127,7 +109,7 @@ class Page:
         path = Path(target)
         if path.is_absolute() or ":" in path.as_posix().split("/")[0]:
             raise ValueError(f"{target} cannot be linked from a page; give a path that starts at the page's folder.")
-        self._parts.append(f'<p><a href="{quote(path.as_posix())}">{_text(text)}</a></p>')
+        self._add("link", text=text, target=path.as_posix())
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
         """Adds a table.
@@ -144,15 +126,8 @@ class Page:
             if len(row) != len(header):
                 raise ValueError(f"The row {list(row)} has {len(row)} cells, but the table has {len(header)} columns.")
         numbers = [any(_is_number(row[column]) for row in rows) for column in range(len(header))]
-        titles = (
-            f'<th scope="col"{_class("number short" if number else "short")}>{_text(name)}</th>'
-            for name, number in zip(header, numbers, strict=True)
-        )
-        lines = ['<div class="scroll"><table>']
-        lines += [f"<caption>{_text(caption)}</caption>"] if caption else []
-        lines += [f"<thead><tr>{''.join(titles)}</tr></thead>"]
-        lines += ["<tbody>", *("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows), "</tbody></table></div>"]
-        self._parts.append("\n".join(lines))
+        titles = [(name, "number short" if number else "short") for name, number in zip(header, numbers, strict=True)]
+        self._add("table", header=titles, rows=[[_cell(value) for value in row] for row in rows], caption=caption)
 
     def image(self, source: Source, caption: str = "") -> None:
         """Adds an image.
@@ -170,8 +145,11 @@ class Page:
             images: Source and caption of each, as for `image`.
             columns: Large images shrink until so many of them stand side by side; of small ones there may be more.
         """
-        figures = "\n".join(_figure(*pair) for pair in images)
-        self._parts.append(f'<div class="row" style="--columns: {columns}">\n{figures}\n</div>')
+        self._add("images", figures=[_figure(*pair) for pair in images], columns=columns)
+
+    def _add(self, part: str, **content: Any) -> None:
+        """Adds a part: a macro of parts.html.j2 and what it is given."""
+        self._body.append((part, content))
 
     def html(self) -> str:
         """The page.
@@ -179,23 +157,8 @@ class Page:
         Returns:
             An HTML document.
         """
-        lines = [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(self.title)}</title>",
-            f"<style>\n{STYLE}\n</style>",
-            "</head>",
-            "<body>",
-            f"<h1>{_text(self.title)}</h1>",
-        ]
-        lines += [f'<p class="subtitle">{_text(self.subtitle)}</p>'] if self.subtitle else []
-        if len(self._sections) > 2:
-            links = (f'<a href="#section-{i}">{_text(name)}</a>' for i, name in enumerate(self._sections, start=1))
-            lines.append("<nav>" + "\n".join(links) + "</nav>")
-        return "\n".join([*lines, *self._parts, "</body>", "</html>"]) + "\n"
+        page = TEMPLATES.get_template("page.html.j2")
+        return page.render(title=self.title, subtitle=self.subtitle, sections=self._sections, body=self._body)
 
     def write(self, path: str | Path) -> None:
         """Writes the page, whole or not at all.
@@ -210,42 +173,34 @@ class Page:
             file.write(self.html().encode())
 
 
-def _text(value: Any) -> str:
-    """Escapes text; what HTML cannot hold (control characters, broken Unicode) becomes a replacement character."""
-    return escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value)))
-
-
-def _class(names: str) -> str:
-    return f' class="{names}"' if names else ""
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _cell(value: Any) -> str:
-    """A cell of a table; numbers stand to the right, and what is short stays on a line."""
+def _cell(value: Any) -> tuple[str, str | None]:
+    """A cell of a table and its classes; numbers stand to the right, and what is short stays on a line."""
     if _is_number(value):
-        return f'<td class="number short">{f"{value:,}" if isinstance(value, int) else f"{value:.4g}"}</td>'
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}", "number short"
     text = "" if value is None else str(value)
-    return f"<td{_class('short' if len(text) <= SHORT else '')}>{_text(text)}</td>"
+    return text, "short" if len(text) <= SHORT else None
 
 
-def _figure(source: Source, caption: str) -> str:
-    """An image with its caption, or the sentence that stands in its place."""
+def _figure(source: Source, caption: str) -> dict[str, Any]:
+    """An image's attributes and its caption, or the sentence that stands in its place."""
     name = Path(source).name if isinstance(source, Path | str) else ""
     try:
         encoded, kind, width, height, pixels = _encode(source)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
-        image = f'<p class="missing">The image {_text(name)} {reason}.</p>'
-    else:
-        data = base64.b64encode(encoded).decode()
-        image = (
-            f'<img{_class("pixels" if pixels else "")} width="{width}" height="{height}" '
-            f'alt="{_text(caption or name or "figure")}" src="data:image/{kind};base64,{data}">'
-        )
-    return f"<figure>{image}{f'<figcaption>{_text(caption)}</figcaption>' if caption else ''}</figure>"
+        return {"missing": f"The image {name} {reason}.", "caption": caption}
+    attributes = {
+        "class": "pixels" if pixels else None,
+        "width": width,
+        "height": height,
+        "alt": _readable(caption or name or "figure"),
+        "src": f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}",
+    }
+    return {"attributes": attributes, "caption": caption}
 
 
 def _encode(source: Source) -> tuple[bytes, str, int, int, bool]:
