@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ class Store:
     """The files of a set: where they are, or in a cache of limited size.
 
     Several processes and threads may share a cache: a chunk is fetched by one of them, and what was not used for the
-    longest time makes room.
+    longest time makes room. While NAME is fetched, NAME.fetch is locked and as long as NAME will be, so that all of
+    them count the bytes that are on their way.
 
     Args:
         root: A folder, or a URL of litdata's: s3://, gs://, r2://, azure://, hf://, or local:FOLDER for a folder on
@@ -97,12 +99,26 @@ class Store:
         if not self.remote:
             return place
         if not self._there(place, size):
-            with Lock(place.with_name(f"{place.name}.fetch"), lambda: None):  # litdata's own lock is NAME.lock
+            claim = place.with_name(f"{place.name}.fetch")  # litdata's own lock is NAME.lock
+            with Lock(claim, lambda: None):
                 if not self._there(place, size):
                     place.unlink(missing_ok=True)
-                    self._make_room(size or 0)
-                    self._download(name, place)
+                    try:
+                        self._make_room(claim, size or 0)
+                        self._download(name, place)
+                        os.utime(place)
+                    finally:
+                        os.truncate(claim, 0)
         return place
+
+    def keep(self, name: str) -> None:
+        """Counts a file that is in the cache as used now, so that others make room first.
+
+        Args:
+            name: Its name below the root.
+        """
+        if self.remote:
+            self._there(self.folder / name, None)
 
     def _there(self, place: Path, size: int | None) -> bool:
         """Whether a file is in the cache and whole; it counts as used now."""
@@ -114,19 +130,27 @@ class Store:
             return False
         return True
 
-    def _make_room(self, size: int) -> None:
-        """Removes the chunks that were not used for the longest time until one more fits; open ones stay readable."""
-        chunks = []
-        for path in self.folder.glob("*/*.bin"):
+    def _make_room(self, claim: Path, size: int) -> None:
+        """Claims room for a chunk, and removes those that were not used for the longest time until all fit.
+
+        Chunks that are open stay readable.
+        """
+        with Lock(self.folder / "room", lambda: None):
+            os.truncate(claim, size)
+            coming = {path.with_suffix(""): status.st_size for path, status in self._files("*/*.bin.fetch")}
+            chunks = dict(self._files("*/*.bin"))  # after what is coming, which may have come meanwhile
+            total = sum({**coming, **{path: status.st_size for path, status in chunks.items()}}.values())
+            for path in sorted(chunks, key=lambda path: chunks[path].st_mtime_ns):
+                if total <= self.cache_bytes:
+                    return
+                path.unlink(missing_ok=True)
+                total -= chunks[path].st_size
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """Files of the cache with their sizes and times."""
+        for path in self.folder.glob(pattern):
             with contextlib.suppress(FileNotFoundError):  # another process removes them too
-                status = path.stat()
-                chunks.append((status.st_mtime_ns, status.st_size, path))
-        total = size + sum(bytes_ for _, bytes_, _ in chunks)
-        for _, bytes_, path in sorted(chunks):
-            if total <= self.cache_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= bytes_
+                yield path, path.stat()
 
     def _download(self, name: str, place: Path) -> None:
         """Fetches a file by litdata, which writes it under another name first."""

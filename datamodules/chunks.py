@@ -73,6 +73,11 @@ class Chunked:
         """Has a chunk on this machine; see `Store.fetch`."""
         return self.store.fetch(self.chunks[chunk].name, self.size(chunk))
 
+    def keep(self, chunks: Sequence[int]) -> None:
+        """Keeps what is there of some chunks while others are fetched; see `Store.keep`."""
+        for chunk in chunks:
+            self.store.keep(self.chunks[chunk].name)
+
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Images (B, C, H, W) at a slice or an array of rows, or the image (C, H, W) at one."""
         places = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows, np.int64)

@@ -50,7 +50,9 @@ class WindowLoader(TrainLoader):
                 if skip >= size:
                     skip -= size
                     continue
-                for chunk in torch.cat(windows[number : number + 2]).tolist():
+                coming = torch.cat(windows[number : number + 2]).tolist()
+                images.keep(coming)  # before one of them makes room for another
+                for chunk in coming:
                     fetchers.submit(images.fetch, chunk)  # an error is told when the chunk is read
                 rows = torch.cat([images.rows(chunk) for chunk in window.tolist()])
                 order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
