@@ -91,7 +91,8 @@ def prepare(
             held in memory.
         PermissionError: If the folder of caches may not be written to.
     """
-    key = _key(listing, pools, transform, by_content)
+    work = _Work(listing, pools, transform, strict, processes, by_content)
+    key = work.key()
     cache_dir = cache_folder() / "images" if cache_dir is None else cache_dir
     place = cache_dir / key
     if strict and listing.skipped:
@@ -107,7 +108,7 @@ def prepare(
                     if place.exists():
                         rank_zero_warn(f"The prepared images in {place} are damaged; they are prepared anew.")
                     sweep(place)
-                    _write(place, listing, pools, transform, strict, processes, by_content)
+                    work.write(place)
                     cache = _open(place)
     except OSError as error:
         refusal = (
@@ -115,11 +116,11 @@ def prepare(
             "cache_dir to a folder that may be written to and has enough room."
         )
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full or not fits_in_memory(_size(pools, transform)):
+        if not full or not fits_in_memory(work.size):
             kind = PermissionError if isinstance(error, PermissionError) else ValueError
             raise kind(refusal) from error
         rank_zero_warn(f"{refusal} Until then every process decodes them into its memory.")
-        cache = _in_memory(listing, pools, transform, strict, processes, by_content)
+        cache = work.in_memory()
     if cache is None:
         raise ValueError(f"The prepared images in {place} are damaged as soon as they are written; check the disk.")
     if cache.skipped:
@@ -127,17 +128,6 @@ def prepare(
             raise ValueError(_refusal(listing, cache.skipped))
         rank_zero_warn(f"{listing.label}: {_summary(cache.skipped, place if place.exists() else None)}")
     return cache
-
-
-def _key(listing: Listing, pools: Mapping[str, Sequence[Image]], transform: Transform, by_content: bool) -> str:
-    digest = hashlib.sha256()
-    what = [VERSION, str(listing.root.resolve()), asdict(transform), listing.skipped, by_content]
-    digest.update(json.dumps(what, sort_keys=True).encode())
-    for pool, images in pools.items():
-        digest.update(json.dumps([pool, len(images)]).encode())
-        for image in images:
-            digest.update(f"{image.name}\0{image.size}\0{image.stamp}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:32]
 
 
 def _open(place: Path) -> Cache | None:
@@ -166,95 +156,92 @@ def _cache(index: dict[str, Any], images: np.ndarray) -> Cache:
     return Cache(images, index["names"], index["hashes"], pools, skipped, index["sha256"])
 
 
-def _size(pools: Mapping[str, Sequence[Image]], transform: Transform) -> int:
-    """Bytes of all images, once decoded."""
-    return sum(map(len, pools.values())) * int(np.prod(transform.row_shape))
+@dataclass(frozen=True)
+class _Work:
+    """What is to be decoded, and how; see `prepare`."""
 
+    listing: Listing
+    pools: Mapping[str, Sequence[Image]]
+    transform: Transform
+    strict: bool
+    processes: int | None
+    by_content: bool
 
-def _write(
-    place: Path,
-    listing: Listing,
-    pools: Mapping[str, Sequence[Image]],
-    transform: Transform,
-    strict: bool,
-    processes: int | None,
-    by_content: bool,
-) -> None:
-    """Decodes all images into a folder beside the place, and renames it."""
-    scratch = scratch_of(place)
-    scratch.mkdir()
-    try:
-        with (scratch / "images.u8").open("wb") as file:
-            reserve(file, _size(pools, transform), scratch / "images.u8")
-        index = _decode(scratch / "images.u8", listing, pools, transform, strict, processes, by_content)
-        with atomic(scratch / "index.json") as file:
-            file.write(json.dumps({**index, "index_sha256": key_of(index)}).encode())
-        publish(scratch, place, lambda: _open(place) is not None)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    size = int(np.prod(index["shape"])) / 2**20
-    rank_zero_info(f"Prepared {index['shape'][0]} images of {listing.label} in {place} ({size:.1f} MiB).")
+    def key(self) -> str:
+        """The hash of what the cache depends on."""
+        digest, listing = hashlib.sha256(), self.listing
+        what = [VERSION, str(listing.root.resolve()), asdict(self.transform), listing.skipped, self.by_content]
+        digest.update(json.dumps(what, sort_keys=True).encode())
+        for pool, images in self.pools.items():
+            digest.update(json.dumps([pool, len(images)]).encode())
+            for image in images:
+                digest.update(f"{image.name}\0{image.size}\0{image.stamp}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:32]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all images, once decoded."""
+        return sum(map(len, self.pools.values())) * int(np.prod(self.transform.row_shape))
 
-def _in_memory(
-    listing: Listing,
-    pools: Mapping[str, Sequence[Image]],
-    transform: Transform,
-    strict: bool,
-    processes: int | None,
-    by_content: bool,
-) -> Cache:
-    """The same without the disk: memory that processes reach by a name (Linux), elsewhere a temporary file."""
-    size = _size(pools, transform)
-    with contextlib.ExitStack() as stack:
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("images")
-            stack.callback(os.close, descriptor)
-            os.truncate(descriptor, size)
-            path = Path(f"/proc/self/fd/{descriptor}")
-        else:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / "images.u8"
-            with path.open("wb") as file:
-                reserve(file, size, path)
-        index = _decode(path, listing, pools, transform, strict, processes, by_content)
-        return _cache(index, np.memmap(path, np.uint8, "r", shape=tuple(index["shape"])))
+    def write(self, place: Path) -> None:
+        """Decodes all images into a folder beside the place, and renames it."""
+        scratch = scratch_of(place)
+        scratch.mkdir()
+        try:
+            with (scratch / "images.u8").open("wb") as file:
+                reserve(file, self.size, scratch / "images.u8")
+            index = self._decode(scratch / "images.u8")
+            with atomic(scratch / "index.json") as file:
+                file.write(json.dumps({**index, "index_sha256": key_of(index)}).encode())
+            publish(scratch, place, lambda: _open(place) is not None)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        size = int(np.prod(index["shape"])) / 2**20
+        rank_zero_info(f"Prepared {index['shape'][0]} images of {self.listing.label} in {place} ({size:.1f} MiB).")
 
+    def in_memory(self) -> Cache:
+        """The same without the disk: memory that processes reach by a name (Linux), elsewhere a temporary file."""
+        with contextlib.ExitStack() as stack:
+            if hasattr(os, "memfd_create"):
+                descriptor = os.memfd_create("images")
+                stack.callback(os.close, descriptor)
+                os.truncate(descriptor, self.size)
+                path = Path(f"/proc/self/fd/{descriptor}")
+            else:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / "images.u8"
+                with path.open("wb") as file:
+                    reserve(file, self.size, path)
+            index = self._decode(path)
+            return _cache(index, np.memmap(path, np.uint8, "r", shape=tuple(index["shape"])))
 
-def _decode(
-    path: Path,
-    listing: Listing,
-    pools: Mapping[str, Sequence[Image]],
-    transform: Transform,
-    strict: bool,
-    processes: int | None,
-    by_content: bool,
-) -> dict[str, Any]:
-    """Decodes all images into a file that has their size, leaves the broken ones out, and returns the index."""
-    hashes = content_hashes(listing, pools) if by_content else {}
-    if by_content:
-        pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
-    names = [image.name for pool in pools.values() for image in pool]
-    transform = replace(transform, bits=transform.bits or bits_of(listing, names))
-    reasons = decode_all(listing, names, transform, path, processes, strict)
-    skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
-    if strict and skipped:
-        raise ValueError(_refusal(listing, skipped))
-    kept = [number for number in range(len(names)) if number not in reasons]
-    if not kept:
-        raise ValueError(f"No image of {listing.label} can be used: {_summary(skipped, None)}")
-    sha256, crc32 = _compact(path, kept, int(np.prod(transform.row_shape)))
-    return {
-        "shape": [len(kept), *transform.row_shape],
-        "names": [names[number] for number in kept],
-        "hashes": [hashes[names[number]] for number in kept] if by_content else [],
-        "pools": _kept_pools(pools, kept),
-        "skipped": skipped,
-        "sha256": sha256,
-        "crc32": crc32,
-        "root": str(listing.root),
-        "transform": asdict(transform),
-    }
+    def _decode(self, path: Path) -> dict[str, Any]:
+        """Decodes all images into a file that has their size, leaves the broken ones out, and returns the index."""
+        listing, pools = self.listing, self.pools
+        hashes = content_hashes(listing, pools) if self.by_content else {}
+        if self.by_content:
+            pools = {pool: sorted(own, key=lambda one: (hashes[one.name], one.name)) for pool, own in pools.items()}
+        names = [image.name for pool in pools.values() for image in pool]
+        transform = replace(self.transform, bits=self.transform.bits or bits_of(listing, names))
+        reasons = decode_all(listing, names, transform, path, self.processes, self.strict)
+        skipped = [*listing.skipped, *(Skip(names[number], reason) for number, reason in sorted(reasons.items()))]
+        if self.strict and skipped:
+            raise ValueError(_refusal(listing, skipped))
+        kept = [number for number in range(len(names)) if number not in reasons]
+        if not kept:
+            raise ValueError(f"No image of {listing.label} can be used: {_summary(skipped, None)}")
+        sha256, crc32 = _compact(path, kept, int(np.prod(transform.row_shape)))
+        return {
+            "shape": [len(kept), *transform.row_shape],
+            "names": [names[number] for number in kept],
+            "hashes": [hashes[names[number]] for number in kept] if self.by_content else [],
+            "pools": _kept_pools(pools, kept),
+            "skipped": skipped,
+            "sha256": sha256,
+            "crc32": crc32,
+            "root": str(listing.root),
+            "transform": asdict(transform),
+        }
 
 
 def content_hashes(listing: Listing, pools: Mapping[str, Sequence[Image]]) -> dict[str, str]:

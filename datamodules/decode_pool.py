@@ -11,7 +11,6 @@ import mmap
 import multiprocessing
 import os
 import signal
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from datamodules.decode import BadImageError, Transform, decode
@@ -84,7 +84,7 @@ class CannotWriteError(OSError):
 
 
 class DecoderPool:
-    """Processes that decode, and the shared counter of each.
+    """Processes that decode, and for each the number of images that it and its predecessors have dealt with.
 
     Args:
         listing: Where the images lie.
@@ -99,7 +99,7 @@ class DecoderPool:
         self.count = len(names)
         self.size = size
         self.context = multiprocessing.get_context("fork")
-        self.done = mmap.mmap(-1, 8 * size)  # shared with forked processes
+        self.done = np.frombuffer(mmap.mmap(-1, 8 * size), np.int64)  # one for each process, in shared memory
         self.processes: list[Any] = [None] * size
         self.pipes: list[Connection | None] = [None] * size
 
@@ -115,25 +115,6 @@ class DecoderPool:
         theirs.close()  # so that the end of the process closes the pipe
         self.processes[worker], self.pipes[worker] = process, ours
 
-    def progress(self, worker: int) -> int:
-        """Number of images that a process and its predecessors have dealt with.
-
-        Args:
-            worker: Its number.
-
-        Returns:
-            The count.
-        """
-        return int(struct.unpack_from("q", self.done, 8 * worker)[0])
-
-    def advance(self, worker: int) -> None:
-        """Counts one more image.
-
-        Args:
-            worker: Number of the process that dealt with it.
-        """
-        struct.pack_into("q", self.done, 8 * worker, self.progress(worker) + 1)
-
     def run(self) -> Iterator[tuple[int, dict[int, str]]]:
         """Starts all and watches them.
 
@@ -148,7 +129,7 @@ class DecoderPool:
             for worker, pipe in enumerate(self.pipes):
                 if pipe is not None and pipe in ready:
                     found |= self._listen(worker, pipe)
-            yield sum(self.progress(worker) for worker in range(self.size)), found
+            yield int(self.done.sum()), found
 
     def _listen(self, worker: int, pipe: Connection) -> dict[int, str]:
         """The report of a process; if it died early, the image that it was decoding is to blame."""
@@ -163,11 +144,11 @@ class DecoderPool:
             pipe.close()
             self.pipes[worker] = None
             self.processes[worker].join()
-        number = worker + self.size * self.progress(worker)
+        number = worker + self.size * int(self.done[worker])
         if number >= self.count:
             return {}
         code = self.processes[worker].exitcode
-        self.advance(worker)
+        self.done[worker] += 1
         self.start(worker)
         return {number: f"ended the process that decoded it (exit status {code}; short of memory?)"}
 
@@ -185,7 +166,7 @@ def _run(pool: DecoderPool, worker: int, pipe: Connection, parent: int) -> None:
     """What a process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent, which stops us
     listing, names, transform, path = pool.work
-    first = worker + pool.size * pool.progress(worker)
+    first = worker + pool.size * int(pool.done[worker])
     try:
         listing.reopen()
         for number, reason in _decode_some(listing, names, transform, path, first, pool.size):
@@ -193,7 +174,7 @@ def _run(pool: DecoderPool, worker: int, pipe: Connection, parent: int) -> None:
                 return
             if reason:
                 pipe.send((number, reason))
-            pool.advance(worker)
+            pool.done[worker] += 1
     except OSError as error:  # an error of the disk or the zip; errors of images are reported above
         with contextlib.suppress(OSError):
             pipe.send((-1, (error.errno, error.strerror or str(error))))

@@ -11,9 +11,7 @@ so that the ranks together hold the global batch, no image comes twice in an epo
 the batches before g. Evaluation reads a split in its own order, rank r the rows [r::W], each image exactly once.
 """
 
-import hashlib
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.rng import send
+from diffusion_lit.diffusion.rng import keyed_generator, run_seed, send
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -75,24 +73,6 @@ class Key(NamedTuple):
 
 Augment = Callable[[Tensor, Key], Tensor]
 """Changes the uint8 images (B, C, H, W) of a batch, given its key."""
-
-
-def run_seed() -> int:
-    """The seed of the run: Lightning's `seed_everything`, 0 where none was set."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A fresh CPU generator whose stream is a function of the key alone.
-
-    Args:
-        key: Integers and strings that name the draw, for example `("order", seed, epoch)`.
-
-    Returns:
-        A seeded generator; distinct keys give unrelated streams.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def normalise(images: Tensor) -> Tensor:

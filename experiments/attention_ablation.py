@@ -56,7 +56,6 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
     for name, run in trained.items():
         module: Any = load_module(run.ckpt_path).to(study.device)
         drawn = study.draw(run, evaluator)
-        assert drawn.images is not None
         rows.append(
             {
                 "attention": name,

@@ -71,7 +71,6 @@ def capacity(
         if run is None:
             continue
         drawn = study.draw(run, evaluator)
-        assert drawn.images is not None
         module: Any = load_module(run.ckpt_path).to(study.device)
         net = module.net
         rows.append(

@@ -67,7 +67,6 @@ def cold_diffusion(
         for way, some in made.items():
             rows.append({"degradation": name, "restored": way, **measure(some)})
         samples = study.draw(run, evaluator)
-        assert samples.images is not None
         drawn.append({"degradation": name, "samples": len(samples.features), **evaluator.measure(samples)})
         shown["drawn anew"] = samples.images[:SHOWN]
         study.figure(

@@ -68,7 +68,6 @@ def few_steps(
             (figures, drawn), setting = min(found, key=lambda one: one[0][0][evaluator.metric])
             row = {"model": name, "NFE": calls, "sampler": setting.sampler, "steps": setting.num_steps, **figures}
             rows.append(row)
-            assert drawn.images is not None
             images[f"{name}, {calls}"] = drawn.images[:SHOWN] / 127.5 - 1
     count = study.setup.num_samples
     study.table("quality", rows, f"{count:,} samples of the same seeds against the training images.")
@@ -143,7 +142,7 @@ def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling)
         Distance, kernel distance, precision and recall by name; and the samples.
     """
     drawn = study.draw(run, evaluator, setting)
-    assert evaluator.reference.features is not None and drawn.images is not None
+    assert evaluator.reference.features is not None
     figures = evaluator.measure(drawn)
     kernel = kernel_distance(drawn.features.features, evaluator.reference.features.features)
     return {**figures, evaluator.metric.replace("fd_", "kd_").replace("fid_", "kid_"): kernel}, drawn

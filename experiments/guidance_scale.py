@@ -143,7 +143,6 @@ def guidance_scale(
     rows: list[dict[str, Any]] = []
     for way in ways:
         samples = drawn[way.name]
-        assert samples.images is not None
         logits = reader.extract(samples.images, 250).logits
         assert logits is not None
         rows.append(
@@ -166,7 +165,7 @@ def guidance_scale(
     points = [row for row, way in zip(rows, ways, strict=True) if way.scale is None]
     figure = draw_figures(scales, lines, points, evaluator)
     study.figure("quality", figure, "Quality, variety, accuracy and saturation against the scale of guidance.")
-    images = {name: some.images for name, some in drawn.items() if some.images is not None}
+    images = {name: some.images for name, some in drawn.items()}
     study.figure("classes", draw_grids(images, module.class_names), "Every class under each guidance; the same seeds.")
 
     winner = min(rows, key=lambda row: row[evaluator.metric])

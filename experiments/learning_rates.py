@@ -53,7 +53,6 @@ def learning_rates(
     rows: list[dict[str, Any]] = []
     for name, run in trained.items():
         drawn = study.draw(run, evaluator)
-        assert drawn.images is not None
         loss = run.metrics["val/loss"]
         rows.append({"learning rate": name, "val/loss": loss, **evaluator.measure(drawn), "seconds": run.seconds})
         study.images(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")

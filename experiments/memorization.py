@@ -53,7 +53,6 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
         own.prepare_data()
         own.setup()
         samples = draw(study, evaluator, run, own)
-        assert samples.images is not None
         training, held_out = own.reference_images("train"), own.reference_images("test")
         found = compare(samples.images, training, held_out, bool(own.random_flip), study.device)
         extracted = len(found.training[found.copies].unique())

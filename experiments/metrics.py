@@ -61,7 +61,6 @@ def metrics(
         study.tell(name)
         sampling = module.sampling.replace(**changes)
         samples = study.draw(trained["a quarter" if "quarter" in name else "model"], evaluator, sampling, labels, total)
-        assert samples.images is not None
         return samples.images
 
     better = draw("model", labels)

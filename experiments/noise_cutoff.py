@@ -49,7 +49,6 @@ def noise_cutoff(
     rows, shown = [], {}
     for cut in cuts:
         drawn = study.draw(path, evaluator, default.replace(sampler_options={"noise_until": cut}))
-        assert drawn.images is not None
         rows.append({"noise until": cut, **evaluator.measure(drawn), "sharpness": sharpness(drawn.images) / scale})
         shown[f"k = {cut}"] = drawn.images[:12]
     shown["real"] = real[:12]

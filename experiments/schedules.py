@@ -93,7 +93,6 @@ def schedules(
         row: dict[str, Any] = {"schedule": schedule, "steps": int(steps)}
         for way, count in ((f"{few} of them", few), ("all steps", int(steps))):
             drawn = study.draw(run, evaluator, module.sampling.replace(num_steps=count))
-            assert drawn.images is not None
             row |= {f"{key}, {way}": value for key, value in evaluator.measure(drawn).items() if key != "precision"}
             shown[name] = drawn.images[:12]
         rows.append(row)

@@ -236,7 +236,6 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
             labels = torch.arange(total) % classes if classes else None
             for scale in (1.0, cfg_scale) if classes else (1.0,):
                 drawn = study.draw(path, evaluator, module.sampling.replace(cfg_scale=scale), labels)
-                assert drawn.images is not None
                 guided = scale if classes else None
                 rows.append({"told": name, "epochs": count, "guidance": guided, **evaluator.measure(drawn)})
                 how = f", guidance {scale:g}, a row per class" if classes else ""

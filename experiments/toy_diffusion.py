@@ -76,7 +76,6 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
     measured: list[dict[str, Any]] = []
     for count in num_steps:
         drawn = study.draw(trained, evaluator, module.sampling.replace(num_steps=count))
-        assert drawn.images is not None
         measured.append({"steps": count, **evaluator.measure(drawn)})
         if count == module.sampling.num_steps:
             study.images("samples", drawn.images[:80], f"Samples in {count} steps.")

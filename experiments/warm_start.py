@@ -59,7 +59,6 @@ def warm_start(
     rows, shown = [], {}
     for name, run in trained.items():
         samples = study.draw(run, evaluator, labels=labels)
-        assert samples.images is not None
         drawn = samples.features.features[labels == new]
         rows.append(
             {

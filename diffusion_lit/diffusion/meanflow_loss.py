@@ -176,18 +176,8 @@ class MeanFlowLoss(DenoisingLoss):
     ) -> Tensor:
         """The loss of each sample; see `DenoisingLoss.forward`.
 
-        Args:
-            denoiser: What is trained, with a network that takes a second noise level.
-            x0: Clean images, shape (B, C, H, W).
-            sigma: Pairs of noise levels (sigma, until), shape (B, 2), as `LevelPairs` draws them; or one level for
-                each, shape (B,), which is plain denoising.
-            noise: Standard normal, shape (B, C, H, W).
-            label: Class indices, shape (B,), or none.
-            augment: Augmentation labels, shape (B, augment_dim), or none.
-            condition: None.
-
-        Returns:
-            Shape (B,).
+        Here `sigma` holds pairs of noise levels (sigma, until), shape (B, 2), as `LevelPairs` draws them; one level for
+        each, shape (B,), is plain denoising. The network takes a second noise level.
 
         Raises:
             ValueError: If there is a condition image.

@@ -4,7 +4,8 @@
 libraries share them, so that sampling and editing treat both alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.conditions import ImageCondition
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within this context a module is in eval mode, afterwards in the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 class PixelModel(nn.Module):
@@ -122,12 +134,8 @@ class PixelModel(nn.Module):
         Raises:
             ValueError: If a label is outside the model's classes, or the model has none.
         """
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             x = (sampling or self.sampling).generate(self.denoiser, self.x_shape, seeds, labels, callback, condition)
-        finally:
-            self.train(training)
         return self.decode(x)
 
 

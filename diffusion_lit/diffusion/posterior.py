@@ -105,6 +105,23 @@ class PosteriorDenoiser(DenoiserWrapper):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it weighs a residual.")
 
+    def weighed(self, residual: Tensor, covariance: Linear, iterations: int) -> Tensor:
+        """A residual weighed by (A V A^T + sigma_y^2 I)^-1, by conjugate gradients.
+
+        Args:
+            residual: r, shape (B, ...).
+            covariance: v -> V A^T v, from measurements to images.
+            iterations: Most products.
+
+        Returns:
+            u, of the residual's shape.
+        """
+
+        def product(v: Tensor) -> Tensor:
+            return self.measure(covariance(v)).detach() + self.sigma_y**2 * v
+
+        return conjugate_gradients(product, residual, iterations)
+
     def transform(
         self, evaluate: Evaluate, x: Tensor, sigma: Tensor | float, label: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -218,10 +235,9 @@ class PiGDM(PosteriorDenoiser):
         outputs = self.measure(inputs)
 
         def covariance(v: Tensor) -> Tensor:
-            (image,) = torch.autograd.grad(outputs, inputs, v, retain_graph=True)
-            return self.measure(variance * image).detach() + self.sigma_y**2 * v
+            return variance * torch.autograd.grad(outputs, inputs, v, retain_graph=True)[0]
 
-        return conjugate_gradients(covariance, residual, self.iterations)
+        return self.weighed(residual, covariance, self.iterations)
 
 
 class MMPS(PosteriorDenoiser):
@@ -248,11 +264,7 @@ class MMPS(PosteriorDenoiser):
 
     def solve(self, residual: Tensor, x0_hat: Tensor, level: Tensor, back: Linear) -> Tensor:
         """See `PosteriorDenoiser.solve`."""
-
-        def covariance(v: Tensor) -> Tensor:
-            return self.measure(level.square() * back(v)).detach() + self.sigma_y**2 * v
-
-        return conjugate_gradients(covariance, residual, self.iterations)
+        return self.weighed(residual, lambda v: level.square() * back(v), self.iterations)
 
 
 POSTERIORS: dict[str, type[PosteriorDenoiser]] = {"dps": DPS, "pigdm": PiGDM, "mmps": MMPS}

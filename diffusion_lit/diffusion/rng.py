@@ -5,11 +5,17 @@ batch size, nor the number of ranks changes what is drawn. A key is any tuple of
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+def run_seed() -> int:
+    """The seed of the run: Lightning's `seed_everything`, 0 where none was set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def keyed_seed(*key: int | str) -> int:

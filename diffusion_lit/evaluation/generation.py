@@ -96,7 +96,7 @@ class Samples:
 
     Args:
         features: Their features.
-        images: The images, uint8 (N, C, H, W), where they were kept.
+        images: The images, uint8 (N, C, H, W); an empty tensor (0,) where they were not kept.
         labels: Their classes, or None.
         clipped: Share of the values that overshot [-1, 1] by more than 0.1 and were clipped.
         forwards: Network forwards per sample.
@@ -104,7 +104,7 @@ class Samples:
     """
 
     features: Features
-    images: Tensor | None
+    images: Tensor
     labels: Tensor | None
     clipped: float
     forwards: float
@@ -161,7 +161,7 @@ def gather_shards(job: GenerationJob) -> Samples:
         raise ValueError(f"The shards under {job.folder} hold samples twice or not at all; delete that folder.")
     return Samples(
         Features(whole["features"], whole.get("logits")),
-        whole.get("images"),
+        whole.get("images", torch.empty(0)),
         job.labels,
         clipped=float(whole["clipped"].double().mean()),
         forwards=float(whole["forwards"].sum()) / job.count,

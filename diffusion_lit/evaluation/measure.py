@@ -187,7 +187,7 @@ def measure(
     images: dict[str, Tensor] = {}
     if not references:
         image = torch.as_tensor(data.reference_images("train")[0])
-        result["single_image"] = single_image_metrics(samples.images, image)  # type: ignore[arg-type]
+        result["single_image"] = single_image_metrics(samples.images, image)
     elif plan.memorization:
         result["memorization"], images = memorization(plan, job, samples, data, extractor, device)
     return result, warnings, images
@@ -251,7 +251,6 @@ def memorization(
     Returns:
         Figures in feature and in pixel space, and the worst triples of each by file name.
     """
-    assert samples.images is not None
     training, held_out = data.reference_images("train"), data.reference_images("test")
     count = min(MOST_COMPARED, len(samples.images))
     images = samples.images[:count]

@@ -5,7 +5,6 @@ dropout are drawn for the whole global batch from one generator and each rank ta
 nor the number of devices changes the training. What the network itself draws (dropout) is keyed by the rank too.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,14 @@ from diffusion_lit.diffusion.conditions import ImageCondition
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.noise import NoiseLevels
-from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator, keyed_seed, seed_default_generators
+from diffusion_lit.diffusion.rng import (
+    BLOCK,
+    drawn_by_index,
+    keyed_generator,
+    keyed_seed,
+    run_seed,
+    seed_default_generators,
+)
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.samplers.meanflow import check_takes_until
 from diffusion_lit.modules.batches import check_batch
@@ -137,6 +143,24 @@ class BaseModule(LightningModule):
         trainer = trainer_of(self)
         if trainer is not None and logs_now(trainer):
             self.log_dict(figures, prog_bar=True, batch_size=batch_size, sync_dist=True)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs what `held_out` measures on the validation split, with the same draws at every epoch."""
+        self.held_out("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs what `held_out` measures on the test split."""
+        self.held_out("test", batch, batch_idx)
+
+    def held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the figures of held-out images, "SPLIT/loss" among them.
+
+        Args:
+            split: "val" or "test".
+            batch: As the data module gives it.
+            batch_idx: Number of the batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how held-out images are measured.")
 
     @property
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -332,15 +356,8 @@ class DiffusionModule(GivenImages, BaseModule):
         losses: Tensor = self.loss(self.denoiser, x0, draws.sigma, draws.noise, draws.label, augment, **told)
         return losses
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss, with the same draws at every epoch."""
-        self._held_out_loss("val", batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss on the test split."""
-        self._held_out_loss("test", batch, batch_idx)
-
-    def _held_out_loss(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the loss; see `BaseModule.held_out`."""
         x0 = self.x0(batch, split, batch_idx)
         label = batch.get("label") if self.num_classes else None
         index = self.rows_of(batch, batch_idx).to(self.device)
@@ -357,8 +374,3 @@ class DiffusionModule(GivenImages, BaseModule):
         label = batch.get("label") if self.num_classes else None
         seeds = batch["index"].tolist()
         return self.generate(seeds, label, condition=self.conditions(seeds, batch["image"], batch.get(PAIR)))
-
-
-def run_seed() -> int:
-    """The seed of the run: Lightning's `seed_everything`, 0 where none was set."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))

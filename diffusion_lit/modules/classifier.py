@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lit.checks import check_count, check_number
-from diffusion_lit.diffusion.rng import keyed_generator
-from diffusion_lit.modules.base import BaseModule, run_seed
+from diffusion_lit.diffusion.rng import keyed_generator, run_seed
+from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.nets.classifier import ConvClassifier
 
 
@@ -51,20 +51,13 @@ class Classifier(BaseModule):
         self.log_step({"train/loss": loss.detach(), "train/accuracy": accuracy}, len(labels))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs loss and accuracy on the validation split."""
-        self._held_out("val", batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs loss and accuracy on the test split."""
-        self._held_out("test", batch)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Records the network's arguments, from which an extractor builds it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["classifier"] = dict(self.net.config)
 
-    def _held_out(self, split: str, batch: dict[str, Tensor]) -> None:
+    def held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs loss and accuracy; see `BaseModule.held_out`."""
         labels = self._labels(batch)
         logits = self.net(batch["image"])
         figures = {

@@ -20,8 +20,9 @@ from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
 from diffusion_lit.diffusion.degradations import Blur, Degradation
 from diffusion_lit.diffusion.generate import StepCallback, check_labels
 from diffusion_lit.diffusion.images import take
-from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keyed_generator
-from diffusion_lit.modules.base import BaseModule, run_seed
+from diffusion_lit.diffusion.models import evaluating
+from diffusion_lit.diffusion.rng import BLOCK, SeededNoise, drawn_by_index, keyed_generator, run_seed
+from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.protocols import HasImages
 from diffusion_lit.runtime.internals import data_of
 
@@ -131,15 +132,8 @@ class ColdDiffusion(BaseModule):
         self.log_step({"train/loss": loss.detach()}, len(image))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss, with the same draws at every epoch."""
-        self._held_out("val", batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss on the test split."""
-        self._held_out("test", batch, batch_idx)
-
-    def _held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the loss; see `BaseModule.held_out`."""
         image = batch["image"]
         loss = self.loss(image, split, index=self.rows_of(batch, batch_idx))
         self.log(f"{split}/loss", loss, prog_bar=split == "val", batch_size=len(image), sync_dist=True)
@@ -170,12 +164,9 @@ class ColdDiffusion(BaseModule):
             degraded: Tensor = self.degradation(x0, t, noise)
             return degraded
 
-        training = self.training
-        self.eval()
-        try:
-            return RESTORERS[sampling.sampler](self, degrade, x, steps, callback)
-        finally:
-            self.train(training)
+        with evaluating(self):
+            restored: Tensor = RESTORERS[sampling.sampler](self, degrade, x, steps, callback)
+        return restored
 
     def degrade(self, images: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Degrades images altogether.

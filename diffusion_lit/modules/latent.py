@@ -24,8 +24,9 @@ from diffusion_lit.diffusion import (
 )
 from diffusion_lit.diffusion.generate import StepCallback, refuse_clipping
 from diffusion_lit.diffusion.models import LatentModel
+from diffusion_lit.diffusion.rng import run_seed
 from diffusion_lit.modules.autoencoders import load_autoencoder
-from diffusion_lit.modules.base import DiffusionModule, run_seed
+from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all, interpolate, latent_shape, scale_of
 from diffusion_lit.modules.protocols import DataSet, is_data_set

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.generate import check_labels
 from diffusion_lit.diffusion.images import psnr
+from diffusion_lit.diffusion.models import evaluating
+from diffusion_lit.diffusion.rng import run_seed
 from diffusion_lit.modules.adversary import Adversary
 from diffusion_lit.modules.autoencoders import describe, part_of, vae_checkpoint
-from diffusion_lit.modules.base import BaseModule, run_seed
+from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.latent_space import interpolate, latent_shape
 from diffusion_lit.modules.perceptual import LPIPS, Perceptual
 from diffusion_lit.modules.prior import PriorSampling
@@ -251,15 +253,8 @@ class VAE(BaseModule):
         if self.adversary is not None:
             self.adversary.rest(self.global_step)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs the loss, with the same draws at every epoch, and the quality of reconstructions."""
-        self._held_out("val", batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The same on the test split."""
-        self._held_out("test", batch, batch_idx)
-
-    def _held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def held_out(self, split: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs the loss and the quality of reconstructions; see `BaseModule.held_out`."""
         image = batch["image"]
         values = image[0].numel()
         terms = self.terms(image, split, index=self.rows_of(batch, batch_idx))
@@ -308,14 +303,16 @@ class VAE(BaseModule):
         Returns:
             The same shape, in [-1, 1] up to overshoot.
         """
-        return self._evaluated(lambda: self.net.decode(self.net.encode(images).mean))
+        with evaluating(self):
+            made: Tensor = self.net.decode(self.net.encode(images).mean)
+        return made
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
         """Decoded linear interpolations of latents; see `modules.latent_space.interpolate`."""
-        return self._evaluated(
-            lambda: interpolate(lambda x: self.net.encode(x).mean, self.net.decode, first, last, shares)
-        )
+        with evaluating(self):
+            made = interpolate(lambda x: self.net.encode(x).mean, self.net.decode, first, last, shares)
+        return made
 
     @torch.no_grad()
     def generate(
@@ -342,15 +339,8 @@ class VAE(BaseModule):
         check_labels(labels, 0, len(seeds))
         prior = (sampling or self.sampling).prior
         z = prior.draw(self.net, latent_shape(self.net, self.image_shape), seeds, self.device)
-        return self._evaluated(lambda: self.net.decode(z))
-
-    def _evaluated(self, compute: Any) -> Tensor:
-        training = self.training
-        self.eval()
-        try:
-            made: Tensor = compute()
-        finally:
-            self.train(training)
+        with evaluating(self):
+            made: Tensor = self.net.decode(z)
         return made
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
