@@ -229,14 +229,14 @@ class ImageDataModule(LightningDataModule):
         """Takes the rule that a model was trained under.
 
         Args:
-            rule: The `identity` in its checkpoint, empty in those of before there was one.
+            rule: The `identity` in its checkpoint, empty in checkpoints older than it.
         """
 
     def continue_from(self, recorded: dict[str, Any], class_names: list[str]) -> None:
         """Takes the rule and classes of the data that a model was trained on, and warns where the data differ.
 
         Args:
-            recorded: The `identity` in its checkpoint, empty in those of before there was one.
+            recorded: The `identity` in its checkpoint, empty in checkpoints older than it.
             class_names: The names of its classes in the order of their numbers; none where it knows none.
 
         Raises:

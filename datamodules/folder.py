@@ -467,7 +467,7 @@ def held_out_of(hashes: Sequence[str], fraction: float, lowest: bool) -> int:
         lowest: Whether those with the lowest hashes are held out, or those with the highest.
 
     Returns:
-        At least 1, but for a share of 0.
+        At least 1, unless the share is 0.
     """
     if not fraction:
         return 0

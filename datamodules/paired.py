@@ -1,6 +1,6 @@
 """Pairs of images from two folders: what a model shall make, and what it is given to make it from.
 
-The two belong together whose names are the same but for the ending, below what all names of a folder share:
+Two images are a pair if their names are the same up to the ending, below the part that all names of a folder share:
 
     photos/train/0001.jpg    sketches/train/0001.png
 """
@@ -101,7 +101,7 @@ class PairedFolder(ImageFolder):
         """A split with its pairs, the given image's channels behind the image's own.
 
         Raises:
-            ValueError: If an image has no partner, or names are not unique but for their endings.
+            ValueError: If an image has no partner, or names differ only in their endings.
         """
         start, end = self.rows(split)
         there = self.partners.cache
@@ -131,5 +131,5 @@ class PairedFolder(ImageFolder):
 
 
 def _key(name: str, prefix: str) -> str:
-    """What an image and its partner are both called."""
+    """The name that an image and its partner share."""
     return str(PurePosixPath(name[len(prefix) :]).with_suffix(""))

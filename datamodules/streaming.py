@@ -197,7 +197,7 @@ class Streamed(ImageDataModule):
         return "val" if split == "test" and "test" not in self.store.catalogue.counts else split
 
     def _labels(self, images: Chunked) -> Tensor | None:
-        """The classes of images by the numbers of now."""
+        """The classes of images in the current numbering."""
         written = self.store.catalogue.classes
         if not written or not self.use_labels:
             return None

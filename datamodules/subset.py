@@ -9,7 +9,7 @@ from datamodules.base import ImageDataModule
 from datamodules.loaders import Split
 from diffusion_lit.checks import check_count
 
-EPOCH = 4096  # images that an epoch has at least, fewer being repeated
+EPOCH = 4096  # minimum number of images in an epoch; fewer are repeated
 
 
 class Subset(ImageDataModule):
@@ -110,7 +110,7 @@ class Subset(ImageDataModule):
         return (self._numbers()[labels] >= 0).nonzero()[:, 0]
 
     def _numbers(self) -> Tensor:
-        """The number of each of the data set's classes here, -1 of one that is left out; int64 (classes,)."""
+        """The new number of each of the data set's classes, -1 for one that is left out; int64 (classes,)."""
         mine = self.class_names
         return torch.tensor([mine.index(name) if name in mine else -1 for name in self.data.class_names])
 

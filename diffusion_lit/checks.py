@@ -24,9 +24,9 @@ def check_number(
 
     Args:
         least: The smallest number allowed.
-        above: All numbers must be above this one, in the place of `least`.
+        above: All numbers must be above this one; replaces `least`.
         most: The largest number allowed.
-        below: All numbers must be below this one, in the place of `most`.
+        below: All numbers must be below this one; replaces `most`.
         infinite: Whether infinity is a number too.
         whole: Whether the numbers must be whole.
         hint: What follows the range in the sentence, such as `; 0.5 suits images`.

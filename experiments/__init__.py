@@ -5,6 +5,6 @@
 
 from pathlib import Path
 
-# For the names of before: `python -m experiments.torture` runs what is experiments.benchmarks.torture now, and a user's
+# For old names: `python -m experiments.torture` runs experiments.benchmarks.torture, and a user's
 # study that imports `experiments.study` gets a second copy of experiments.harness.study.
 __path__ = [*__path__, *(str(Path(__file__).parent / folder) for folder in ("benchmarks", "harness"))]

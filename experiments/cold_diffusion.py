@@ -1,6 +1,6 @@
 r"""Cold diffusion (Bansal 2022, arXiv 2208.09392): blur, mask, pixelation and snow taken back without any noise.
 
-One network per degradation learns to restore images. Test images are degraded altogether and restored in one go
+One network per degradation learns to restore images. Test images are fully degraded and restored in one step
 (direct), by restoring and degrading again (naive, algorithm 1) and by the difference of two degradations (improved,
 algorithm 2). The Fréchet distance is that of the restored images to the very images that they came from; peak
 signal-to-noise ratio and structural similarity tell how near each is to its own. From the Gaussian of degraded training
@@ -119,7 +119,7 @@ def variant(words: str) -> tuple[str, dict[str, Any]]:
 
 
 def degraded(study: Study, run: Trained, images: Tensor) -> Tensor:
-    """Images degraded altogether.
+    """Fully degraded images.
 
     Args:
         study: Where it works.
@@ -134,7 +134,7 @@ def degraded(study: Study, run: Trained, images: Tensor) -> Tensor:
 
 
 def restored(study: Study, run: Trained, originals: Tensor, sampling: ColdSampling) -> Tensor:
-    """Images degraded altogether and restored; what is there already is not made again.
+    """Images fully degraded and restored; results that exist are reused.
 
     Args:
         study: Where it works.

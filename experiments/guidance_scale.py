@@ -201,7 +201,7 @@ def checkpoints(study: Study, ckpt_path: str | None, guide_path: str | None) -> 
 
 
 def draw(study: Study, evaluator: Evaluator, path: Path, module: Any, way: Way, labels: Tensor) -> Samples:
-    """Draws samples, those that are there already left alone.
+    """Draws samples; existing ones are reused.
 
     Args:
         study: Where it works.

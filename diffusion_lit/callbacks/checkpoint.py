@@ -228,7 +228,7 @@ class LastCheckpoint(ModelCheckpoint):
         rank_zero_info(f"\n{NAMES[number]}: saving at the end of this step; once more to stop at once.")  # type: ignore[index]
 
     def _asked(self, trainer: Trainer) -> tuple[int, bool]:
-        """The signal that any rank has had, 0 for none, and whether too long nothing was saved; alike on all ranks."""
+        """The signal that any rank received, 0 for none, and whether a save is overdue; the same on all ranks."""
         overdue = self.every_n_minutes is not None and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         if trainer.world_size == 1:
             return self._signal or 0, overdue
@@ -249,7 +249,7 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
     def _farewell(self, trainer: Trainer, number: int) -> RunStopped:
-        """What a run that is stopped says."""
+        """The message of a run that is stopped."""
         return RunStopped(f"Stopped by {NAMES[number]}. {self._where(trainer)}", 128 + number)  # type: ignore[index]
 
     def _where(self, trainer: Trainer) -> str:

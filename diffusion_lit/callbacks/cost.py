@@ -131,7 +131,7 @@ class Cost(Callback):
         shape: Any = next((one for one in known if one is not None), None)
         try:
             cost = network_cost(net, shape, trainer.precision_plugin.train_step_context())
-        except (TypeError, ValueError, RuntimeError) as error:  # a network of the user's own, called otherwise
+        except (TypeError, ValueError, RuntimeError) as error:  # a user's network with another signature
             print(f"{name}, whose operations could not be counted: {error}")
             return
         batch = getattr(data, "batch_size", 1) // trainer.world_size

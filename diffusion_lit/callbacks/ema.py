@@ -190,7 +190,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
         ]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the average in the place of the raw weights."""
+        """Swaps in the average of the weights."""
         if self._average_model is not None and not self._swapped:
             self._swap_models(pl_module)
             self._swapped = True
@@ -202,10 +202,10 @@ class EMA(WritesToRunFolder, WeightAveraging):
             self._swapped = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the average has stood in since `on_validation_start`."""
+        """Nothing: the average has been in place since `on_validation_start`."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the average stands in until `on_validation_end`."""
+        """Nothing: the average stays in place until `on_validation_end`."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the raw weights if validation failed, before anything is saved."""

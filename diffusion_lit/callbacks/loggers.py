@@ -94,7 +94,7 @@ def quiet_writer_threads() -> None:
 def show_image(logger: Logger, tag: str, path: Path, size: tuple[int, int], step: int) -> None:
     """Shows an image or an animation of a run in a logger.
 
-    A logger of one's own takes part by a method `show_image(tag, path, size, step)`; others show none.
+    A custom logger takes part if it has a method `show_image(tag, path, size, step)`; others show none.
 
     Args:
         logger: The logger.
@@ -121,7 +121,7 @@ def show_image(logger: Logger, tag: str, path: Path, size: tuple[int, int], step
 def note(logger: Logger, tag: str, text: str, step: int) -> None:
     """Logs a text.
 
-    A logger of one's own takes part by a method `note(tag, text, step)`; others keep none.
+    A custom logger takes part if it has a method `note(tag, text, step)`; others keep none.
 
     Args:
         logger: The logger.

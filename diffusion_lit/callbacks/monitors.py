@@ -15,7 +15,7 @@ HELD_OUT_OF_A_VAE = ("psnr", "ssim", "kl", "kl_bits_per_dim", "bits_per_dim", "a
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
     """Refuses a callback that watches a figure that no one logs, before the first step.
 
-    Models and callbacks of the user's own may log what they like: then nothing is refused.
+    A user's own models and callbacks may log anything: then nothing is refused.
 
     Args:
         trainer: Its callbacks are asked.

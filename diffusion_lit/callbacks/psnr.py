@@ -39,4 +39,4 @@ class ImagePSNR(Callback):
         pl_module.log("psnr", decibels.float(), prog_bar=True, batch_size=1)
 
 
-PicturePSNR = ImagePSNR  # the name in configurations of before
+PicturePSNR = ImagePSNR  # the name in older configurations

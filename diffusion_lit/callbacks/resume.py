@@ -79,7 +79,7 @@ def differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """The value to compare: lists and tuples are alike."""
+    """The value to compare; a tuple counts as a list."""
     return list(value) if isinstance(value, (list, tuple)) else value
 
 

@@ -1,4 +1,4 @@
-"""Where `fit --init_from` takes a run's first weights from, and what it says of them."""
+"""Initial weights of a run, `fit --init_from`: where they are read from, and what is reported of them."""
 
 import sys
 from pathlib import Path
@@ -13,9 +13,9 @@ from diffusion_lit.storage.runs import find_checkpoint
 
 
 def source_of(config: Namespace, command: str, run: Path) -> Source | None:
-    """The weights that a run starts from, read before anything is made.
+    """The initial weights of a run, read before anything else is built.
 
-    A run that goes on has no need of them: its checkpoint counts, and the file need not be there any more.
+    A resumed run does not need them: its checkpoint counts, and the file may be gone.
 
     Args:
         config: The command's configuration; the path in it becomes that of the file.
@@ -50,7 +50,7 @@ def source_of(config: Namespace, command: str, run: Path) -> Source | None:
 
 
 def _typed() -> bool:
-    """Whether the option stands on the command line, and not in a configuration that it is repeated with."""
+    """Whether the option was given on the command line rather than in a configuration."""
     return any(word.partition("=")[0] == "--init_from" for word in sys.argv)
 
 

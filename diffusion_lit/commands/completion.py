@@ -52,7 +52,7 @@ def script(shell: str) -> str:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """All commands as one parser, for their names alone: it parses nothing."""
+    """All commands as one parser, for its option names only: it is never used to parse."""
     from diffusion_lit.commands.main import COMMANDS, TRAINING, function_parser
 
     whole = argparse.ArgumentParser("diffusion-lit")
@@ -74,7 +74,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def training_parsers() -> dict[str, Any]:
-    """The parsers of `fit`, `validate`, `test` and `predict` by name, which nothing is run with."""
+    """The parsers of `fit`, `validate`, `test` and `predict` by name, without running anything."""
     from diffusion_lit.commands.fit import CLI, run
 
     parsers: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def training_parsers() -> dict[str, Any]:
 
 
 def _copy_options(source: Any, target: argparse.ArgumentParser) -> None:
-    """Gives a parser the options of another, as far as their names are concerned."""
+    """Gives a parser the option names of another."""
     for action in source._actions:
         options = [option for option in action.option_strings if option not in ("-h", "--help")]
         if not options:

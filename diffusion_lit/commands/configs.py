@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 PACKAGE = Path(__file__).resolve().parent.parent
-PARTS = ("base.yaml", "nets")  # what experiments are made of, no experiments themselves
+PARTS = ("base.yaml", "nets")  # parts of experiments, not experiments
 
 
 def configs_folder() -> Path:
@@ -71,10 +71,10 @@ def find_config(name: str) -> Path:
 
 
 def with_configs_found(args: list[str]) -> list[str]:
-    """Puts in the place of each configuration's name on a command line the file's path.
+    """Replaces each configuration's name on a command line by the file's path.
 
     Args:
-        args: A command line. A text of YAML in the place of a name stays.
+        args: A command line. YAML text given instead of a name is kept.
 
     Returns:
         It, with whole paths.

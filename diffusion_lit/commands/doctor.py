@@ -64,7 +64,7 @@ def machine() -> list[tuple[str, str]]:
 
 
 def choices() -> list[tuple[str, str]]:
-    """What `fit` takes where the options say nothing."""
+    """The defaults that `fit` would choose."""
     import torch
 
     from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type
@@ -81,7 +81,7 @@ def choices() -> list[tuple[str, str]]:
 
 
 def extras() -> list[tuple[str, str]]:
-    """Of each extra, what is there and what is missing."""
+    """For each extra, which packages are installed and which are missing."""
     try:
         wanted = requires(PACKAGE) or []
     except PackageNotFoundError:
@@ -100,7 +100,7 @@ def extras() -> list[tuple[str, str]]:
 
 
 def caches() -> list[tuple[str, str]]:
-    """Folders that this project and its libraries keep what they made or downloaded in."""
+    """Cache folders of this project and its libraries."""
     import torch
 
     from diffusion_lit.storage.cache import cache_folder
@@ -114,7 +114,7 @@ def caches() -> list[tuple[str, str]]:
 
 
 def notes() -> list[tuple[str, str]]:
-    """What stands in the way of something."""
+    """Notes on possible problems."""
     from diffusion_lit.runtime.hardware import cpu_contention
 
     owners = sorted(

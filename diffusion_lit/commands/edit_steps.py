@@ -1,4 +1,4 @@
-"""The states that step by step denoising passes, at chosen steps of the grid."""
+"""Intermediate states of denoising at chosen steps of the grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from diffusion_lit.report.images import Cell
 
 @dataclass
 class Passed:
-    """Keeps what the tasks pass on their way down from several noise levels.
+    """Keeps intermediate states of denoising from several noise levels.
 
     Args:
         model: The model.

@@ -40,7 +40,7 @@ def evaluate(plan: Plan, devices: int = 1, strategy: str = "auto", json: bool = 
 
 
 def summary(report: dict[str, Any], written: list[str]) -> str:
-    """What a person reads when it is done: the figures, the warnings, and where the rest is.
+    """The summary to print: the figures, the warnings, and where the rest is.
 
     Args:
         report: The report.
@@ -59,5 +59,5 @@ def summary(report: dict[str, Any], written: list[str]) -> str:
 
 
 def help_notes() -> str:
-    """What closes the help: the table of samplers."""
+    """The notes below the help: the table of samplers."""
     return sampler_table()

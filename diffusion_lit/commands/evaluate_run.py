@@ -101,7 +101,7 @@ class Plan(SweepOptions):
     keep_shards: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses numbers that nothing can be measured with."""
+        """Checks the numbers."""
         check_count(2, num_samples=self.num_samples, likelihood_images=self.likelihood_images)
         check_count(num_blocks=self.num_blocks, batch_size=self.batch_size)
         check_count(0, seed=self.seed)
@@ -128,7 +128,7 @@ class Plan(SweepOptions):
         return self.num_samples * self.num_blocks
 
     def model_hash(self, module: Model) -> str:
-        """What the model's weights are known by: the hash of the checkpoint's file, or of pretrained weights."""
+        """The hash that identifies the model's weights: of the checkpoint's file, or of pretrained weights."""
         known = weights_hash(module.state_dict()) if self.ckpt_path is None else file_hash(Path(self.ckpt_path))
         if self.decoder is None or not isinstance(module, LatentDiffusion):
             return known
@@ -188,7 +188,7 @@ def run(fabric: Fabric, plan: Plan) -> list[str]:
 
 
 def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
-    """Evaluates, the report's place being held; see `run`."""
+    """Evaluates while the report's lock is held; see `run`."""
     started = datetime.now(UTC)
     module = plan.load_model()
     for name in ("per_class", "likelihood"):
@@ -305,7 +305,7 @@ def make_job(
     settings: int,
     single: bool,
 ) -> GenerationJob:
-    """What one setting draws.
+    """The samples of one setting.
 
     Args:
         plan: The options.
@@ -339,7 +339,7 @@ def make_job(
 
 
 def choose_labels(plan: Plan, module: Model, data: DataSet) -> tuple[Tensor | None, str]:
-    """The class of every sample, and in words how it came about.
+    """The class of every sample, and a description of how it was chosen.
 
     Args:
         plan: The options.

@@ -92,7 +92,7 @@ def _write(
 
 
 def _described(module: lightning.LightningModule) -> dict[str, Any]:
-    """What a reader of the record wants to know and the module's arguments do not say."""
+    """Facts for a reader of the record that the module's arguments do not contain."""
     values: dict[str, Any] = {"image_shape": list(getattr(module, "image_shape", []))}
     if is_model(module):
         values["sampling"] = module.sampling.record()

@@ -120,7 +120,7 @@ def _speak_utf8() -> None:
 
 def _run(args: list[str]) -> None:
     own = trusted() or (args[:1] and args[0] in TRAINING) or any(arg.startswith("--data") for arg in args)
-    if own and "" not in sys.path:  # classes of one's own, in files where the command is given, have names too
+    if own and "" not in sys.path:  # so that a user's classes can be imported from the working directory
         sys.path.append("")
     keep_freed_memory()
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
@@ -239,7 +239,7 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
 
 
 def _renamed(arg: str, known: Mapping[str, Any]) -> str:
-    """An option by its name of today, where it was given by one of before."""
+    """An option under its present name, where it was given under an old one."""
     name, equals, value = arg.removeprefix("--").partition("=")
     new = OLD_NAMES.get(name)
     return f"--{new}{equals}{value}" if arg.startswith("--") and new in known and name not in known else arg

@@ -129,7 +129,7 @@ class Place:
 
     @classmethod
     def leave_empty(cls) -> None:
-        """Removes the folders of runs that came to nothing."""
+        """Removes the folders of runs that wrote nothing."""
         while cls._made:
             folder = cls._made.pop()
             with contextlib.suppress(OSError):  # most are not empty
@@ -177,9 +177,9 @@ def keep_csv(path: Path) -> None:
 
 
 def length_said_last(trainer: Namespace, files: list[Any], words: list[str]) -> None:
-    """Of `max_steps` and `max_epochs`, lets the one count that was said last: the other steps aside.
+    """Of `max_steps` and `max_epochs`, the one that was given last counts, and the other is reset.
 
-    Both count where one file, or the command line, says both.
+    Both count if one file, or the command line, gives both.
 
     Args:
         trainer: The trainer's configuration, changed in place.

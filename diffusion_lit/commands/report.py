@@ -17,7 +17,7 @@ def report(run: str | None = None, out: str | None = None, ckpt_path: str | None
     Args:
         run: The run's folder, runs/NAME/version_N, or runs/NAME for the newest version; `last` is the run trained last.
         out: The page; report.html in the run's folder by default.
-        ckpt_path: The run as other commands take it, in the place of `run`: a checkpoint of it, `last` or its folder.
+        ckpt_path: The run as other commands take it, instead of `run`: a checkpoint of it, `last` or its folder.
 
     Raises:
         ValueError: If there is no run in the folder.

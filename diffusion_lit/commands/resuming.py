@@ -1,4 +1,4 @@
-"""What `fit` says where a run goes on: each setting that is not the checkpoint's, and what the state does not fit."""
+"""Messages of `fit` when a run is resumed: settings that differ from the checkpoint's, and state that does not fit."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -80,7 +80,7 @@ def _same_class(one: str, other: str) -> bool:
 
 
 def names_seed(typed: Sequence[str], configs: Iterable[Any]) -> bool:
-    """Whether a user named a seed.
+    """Whether the user gave a seed.
 
     Args:
         typed: The command line.

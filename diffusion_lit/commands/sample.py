@@ -27,7 +27,7 @@ from diffusion_lit.runtime.ranks import fabric, several
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
 
-PREVIEW_SIDE = 2048  # pixels of the grid's sides, about
+PREVIEW_SIDE = 2048  # approximate side of the grid in pixels
 SHOWN = 10  # samples of given.png
 RECORDED = 16  # samples whose steps are kept for --trajectory
 
@@ -69,7 +69,7 @@ def sample(
         trajectory: Also draws how the first images came to be.
         scale: Whole factor by which the GIFs of one sample enlarge pixels; by default small images grow to about 256
             pixels a side.
-        size: Height and width of the images, such as 128x192, in the place of those that the model was trained on; both
+        size: Height and width of the images, such as 128x192, instead of those that the model was trained on; both
             must divide by the network's factor. Far from the trained size images repeat their parts.
         compile: Compiles the network first, on CUDA into CUDA graphs, which pays from some hundred images on.
         devices: Number of processes, one per device, that share the work.
@@ -96,7 +96,7 @@ def sample(
     given = "all" if prompts else options.labels
     classes = parse_labels(given, num_samples, module.num_classes, module.class_names)
     check_guidance(module, settings[0], classes is not None, **options.guidance)
-    if compile:  # a step is the network but for half a percent; its output is used up before the graph runs again
+    if compile:  # the network takes 99.5% of a step; its output is consumed before the graph runs again
         module.net.compile(mode="reduce-overhead", dynamic=False)
     jobs = [
         SampleJob(
@@ -255,7 +255,7 @@ class SampleJob:
         return self.module.generate(seeds, chosen, self.settings, recorder)
 
     def write(self, preview: "Preview", recorder: StepRecorder | None) -> None:
-        """Writes the images for a person, removes those of an earlier run, and says what is where.
+        """Writes the images to look at, removes those of an earlier run, and prints where everything is.
 
         Args:
             preview: Some of the samples.
@@ -284,7 +284,7 @@ class SampleJob:
 
 
 class Preview:
-    """Some of the samples, so few that the grid can be looked at: where there are classes, each in rows of its own.
+    """As many of the samples as a grid can show; each class has rows of its own.
 
     Args:
         classes: Class of each sample, or None.
@@ -325,7 +325,7 @@ class Preview:
                 self.samples[index] = image.clone()
 
     def examples(self, seed: int, most: int = 8) -> tuple[list[str], list[int]]:
-        """One sample of each class, or the first ones where there are none, and what to call them.
+        """One sample of each class with the classes' names, or the first samples without classes.
 
         Args:
             seed: Seed of sample 0.
@@ -346,5 +346,5 @@ class Preview:
 
 
 def help_notes() -> str:
-    """The table of samplers, which closes the command's help."""
+    """The notes below the help: the table of samplers."""
     return sampler_table()

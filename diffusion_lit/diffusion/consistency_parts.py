@@ -220,7 +220,7 @@ class PathPoint:
         return noise
 
     def open(self, x_shape: tuple[int, int, int], num_classes: int) -> str | None:
-        """Makes ready for training whatever the points come from.
+        """Prepares the source of the points for training.
 
         Args:
             x_shape: Shape (C, H, W) of what is denoised.

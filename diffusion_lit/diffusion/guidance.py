@@ -58,7 +58,7 @@ def _scales(
     if interval is None:
         return scales
     levels = widen(sigma).cpu()
-    low, high = (end * (1 + SAME) for end in interval)  # a level that is an end but for rounding counts as that end
+    low, high = (end * (1 + SAME) for end in interval)  # a level within rounding of an end counts as that end
     return torch.where((levels > low) & (levels <= high), scales, neutral)
 
 
@@ -217,7 +217,7 @@ class GivenImage(DenoiserWrapper):
     Raises:
         ValueError: If an argument is out of range.
 
-    Source: Ho and Salimans 2022 (arXiv 2207.12598), equation 6, with an image in the place of the class.
+    Source: Ho and Salimans 2022 (arXiv 2207.12598), equation 6, with an image instead of the class.
     """
 
     condition: Tensor

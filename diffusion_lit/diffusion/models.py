@@ -1,7 +1,7 @@
 """Models that generate images: a denoiser with settings, shapes, and the map between images and what is denoised.
 
 `PixelModel` denoises images, `LatentModel` latents of an autoencoder. Modules trained here and models of other
-libraries share them, so that sampling and editing treat both alike.
+libraries share them, so that sampling and editing treat both the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ class PixelModel(nn.Module):
         class_names: Names of the classes by their numbers, or prompts.
         prompts: What label i asks a text model for; None where the model reads no text.
         label_dropout: Share of the training without labels; None where it is not known.
-        init_from: What its first weights were, of a training that did not draw them.
+        init_from: Record of its initial weights, if the training did not draw them at random.
     """
 
     denoiser: Denoiser

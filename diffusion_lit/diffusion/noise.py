@@ -117,7 +117,8 @@ class Schedule:
 class LinearSchedule(Schedule):
     """Betas that rise linearly.
 
-    With `rescale` they are multiplied by 1000 / num_steps, so that the last sigma is alike for every number of steps.
+    With `rescale` they are multiplied by 1000 / num_steps, so that the last sigma is nearly the same for every number
+    of steps.
 
     Args:
         num_steps: T, at least 2 (at least 21 for the default betas with `rescale`).

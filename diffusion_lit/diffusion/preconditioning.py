@@ -107,7 +107,7 @@ class Preconditioning:
             sigma: Any shape.
 
         Returns:
-            Of the same shape, bool: positive, finite, and inside [sigma_min, sigma_max] but for rounding.
+            Of the same shape, bool: positive, finite, and inside [sigma_min, sigma_max] up to rounding.
         """
         slack = max(1e-4, 4 * torch.finfo(sigma.dtype).eps) if sigma.is_floating_point() else 1e-4
         low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)

@@ -1,4 +1,4 @@
-"""Bits per dimension of test images, shared over ranks and found again after a restart."""
+"""Bits per dimension of test images, computed by all ranks and resumed after a restart."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ CHUNK = 50
 
 
 def _solver(module: PixelModel) -> Likelihood:
-    """The integral over the noise levels that the model was made for."""
+    """The solver of the integral over the model's noise levels."""
     low, high = module.denoiser.scaling.sampling_range
     prior = (1 + high**2) ** 0.5 if module.denoiser.scaling.variance_preserving else None
     return Likelihood(sigma_min=float(low), sigma_max=float(high), prior_std=prior)
@@ -50,7 +50,7 @@ def _path(plan: Any, record: dict[str, Any], rows: range) -> Path:
 
 
 def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, world: int) -> None:
-    """Computes this rank's parts, those that are there already left alone.
+    """Computes this rank's parts; existing ones are reused.
 
     Args:
         plan: The options of the evaluation.
@@ -83,7 +83,7 @@ def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, wo
 
 
 def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
-    """Puts the parts of all ranks together.
+    """Joins the parts of all ranks.
 
     Args:
         plan: The options of the evaluation.

@@ -97,7 +97,7 @@ class EfficientNetLite0(FeatureExtractor):
 
 
 def prepared(images: Tensor) -> Tensor:
-    """What the network sees.
+    """The network's input.
 
     Args:
         images: Images uint8 (N, 1 or 3, H, W).

@@ -1,4 +1,4 @@
-"""How much a figure would scatter if samples and reference were both drawn anew.
+"""The standard error of a figure over new draws of both samples and reference.
 
 The scatter over blocks of samples leaves out that the reference is a draw too, and is hardly known from a few blocks.
 The kernel distance has a known variance (`kernels`). That of other figures is found by subsampling: with a share f =
@@ -33,7 +33,7 @@ from diffusion_lit.evaluation.metrics import (
 SHARE, HALF, DRAWS = 0.8, 0.5, 12
 MOST = 5000  # images of a side that subsamples are drawn from: the variance of more is smaller in proportion
 MOST_EXTRAPOLATED, MOST_NEIGHBOURS = 1000, 1200  # of figures that take longer
-FEWEST = 12  # images of a side that are worth while
+FEWEST = 12  # minimum number of images of a side
 
 Figure = Callable[[Tensor, Tensor], dict[str, float]]
 

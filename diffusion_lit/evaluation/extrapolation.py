@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion_lit.diffusion.rng import keyed_generator
 
 POINTS = 15  # subsets, of sizes from a tenth of the samples to all
-LEAST = 100  # samples from which it is worth while
+LEAST = 100  # minimum number of samples
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

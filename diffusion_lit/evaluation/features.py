@@ -1,4 +1,4 @@
-"""Feature extractors: what images are compared by.
+"""Feature extractors, by which images are compared.
 
 A distance between distributions of images is one between distributions of features, so that its value means nothing
 without the extractor's name, its weights' hash and what is done to an image before it goes in. All extractors take
@@ -26,7 +26,7 @@ from diffusion_lit.storage.hashing import weights_hash
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor makes of images.
+    """The features of images, and logits if the extractor has them.
 
     Args:
         features: Float32 features of shape (N, d).
@@ -144,7 +144,7 @@ class FeatureExtractor(ABC):
 
         Args:
             images: Array-like of uint8 images (N, C, H, W), such as a tensor or a memory map.
-            batch_size: Images at a time; does not change the features but for floating-point rounding.
+            batch_size: Images at a time; it changes the features by no more than floating-point rounding.
             progress: Called with the number of images after each batch.
 
         Returns:
@@ -165,7 +165,7 @@ class FeatureExtractor(ABC):
         return Features.cat(parts)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this extractor from any other, for receipts and keys of caches.
+        """The record that identifies this extractor, in receipts and keys of caches.
 
         Returns:
             Its name, the hash of its weights and what it does to an image.
@@ -181,7 +181,7 @@ class Pixels(FeatureExtractor):
     transform = "uint8 / 255, flattened"
 
     def load(self, data: ImageSource | None = None) -> None:
-        """Nothing to load."""
+        """Does nothing."""
 
     @property
     def network(self) -> nn.Module | None:
@@ -194,7 +194,7 @@ class Pixels(FeatureExtractor):
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuses what is not a batch of images in [0, 255].
+    """Checks that images are a uint8 batch in [0, 255].
 
     Args:
         images: To be uint8 of shape (N, C, H, W).

@@ -26,7 +26,7 @@ from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
 MOST_PER_SHARD = 500
-SHARDS = 32  # at least so many where there are samples enough, so that ranks share the work evenly
+SHARDS = 32  # minimum number of shards if there are enough samples, so that ranks share the work evenly
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GenerationJob:
     save_to: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuses numbers that nothing can be drawn by."""
+        """Checks the numbers."""
         check_count(count=self.count, batch_size=self.batch_size)
         check_count(0, seed=self.seed)
 
@@ -92,7 +92,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a job made, in the order of the indices.
+    """The samples of a job, in the order of the indices.
 
     Args:
         features: Their features.
@@ -119,7 +119,7 @@ def generate_shards(
     world: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Makes this rank's shards, those that are there already left alone.
+    """Makes this rank's shards; existing ones are reused.
 
     Args:
         job: What to make.
@@ -138,7 +138,7 @@ def generate_shards(
 
 
 def gather_shards(job: GenerationJob) -> Samples:
-    """Puts the shards of all ranks together.
+    """Joins the shards of all ranks.
 
     Args:
         job: What was made.

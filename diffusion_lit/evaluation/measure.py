@@ -30,7 +30,7 @@ from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_
 from diffusion_lit.evaluation.single_image import single_image_metrics
 from diffusion_lit.modules.protocols import DataSet, ImageSource, Model
 
-MOST_COMPARED = 5000  # samples whose neighbours are looked for
+MOST_COMPARED = 5000  # maximum number of samples whose neighbours are searched
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def other_split(data: ImageSource, name: str) -> str | None:
 def _reported(
     plan: Any, extractor: FeatureExtractor, reference: Reference, held_out: Features | None, other: str | None
 ) -> ReportedReference:
-    """A reference with its floor and what is to be said of it."""
+    """A reference with its floor and its warnings."""
     summary: dict[str, Any] = {"record": reference.record}
     size = None if reference.features is None else kid_subset_size(plan.num_samples, len(reference.features))
     summary["metrics"] = {

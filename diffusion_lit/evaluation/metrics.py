@@ -251,7 +251,7 @@ def check_figures(figures: dict[str, float]) -> dict[str, float]:
 
 
 def too_few(count: int, dimension: int) -> str | None:
-    """What to say where there are too few images for a covariance.
+    """The warning for too few images for a covariance.
 
     Args:
         count: Number of images.

@@ -3,7 +3,7 @@
 Disjoint blocks of held-out images are encoded to the means of their latents and decoded. Beside each figure stand
 
     floor        what a perfect autoencoder gets: the images themselves, after rounding to 8 bits
-    unrelated    what another image of the block gets in the place of the reconstruction: the scale of the figure
+    unrelated    the same figures for another image of the block: the scale of the figure
 
 The perceptual distance is `modules.perceptual.StageDistance` in the extractor's own classifier, or another of the data,
 where there are labels to train one on.

@@ -129,7 +129,7 @@ class Adversary(nn.Module):
         return logits
 
     def rest(self, step: int) -> None:
-        """Forgets the gradients of before the start, so that the optimizer leaves its weights and moments alone.
+        """Drops gradients before the adversary's start, so that the optimizer leaves its weights and moments unchanged.
 
         Args:
             step: Training steps so far.

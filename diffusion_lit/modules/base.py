@@ -65,7 +65,7 @@ class BaseModule(LightningModule):
         self._makers: Callable[[], tuple[OptimizerCallable, LRSchedulerCallable | None]]
         self._makers = lambda: (optimizer, lr_scheduler)
         self.class_names = []
-        self.init_from: dict[str, Any] | None = None  # what its first weights were, of a run that did not draw them
+        self.init_from: dict[str, Any] | None = None  # record of its initial weights, if they were not drawn at random
         self._has_checked = False
         if is_built_by_command():  # built by the command: plain values that describe the checkpoint
             self.save_hyperparameters()

@@ -169,7 +169,7 @@ class ColdDiffusion(BaseModule):
         return restored
 
     def degrade(self, images: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Degrades images altogether.
+        """Degrades images fully.
 
         Args:
             images: Images (B, C, H, W) in [-1, 1].

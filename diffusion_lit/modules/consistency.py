@@ -1,7 +1,7 @@
 """Consistency models: denoisers that draw an image in one step or two (Song 2023, arXiv 2303.01469).
 
 Training starts from nothing, or, better, from the average weights of a diffusion model (`fit --init_from CKPT`, Geng
-2024, arXiv 2406.14548). `ConsistencyLoss` says what is learned; with a `modules.teacher.Teacher` in the place of the
+2024, arXiv 2406.14548). `ConsistencyLoss` says what is learned; with a `modules.teacher.Teacher` instead of the
 data's own paths it is distillation. `Consistency` works on images, `LatentConsistency` on latents.
 
 Guidance: cfg_scale acts on the two estimates as it does on any denoiser, but these are images at the end of two paths
@@ -72,7 +72,7 @@ class _FewSteps(DiffusionModule):
         self._teacher_sha256 = found
 
     def on_train_start(self) -> None:
-        """Asks how long the run is."""
+        """Reads the length of the run."""
         super().on_train_start()
         self._length = self.trainer.estimated_stepping_batches
         if self._length == float("inf"):

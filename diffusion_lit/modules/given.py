@@ -37,10 +37,10 @@ def as_given(model: object) -> "GivenImages | None":
 
 
 class GivenImages(PixelModel):
-    """What a module with a part `condition` does for it; without one nothing changes."""
+    """Draws and passes condition images for a module that has a `condition`; without one nothing changes."""
 
     def take_condition(self, condition: ImageCondition | None) -> None:
-        """Takes the part, and checks that it suits the network.
+        """Takes the condition, and checks that it suits the network.
 
         Args:
             condition: What the network is given, or None.
@@ -60,7 +60,7 @@ class GivenImages(PixelModel):
             )
 
     def give(self, data: HasImages, split: str = "test") -> None:
-        """Says whose images samples are given.
+        """Sets the data set whose images samples are given.
 
         Args:
             data: A data module, set up.
@@ -92,7 +92,7 @@ class GivenImages(PixelModel):
         return given
 
     def told(self) -> str:
-        """What samples are given, in words; nothing for a model that is given no image."""
+        """What samples are given, in words; empty for a model without a condition."""
         if self.condition is None:
             return ""
         kind = type(self.condition.degradation).__name__ if isinstance(self.condition, DegradedImage) else None

@@ -99,7 +99,7 @@ def _of_snapshot(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, Any
 
 
 def _space(model: PixelModel) -> str:
-    """The latents that a model denoises in a word, with their scale; empty for images."""
+    """The kind of latents that a model denoises, with their scale; empty for images."""
     if not isinstance(model, LatentDiffusion):
         return ""
     space, scale = model.space, ""

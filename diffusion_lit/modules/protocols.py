@@ -1,6 +1,6 @@
-"""What commands, callbacks and figures ask of a model and of a data set.
+"""The interfaces of models and data sets that commands, callbacks and figures use.
 
-The protocols are structural: a module or a data set of one's own conforms by having the members. `Model`, `DataSet` and
+The protocols are structural: a user's module or data set conforms if it has the members. `Model`, `DataSet` and
 `Settings` are what the type checker holds every use to. The small ones, which `isinstance` asks for where any class may
 stand, name methods only: to look for a property would compute it.
 """
@@ -15,11 +15,11 @@ Shape = tuple[int, int, int]
 
 
 class Settings(Protocol):
-    """How a model draws: `Sampling` of denoisers, or what stands in its place elsewhere."""
+    """How a model draws: `Sampling` of denoisers, or its counterpart of other models."""
 
     @property
     def sampler(self) -> str:
-        """Name of the way."""
+        """Name of the sampler."""
 
     @property
     def num_steps(self) -> int | None:
@@ -75,15 +75,15 @@ class Encodes(Protocol):
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """Makes images out of images, as an autoencoder does."""
+    """Reconstructs images, as an autoencoder does."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] as they come back."""
+        """The reconstructions of images (B, C, H, W) in [-1, 1]."""
 
 
 @runtime_checkable
 class Interpolates(Protocol):
-    """Makes images between two."""
+    """Interpolates between images."""
 
     def interpolate(self, first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
         """Images (B, len(shares), C, H, W) between two of shape (B, C, H, W)."""
@@ -118,7 +118,7 @@ class Model(Generates, Protocol):
 
     @property
     def init_from(self) -> dict[str, Any] | None:
-        """What its first weights were, of a training that did not draw them."""
+        """Record of its initial weights, if the training did not draw them at random."""
 
     @property
     def net(self) -> nn.Module:
@@ -160,7 +160,7 @@ class HasPairs(Protocol):
 
 @runtime_checkable
 class ReadsSplits(Protocol):
-    """A data set that knows more of its images than it hands out."""
+    """A data set whose splits can be read with all their labels."""
 
     def read(self, split: str) -> tuple[Any, Tensor | None, int]:
         """Images, and classes where the source has them, even if they are not to be used; see `datamodules`."""
@@ -215,7 +215,7 @@ class Continues(Protocol):
     """A data set that compares itself with the one that a checkpoint was trained on."""
 
     def identity(self) -> dict[str, Any]:
-        """What it is known by, as plain values."""
+        """The record that identifies it, as plain values."""
 
     def continue_from(self, recorded: dict[str, Any], class_names: list[str]) -> None:
         """Goes on with the recorded data; other data is a ValueError."""

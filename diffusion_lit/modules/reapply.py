@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from diffusion_lit.runtime.internals import parts_of
 
-HOW = ("fused", "foreach")  # how, not what, an optimizer computes: what this run and its hardware say
+HOW = ("fused", "foreach")  # options of the implementation, which this run and its hardware decide
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of the options, those of which a group has its own share
-PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")  # what a plateau has seen so far
+PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")  # state of a plateau schedule
 
 
 def reapply_implementation(optimizer: Optimizer) -> None:
@@ -66,7 +66,7 @@ def reapply(
     new = {name: configured[name] for name in changed if name in configured}
     played: Any = makers[1](fresh) if makers[1] is not None else None
     plateau = isinstance(played, ReduceLROnPlateau)
-    if plateau and "num_bad_epochs" in saved:  # what it has seen holds on, and what it has reduced the rate by
+    if plateau and "num_bad_epochs" in saved:  # its state is kept, and the factor by which it has reduced the rate
         if "lr" in changed:
             new["lr"] = configured["lr"] * optimizer.param_groups[0]["lr"] / changed["lr"][0]
         if "schedule" in changed:
@@ -89,7 +89,7 @@ def _options(optimizer: Optimizer) -> dict[str, Any]:
 
 def _play(played: Any, scheduler: Any, step: int) -> None:
     """Replays a schedule over the trained steps, and sets the run's own schedule to the result."""
-    if getattr(played, "total_steps", 0) is None:  # found out from the trainer, where the configuration leaves it open
+    if getattr(played, "total_steps", 0) is None:  # taken from the trainer if the configuration leaves it open
         played.total_steps = scheduler.total_steps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # steps of a schedule without steps of its optimizer

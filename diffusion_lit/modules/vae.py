@@ -59,7 +59,7 @@ class Terms(NamedTuple):
     x_hat: Tensor
 
     def fidelity(self) -> Tensor:
-        """How far reconstructions are from their images, by the distances that the loss names; a scalar."""
+        """The distance of reconstructions from their images in the terms of the loss; a scalar."""
         return self.reconstruction.mean() / self.x_hat[0].numel() + self.perceptual.mean()
 
 
@@ -249,7 +249,7 @@ class VAE(BaseModule):
         return mean
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Keeps the adversary as it is until its start."""
+        """Leaves the adversary unchanged until its start."""
         if self.adversary is not None:
             self.adversary.rest(self.global_step)
 

@@ -1,4 +1,4 @@
-"""Warm starts: the weights of another run in a module that is to be trained, as far as they fit.
+"""Warm starts: initial weights from another run, as far as they fit.
 
 The unit is a layer: a submodule with its own parameters, and their buffers. A layer of the same name and shapes is
 taken whole, whatever class the rest of the module has; of the embedding of classes each row goes by its class's name.
@@ -90,7 +90,7 @@ class Source:
 
 @dataclass
 class Start:
-    """What of a source a module has taken.
+    """What a module has taken from a source.
 
     Args:
         source: The source.
@@ -120,7 +120,7 @@ class Start:
         }
 
     def lines(self) -> list[str]:
-        """What a person reads: the source in a line, then layer by layer, those alike put together."""
+        """The report to read: the source in one line, then the layers, equal ones grouped."""
         kinds = {**dict.fromkeys(self.taken, "taken"), **self.rows, **self.new}
         told = _together(kinds)
         width = max(len(name) for name in told)
@@ -243,7 +243,7 @@ def _fits(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def _plain(value: Tensor) -> bool:
-    """Whether a tensor of a file is one to compute with."""
+    """Whether a tensor of a file is an ordinary dense one."""
     return value.layout is torch.strided and not (value.is_quantized or value.is_meta or value.is_complex())
 
 

@@ -1,4 +1,4 @@
-"""Curves of what a run logged, one figure for each quantity, so that they find their place on a narrow screen too."""
+"""Curves of what a run logged, one figure for each quantity, so that they fit on a narrow screen too."""
 
 import re
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ TITLES = {
     "loss_by_sigma": "Validation loss at fixed noise levels",
 }
 UNITS = {"psnr": "dB", "images_per_second": "images/s", "kl": "nats", "kl_bits_per_dim": "bits per dimension"}
-LAST = ("lr", "images_per_second")  # of interest when all else was seen
+LAST = ("lr", "images_per_second")  # shown last
 UNSEEN = ("epoch", "hp_metric")
 
 
@@ -78,7 +78,7 @@ def panels(history: History) -> list[Panel]:
 
 
 def scales(panel: Panel, history: History) -> list[str]:
-    """The scales in which a quantity is to be seen.
+    """The scales in which a quantity is drawn.
 
     Args:
         panel: The quantity.
@@ -115,7 +115,7 @@ def draw(panel: Panel, history: History, scale: str = "linear") -> Figure:
     for index, tag in enumerate(tags):
         steps, values = history.scalars[tag]
         color = f"C{index}" if panel.name != "loss_by_sigma" else _shade(index, len(tags))
-        if len(values) > 60:  # a line for each step is noise: its running mean stands before it
+        if len(values) > 60:  # the values of single steps are noise: the running mean is drawn in front of them
             axes.plot(steps, values, linewidth=0.6, alpha=0.3, color=color)
             axes.plot(*_running_mean(steps, values), linewidth=1.6, label=panel.tags[tag], color=color)
         else:

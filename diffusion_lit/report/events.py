@@ -38,7 +38,7 @@ class Session:
 
     @property
     def first_step(self) -> int | None:
-        """The number of steps done when something was logged first."""
+        """The number of steps done at the first record."""
         return min((points[0][0] for points in self.scalars.values()), default=None)
 
 
@@ -56,7 +56,7 @@ class History:
 
     @property
     def last_step(self) -> int:
-        """The number of steps done when something was logged last; 0 where nothing was."""
+        """The number of steps done at the last record; 0 without records."""
         return max((int(steps[-1]) for steps, _ in self.scalars.values()), default=0)
 
     @property
@@ -134,14 +134,14 @@ def read_session(path: Path) -> Session:
                 elif kind == "text":
                     words = make_ndarray(value.tensor).reshape(-1)
                     session.texts[value.tag] = b"".join(words.tolist()).decode(errors="replace")
-    except Exception:  # what a damaged record is turned into decides what it fails with
+    except Exception:  # the kind of error depends on the damage
         session.whole = False
     session.whole = session.whole and count >= count_records(path)
     return session
 
 
 def count_records(path: Path) -> float:
-    """How many records an event file holds by the lengths that it gives.
+    """The number of records of an event file, by their recorded lengths.
 
     Args:
         path: The file.

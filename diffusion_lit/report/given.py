@@ -1,4 +1,4 @@
-"""What samples were given, the samples, and the images that they were made of, below each other."""
+"""Condition images, the samples drawn from them, and the original images, in three rows."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from diffusion_lit.report.images import titled_grid
 
 
 def given_sheet(module: GivenImages, seeds: Sequence[int], samples: Tensor) -> Image.Image:
-    """Lays out what a model was given and what it made of it.
+    """Lays out condition images, samples and originals.
 
     Args:
         module: A model with a part `condition`, which has held-out images.

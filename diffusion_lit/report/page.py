@@ -186,7 +186,7 @@ def _cell(value: Any) -> tuple[str, str | None]:
 
 
 def _figure(source: Source, caption: str) -> dict[str, Any]:
-    """An image's attributes and its caption, or the sentence that stands in its place."""
+    """An image's attributes and caption, or the sentence that replaces it."""
     name = Path(source).name if isinstance(source, Path | str) else ""
     try:
         encoded, kind, width, height, pixels = _encode(source)

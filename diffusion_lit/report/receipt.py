@@ -1,7 +1,7 @@
 """Receipts: what was measured, with everything that would change it, as JSON and as a page to read.
 
 The JSON is a function of the checkpoint, the options and the libraries; when and where it was made stands apart under
-`run`, so that a repeated evaluation gives the same report but for that.
+`run`, so that a repeated evaluation gives the same report otherwise.
 """
 
 import json

@@ -234,7 +234,7 @@ def memorization_table(report: dict[str, Any]) -> Table:
 
 
 def reconstruction_table(report: dict[str, Any]) -> Table:
-    """How near reconstructions come to held-out images.
+    """Quality of reconstructions of held-out images.
 
     Args:
         report: The report.
@@ -274,7 +274,7 @@ def likelihood_sentence(report: dict[str, Any]) -> str | None:
 
 
 def blocks_sentence(report: dict[str, Any]) -> str:
-    """What the figures are taken over.
+    """How many samples the figures are taken over.
 
     Args:
         report: The report.

@@ -1,4 +1,4 @@
-"""Images of reconstructions: inputs, what became of them, and the differences."""
+"""Images of reconstructions: inputs, reconstructions and differences."""
 
 import torch
 from PIL import Image
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusion_lit.report.images import titled_grid
 
-GAIN = 3.0  # by which differences are enlarged, or most of them could not be seen
+GAIN = 3.0  # factor on differences, most of which would be invisible otherwise
 
 
 def difference(made: Tensor, images: Tensor) -> Tensor:

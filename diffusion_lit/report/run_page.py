@@ -1,4 +1,4 @@
-"""A run on one page, whether it goes on, was stopped or is over."""
+"""A run on one page, whether it is running, stopped or finished."""
 
 import json
 import re
@@ -46,7 +46,7 @@ IMAGES = {  # folders of images that callbacks write, and what they show
 class RunPage:
     """Reads a run and lays it out.
 
-    What is damaged or not there yet costs its own part of the page, which says so.
+    If a file is damaged or missing, its part of the page says so.
 
     Args:
         folder: The folder of one version of a run.
@@ -70,7 +70,7 @@ class RunPage:
         self._read_checkpoint()
 
     def _read_checkpoint(self) -> None:
-        """The last checkpoint and the module that it describes, as far as they can be had."""
+        """The last checkpoint and its module, if they can be read."""
         path = self.folder / "checkpoints" / "last.ckpt"
         if not path.exists():
             self.problems.append("The run has no checkpoint checkpoints/last.ckpt yet.")
@@ -83,7 +83,7 @@ class RunPage:
 
     @property
     def steps(self) -> int:
-        """Training steps done, as far as log and checkpoint know."""
+        """Training steps done, according to log and checkpoint."""
         return max(self.history.last_step, int(self.checkpoint.get("global_step", 0)))
 
     def build(self) -> Page:

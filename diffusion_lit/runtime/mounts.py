@@ -21,7 +21,7 @@ def network_mount(path: str | os.PathLike[str], table: str | None = None) -> str
 
     Returns:
         Its type and folder, such as "nfs4 at /data"; None on a local disk, or where there is no table (not on Linux).
-        File systems of user space (FUSE: sshfs, s3fs, ...) count as networks, but for a few that are known to be local.
+        FUSE file systems (sshfs, s3fs, ...) count as network file systems, except for a few that are known to be local.
     """
     if table is None:
         try:

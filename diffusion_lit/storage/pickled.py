@@ -41,7 +41,7 @@ def read_pickled(path: Path, verified: bool = True, without: Sequence[str] = ())
 
     Args:
         path: The file.
-        verified: Whether the form of before torch 1.6 is refused, which has no sums to compare.
+        verified: Whether the format from before torch 1.6, which has no checksums, is refused.
         without: Entries of the dictionary in the file that are left out; their tensors never reach the memory.
 
     Returns:

@@ -168,7 +168,7 @@ def measured(path: Path, name: str, folder: Path, plan: Plan, devices: int) -> d
         path: The checkpoint.
         name: Its name in the table.
         folder: Where reports go.
-        plan: What `evaluate` is asked for, but for the checkpoint and the report's name.
+        plan: The options of `evaluate`, except for the checkpoint and the report's name.
         devices: Number of processes.
 
     Returns:

@@ -169,7 +169,7 @@ def summary_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]
 
 
 def machine_of(track: Track) -> dict[str, Any]:
-    """What must be alike for bits to be alike.
+    """What must be the same for results to be the same bit for bit.
 
     Args:
         track: Says the device and the threads.

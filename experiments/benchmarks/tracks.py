@@ -1,4 +1,4 @@
-"""Tracks of the speedrun: what is the same for all who take part.
+"""Tracks of the speedrun: the conditions that all entries share.
 
 A track fixes the data (to the hash of its training images), the time and the device, the seeds, the number of samples
 and of network evaluations, and what the samples are measured by (to the hash of the extractor). Its key is
@@ -96,7 +96,7 @@ class Track:
         return data
 
     def arguments(self, root: str | None) -> dict[str, Any]:
-        """Arguments of the data but for the batch size."""
+        """Arguments of the data, without the batch size."""
         folder = {} if root is None or self.data.endswith("Digits") else {"root": root}
         return {**self.data_options, **folder}
 

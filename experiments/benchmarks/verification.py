@@ -102,7 +102,7 @@ class Verification:
     Args:
         folder: Where it lies.
         judge: Measures samples.
-        alike: Whether this machine is like that of the receipt.
+        alike: Whether this machine has the same hardware as the receipt's.
 
     Attributes:
         wrong: A phrase on each thing that differs.

@@ -25,7 +25,7 @@ class Thumbnails(FeatureExtractor):
     transform = "uint8 / 255, mean over the parts of an 8x8 grid, flattened"
 
     def load(self, data: Any = None) -> None:
-        """Nothing to load."""
+        """Does nothing."""
 
     @property
     def network(self) -> None:

@@ -16,7 +16,7 @@ def build(study: Study, **changes: Any) -> nn.Module:
     """The network that a study's trainings would have, untrained.
 
     Args:
-        study: Knows the config and the options.
+        study: Holds the config and the options.
         changes: Arguments of the network that differ.
 
     Returns:

@@ -142,7 +142,7 @@ class Study:
         self._waited = 0.0
 
     def fit(self, variants: Mapping[str, dict[str, Any]], config: str | None = None) -> dict[str, Trained]:
-        """Trains models, those that are there already left alone.
+        """Trains models; finished trainings are reused.
 
         Args:
             variants: What differs, by the options of `diffusion-lit fit`, for each training's name.
@@ -223,7 +223,7 @@ class Study:
         labels: Tensor | None = None,
         count: int | None = None,
     ) -> Samples:
-        """Draws samples, those that are there already left alone.
+        """Draws samples; existing ones are reused.
 
         Args:
             trained: A training, or a checkpoint.

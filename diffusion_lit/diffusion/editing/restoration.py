@@ -12,7 +12,7 @@ coordinates x = x0 + sigma n. The known part influences the rest through the net
 RePaint's resampling gives it more time: it runs a window of steps, adds the noise again and repeats. A deterministic
 sampler never revises early decisions, so the default is `ddpm` whatever sampler the model uses.
 
-A noisy measurement is no constraint: a `posterior` (posterior.py) then moves the estimates in the place of the
+A noisy measurement is no constraint: a `posterior` (posterior.py) then moves the estimates instead of the
 projection, and nothing is enforced at the end. A model that was trained to be given such a measurement as an image
 (conditions.py) is given it.
 

@@ -179,7 +179,7 @@ def rk45(
         rtol: Relative tolerance of a step on x / sqrt(1 + sigma²), above 0; in float32 not below 1e-6.
         atol: Absolute tolerance of a step on the same, above 0.
         max_steps: The most steps tried.
-        noise: Not drawn from; here so that all samplers are called alike.
+        noise: Unused; all samplers have the same arguments.
         callback: Called as `callback(step, x, x0_hat, sigma)` at each level of the grid but the last.
 
     Returns:

@@ -137,7 +137,7 @@ def dpmpp_2m(
         denoise: Any `denoise(x, sigma) -> x0_hat`.
         x: The state at `sigmas[0]`, shape (B, ...).
         sigmas: The grid, shape (N+1,), falling or rising.
-        noise: Not drawn from; here so that all samplers are called alike.
+        noise: Unused; all samplers have the same arguments.
         callback: Called as `callback(step, x, x0_hat, sigma)` before each step.
 
     Returns:

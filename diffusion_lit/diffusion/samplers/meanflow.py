@@ -25,7 +25,7 @@ def meanflow(
         denoise: Any `denoise(x, sigma, until=...) -> state at until` whose attribute `takes_until` is true.
         x: The state at `sigmas[0]`, shape (B, ...).
         sigmas: The grid, shape (N+1,), falling.
-        noise: Not drawn from; here so that all samplers are called alike.
+        noise: Unused; all samplers have the same arguments.
         callback: Called as `callback(step, x, x0_hat, sigma)` before each step; x0_hat is the estimate averaged over
             the step.
 

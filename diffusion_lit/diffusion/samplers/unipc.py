@@ -32,7 +32,7 @@ def unipc(
 ) -> Tensor:
     """UniPC with data prediction: a step is predicted, and corrected once the denoiser was called at its end.
 
-    It converges with order + 1 (for order 3 but for its first step). The first steps have the order that the
+    It converges with order + 1 (for order 3, all but the first step do). The first steps have the order that the
     evaluations so far allow. On a grid that ends in 0 the last steps count down to the first-order one, which gives
     x0_hat; on one that ends above it they keep their order, where diffusers counts down too, and the end itself is
     predicted, not corrected.
@@ -43,7 +43,7 @@ def unipc(
         sigmas: The grid, shape (N+1,), falling or rising.
         order: The number of evaluations that a prediction uses, 1 to 3.
         variant: "bh1" (B(h) = -h) or "bh2" (B(h) = expm1(-h)).
-        noise: Not drawn from; here so that all samplers are called alike.
+        noise: Unused; all samplers have the same arguments.
         callback: Called as `callback(step, x, x0_hat, sigma)` before each step; x is the corrected state.
 
     Returns:
