@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -133,16 +134,10 @@ def grid(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     Args:
         options: Values by the option's name.
 
-    Yields:
+    Returns:
         One value of each, the last option changing fastest; one empty dictionary for no options.
     """
-    if not options:
-        yield {}
-        return
-    first, *rest = options
-    for value in options[first]:
-        for others in grid({name: options[name] for name in rest}):
-            yield {first: value, **others}
+    return (dict(zip(options, values, strict=True)) for values in product(*options.values()))
 
 
 def label_of(options: dict[str, Any]) -> str:
