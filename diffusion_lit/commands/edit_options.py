@@ -1,4 +1,4 @@
-"""What the tasks of `diffusion-lit edit` are told: the options of the model, how it is sampled, and the image."""
+"""The options that the tasks of `diffusion-lit edit` share: the model, how it is sampled, and the image."""
 
 import sys
 import warnings
@@ -20,7 +20,7 @@ from diffusion_lit.runtime.installation import PROGRAM
 
 SAMPLES = ("flower", "china")  # of scikit-learn
 BRIGHT, DARK = 0.5, -0.4  # means at the border, in [-1, 1], from which an image looks inverted beside the model's
-FAR = 10.0  # a noise level at which nothing is seen of the image
+FAR = 10.0  # a noise level at which the image is invisible
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ImageOptions(Options):
 def inverted(model: PixelModel, image: Tensor) -> str:
     """Whether an image looks like the negative of the model's: bright at its border where theirs are dark.
 
-    The model's images are asked of the model itself: far up in the noise it predicts their mean.
+    The model itself tells what its images look like: at a high noise level it predicts their mean.
 
     Args:
         model: The model.
@@ -163,7 +163,7 @@ def image_size(path: str) -> tuple[int, int]:
     from datamodules.decode import ORIENTATION
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes, which were looked at before
+        warnings.simplefilter("ignore")  # about sizes, which were checked before
         with Image.open(Path(path).expanduser()) as image:
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             return (image.height, image.width) if turned else image.size

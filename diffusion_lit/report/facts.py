@@ -1,4 +1,4 @@
-"""Where a run lies, and facts of it in words: its configuration, size, evaluations, times."""
+"""Where a run lies, and facts about it in words: its configuration, size, evaluations, times."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def find_run(folder: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds anything that `diffusion-lit fit` leaves."""
+    """Whether a folder holds files of `diffusion-lit fit`."""
     return (folder / "config.yaml").is_file() or any(
         any(folder.glob(pattern)) for pattern in ("events.out.tfevents.*", "checkpoints/*.ckpt")
     )
@@ -72,7 +72,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """
     try:
         content = yaml.safe_load(path.read_text())
-        json.dumps(content, default=str, skipkeys=True)  # which refuses a part that holds itself
+        json.dumps(content, default=str, skipkeys=True)  # raises if a part contains itself
     except FileNotFoundError:
         return {}, [f"The run has no {path.name}."]
     except Exception:  # whatever a tag of YAML brings its reader to
@@ -173,7 +173,7 @@ def parameters(module: LightningModule) -> list[str]:
 
 
 def begun_from(record: Any) -> str | None:
-    """What a run's first weights were.
+    """A sentence on the initial weights of a run.
 
     Args:
         record: The `init_from` of a checkpoint or a receipt; None where the run drew them.
