@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lit.checks import check_count
-from diffusion_lit.commands.evaluate_run import Plan, run
+from diffusion_lit.commands.evaluate_plan import Plan
+from diffusion_lit.commands.evaluate_run import run
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.report.receipt_page import likelihood_sentence, plain_table, tables
 from diffusion_lit.runtime.ranks import fabric as ranks_of

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from diffusion_lit.commands.evaluate import evaluate
-from diffusion_lit.commands.evaluate_run import Plan
+from diffusion_lit.commands.evaluate_plan import Plan
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import kid_subset_size, short_count
 from diffusion_lit.evaluation.weights import read_state
