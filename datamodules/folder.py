@@ -394,56 +394,11 @@ class Landscapes(ImageFolder):
 
     Args:
         root: A folder, a zip, a glob, or a list of globs; see `ImageFolder`.
-        batch_size: Images per training step over all ranks.
-        image_size: Pixels per side.
-        val_fraction: Share of the training images held out for validation, where the disk has no val folder.
-        test_fraction: Share held out as test split, where the disk has no test folder; with 0, it is the val split.
-        split_by: How images are dealt to the splits: by the hash of each file's "content", or by their "order", the
-            first of an order that changes with every file, as before version 2 of the caches.
-        strict: Whether an image that cannot be used stops the run instead of being left out.
-        cache_dir: Folder of the caches; `images` in the folder of all caches by default.
-        cache_processes: Processes that decode; by default one per core.
-        num_workers: Threads that read ahead from the cache; see `ImageFolder`.
-        random_flip: Whether half of the training images are mirrored.
-        on_device: Whether the images live on the training device.
-        crops: Number of further squares that are cut out of each training image; see `ImageFolder`.
-        smallest_crop: The smallest share of an image's shorter side that such a square has.
+        options: Further arguments of `ImageFolder`.
     """
 
-    def __init__(
-        self,
-        root: str | list[str] = "data/landscapes",
-        batch_size: int = 64,
-        image_size: int = 64,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        split_by: Literal["content", "order"] = "content",
-        strict: bool = False,
-        cache_dir: str | None = None,
-        cache_processes: int | None = None,
-        num_workers: int | None = None,
-        random_flip: bool = True,
-        on_device: bool | None = None,
-        crops: int = 0,
-        smallest_crop: float = 0.5,
-    ) -> None:
-        super().__init__(
-            root,
-            batch_size,
-            image_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            split_by=split_by,
-            strict=strict,
-            cache_dir=cache_dir,
-            cache_processes=cache_processes,
-            num_workers=num_workers,
-            use_labels=False,
-            random_flip=random_flip,
-            on_device=on_device,
-            crops=crops,
-            smallest_crop=smallest_crop,
-        )
+    def __init__(self, root: str | list[str] = "data/landscapes", **options: Any) -> None:
+        super().__init__(root, use_labels=False, **options)
 
 
 def hash_at(fraction: float) -> str:

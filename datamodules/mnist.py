@@ -156,17 +156,7 @@ class MNIST(ImageDataModule):
 class FashionMNIST(MNIST):
     """70,000 grey images of clothes in ten classes (Xiao, Rasul & Vollgraf, arXiv 1708.07747), 60,000 for training.
 
-    The files have MNIST's names and layout; see `MNIST` for what each argument does.
-
-    Args:
-        root: Folder of the four idx files, gzipped or not; or where they are downloaded: `root/FashionMNIST/raw`.
-        batch_size: Images per training step over all ranks.
-        image_size: 28 as published, or 32 with a black border of 2 pixels, which halves evenly more often.
-        val_size: Training images held out for validation; a tenth where there are fewer than ten times as many.
-        download: Whether missing files are downloaded, through torchvision and verified by checksum.
-        use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training images are mirrored.
-        on_device: Whether the images live on the training device; by default they do on a GPU.
+    The files have MNIST's names and layout; see `MNIST` for the arguments.
     """
 
     source = datasets.FashionMNIST

@@ -10,10 +10,12 @@ A test checks each parameter count to the digits that the paper prints:
 | DiT_B_2     | latents of ImageNet            | 130M       | as above                                      |
 
 The counts hold for the paper's image channels, classes and augmentation labels, which the data set's settings override.
+What a preset leaves open are arguments of `UNet` or `DiT`.
 """
 
+from typing import Any
+
 from diffusion_lit.nets.dit import DiT
-from diffusion_lit.nets.layers import NoiseEmbeddingName
 from diffusion_lit.nets.unet import UNet
 
 
@@ -30,26 +32,13 @@ class DDPMCIFAR10(UNet):
         image_size: Height and width of the images, a multiple of 8.
         num_classes: Number of classes, 0 for unconditional as in the paper.
         dropout: Dropout probability; the paper's is 0.1.
-        noise_embedding: "positional", the paper's; "fourier" suits EDM and flow matching.
-        out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
-        augment_dim: Length of the augmentation labels, 0 for none as in the paper.
-        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
-        condition_channels: Channels of a condition image; 0 for none.
+        options: Further arguments of `UNet`.
 
     Source: Ho 2020, arXiv 2006.11239, appendix B.
     """
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        image_size: int = 32,
-        num_classes: int = 0,
-        dropout: float = 0.1,
-        noise_embedding: NoiseEmbeddingName = "positional",
-        out_channels: int | None = None,
-        augment_dim: int = 0,
-        activation_checkpointing: bool = False,
-        condition_channels: int = 0,
+        self, in_channels: int = 3, image_size: int = 32, num_classes: int = 0, dropout: float = 0.1, **options: Any
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -61,14 +50,10 @@ class DDPMCIFAR10(UNet):
             attention_resolutions=_at_16(image_size, (1, 2, 2, 2)),
             head_channels=256,
             dropout=dropout,
-            noise_embedding=noise_embedding,
-            out_channels=out_channels,
-            augment_dim=augment_dim,
-            activation_checkpointing=activation_checkpointing,
-            condition_channels=condition_channels,
             adaptive_scale=False,
             resample="conv",
             decoder_attention="all",
+            **options,
         )
 
 
@@ -77,6 +62,7 @@ class DDPMpp(UNet):
 
     Four residual blocks per level, attention of one head at 16, resampling inside residual blocks, residual sums scaled
     by sqrt(1/2), augmentation labels. For the paper's 64x64 data sets: channel_mult (1, 2, 2, 2), dropout 0.05 to 0.25.
+    Its noise embedding is "positional", also for c_noise = ln(sigma) / 4.
 
     Args:
         in_channels: Channels of the image.
@@ -84,11 +70,8 @@ class DDPMpp(UNet):
         num_classes: Number of classes, 0 for unconditional.
         dropout: Dropout probability; the paper's is 0.13 on CIFAR-10.
         channel_mult: Width of each level, in units of 128 channels.
-        noise_embedding: "positional", the paper's, also for c_noise = ln(sigma) / 4.
-        out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
         augment_dim: Length of the augmentation labels; the paper's is 9, and 0 leaves them out.
-        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
-        condition_channels: Channels of a condition image; 0 for none.
+        options: Further arguments of `UNet`.
 
     Source: Song 2021, arXiv 2011.13456, appendix H; Karras 2022, arXiv 2206.00364, table 7 and appendix F.2.
     """
@@ -100,11 +83,8 @@ class DDPMpp(UNet):
         num_classes: int = 0,
         dropout: float = 0.13,
         channel_mult: tuple[int, ...] = (2, 2, 2),
-        noise_embedding: NoiseEmbeddingName = "positional",
-        out_channels: int | None = None,
         augment_dim: int = 9,
-        activation_checkpointing: bool = False,
-        condition_channels: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
@@ -116,16 +96,13 @@ class DDPMpp(UNet):
             attention_resolutions=_at_16(image_size, channel_mult),
             head_channels=256,
             dropout=dropout,
-            noise_embedding=noise_embedding,
-            out_channels=out_channels,
             augment_dim=augment_dim,
-            activation_checkpointing=activation_checkpointing,
-            condition_channels=condition_channels,
             adaptive_scale=False,
             resample="block",
             resample_filter=(1, 1),
             skip_scale=0.5**0.5,
             decoder_attention="last",
+            **options,
         )
 
 
@@ -139,15 +116,8 @@ class PlainUNet(UNet):
         image_size: Height and width of the images.
         num_classes: Number of classes, 0 for an unconditional network.
         model_channels: Channels of the first level.
-        channel_mult: Width of each level as a multiple of `model_channels`.
-        num_blocks: Residual blocks per level on the way down; there is one more on the way up.
         attention_resolutions: Sizes of the feature maps with self-attention; empty for a purely convolutional network.
-        dropout: Dropout probability.
-        patch_size: Side of the squares of pixels that the stem folds into channels; 1 for none.
-        out_channels: Channels of the output; None for those of the image.
-        augment_dim: Length of the augmentation labels, 0 for none.
-        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
-        condition_channels: Channels of a condition image; 0 for none.
+        options: Further arguments of `UNet`.
     """
 
     def __init__(
@@ -156,118 +126,61 @@ class PlainUNet(UNet):
         image_size: int = 32,
         num_classes: int = 0,
         model_channels: int = 32,
-        channel_mult: tuple[int, ...] = (1, 2, 2),
-        num_blocks: int = 2,
         attention_resolutions: tuple[int, ...] = (),
-        dropout: float = 0.0,
-        patch_size: int = 1,
-        out_channels: int | None = None,
-        augment_dim: int = 0,
-        activation_checkpointing: bool = False,
-        condition_channels: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(
             in_channels=in_channels,
             image_size=image_size,
             num_classes=num_classes,
             model_channels=model_channels,
-            channel_mult=channel_mult,
-            num_blocks=num_blocks,
             attention_resolutions=attention_resolutions,
-            dropout=dropout,
-            patch_size=patch_size,
             noise_embedding="none",
-            out_channels=out_channels,
-            augment_dim=augment_dim,
-            activation_checkpointing=activation_checkpointing,
-            condition_channels=condition_channels,
+            **options,
         )
 
 
-class DiT_S_2(DiT):
+class _DiT_2(DiT):
+    """A DiT of 12 blocks over patches of 2x2 whose heads have 64 channels.
+
+    Args:
+        in_channels: Channels of the image or latent.
+        image_size: Height and width of it, a multiple of 2.
+        num_classes: Number of classes, 0 for an unconditional network.
+        options: Further arguments of `DiT`.
+    """
+
+    heads: int
+
+    def __init__(self, in_channels: int = 4, image_size: int = 32, num_classes: int = 1000, **options: Any) -> None:
+        super().__init__(
+            in_channels=in_channels,
+            image_size=image_size,
+            num_classes=num_classes,
+            patch_size=2,
+            hidden_channels=64 * self.heads,
+            depth=12,
+            num_heads=self.heads,
+            **options,
+        )
+
+
+class DiT_S_2(_DiT_2):
     """DiT-S/2: 12 blocks of 384 channels and 6 heads over patches of 2x2. 33M parameters.
 
     The defaults are the paper's: latents of 4x32x32, the 1,000 classes of ImageNet. The paper also learns the variance:
     out_channels=8.
 
-    Args:
-        in_channels: Channels of the image or latent.
-        image_size: Height and width of it, a multiple of 2.
-        num_classes: Number of classes, 0 for an unconditional network.
-        noise_embedding: "positional", the paper's; "fourier" suits EDM and flow matching.
-        out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
-        augment_dim: Length of the augmentation labels, 0 for none.
-        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
-        condition_channels: Channels of a condition image; 0 for none.
+    Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
+    """
+
+    heads = 6
+
+
+class DiT_B_2(_DiT_2):
+    """DiT-B/2: 12 blocks of 768 channels and 12 heads over patches of 2x2. 130M parameters; see `DiT_S_2`.
 
     Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
     """
 
-    def __init__(
-        self,
-        in_channels: int = 4,
-        image_size: int = 32,
-        num_classes: int = 1000,
-        noise_embedding: NoiseEmbeddingName = "positional",
-        out_channels: int | None = None,
-        augment_dim: int = 0,
-        activation_checkpointing: bool = False,
-        condition_channels: int = 0,
-    ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            image_size=image_size,
-            num_classes=num_classes,
-            patch_size=2,
-            hidden_channels=384,
-            depth=12,
-            num_heads=6,
-            noise_embedding=noise_embedding,
-            out_channels=out_channels,
-            augment_dim=augment_dim,
-            activation_checkpointing=activation_checkpointing,
-            condition_channels=condition_channels,
-        )
-
-
-class DiT_B_2(DiT):
-    """DiT-B/2: 12 blocks of 768 channels and 12 heads over patches of 2x2. 130M parameters.
-
-    Args:
-        in_channels: Channels of the image or latent.
-        image_size: Height and width of it, a multiple of 2.
-        num_classes: Number of classes, 0 for an unconditional network.
-        noise_embedding: "positional", the paper's; "fourier" suits EDM and flow matching.
-        out_channels: Channels of the output; None for those of the image, twice as many for a learned variance.
-        augment_dim: Length of the augmentation labels, 0 for none.
-        activation_checkpointing: Compute within the blocks again in the backward pass, for half the memory.
-        condition_channels: Channels of a condition image; 0 for none.
-
-    Source: Peebles & Xie 2023, arXiv 2212.09748, table 1.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 4,
-        image_size: int = 32,
-        num_classes: int = 1000,
-        noise_embedding: NoiseEmbeddingName = "positional",
-        out_channels: int | None = None,
-        augment_dim: int = 0,
-        activation_checkpointing: bool = False,
-        condition_channels: int = 0,
-    ) -> None:
-        super().__init__(
-            in_channels=in_channels,
-            image_size=image_size,
-            num_classes=num_classes,
-            patch_size=2,
-            hidden_channels=768,
-            depth=12,
-            num_heads=12,
-            noise_embedding=noise_embedding,
-            out_channels=out_channels,
-            augment_dim=augment_dim,
-            activation_checkpointing=activation_checkpointing,
-            condition_channels=condition_channels,
-        )
+    heads = 12
