@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.storage.atomic import atomic
@@ -68,8 +69,8 @@ def race(
         finalists: Variants in the last round.
         seeds: Seeds of each in the last round.
     """
-    if not hours > 0 or min(finalists, seeds) < 1:
-        raise ValueError(f"hours={hours} must be above 0, finalists={finalists} and seeds={seeds} at least 1.")
+    check_number(above=0, hours=hours)
+    check_count(finalists=finalists, seeds=seeds)
     if study.setup.jobs != 1 or study.setup.gpus:
         raise ValueError("A race trains one variant at a time, since two would take each other's time; leave --jobs.")
     _, shared, given = read(find_config(variants))

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from diffusion_lit.callbacks.fid import FID
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.runtime.internals import (
     accumulates,
     as_in_validation,
@@ -54,8 +54,7 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, every_n_train_steps: int | None = None, every_n_minutes: float | None = 10) -> None:
         check_count(every_n_train_steps=every_n_train_steps, hint=", or leave it out for every validation")
         super().__init__(filename="last", enable_version_counter=False)
-        if every_n_minutes is not None and not every_n_minutes > 0:
-            raise ValueError(f"checkpoint.every_n_minutes is {every_n_minutes}; it must be above 0, or null for never.")
+        check_number(above=0, infinite=True, hint=", or null for never", every_n_minutes=every_n_minutes)
         self.every = every_n_train_steps
         self.every_n_minutes = every_n_minutes
         self.best: dict[str, Any] = {}  # figure, value and step of best.ckpt

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffusion_lit.callbacks.samples import MOST
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.images import psnr, to_uint8
 
 
@@ -21,10 +21,8 @@ class ImagePSNR(Callback):
     """
 
     def __init__(self, count: int = 4, seed: int = 0) -> None:
-        check_count(count=count)
+        check_number(least=1, most=MOST, whole=True, count=count)
         check_count(0, seed=seed)
-        if not 1 <= count <= MOST:
-            raise ValueError(f"count is {count}; a PSNR takes 1 to {MOST:,} samples.")
         self.count = count
         self.seed = seed
 

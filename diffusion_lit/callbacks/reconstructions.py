@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.samples import MOST, DrawingCallback
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
@@ -31,12 +31,8 @@ class Reconstructions(DrawingCallback):
 
     def __init__(self, count: int = 24, columns: int = 12, every: int = 1) -> None:
         super().__init__(every)
-        check_count(count=count, columns=columns)
-        if not 1 <= count <= MOST or columns < 1:
-            raise ValueError(
-                f"A grid of {count} images in {columns} columns cannot be drawn; count must lie between 1 and "
-                f"{MOST:,}, and columns be at least 1."
-            )
+        check_number(least=1, most=MOST, whole=True, count=count)
+        check_count(columns=columns)
         self.count = count
         self.columns = columns
 
@@ -66,11 +62,8 @@ class Interpolations(DrawingCallback):
         super().__init__(every)
         check_count(rows=rows)
         check_count(2, columns=columns)
-        if rows < 1 or columns < 2 or rows * columns > MOST:
-            raise ValueError(
-                f"Interpolations of {rows} rows and {columns} columns cannot be drawn; give at least 1 and 2, and at "
-                f"most {MOST:,} images in all."
-            )
+        if rows * columns > MOST:
+            raise ValueError(f"{rows} rows of {columns} columns are too many; give at most {MOST:,} images in all.")
         self.rows = rows
         self.columns = columns
 

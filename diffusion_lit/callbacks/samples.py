@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.intervals import ends
 from diffusion_lit.callbacks.loggers import show_image
-from diffusion_lit.checks import check_count
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.report.given import given_sheet
@@ -142,11 +142,8 @@ class SampleGrid(DrawingCallback):
     def __init__(self, rows: int = 8, columns: int = 8, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
         check_count(rows=rows, columns=columns)
-        if rows < 1 or columns < 1 or rows * columns > MOST:
-            raise ValueError(
-                f"A sample grid of {rows} rows and {columns} columns cannot be drawn; both must be at least 1, and "
-                f"their product at most {MOST:,}."
-            )
+        if rows * columns > MOST:
+            raise ValueError(f"{rows} rows of {columns} columns are too many; give at most {MOST:,} images in all.")
         self.rows = rows
         self.columns = columns
 
@@ -177,12 +174,7 @@ class Trajectory(DrawingCallback):
 
     def __init__(self, count: int = 4, columns: int = 10, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
-        check_count(count=count, columns=columns)
-        if not 1 <= count <= MOST or not 1 <= columns <= MOST:
-            raise ValueError(
-                f"A trajectory of {count} samples (trajectory.count) and {columns} steps (trajectory.columns) cannot "
-                f"be drawn; both must lie between 1 and {MOST:,}."
-            )
+        check_number(least=1, most=MOST, whole=True, count=count, columns=columns)
         self.count = count
         self.columns = columns
 

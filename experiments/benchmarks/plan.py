@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from diffusion_lit.callbacks.cost import network_cost
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.fit import CLI as LightningFit
 from diffusion_lit.commands.fit import run
 from diffusion_lit.modules.base import DiffusionModule
@@ -119,10 +120,9 @@ def plan(
     for kind in kinds:
         if kind not in PEAKS:
             raise ValueError(f"There is no GPU {kind!r} in the table; choose of {', '.join(PEAKS)}.")
-    if not (0 < share <= 1 and 0 < scaling <= 1):
-        raise ValueError(f"share is {share} and scaling {scaling}; both are shares above 0 and at most 1.")
-    if gpus < 1 or steps < 0 or batch < 1:
-        raise ValueError(f"gpus is {gpus}, steps {steps} and batch {batch}; they count things.")
+    check_number(above=0, most=1, share=share, scaling=scaling)
+    check_count(gpus=gpus, batch=batch)
+    check_count(0, steps=steps)
     built = run(["fit", *[f"--config={path}" for path in config], *(options or []), "--trainer.logger=false"], Built)
     recipe = read(built)
     estimates = []

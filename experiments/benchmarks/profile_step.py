@@ -27,6 +27,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor, nn
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.commands.fit import CLI as LightningFit
 from diffusion_lit.commands.fit import run
 from diffusion_lit.diffusion import (
@@ -212,8 +213,8 @@ def profile_step(
     Raises:
         ValueError: If a number is below 1.
     """
-    if min(rounds, steps, repeats, samples, sampling_steps, channels) < 1:
-        raise ValueError("rounds, steps, repeats, samples, sampling_steps and channels must each be at least 1.")
+    check_count(rounds=rounds, steps=steps, repeats=repeats)
+    check_count(samples=samples, sampling_steps=sampling_steps, channels=channels)
     recorder = Recorder()
     turns = Turns(rounds, steps, recorder)
     fit(config, options or [], turns)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from diffusion_lit.runtime.versions import versions
 from experiments.benchmarks.contenders import OURS, BenchmarkJob, Contender, Slice, Stopwatch, installed, nearest
@@ -68,8 +69,7 @@ def throughput(
     Raises:
         ValueError: If there is no such peer or precision, or a count is below 1.
     """
-    if min(batch_size, nfe, rounds, steps, samples) < 1:
-        raise ValueError("batch_size, nfe, rounds, steps and samples count things; each must be at least 1.")
+    check_count(batch_size=batch_size, nfe=nfe, rounds=rounds, steps=steps, samples=samples)
     for name in peers or []:
         if name not in installed()[1:]:
             raise ValueError(f"There is no peer {name!r} here; installed are {', '.join(installed()[1:]) or 'none'}.")

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.runtime.hardware import device_type
 from diffusion_lit.storage.atomic import atomic
@@ -90,8 +91,9 @@ def time_to_quality(
     for name in names:
         if name not in known:
             raise ValueError(f"There is no contender {name!r} here; choose of {', '.join(known)}.")
-    if minutes <= 0 or min(seeds, nfe, batch_size or 1) < 1 or num_samples < 2:
-        raise ValueError("minutes must be above 0, seeds, nfe and batch_size at least 1, and num_samples at least 2.")
+    check_number(above=0, minutes=minutes)
+    check_count(seeds=seeds, nfe=nfe, batch_size=batch_size)
+    check_count(2, num_samples=num_samples)
     track = Track(
         "datamodules.FashionMNIST",
         minutes,

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
 from diffusion_lit.storage.hashing import key_of
@@ -186,8 +187,7 @@ def fit(
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"Two runs are called {next(name for name in names if names.count(name) > 1)}; rename one.")
-    if jobs < 1:
-        raise ValueError(f"jobs is {jobs}; it is the number of runs at a time and must be at least 1.")
+    check_count(jobs=jobs, hint=", the number of runs at a time")
     found: dict[str, Trained | Failed] = {run.name: done for run in runs if (done := _done(run, out)) is not None}
     waiting = [run for run in runs if run.name not in found]
     if found:

@@ -87,5 +87,5 @@ def test_the_documented_average_draws_and_the_weights_stay(monkeypatch):
 def test_what_cannot_be_run_is_told(idx_folder):
     with pytest.raises(ValueError, match="no contender 'nobody'"):
         study.time_to_quality(str(idx_folder), contenders=["nobody"])
-    with pytest.raises(ValueError, match="minutes must be above 0"):
+    with pytest.raises(ValueError, match="minutes is 0"):
         study.time_to_quality(str(idx_folder), minutes=0)
