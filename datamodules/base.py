@@ -13,9 +13,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from datamodules.loaders import Array, EvalLoader, Key, Split, TrainLoader, keyed_generator, run_seed
+from datamodules.loaders import Array, EvalLoader, Key, Split, TrainLoader
 from diffusion_lit.checks import check_count, check_number
-from diffusion_lit.diffusion.rng import send
+from diffusion_lit.diffusion.rng import keyed_generator, run_seed, send
 from diffusion_lit.runtime.mounts import network_mount
 
 SPLITS = ("train", "val", "test")

@@ -15,9 +15,9 @@ from torch import Tensor
 from datamodules.base import ImageDataModule
 from datamodules.decode import BadImageError, Transform, decode
 from datamodules.files import may_not_read
-from datamodules.loaders import Split, keyed_generator
+from datamodules.loaders import Split
 from diffusion_lit.checks import check_count
-from diffusion_lit.diffusion.rng import send
+from diffusion_lit.diffusion.rng import keyed_generator, send
 
 SAMPLES = ("flower", "china")
 HELD_OUT = 64  # rows of "val" and "test"

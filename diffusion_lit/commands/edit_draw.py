@@ -60,12 +60,19 @@ def hybrid(edit: Edit, blur_sigma: float | None = None, kernel_size: int | None 
     model = edit.model
     editing.need_pixels(model, "A hybrid")
     seeds, sampling, pair = edit.seeds(num_samples), edit.sampling, edit.several(2, "A hybrid")
-    blur = {"blur_sigma": blur_sigma, "kernel_size": kernel_size}
-    made = editing.hybrid(model, pair.repeat(num_samples, 1), seeds=seeds, sampling=sampling, **blur).cpu()
+    made = editing.hybrid(
+        model,
+        pair.repeat(num_samples, 1),
+        blur_sigma=blur_sigma,
+        kernel_size=kernel_size,
+        seeds=seeds,
+        sampling=sampling,
+    ).cpu()
     far, near = edit.names(pair)
     sizes = [_sizes(x[None], model.image_shape[1]) for x in made]
     figure = _headed(sizes, f"{near} from near, {far} from afar", seed_names(seeds))
-    return Edited(figure, {"result": made}, {"far": far, "near": near, **blur, "seeds": list(seeds)})
+    facts = {"far": far, "near": near, "blur_sigma": blur_sigma, "kernel_size": kernel_size, "seeds": list(seeds)}
+    return Edited(figure, {"result": made}, facts)
 
 
 def interpolate(edit: Edit, to_seed: int | None = None, num_frames: int = 25, scale: int | None = None) -> Edited:
