@@ -3,9 +3,9 @@
 A command takes one of these as an argument, and its parser makes an option of each field.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.guides import take_guide
@@ -20,7 +20,6 @@ from diffusion_lit.runtime.ranks import rank_zero_first
 S = TypeVar("S", bound=Settings)
 
 PRIORS = ("standard", "gmm")
-LISTS: dict[str, Any] = {"sampler": str, "num_steps": int, "cfg_scale": float, "guide_scale": float}  # sweeps
 
 
 @dataclass(frozen=True)
@@ -178,17 +177,13 @@ class DrawOptions(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class StepsOptions(DrawOptions):
-    """As `DrawOptions`, with a list of steps, each of which is drawn.
+class ListOptions(DrawOptions):
+    """As `DrawOptions`, with options that are lists, every combination of which is drawn."""
 
-    Args:
-        num_steps: Number of sampling steps; a list such as 10,20 draws the same samples by each.
-    """
-
-    num_steps: str | None = None  # type: ignore[assignment]
+    lists: ClassVar[dict[str, Any]] = {}  # the options and what each is a list of
 
     def settings(self, default: S) -> list[S]:
-        """The settings, one for each number of steps.
+        """The settings, one for each combination.
 
         Args:
             default: The model's own.
@@ -197,14 +192,27 @@ class StepsOptions(DrawOptions):
             At least one.
 
         Raises:
-            ValueError: If the list is none, or settings do not fit together.
+            ValueError: If a list is none, or settings do not fit together.
         """
-        steps = dict.fromkeys(_words("num_steps", self.num_steps, int))
-        return [replace(self, num_steps=count).applied(default) for count in steps]
+        fixed = {one.name: getattr(self, one.name) for one in fields(SamplingOptions) if one.name not in self.lists}
+        values = [dict.fromkeys(_words(name, getattr(self, name), kind)) for name, kind in self.lists.items()]
+        return [default.replace(**dict(zip(self.lists, each, strict=True)), **fixed) for each in product(*values)]
 
 
 @dataclass(frozen=True)
-class SweepOptions(DrawOptions):
+class StepsOptions(ListOptions):
+    """As `DrawOptions`, with a list of steps, each of which is drawn.
+
+    Args:
+        num_steps: Number of sampling steps; a list such as 10,20 draws the same samples by each.
+    """
+
+    num_steps: str | None = None  # type: ignore[assignment]
+    lists = {"num_steps": int}  # noqa: RUF012 (a ClassVar, as the parent says)
+
+
+@dataclass(frozen=True)
+class SweepOptions(ListOptions):
     """As `DrawOptions`, with lists of samplers, steps and strengths of guidance, every combination of which is drawn.
 
     Args:
@@ -218,22 +226,7 @@ class SweepOptions(DrawOptions):
     guide_scale: str | None = None  # type: ignore[assignment]
     sampler: str | None = None
     num_steps: str | None = None  # type: ignore[assignment]
-
-    def settings(self, default: S) -> list[S]:
-        """The settings, every combination of the lists.
-
-        Args:
-            default: The model's own.
-
-        Returns:
-            At least one.
-
-        Raises:
-            ValueError: If a list is none, or settings do not fit together.
-        """
-        fixed = {one.name: getattr(self, one.name) for one in fields(SamplingOptions) if one.name not in LISTS}
-        values = [_words(name, getattr(self, name), kind) for name, kind in LISTS.items()]
-        return [default.replace(**dict(zip(LISTS, each, strict=True)), **fixed) for each in product(*values)]
+    lists = {"sampler": str, "num_steps": int, "cfg_scale": float, "guide_scale": float}  # noqa: RUF012
 
 
 def _words(option: str, text: str | None, kind: Any) -> list[Any]:
