@@ -169,12 +169,10 @@ class VAE(BaseModule):
         self._load_perceptual()
 
     def on_validation_start(self) -> None:
-        """The same for `diffusion-lit validate`."""
+        """Loads them for `diffusion-lit validate` and `test` too."""
         self._load_perceptual()
 
-    def on_test_start(self) -> None:
-        """The same for `diffusion-lit test`."""
-        self._load_perceptual()
+    on_test_start = on_validation_start
 
     def _load_perceptual(self) -> None:
         for one in self._perceptual:
@@ -232,21 +230,21 @@ class VAE(BaseModule):
         figures = {"train/loss": loss.detach(), "train/kl": terms.kl.detach().mean()}
         if self.adversary is not None:
             contest = self.adversary(
-                image, terms.x_hat, terms.fidelity(), self.net.last_layer, self.global_step, self.mean_over_ranks
+                image, terms.x_hat, terms.fidelity(), self.net.last_layer, self.global_step, self.over_ranks
             )
             loss = loss + contest.loss
             figures |= {f"train/{name}": value for name, value in contest.figures.items()}
         self.log_step(figures, len(image))
         return loss
 
-    def mean_over_ranks(self, value: Tensor) -> Tensor:
-        """The mean of a detached tensor over ranks."""
+    def over_ranks(self, value: Tensor, how: str = "mean") -> Tensor:
+        """The mean, or the sum, of a detached tensor over ranks."""
         trainer = trainer_of(self)
         if trainer is None or trainer.world_size == 1:
             return value
-        mean = trainer.strategy.reduce(value.clone(), reduce_op="mean")
-        assert isinstance(mean, Tensor)
-        return mean
+        reduced = trainer.strategy.reduce(value.clone(), reduce_op=how)
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Leaves the adversary unchanged until its start."""
@@ -285,13 +283,8 @@ class VAE(BaseModule):
         self._log_use("test")
 
     def _log_use(self, split: str) -> None:
-        for name, value in self._use.figures(self._sum_over_ranks).items():
+        for name, value in self._use.figures(partial(self.over_ranks, how="sum")).items():
             self.log(f"{split}/{name}", value, batch_size=1)
-
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        total = self.trainer.strategy.reduce(value, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
