@@ -39,8 +39,9 @@ def forward(
         num_samples: Draws of the noise, a row each.
     """
     edit.options.unused("Noising an image", "labels", "prompt", "cfg_scale", "guidance_interval", "guidance_rescale")
-    model, image, seeds = edit.model, edit.image, edit.seeds(num_samples)
+    model, seeds = edit.model, edit.seeds(num_samples)
     levels = _levels(model, sigmas, timesteps)
+    image = edit.image
     images = image.expand(num_samples, -1, -1, -1)
     noisy = {
         sigma: editing.visible(model, editing.forward(model, images, sigma, seeds), sigma).cpu() for sigma in levels
@@ -82,7 +83,7 @@ def denoise(
     kernels: Sequence[int | None] = kernel_sizes or [kernel_size] * len(levels)
     passed = Passed(model, edit.sampling, sorted(set(shown_steps)))
     passed.check(list(levels))
-    image, draw = edit.image, edit.draw(1)
+    draw, image = edit.draw(1), edit.image
     blurs = BLURS if blur_sigma is None else (blur_sigma,)
     made: dict[str, dict[float, Tensor]] = {"noisy": {}, "blur": {}, "one_step": {}, "iterative": {}}
     chosen = {}
@@ -146,7 +147,7 @@ def img2img(
         starts: Start levels, a column each.
         num_samples: Results for each level, a row each.
     """
-    model, image, draw = edit.model, edit.image, edit.draw(num_samples)
+    model, draw, image = edit.model, edit.draw(num_samples), edit.image
     images = image.expand(num_samples, -1, -1, -1)
     levels = {start: editing.start_level(edit.sampling, model.denoiser.scaling, start) for start in starts}
     made = {start: editing.img2img(model, images, start, **draw).cpu() for start in starts}
@@ -173,7 +174,7 @@ def invert(edit: ImageEdit) -> Edited:
     Args:
         edit: Model, image, condition, sampling and output.
     """
-    model, image, draw = edit.model, edit.image, edit.draw(1)
+    model, draw, image = edit.model, edit.draw(1), edit.image
     x = editing.invert(model, image, labels=draw["labels"], sampling=edit.sampling)
     sigma = float(edit.sampling.sigmas(model.denoiser.scaling)[0])
     back = editing.denoise(model, x, sigma, labels=draw["labels"], sampling=edit.sampling).cpu()
