@@ -89,6 +89,11 @@ class Restoration(ImageEdit):
     y: Tensor
     is_given: bool
 
+    def check(self) -> None:
+        """See `Edit.check`; here the method must fit too."""
+        super().check()
+        _ = self.posterior
+
     @cached_property
     def posterior(self) -> editing.Posterior | None:
         """What wraps the denoiser for a noisy measurement; None for the projection.

@@ -112,6 +112,11 @@ class Edit:
         check_guidance(self.model, sampling, labelled, **options.guidance)
         return sampling
 
+    def check(self) -> None:
+        """Refuses settings that do not fit; called before an image is read."""
+        if self.settings is not None:
+            _ = self.sampling
+
     def seeds(self, count: int) -> range:
         """One seed per result.
 
@@ -252,6 +257,7 @@ class ImageEdit(Edit):
     @cached_property
     def image(self) -> Tensor:
         """The image, fitted to the model, shape (1, C, H, W) in [-1, 1]; see `ImageOptions.read`."""
+        self.check()
         return self.options.read(self.model)
 
 
