@@ -1,13 +1,13 @@
 """Few steps: what is left of quality when a sample may cost one denoiser call, two, four, ...
 
 A teacher (EDM) is drawn by each sampler with the most steps that so many calls allow, of which the best counts. Beside
-it stands a consistency model that is tuned from a teacher of half the length for the other half, so that both have seen
-the same number of training images. Its first step maps pure noise; further ones are spaced evenly in log sigma from
-`high` to `low`. The same seeds and classes are drawn by all.
+it stand a consistency model that is tuned from a teacher of half the length for the other half, and a MeanFlow from
+nothing, so that all have seen the same number of training images. The consistency model's first step maps pure noise;
+further ones are spaced evenly in log sigma from `high` to `low`. The same seeds and classes are drawn by all.
 
     python -m experiments.few_steps
     python -m experiments.few_steps --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER \
-        --tuned configs/consistency_fashion_mnist.yaml
+        --tuned configs/consistency_fashion_mnist.yaml --meanflow configs/meanflow_fashion_mnist.yaml
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ def few_steps(
     nfe: list[int] = [1, 2, 4, 8, 16, 35],  # noqa: B006 (never changed)
     samplers: list[str] = ["heun", "dpmpp_2m", "unipc", "euler"],  # noqa: B006
     tuned: str = "configs/consistency_digits.yaml",
+    meanflow: str = "configs/meanflow_digits.yaml",
     high: float = 5.0,
     low: float = 0.2,
     second: float = 0.8,
@@ -40,20 +41,21 @@ def few_steps(
 ) -> None:
     """How good are samples of one step, two, four, and more?
 
-    Trains a diffusion model, and one of half the length that is then tuned to a consistency model for the other half,
-    and measures both at equal numbers of denoiser calls.
+    Trains a diffusion model, one of half the length that is then tuned to a consistency model for the other half, and
+    a MeanFlow, and measures all at equal numbers of denoiser calls.
 
     Args:
         study: Where it works.
         nfe: Denoiser calls per sample.
         samplers: Samplers of the teacher.
         tuned: Config of the consistency model, on the same data and network.
+        meanflow: Config of the MeanFlow, on the same data.
         high: Noise level of the consistency model's second step, where it takes more than two.
         low: Noise level of its last step, where it takes more than two.
         second: Noise level of its second step, where it takes two.
         cfg_scale: Guidance of the teacher; as it is trained to be drawn by default.
     """
-    trained = train(study, tuned)
+    trained = train(study, tuned, meanflow)
     evaluator = study.evaluator(trained)
     rows, images = [], {}
     for name, run in trained.items():
@@ -62,6 +64,8 @@ def few_steps(
         for calls in nfe:
             if name == "tuned":
                 settings = [default.replace(grid_options={"levels": levels(calls, high, low, second, run)})]
+            elif name == "meanflow":
+                settings = [default.replace(num_steps=calls)]
             else:
                 settings = teacher_settings(default.replace(cfg_scale=cfg_scale), samplers, calls)
             found = [(measure(study, run, evaluator, setting), setting) for setting in settings]
@@ -76,22 +80,27 @@ def few_steps(
     study.finding(sentence(rows, evaluator))
 
 
-def train(study: Study, tuned: str) -> dict[str, Trained]:
-    """The teacher, and the model tuned from one of half the length, after as many images in all.
+def train(study: Study, tuned: str, meanflow: str) -> dict[str, Trained]:
+    """The teacher, the model tuned from one of half the length, and the MeanFlow, after as many images in all.
 
     Args:
         study: Where it works.
         tuned: Config of the consistency model.
+        meanflow: Config of the MeanFlow.
 
     Returns:
-        "teacher" and "tuned".
+        "teacher", "tuned" and "meanflow".
     """
     total = int(study.value("trainer.max_steps"))
     first = total // 2
     found = study.fit({"teacher": {"trainer.max_steps": total}, "half": {"trainer.max_steps": first}})
     start = found["half"].ckpt_path.resolve()
     options = {"trainer.max_steps": total - first, "init_from": str(start)}
-    return {"teacher": found["teacher"], **study.fit({"tuned": options}, tuned)}
+    return {
+        "teacher": found["teacher"],
+        **study.fit({"tuned": options}, tuned),
+        **study.fit({"meanflow": {"trainer.max_steps": total}}, meanflow),
+    }
 
 
 def levels(calls: int, high: float, low: float, second: float, run: Trained) -> list[float]:

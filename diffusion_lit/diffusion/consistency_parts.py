@@ -219,12 +219,13 @@ class PathPoint:
         """
         return noise
 
-    def open(self, x_shape: tuple[int, int, int], num_classes: int) -> str | None:
+    def open(self, x_shape: tuple[int, int, int], num_classes: int, begun_from: str | None = None) -> str | None:
         """Prepares the source of the points for training.
 
         Args:
             x_shape: Shape (C, H, W) of what is denoised.
             num_classes: Number of the model's classes.
+            begun_from: The checkpoint that the model's first weights are from; None where it drew them.
 
         Returns:
             The hash of the weights of a teacher; None where nothing is read.

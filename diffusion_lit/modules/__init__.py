@@ -13,6 +13,7 @@ from diffusion_lit.modules.muon import MuonAdamW
 from diffusion_lit.modules.optim import Trapezoid, WarmupStableDecay
 from diffusion_lit.modules.perceptual import LPIPS, ClassifierPerceptual
 from diffusion_lit.modules.reconstruction import L1, L2, DiscretisedGaussian, DiscretisedLogistic
+from diffusion_lit.modules.teacher import Teacher
 from diffusion_lit.modules.vae import VAE
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LatentDiffusion",
     "MeanFlow",
     "MuonAdamW",
+    "Teacher",
     "Trapezoid",
     "WarmupStableDecay",
 ]

@@ -1,7 +1,7 @@
 """Consistency models: denoisers that draw an image in one step or two (Song 2023, arXiv 2303.01469).
 
 Training starts from nothing, or, better, from the average weights of a diffusion model (`fit --init_from CKPT`, Geng
-2024, arXiv 2406.14548). `ConsistencyLoss` says what is learned; with a `modules.teacher.Teacher` instead of the
+2024, arXiv 2406.14548). `ConsistencyLoss` says what is learned; with a `Teacher` instead of the
 data's own paths it is distillation. `Consistency` works on images, `LatentConsistency` on latents.
 
 Guidance: cfg_scale acts on the two estimates as it does on any denoiser, but these are images at the end of two paths
@@ -63,7 +63,8 @@ class _FewSteps(DiffusionModule):
     def on_fit_start(self) -> None:
         """Reads the teacher, and refuses a run without an end."""
         super().on_fit_start()
-        found = self.loss.point.open(self.x_shape, self.num_classes)
+        begun_from = None if self.init_from is None else str(self.init_from["file"])
+        found = self.loss.point.open(self.x_shape, self.num_classes, begun_from)
         if found is not None and self._teacher_sha256 not in (None, found):
             raise ValueError(
                 f"The teacher has other weights (hash {found[:12]}) than the one that this run began with "

@@ -35,25 +35,30 @@ class Teacher(TeacherStep):
     Its file is read when training begins, and not where a checkpoint that names it is loaded.
 
     Args:
-        ckpt_path: Its checkpoint, or the folder of its runs, `runs/NAME`, for the newest one there.
+        ckpt_path: Its checkpoint, or the folder of its runs, `runs/NAME`, for the newest one there; by default the one
+            that training begins from, `fit --init_from`.
         cfg_scale: Classifier-free guidance of the teacher, which the student so learns; 1 is none.
     """
 
-    def __init__(self, ckpt_path: str, cfg_scale: float = 1.0) -> None:
+    def __init__(self, ckpt_path: str | None = None, cfg_scale: float = 1.0) -> None:
         super().__init__(_unread, cfg_scale)
         self.ckpt_path = ckpt_path
 
-    def open(self, x_shape: tuple[int, int, int], num_classes: int) -> str:
+    def open(self, x_shape: tuple[int, int, int], num_classes: int, begun_from: str | None = None) -> str:
         """Reads the teacher's average weights; see `PathPoint.open`.
 
         Raises:
             ValueError: If there is none, or it draws other images or classes than the student.
         """
-        path = Path(self.ckpt_path).expanduser()
-        if not path.exists():
+        given = self.ckpt_path or begun_from
+        if given is None:
             raise ValueError(
-                f"There is no teacher {self.ckpt_path}; give a checkpoint or a folder of runs as ckpt_path."
+                "The teacher is the model that training begins from, and this training begins from nothing: give "
+                "--init_from CKPT, or the teacher's ckpt_path."
             )
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise ValueError(f"There is no teacher {given}; give a checkpoint or a folder of runs as ckpt_path.")
         teacher = load_module(find_checkpoint(path))
         if not isinstance(teacher, DiffusionModule):
             raise ValueError(f"The teacher {path} is a {type(teacher).__name__}; give a model that draws images.")

@@ -99,13 +99,13 @@ def test_few_steps(study):
     made = study(few_steps, "--nfe=[1, 2, 4]", "--samplers=[heun, euler]", "--cfg_scale=1")
     rows = table(made, "quality")
     assert [(row["model"], int(row["NFE"])) for row in rows] == [
-        (m, n) for m in ("teacher", "tuned") for n in (1, 2, 4)
+        (m, n) for m in ("teacher", "tuned", "meanflow") for n in (1, 2, 4)
     ]
     assert all(int(row["steps"]) == int(row["NFE"]) for row in rows if row["sampler"] != "heun")
-    assert {row["sampler"] for row in rows[3:]} == {"consistency"}
+    assert [row["sampler"] for row in rows[3:]] == ["consistency"] * 3 + ["meanflow"] * 3
     assert {"kd_pixels", "fd_pixels", "precision", "recall"} <= rows[0].keys()
     steps = {name: int(run.run.options["trainer.max_steps"]) for name, run in made.trained.items()}
-    assert steps["half"] + steps["tuned"] == steps["teacher"] == 2
+    assert steps["half"] + steps["tuned"] == steps["teacher"] == steps["meanflow"] == 2
     assert levels(1, 5.0, 0.2, 0.8, made.trained["tuned"]) == [80.0]
     assert levels(2, 5.0, 0.2, 0.8, made.trained["tuned"]) == [80.0, 0.8]
     assert levels(4, 5.0, 0.2, 0.8, made.trained["tuned"]) == pytest.approx([80.0, 5.0, 1.0, 0.2])

@@ -100,7 +100,7 @@ def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, caps
     edm = ["fit", f"--config={CONFIGS}/edm_digits.yaml", *QUIET, "--trainer.max_steps=2"]
     lightning(*edm, "--name=teacher")
     lightning(*edm, "--name=other", "--seed_everything=1")
-    point = [LOSS, "--model.init_args.loss.init_args.point=diffusion_lit.modules.teacher.Teacher"]
+    point = [LOSS, "--model.init_args.loss.init_args.point=diffusion_lit.modules.Teacher"]
     path = "--model.init_args.loss.init_args.point.init_args.ckpt_path"
     scale = f"{path.replace('ckpt_path', 'cfg_scale')}=1.5"
     lightning(*FIT, *point, f"{path}=runs/teacher", scale, "--trainer.max_steps=2")
@@ -122,6 +122,13 @@ def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, caps
     assert "There is no teacher runs/none" in refused(f"{path}=runs/none", "--trainer.max_steps=1")
     said = refused(f"{path}=runs/teacher", "--data.init_args.use_labels=false", "--trainer.max_steps=1")
     assert "with 10 classes, and this model" in said
+    assert "begins from nothing: give --init_from CKPT" in refused("--trainer.max_steps=1")
+
+    lightning(*FIT, *point, scale, "--init_from=runs/teacher", "--trainer.max_steps=2", "--name=begun")
+    begun = read("runs/begun/version_0/checkpoints/last.ckpt")
+    assert begun["teacher_sha256"] == checkpoint["teacher_sha256"], "the model that training began from"
+    lightning(*FIT, *point, scale, "--name=begun", "--ckpt_path=last", "--trainer.max_steps=3")
+    assert read("runs/begun/version_0/checkpoints/last.ckpt")["global_step"] == 3
 
     shutil.rmtree("runs/teacher")
     module = load_module(LAST)
