@@ -71,7 +71,7 @@ def standard_errors(
     if reference is not None:
         variance = kernel_distance_variance(x, y, kid_subset_size(len(x), len(y)), KID_SUBSETS)
         found[kernel_name(name)] = math.sqrt(max(0.0, variance))
-        found |= _subsampled(lambda a, b: neighbour_figures(name, a, b), x, y, MOST_NEIGHBOURS)
+        found |= _subsampled(lambda a, b: neighbour_figures(name, a, Features(b)), x, y, MOST_NEIGHBOURS)
         sigma = extractor.mmd_sigma
         if sigma is not None:
             found |= _subsampled(lambda a, b: {f"mmd_{name}": gaussian_mmd(a, b, sigma)}, x, y, MOST)

@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count
+from diffusion_lit.evaluation.neighbours import radii
 from diffusion_lit.modules.data_classifier import MissingWeights as MissingWeights
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.runtime.precision import use_tf32
@@ -35,6 +37,11 @@ class Features:
 
     features: Tensor
     logits: Tensor | None = None
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """How far the neighbours of each image are, see `neighbours.radii`; for all figures against this set, once."""
+        return radii(self.features)
 
     def __len__(self) -> int:
         return len(self.features)

@@ -18,7 +18,6 @@ from diffusion_lit.evaluation.memorization import compare, worst_triples
 from diffusion_lit.evaluation.metrics import (
     ISC_SPLITS,
     KID_SUBSETS,
-    NEIGHBOURS,
     Statistics,
     compute_metrics,
     frechet_distance,
@@ -106,7 +105,7 @@ def _reported(
     size = None if reference.features is None else kid_subset_size(plan.num_samples, len(reference.features))
     summary["metrics"] = {
         "kernel_distance": None if size is None else {"subsets": KID_SUBSETS, "subset_size": size},
-        "precision_recall_neighbours": None if size is None else NEIGHBOURS,
+        "precision_recall_neighbours": None if size is None else neighbours.PRECISION_NEIGHBOURS,
         "density_coverage_neighbours": None if size is None else neighbours.NEIGHBOURS,
         "extrapolation_points": POINTS,
         "errors": f"of a block over draws of both sides: by {DRAWS} samples of {SHARE:.0%} (extrapolated: {HALF:.0%}); "

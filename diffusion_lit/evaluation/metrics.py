@@ -1,10 +1,9 @@
-"""Distances between distributions of features, by torch-fidelity's own functions.
+"""Distances between distributions of features, by torch-fidelity's own functions, and figures of nearest neighbours.
 
 Fréchet distance (Heusel 2017, arXiv 1706.08500): `|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))` of the Gaussians with
 the features' means and covariances. Kernel distance (Bińkowski 2018, arXiv 1801.01401): the unbiased squared MMD under
-the kernel `(x.y / d + 1)^3`, averaged over random subsets. Precision and recall (Kynkäänniemi 2019, arXiv 1904.06991):
-the share of generated features within the reference's k-nearest-neighbour balls, and the other way round. Inception
-score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statistics are taken in float64.
+the kernel `(x.y / d + 1)^3`, averaged over random subsets. Precision, recall, density and coverage: see `neighbours`.
+Inception score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statistics are taken in float64.
 """
 
 import math
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusion_lit.evaluation import neighbours
 from diffusion_lit.evaluation.extrapolation import LEAST, FrechetTo
@@ -27,10 +25,8 @@ from diffusion_lit.evaluation.kernels import gaussian_mmd
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
-NEIGHBOURS = 3
 ISC_SPLITS = 10
 SUBSET_SEED = 2020  # torch-fidelity's own, for KID's subsets and the order of the Inception score's splits
-DISTANCES = 2**25  # held at a time, 256 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -123,32 +119,6 @@ def kid_subset_size(generated: int, reference: int) -> int:
     return min(KID_SUBSET_SIZE, generated, reference)
 
 
-def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Precision and recall by k-nearest-neighbour balls, k = 3.
-
-    Args:
-        generated: Features (N, d).
-        reference: Features (M, d).
-
-    Returns:
-        Precision and recall, each in [0, 1].
-
-    Raises:
-        ValueError: If either has no more than k images.
-    """
-    if min(len(generated), len(reference)) <= NEIGHBOURS:
-        raise ValueError(f"Precision and recall need more than {NEIGHBOURS} images on each side.")
-    made = prc_features_to_metric(
-        generated.double(),
-        reference.double(),
-        prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=max(1, DISTANCES // max(len(generated), len(reference))),
-        save_cpu_ram=True,  # the same result without all distances at once, which are 24 GB for 55,000 images
-        verbose=False,
-    )
-    return float(made["precision"]), float(made["recall"])
-
-
 def inception_score(logits: Tensor) -> float:
     """The Inception score, the mean over splits.
 
@@ -195,7 +165,7 @@ def compute_metrics(
         figures[f"{extractor.metric}_infinity"] = to_reference.infinity(generated.features)
     if reference is not None:
         figures[kernel_name(name)] = kernel_distance(generated.features, reference.features)
-        figures |= neighbour_figures(name, generated.features, reference.features)
+        figures |= neighbour_figures(name, generated.features, reference)
         if extractor.mmd_sigma is not None:
             figures[f"mmd_{name}"] = gaussian_mmd(generated.features, reference.features, extractor.mmd_sigma)
     if generated.logits is not None:
@@ -208,25 +178,26 @@ def kernel_name(name: str) -> str:
     return f"{'kid' if name == 'inception' else 'kd'}_{name}"
 
 
-def neighbour_figures(name: str, generated: Tensor, reference: Tensor) -> dict[str, float]:
+def neighbour_figures(name: str, generated: Tensor, reference: Features) -> dict[str, float]:
     """The figures of nearest neighbours, as far as there are enough images.
 
     Args:
         name: The extractor's name.
         generated: Features (N, d).
-        reference: Features (M, d).
+        reference: The reference, which keeps its radii.
 
     Returns:
         Precision, recall, density and coverage by name.
     """
+    if len(reference) <= neighbours.NEIGHBOURS:
+        return {}
+    near, far = reference.radii.unbind(1)
     figures: dict[str, float] = {}
-    if min(len(generated), len(reference)) > NEIGHBOURS:
-        precision, recall = precision_recall(generated, reference)
+    if len(generated) > neighbours.PRECISION_NEIGHBOURS:
+        precision, recall = neighbours.precision_recall(generated, reference.features, near)
         figures |= {f"precision_{name}": precision, f"recall_{name}": recall}
-    if len(reference) > neighbours.NEIGHBOURS:
-        density, coverage = neighbours.density_coverage(generated, reference)
-        figures |= {f"density_{name}": density, f"coverage_{name}": coverage}
-    return figures
+    density, coverage = neighbours.density_coverage(generated, reference.features, reference_radii=far)
+    return figures | {f"density_{name}": density, f"coverage_{name}": coverage}
 
 
 def check_figures(figures: dict[str, float]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffusion_lit.diffusion.consistency_parts import TeacherStep
+from diffusion_lit.diffusion.consistency_parts import PathPoint, TeacherStep
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.latent_space import Frozen
@@ -29,22 +30,38 @@ def _unread(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
     raise ValueError("The teacher is read when training begins; call its `open` before it is asked.")
 
 
-class Teacher(TeacherStep):
-    """A trained diffusion model whose ODE a consistency model learns to shorten.
+class Teacher(PathPoint):
+    """A trained diffusion model whose ODE a consistency model learns to shorten, see `TeacherStep`.
 
     Its file is read when training begins, and not where a checkpoint that names it is loaded.
 
     Args:
         ckpt_path: Its checkpoint, or the folder of its runs, `runs/NAME`, for the newest one there; by default the one
-            that training begins from, `fit --init_from`.
+            that training begins from, `fit --init_from`. A training from nothing has none then, which a warning says:
+            its pairs are of the same draw.
         cfg_scale: Classifier-free guidance of the teacher, which the student so learns; 1 is none.
+
+    Raises:
+        ValueError: If the scale is no number.
     """
 
     def __init__(self, ckpt_path: str | None = None, cfg_scale: float = 1.0) -> None:
-        super().__init__(_unread, cfg_scale)
-        self.ckpt_path = ckpt_path
+        self.ckpt_path, self.cfg_scale = ckpt_path, cfg_scale
+        self._path: PathPoint = TeacherStep(_unread, cfg_scale)
 
-    def open(self, x_shape: tuple[int, int, int], num_classes: int, begun_from: str | None = None) -> str:
+    def __call__(
+        self, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor, r: Tensor, label: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
+        """The point; see `PathPoint.__call__`."""
+        return self._path(x, x0, noise, t, r, label, augment)
+
+    def slope(
+        self, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor, label: Tensor | None, augment: Tensor | None
+    ) -> Tensor:
+        """The derivative of the path; see `PathPoint.slope`."""
+        return self._path.slope(x, x0, noise, t, label, augment)
+
+    def open(self, x_shape: tuple[int, int, int], num_classes: int, begun_from: str | None = None) -> str | None:
         """Reads the teacher's average weights; see `PathPoint.open`.
 
         Raises:
@@ -52,10 +69,12 @@ class Teacher(TeacherStep):
         """
         given = self.ckpt_path or begun_from
         if given is None:
-            raise ValueError(
-                "The teacher is the model that training begins from, and this training begins from nothing: give "
-                "--init_from CKPT, or the teacher's ckpt_path."
+            self._path = PathPoint()
+            rank_zero_warn(
+                "There is no teacher, as training begins from nothing: consistency is trained on the data's own paths, "
+                "without guidance. Give --init_from CKPT to distil that model."
             )
+            return None
         path = Path(given).expanduser()
         if not path.exists():
             raise ValueError(f"There is no teacher {given}; give a checkpoint or a folder of runs as ckpt_path.")
@@ -67,5 +86,5 @@ class Teacher(TeacherStep):
                 f"The teacher {path} denoises shape {teacher.x_shape} with {teacher.num_classes} classes, and this "
                 f"model {x_shape} with {num_classes}; give both the same data and kind of model."
             )
-        self.teacher = _FrozenDenoiser(teacher.denoiser)
+        self._path = TeacherStep(_FrozenDenoiser(teacher.denoiser), self.cfg_scale)
         return weights_hash(teacher.denoiser.state_dict())

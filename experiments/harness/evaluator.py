@@ -11,7 +11,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import Samples
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, precision_recall
+from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.neighbours import precision_recall
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules.data_classifier import training_labels
 

@@ -8,8 +8,9 @@ import torch
 import torch_fidelity
 from helpers.evaluation_tools import Tiny, make_images, tiny_weights
 from torch import nn
+from torch_fidelity.metric_prc import prc_features_to_metric
 
-from diffusion_lit.evaluation import metrics
+from diffusion_lit.evaluation import neighbours
 from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import (
@@ -18,10 +19,10 @@ from diffusion_lit.evaluation.metrics import (
     frechet_distance,
     inception_score,
     mean_and_deviation,
-    precision_recall,
     short_count,
     too_few,
 )
+from diffusion_lit.evaluation.neighbours import precision_recall
 
 NAMES = {
     "fid": "frechet_inception_distance",
@@ -81,6 +82,29 @@ def test_precision_is_of_the_generated_and_recall_of_the_reference():
     assert recall < 0.2
 
 
+@pytest.mark.parametrize(("count", "scale"), [(60, 0.5), (200, 1.0), (300, 1.5)])
+def test_precision_and_recall_are_torch_fidelitys(count, scale):
+    generator = torch.Generator().manual_seed(count)
+    reference = torch.randn(250, 4, generator=generator)
+    generated = torch.cat([torch.randn(count, 4, generator=generator) * scale, reference[:5]])  # copies lie in balls
+    expected = prc_features_to_metric(
+        generated.double(), reference.double(), prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
+    )
+    assert precision_recall(generated, reference) == pytest.approx(
+        (expected["precision"], expected["recall"]), abs=1e-6
+    )
+
+
+def test_the_neighbours_of_a_reference_are_looked_for_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    real, blocks = Features(torch.randn(300, 4, generator=generator)), torch.randn(3, 50, 4, generator=generator)
+    alone = [compute_metrics(Pixels(), Features(block), Features(real.features)) for block in blocks]
+    pairs, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda *sides: pairs.append(tuple(map(len, sides))) or cdist(*sides))
+    assert [compute_metrics(Pixels(), Features(block), real) for block in blocks] == alone
+    assert pairs.count((300, 300)) == 1
+
+
 def test_precision_and_recall_hold_few_distances_at_a_time(monkeypatch):
     """All distances of 55,000 reference images at once are 24 GB; in parts the figures are the same."""
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +117,7 @@ def test_precision_and_recall_hold_few_distances_at_a_time(monkeypatch):
         held.append(len(sides[0]) * len(sides[1]))
         return cdist(*sides)
 
-    monkeypatch.setattr(metrics, "DISTANCES", 5000)
+    monkeypatch.setattr(neighbours, "DISTANCES", 5000)
     monkeypatch.setattr(torch, "cdist", watched)
     assert precision_recall(generated, reference) == pytest.approx(whole, abs=1e-6)
     assert len(held) > 100 and max(held) <= 5000

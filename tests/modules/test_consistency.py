@@ -122,7 +122,11 @@ def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, caps
     assert "There is no teacher runs/none" in refused(f"{path}=runs/none", "--trainer.max_steps=1")
     said = refused(f"{path}=runs/teacher", "--data.init_args.use_labels=false", "--trainer.max_steps=1")
     assert "with 10 classes, and this model" in said
-    assert "begins from nothing: give --init_from CKPT" in refused("--trainer.max_steps=1")
+    with pytest.warns(UserWarning, match="There is no teacher, as training begins from nothing"):
+        lightning(*FIT, *point, "--name=alone", "--trainer.max_steps=2")
+    lightning(*FIT, LOSS, "--name=same_draw", "--trainer.max_steps=2")
+    alone, same = (read(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("alone", "same_draw"))
+    assert same_training(alone, same)
 
     lightning(*FIT, *point, scale, "--init_from=runs/teacher", "--trainer.max_steps=2", "--name=begun")
     begun = read("runs/begun/version_0/checkpoints/last.ckpt")
