@@ -54,7 +54,7 @@ def radii(features: Tensor, neighbours: Sequence[int] = (PRECISION_NEIGHBOURS, N
 def _distances(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of one set and their float64 distances to all of the other, few at a time."""
     one, other = one.double(), other.double()
-    for rows in torch.arange(len(one)).split(max(1, DISTANCES // max(len(one), len(other)))):
+    for rows in torch.split(torch.arange(len(one)), max(1, DISTANCES // max(len(one), len(other)))):
         yield rows, torch.cdist(one[rows], other)
 
 
