@@ -5,6 +5,7 @@ device, the last only where there are classes. Images stay uint8 until their bat
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ READERS = 4  # threads that read ahead from a slow disk
 DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by default
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(LightningDataModule, ABC):
     """Base class of the data modules: a subclass defines how to read a split, and the shape and classes of its images.
 
     Args:
@@ -76,20 +77,21 @@ class ImageDataModule(LightningDataModule):
         self.cache_dir = None
 
     @property
+    @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the images."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def class_names(self) -> list[str]:
         """Name of each class; empty where there are no labels."""
-        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 where there are no labels."""
         return len(self.class_names)
 
+    @abstractmethod
     def read(self, split: str) -> Split:
         """Reads a split from memory or disk; called once per split, after `prepare_data`.
 
@@ -99,7 +101,6 @@ class ImageDataModule(LightningDataModule):
         Returns:
             Its images and classes.
         """
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Reads what the stage needs.

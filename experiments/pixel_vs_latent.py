@@ -38,7 +38,7 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules import EDM, VAE, LatentDiffusion
 from diffusion_lit.nets import Autoencoder, UNet
-from diffusion_lit.report.images import grid_image
+from diffusion_lit.report.images import titled_grid
 from diffusion_lit.storage.hashing import weights_hash
 from experiments.harness.command import command
 
@@ -255,7 +255,9 @@ def sample(
     classes = min(module.num_classes, 10)
     shown = torch.arange(classes).repeat_interleave(8) if classes else None
     images = module.generate(range(seed, seed + 8 * (classes or 8)), shown)
-    grid_image(images.cpu(), 8).save(folder / f"samples_{trained.name.split()[0]}.png")
+    names = [str(name) for name in module.class_names[:classes]]
+    grid = titled_grid([list(row) for row in images.cpu().split(8)], names)
+    grid.save(folder / f"samples_{trained.name.split()[0]}.png")
     return points
 
 

@@ -20,7 +20,7 @@ from datamodules import Digits
 from datamodules.loaders import Array
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.load import load_module
-from diffusion_lit.report.images import grid_image
+from diffusion_lit.report.images import titled_grid
 from experiments.harness.command import command
 
 
@@ -66,8 +66,8 @@ def read_digits(
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    first = (torch.arange(10)[:, None] * per_class + torch.arange(min(per_class, 20))).flatten()
-    grid_image(samples[first], columns=min(per_class, 20)).save(folder / "grid.png")
+    rows = [samples[start : start + min(per_class, 20)] for start in range(0, 10 * per_class, per_class)]
+    titled_grid([list(row) for row in rows], [str(digit) for digit in range(10)]).save(folder / "grid.png")
     (folder / "figures.json").write_text(json.dumps(figures, indent=2))
     for name, value in figures.items():
         print(f"{name:<46}{value:.3f}")

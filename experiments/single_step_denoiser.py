@@ -242,7 +242,9 @@ def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg
                 caption = f"Told the {name}, after {count} epochs{how}."
                 columns = min(10, total // classes) if classes else 10
                 grid = by_class(drawn.images, classes, columns) if columns else drawn.images
-                study.images(f"samples_{name.replace(' ', '_')}_{count}_{scale:g}", grid, caption, columns or 10)
+                names = [str(kind) for kind in module.class_names] if classes and columns else []
+                file = f"samples_{name.replace(' ', '_')}_{count}_{scale:g}"
+                study.images(file, grid, caption, columns or 10, names)
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images.")
     return rows
 

@@ -7,7 +7,7 @@ from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.guard import NonFiniteGuard
 from diffusion_lit.callbacks.noise_levels import LossByNoiseLevel
 from diffusion_lit.callbacks.predictions import KeepPredictions
-from diffusion_lit.callbacks.progress import ProgressBar, RunSummary, Throughput
+from diffusion_lit.callbacks.progress import LayerTable, ProgressBar, RunSummary, Throughput
 from diffusion_lit.callbacks.psnr import ImagePSNR, PicturePSNR
 from diffusion_lit.callbacks.reconstructions import Interpolations, ReconstructionFID, Reconstructions
 from diffusion_lit.callbacks.samples import SampleGrid, Trajectory
@@ -23,6 +23,7 @@ __all__ = [
     "Interpolations",
     "KeepPredictions",
     "LastCheckpoint",
+    "LayerTable",
     "LossByNoiseLevel",
     "NonFiniteGuard",
     "PicturePSNR",

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
+from diffusion_lit.report.receipt_page import plain_table
 from diffusion_lit.runtime.hardware import describe, hardware
 from diffusion_lit.runtime.internals import bare, logs_now
 from diffusion_lit.runtime.precision import TrainInBf16
@@ -76,6 +77,23 @@ class ProgressBar(TQDMProgressBar):
             super().on_train_batch_end(trainer, pl_module, None, None, self._pending)
             self._pending = None
         super().on_train_epoch_end(trainer, pl_module)
+
+
+class LayerTable(Callback):
+    """Prints the layers of a module, for `--trainer.enable_model_summary true`.
+
+    Lightning's table ends in a count of FLOPs that is 0 for modules without an example input; `Cost` tells the cost.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints them on rank 0."""
+        if trainer.is_global_zero:
+            children = [*pl_module.named_children(), ("Total", pl_module)]
+            rows = [
+                [name, type(part).__name__, f"{sum(each.numel() for each in part.parameters()):,}"]
+                for name, part in children
+            ]
+            print(plain_table([["layer", "class", "parameters"], *rows]))
 
 
 class RunSummary(WritesToRunFolder):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, ones
+from torch import Tensor
 
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.conversions import SAME
@@ -77,11 +77,9 @@ class Passed:
         return keep
 
     def cells(self, start: float) -> list[Cell]:
-        """One cell per step, blank where the step lies above the level."""
-        blank = ones(self.model.image_shape)
-        return [
-            Cell(self.images[start, step][0]) if (start, step) in self.images else Cell(blank) for step in self.steps
-        ]
+        """One cell per step, without an image where the step lies above the level."""
+        above = Cell(None, "above the start")
+        return [Cell(self.images[start, step][0]) if (start, step) in self.images else above for step in self.steps]
 
     def headings(self) -> list[str]:
         """What stands above the cells."""

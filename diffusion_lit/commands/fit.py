@@ -36,6 +36,7 @@ from diffusion_lit.callbacks import (
     Cost,
     KeepPredictions,
     LastCheckpoint,
+    LayerTable,
     LossByNoiseLevel,
     NonFiniteGuard,
     ProgressBar,
@@ -62,7 +63,7 @@ from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.internals import class_change
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
-from diffusion_lit.runtime.sentences import debugging, plain, too_deep
+from diffusion_lit.runtime.sentences import debugging, plain, say_warnings_plainly, too_deep
 from diffusion_lit.runtime.stopping import RunStopped, end, told
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import check_training_state, read_training_state
@@ -251,8 +252,9 @@ class CLI(LightningCLI):
             self.place.continues(folder)
             if subcommand == "fit" and is_rank_zero():
                 lock_run(folder).release()  # so that it is told now; the trainer takes it again for the whole run
+        settings = checkpoint.get("callbacks", {}).get("Resume", {}).get("settings")
         self.recorded = {
-            **(checkpoint.get("callbacks", {}).get("Resume", {}).get("settings") or {}),
+            **(settings if isinstance(settings, dict) else {}),
             "model": checkpoint.get("hyper_parameters", {}),
             "data": checkpoint.get("datamodule_hyper_parameters", {}),
         }
@@ -291,6 +293,9 @@ class CLI(LightningCLI):
         bars = [callback for callback in [*callbacks, *config["callbacks"]] if isinstance(callback, AnyProgressBar)]
         if config.get("enable_progress_bar") is not False and not bars:
             always.append(ProgressBar())  # where rich is installed, Lightning would take its "Epoch 1/-2"
+        if config.get("enable_model_summary") is not False:
+            always.append(LayerTable())
+            config["enable_model_summary"] = False  # Lightning's, whose count of FLOPs is 0
         config["plugins"].append(SafeCheckpointIO())
         refuse_precision(config)
         if self.subcommand == "fit":
@@ -300,7 +305,7 @@ class CLI(LightningCLI):
         folder = [] if self.place.folder is None else [RunFolder(self.place.folder)]
         try:
             trainer = super()._instantiate_trainer(config, [*folder, *callbacks, *always])
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError) as error:
             said = f"The trainer refuses its settings: {error}"
             if re.search("accelerator|backend|device|strategy", said):
                 asked = ", ".join(f"{name} {config.get(name)!r}" for name in ("accelerator", "devices", "strategy"))
@@ -494,7 +499,9 @@ def _quiet() -> None:
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*loading a checkpoint outside the 'fit' stage.*",
+        ".*The dirpath has changed from.*",  # our record of the best goes along
     ):
         warnings.filterwarnings("ignore", message=message)
+    say_warnings_plainly()
     quiet_writer_threads()
     use_tf32(False)

@@ -19,7 +19,7 @@ from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import keep_freed_memory
 from diffusion_lit.runtime.installation import PROGRAM, foreign_lightning, refuse_hidden_datamodules
-from diffusion_lit.runtime.sentences import plain, too_deep
+from diffusion_lit.runtime.sentences import plain, say_warnings_plainly, too_deep
 from diffusion_lit.storage.trust import TRUST_HELP, trusted, trusting
 
 
@@ -225,6 +225,7 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     values = {**parser.instantiate_classes(options).as_dict(), **texts}
     values.pop("trust")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    say_warnings_plainly()
     if values.get("ckpt_path"):
         values["ckpt_path"] = _find(values["ckpt_path"])
     if values.get("guide_ckpt"):

@@ -110,6 +110,8 @@ class Place:
                     init[key] = self.name
             if "save_dir" in known and init.get("save_dir") in (None, ".", "./mlruns", str(self.root)):
                 init.save_dir = str(self.folder)
+            if "id" in known and init.get("id") is None and command == "fit":
+                init.id = wandb_id(self.folder)
 
     def _fresh(self) -> Path:
         """The folder of a run that starts: the version that was asked for, or the next."""
@@ -138,7 +140,7 @@ class Place:
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Saves config.yaml in the run's folder, as a recipe: without the version and the checkpoint of this run."""
+    """Saves config.yaml in the run's folder, as a recipe: without the version, id and checkpoint of this run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes it, on rank 0, of a run that trains."""
@@ -153,7 +155,8 @@ class SaveRecipe(SaveConfigCallback):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, dict):
                 init = logger.get("init_args", {})
-                init.pop("version", None)
+                for once in ("version", "id"):
+                    init.pop(once, None)
                 if init.get("save_dir") == str(folder):
                     del init["save_dir"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +177,19 @@ def keep_csv(path: Path) -> None:
     if path.is_file() and is_rank_zero():
         count = len(list(path.parent.glob("metrics_before_*.csv"))) + 1
         path.rename(path.with_name(f"metrics_before_{count}.csv"))
+
+
+def wandb_id(folder: Path) -> str | None:
+    """Finds the W&B run that a run's folder holds, so that a resumed run goes on there.
+
+    Args:
+        folder: The run's folder, in which W&B names a folder after date and id at each start.
+
+    Returns:
+        The id of the newest one; None where there is none.
+    """
+    found = [re.fullmatch(r"(?:offline-)?run-(\d+_\d+)-(.+)", path.name) for path in folder.glob("wandb/*run-*")]
+    return max(((match[1], match[2]) for match in found if match), default=("", None))[1]
 
 
 def length_said_last(trainer: Namespace, files: list[Any], words: list[str]) -> None:

@@ -10,6 +10,7 @@ Source: Saharia et al. 2021 (arXiv 2104.07636), section 2, and 2022 (arXiv 2111.
 Salimans 2022 (arXiv 2207.12598) for the dropout.
 """
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class ConditionDraws(NamedTuple):
     map: Tensor
 
 
-class ImageCondition(nn.Module):
+class ImageCondition(nn.Module, ABC):
     """Base class: how an image becomes what the network is given of it.
 
     Args:
@@ -59,6 +60,7 @@ class ImageCondition(nn.Module):
         check_share(dropout=dropout)
         self.dropout = dropout
 
+    @abstractmethod
     def channels(self, image_channels: int) -> int:
         """Channels of a condition, which the network's `condition_channels` must be.
 
@@ -68,8 +70,8 @@ class ImageCondition(nn.Module):
         Returns:
             Those of the given image and one of the mask.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how many channels it gives.")
 
+    @abstractmethod
     def forward(self, images: Tensor, other: Tensor | None, draws: ConditionDraws) -> Tensor:
         """The conditions of images.
 
@@ -81,7 +83,6 @@ class ImageCondition(nn.Module):
         Returns:
             Shape (B, channels, H, W).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what it gives.")
 
     def fits(self, task: str, strength: float, size: int) -> bool:
         """Whether it is a measurement of this kind that the network is trained on.

@@ -6,6 +6,7 @@ Each of the four choices is an object. How r follows t is a `Gap`, where x_r com
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 
 
-class Gap:
+class Gap(ABC):
     """How far below t the second noise level r lies, and how that shrinks in training."""
 
+    @abstractmethod
     def __call__(self, t: Tensor, progress: float) -> Tensor:
         """The second noise level.
 
@@ -29,7 +31,6 @@ class Gap:
         Returns:
             r of shape (B,), 0 <= r < t.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say where r lies.")
 
 
 class ShrinkingRatio(Gap):
@@ -101,9 +102,10 @@ class ShrinkingGrid(Gap):
         return torch.where(root >= self.low, root.clamp(min=self.low) ** self.rho, 0.0)
 
 
-class Distance:
+class Distance(ABC):
     """How far two estimates lie apart."""
 
+    @abstractmethod
     def __call__(self, difference: Tensor) -> Tensor:
         """The distance.
 
@@ -113,7 +115,6 @@ class Distance:
         Returns:
             Shape (B,).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how far estimates lie apart.")
 
 
 class SquaredDistance(Distance):

@@ -15,6 +15,7 @@ Source: Bansal et al. 2022, Cold Diffusion (arXiv 2208.09392), section 4; snow a
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def cosines(size: int) -> Tensor:
     return matrix
 
 
-class Degradation(nn.Module):
+class Degradation(nn.Module, ABC):
     """Base class: T steps of degradation.
 
     Args:
@@ -73,9 +74,9 @@ class Degradation(nn.Module):
         with torch.autocast(x0.device.type, enabled=False):  # degradations run without autocast
             return torch.where((t == 0)[:, None, None, None], x0, self.degrade(x0, t, noise))
 
+    @abstractmethod
     def degrade(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for t of shape (B,); rows with t = 0 are ignored; see `forward`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it degrades images.")
 
     def known(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Which pixels a degraded image still tells of.

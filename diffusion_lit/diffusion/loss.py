@@ -7,6 +7,7 @@ EDM (s²+sd²)/(s sd)². The prediction type, the distribution of sigma and the 
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from diffusion_lit.diffusion.normal import discretised_gaussian_nll, gaussian_kl
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 
 
-class LossWeight(nn.Module):
+class LossWeight(nn.Module, ABC):
     """How much the error at each noise level counts."""
 
+    @abstractmethod
     def forward(self, error: Tensor, sigma: Tensor, scaling: Preconditioning) -> Tensor:
         """Weighs errors.
 
@@ -32,7 +34,6 @@ class LossWeight(nn.Module):
         Returns:
             Weighted errors, shape (B,).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it weighs errors.")
 
 
 class PredictionWeight(LossWeight):

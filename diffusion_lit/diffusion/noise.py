@@ -6,6 +6,7 @@ float64 on the CPU, which keeps both ends accurate. `NoiseLevels` are the distri
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -270,9 +271,10 @@ class ContinuousVP(Schedule):
         return torch.expm1(self._exponent(tau)).sqrt().to(_result_dtype(t))
 
 
-class NoiseLevels:
+class NoiseLevels(ABC):
     """The distribution that training draws sigma from."""
 
+    @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws noise levels.
 
@@ -283,7 +285,6 @@ class NoiseLevels:
         Returns:
             Shape (n,), float32, positive. Levels outside the support of a scaling are moved to its edge by the loss.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how noise levels are drawn.")
 
 
 class DiscreteUniform(NoiseLevels):

@@ -15,6 +15,7 @@ where s = sigma, sd = sigma_data, and t(s) is the step of the schedule that was 
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 FLOW_RANGE = (FLOW_TIME_MIN / (1 - FLOW_TIME_MIN), FLOW_TIME_MAX / (1 - FLOW_TIME_MAX))
 
 
-class Preconditioning:
+class Preconditioning(ABC):
     """A prediction type: `scaling(sigma) -> (c_skip, c_out, c_in, c_noise)`.
 
     Subclasses define `coefficients`. A support that begins at 0 or ends at infinity is open there.
@@ -52,6 +53,7 @@ class Preconditioning:
         self.variance_preserving = variance_preserving
         self.schedule = schedule
 
+    @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """The four coefficients, without a check of the support.
 
@@ -61,7 +63,6 @@ class Preconditioning:
         Returns:
             c_skip, c_out, c_in and c_noise, each of sigma's shape and dtype.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its coefficients are.")
 
     def __call__(self, sigma: Tensor | float) -> Coefficients:
         """The four coefficients.

@@ -10,6 +10,7 @@ from a network trained on ImageNet and weights each channel as people judge.
 Source: Zhang 2018, arXiv 1801.03924, equation 1.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ NETWORKS = ("vgg", "alex", "squeeze")
 OWN_KEY = "perceptual classifier"  # of weights and order, so that it is not the classifier that measures
 
 
-class Perceptual:
+class Perceptual(ABC):
     """Base class of perceptual distances. Light to make: the network is read or trained by `load`.
 
     Args:
@@ -55,9 +56,9 @@ class Perceptual:
         if self.frozen is None:
             self.frozen = Frozen(self.network(data))
 
+    @abstractmethod
     def network(self, data: ImageSource) -> nn.Module:
         """A network from images (B, C, H, W) in [-1, 1], in pairs, to their distances (B,)."""
-        raise NotImplementedError
 
     def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """The distance, in full float32.

@@ -15,6 +15,8 @@ underflow:
     ln (F(a) - F(b)) = ln F(a) + ln F(-b) + ln(1 - exp(b - a))    (logistic, exact; normal: `diffusion.normal`)
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ LAST_LEVEL = 1 - HALF_LEVEL
 SMALLEST_LOG_SCALE = -7.0
 
 
-class Reconstruction(nn.Module):
+class Reconstruction(nn.Module, ABC):
     """Base class: the distance of images, summed over their values.
 
     Attributes:
@@ -36,6 +38,7 @@ class Reconstruction(nn.Module):
 
     is_likelihood = False
 
+    @abstractmethod
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """The distance.
 
@@ -46,7 +49,6 @@ class Reconstruction(nn.Module):
         Returns:
             Shape (B,).
         """
-        raise NotImplementedError
 
 
 class L1(Reconstruction):

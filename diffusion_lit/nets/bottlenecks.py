@@ -13,6 +13,7 @@ under a likelihood the loss remains a bound of the bits per dimension.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class Codes(NamedTuple):
         return self.commitment
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(nn.Module, ABC):
     """Base class of bottlenecks. An autoencoder calls `attach` once, with the channels of its latents.
 
     Attributes:
@@ -107,9 +108,9 @@ class Bottleneck(nn.Module):
             ValueError: If it does not fit.
         """
 
+    @abstractmethod
     def forward(self, h: Tensor) -> Posterior | Codes:
         """The latents of an encoder's output h (B, width * c, h, w), in float32 or wider."""
-        raise NotImplementedError
 
     def nearest(self, z: Tensor) -> Tensor:
         """The latents that the decoder knows, nearest to z (B, c, h, w); gradients pass straight through."""

@@ -63,11 +63,11 @@ def titled_grid(
     gap, size = 6, 12
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
     pen = ImageDraw.Draw(body)
-    texts = ["\n".join(textwrap.wrap(name, 24)[:3]) for name in names]
+    texts = [wrapped(name, 24) for name in names]
     left = round(max((pen.multiline_textbbox((0, 0), text, font)[2] for text in texts), default=-gap)) + 2 * gap
     width, height = (length / count for length, count in zip(body.size, (columns, len(rows)), strict=True))
     per_line = max(4, int(width / (0.58 * size)))
-    tops = ["\n".join(textwrap.wrap(text, per_line)) if "\n" not in text else text for text in headings]
+    tops = [wrapped(text, per_line) for text in headings]
     top = max((round(pen.multiline_textbbox((0, 0), text, font)[3]) + gap for text in tops), default=0)
     figure = Image.new("RGB", (left + body.width, top + body.height), "white")
     figure.paste(body, (left, top))
@@ -79,10 +79,25 @@ def titled_grid(
     return figure
 
 
-class Cell(NamedTuple):
-    """One image of a labelled grid, (C, H, W) in [-1, 1], and what stands below it."""
+def wrapped(text: str, width: int, most: int = 3) -> str:
+    """Breaks a heading into lines, so that it does not run into the next one.
 
-    image: Tensor
+    Args:
+        text: The heading, perhaps of several lines.
+        width: Characters of a line.
+        most: Each of its lines becomes so many at most; what is left out is marked by dots.
+
+    Returns:
+        The lines.
+    """
+    lines = (textwrap.wrap(line, width, max_lines=most, placeholder=" ...") for line in text.split("\n"))
+    return "\n".join("\n".join(line) for line in lines)
+
+
+class Cell(NamedTuple):
+    """One image of a labelled grid, (C, H, W) in [-1, 1], or none, and what stands below it."""
+
+    image: Tensor | None
     note: str = ""
 
 
@@ -105,15 +120,19 @@ def labelled_grid(rows: Sequence[Sequence[Cell]], columns: Sequence[str], names:
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     for top, (row, name) in enumerate(zip(rows, names, strict=True)):
         for left, (cell, heading) in enumerate(zip(row, columns, strict=True)):
-            panel, pixels = panels[top][left], to_uint8(cell.image)
-            grey = pixels[0].numpy() if len(pixels) < 3 else pixels.permute(1, 2, 0).numpy()
-            panel.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            panel = panels[top][left]
             panel.set(xticks=[], yticks=[])
+            if cell.image is None:
+                panel.spines[:].set_visible(False)
+            else:
+                pixels = to_uint8(cell.image)
+                grey = pixels[0].numpy() if len(pixels) < 3 else pixels.permute(1, 2, 0).numpy()
+                panel.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             panel.set_xlabel(cell.note, fontsize=8)
             if top == 0:
-                panel.set_title(heading, fontsize=8)
+                panel.set_title(wrapped(heading, 20), fontsize=8)
             if left == 0:
-                panel.set_ylabel(name, fontsize=8)
+                panel.set_ylabel(wrapped(name, 20), fontsize=8)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -6,6 +6,7 @@ of a class that refuses its arguments into such a page. `sentence` takes the inn
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 import yaml
@@ -52,6 +53,12 @@ def sentence(error: BaseException) -> str:
     return f"{plain(f'{kind}: {said}'.removesuffix(': '), LONGEST - 50).rstrip('.')}. {DEBUG}=1 shows where."
 
 
+def say_warnings_plainly() -> None:
+    """Prints warnings as sentences, without the file and the line of code that they come from."""
+    if not debugging():
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {plain(str(message), 600)}\n"
+
+
 def too_deep(words: list[str]) -> ValueError | None:
     """What to say of the option or file whose value is nested deeper than YAML is read, if there is one.
 
@@ -96,17 +103,21 @@ def plain(text: str, longest: int = LONGEST) -> str:
 def _innermost(text: str, key: str) -> str:
     """The sentence inside a nest, with the key that it is about."""
     given = re.findall(r"(?m)^\s*Given value: (.*)$", text)
+    tensors = "<class 'torch.Tensor'>" in text  # which nobody names by its class: the other types are meant
     text = re.sub(r"(?m)^\s*(?:Given value(?: type)?|Subtypes):.*$", "", text)
     text = re.sub(r"Type typing\.Callable\[.*\] expects a function or a callable class: ", "", text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith((*_NEST, *_CHOICES)) and not _AROUND.match(line)]
     about = f"{key}: " if key else ""
-    if paths := [match[1] for line in lines if (match := _NO_PATH.match(line))]:
+    paths = [match[1] for line in lines if (match := _NO_PATH.match(line))]
+    if paths and not tensors:
         return f"{key or 'A class'} is {paths[0]}; give a class's full name, such as datamodules.Digits."
     if any(
         re.search("^'.*' object has no attribute '|^unhashable type", line) for line in lines
     ):  # of jsonargparse's own code
         return f"{key or 'A value'} is neither a class_path with its init_args nor a mapping of options."
+    if given and any(line.startswith("Expected an instantiatable class, but") for line in lines):
+        return f"{key or 'A class'} is {given[-1]}, the base of others; give one of these by its full name."
     if helpful := [line for line in lines if not line.startswith(("Expected a", "Not a valid subclass"))]:
         return about + helpful[0]
     asked = [match for line in lines if (match := _EXPECTED.match(line))]

@@ -5,8 +5,11 @@ as `state_dict` and the raw ones as `current_model_state`. Reading goes through 
 built from a record through `storage.trust`.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from diffusion_lit.storage.exports import is_export, read_export
 from diffusion_lit.storage.once import Unchanged
@@ -31,6 +34,10 @@ FIELDS: dict[str, type] = {
     "hyper_parameters": dict,
     "datamodule_hyper_parameters": dict,
     "diffusion_lit": dict,
+}
+PARTS: dict[str, type] = {  # what those that are lists or dictionaries hold
+    **dict.fromkeys(("optimizer_states", "lr_schedulers", "loops", "callbacks"), dict),
+    **dict.fromkeys(("state_dict", "current_model_state"), Tensor),
 }
 
 
@@ -99,13 +106,28 @@ def _read(path: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ValueError(
             f"{path} is a PyTorch file but not a checkpoint of `diffusion-lit fit`: it has no `state_dict`."
         )
+    wrong = next(_unsound(checkpoint), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{path} is no sound checkpoint: {wrong}. Take another checkpoint of the run, such as previous.ckpt beside "
+            "it."
+        )
+    return checkpoint
+
+
+def _unsound(checkpoint: dict[str, Any]) -> Iterator[str]:
+    """What is of another kind than a checkpoint has it."""
     for field, kind in FIELDS.items():
         if field in checkpoint and not isinstance(checkpoint[field], kind):
-            raise ValueError(
-                f"{path} is no sound checkpoint: its {field} is a {type(checkpoint[field]).__name__} and must be a "
-                f"{kind.__name__}. Take another checkpoint of the run, such as previous.ckpt beside it."
-            )
-    return checkpoint
+            yield f"its {field} is of type {type(checkpoint[field]).__name__} and must be {kind.__name__}"
+    for field, kind in PARTS.items():
+        found = checkpoint.get(field, {})
+        for name, part in found.items() if isinstance(found, dict) else enumerate(found):
+            if not isinstance(part, kind) and not str(name).endswith("_extra_state"):
+                yield f"{name!r} of its {field} is of type {type(part).__name__} and must be {kind.__name__}"
+    for state in checkpoint.get("optimizer_states", []):
+        if not isinstance(state.get("state"), dict) or not isinstance(state.get("param_groups"), list):
+            yield "its optimizer_states lack a state or groups of parameters"
 
 
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:

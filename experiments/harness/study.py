@@ -28,7 +28,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from diffusion_lit.evaluation.generation import (
 )
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report import Page
-from diffusion_lit.report.images import grid_image
+from diffusion_lit.report.images import titled_grid
 from diffusion_lit.runtime.hardware import hardware, pick_device
 from diffusion_lit.runtime.stopping import RunStopped, end
 from diffusion_lit.runtime.versions import commit
@@ -293,7 +293,9 @@ class Study:
         self.shown.append(("image", name, path, caption))
         return path
 
-    def images(self, name: str, images: Tensor | Image.Image, caption: str, columns: int = 10) -> Path:
+    def images(
+        self, name: str, images: Tensor | Image.Image, caption: str, columns: int = 10, names: Sequence[str] = ()
+    ) -> Path:
         """Keeps images.
 
         Args:
@@ -301,13 +303,14 @@ class Study:
             images: uint8 or, in [-1, 1], float images (N, C, H, W) to lay out in rows, or an image as it is.
             caption: A sentence on what they show.
             columns: Images per row.
+            names: What stands before each row; nothing by default.
 
         Returns:
             The PNG file.
         """
         if isinstance(images, Tensor):
             scaled = images / 127.5 - 1 if images.dtype == torch.uint8 else images
-            images = grid_image(scaled, columns)
+            images = titled_grid(list(scaled.split(columns)), names)
         path = self.folder / f"{name}.png"
         images.save(path)
         self.shown.append(("image", name, path, caption))

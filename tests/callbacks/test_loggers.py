@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.runs import DIGITS, TINY, stopped
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from diffusion_lit.callbacks import loggers
 from diffusion_lit.callbacks.loggers import note, show_image, with_logger_named
+from diffusion_lit.commands.place import wandb_id
 
 RUN = ["fit", "--config", DIGITS, *TINY, "--loss_by_noise_level.batches=0", "--trainer.max_steps=2"]
 
@@ -76,3 +78,30 @@ def test_wandb_is_given_the_same_offline(lightning, tmp_path, monkeypatch):
     assert "Adam" in summary["hardware"] and json.dumps(config, default=str).count("UNet")
     files = sorted(path.suffix for path in tmp_path.rglob("media/*/**/*") if path.is_file())
     assert files == [".gif", ".png", ".png"]
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_fresh_one_does_not(lightning, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run, seen = Path("runs/edm_digits/version_0"), []
+    more = [*RUN[:-1], "--sample_grid.every=0", "--trajectory.every=0", "--trainer.logger=wandb"]
+    for words in (
+        [*more, "--trainer.max_steps=1"],
+        [*more, "--trainer.max_steps=2", "--ckpt_path=last"],
+        ["fit", f"--config={run}/config.yaml", "--trainer.max_steps=1"],
+    ):
+        lightning(*words)
+        seen.append(wandb.run.id)
+        wandb.finish()
+    assert seen[0] == seen[1] != seen[2]
+    assert len(list(run.glob(f"wandb/offline-run-*-{seen[0]}"))) == 2 and wandb_id(run) == seen[0]
+    assert "id" not in yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]
+
+
+def test_the_wandb_run_of_a_folder_is_the_one_that_was_started_last(tmp_path):
+    assert wandb_id(tmp_path) is None
+    for name in ("run-20260101_120000-of-a-user", "offline-run-20260102_110000-k2", "latest-run", "debug.log"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    assert wandb_id(tmp_path) == "k2"
+    (tmp_path / "wandb/run-20260102_110001-of-a-user").mkdir()
+    assert wandb_id(tmp_path) == "of-a-user"

@@ -405,8 +405,13 @@ def test_what_a_run_says(lightning, capsys, recwarn):
         said = capsys.readouterr().out
         assert f"Nothing was trained: the run stood at step 10, and trainer.max_steps is {steps}" in said
     lightning("fit", *FIT, "--trainer.max_steps=11", "--ckpt_path=last", "--trainer.enable_model_summary=true")
-    assert "max_time" not in capsys.readouterr().out
-    assert not [one for one in recwarn if "model summary" in str(one.message)]
+    said = capsys.readouterr().out
+    assert "max_time" not in said and "flops" not in said.lower().replace("gflop", "")
+    count = sum(weight.numel() for weight in load_module(LAST).parameters())
+    assert f"{count:,}" in next(line for line in said.splitlines() if line.startswith("Total"))
+    RUN.parent.rename("runs/renamed")
+    lightning("fit", *FIT, "--name=renamed", "--trainer.max_steps=12", "--ckpt_path=last")
+    assert not [one for one in recwarn if "model summary" in str(one.message) or "dirpath" in str(one.message)]
 
 
 def test_a_learning_rate_that_waits_for_what_is_never_measured_is_refused(lightning, capsys):
@@ -430,6 +435,8 @@ def test_files_that_training_cannot_go_on_from_are_one_sentence(lightning, train
     for field, value in (
         *[("hyper_parameters", None), ("state_dict", [1]), ("loops", 3), ("callbacks", None), ("global_step", "one")],
         *[("optimizer_states", {}), ("lr_schedulers", None), ("current_model_state", []), ("diffusion_lit", None)],
+        *[("optimizer_states", [3]), ("optimizer_states", [{"state": 3}]), ("state_dict", {"a": 1})],
+        *[("loops", {"fit_loop": 3}), ("callbacks", {"EMA": None})],
     ):
         torch.save({**whole, field: value}, "malformed.ckpt")
         said = told(capsys, lightning, "fit", *FIT, "--trainer.max_steps=2", "--ckpt_path=malformed.ckpt")

@@ -216,5 +216,5 @@ def test_bad_input_is_named(make, words):
 
 
 def test_a_base_without_draws_says_so():
-    with pytest.raises(NotImplementedError):
-        NoiseLevels().sample(1, torch.Generator())
+    with pytest.raises(TypeError, match="abstract"):
+        NoiseLevels()

@@ -186,5 +186,5 @@ def test_clamp_moves_to_the_edges():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="sigma_data is 0"):
         EDMPreconditioning(0.0)
-    with pytest.raises(NotImplementedError):
-        Preconditioning((0.1, 1.0))(0.5)
+    with pytest.raises(TypeError, match="abstract"):
+        Preconditioning((0.1, 1.0))

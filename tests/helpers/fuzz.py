@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import random
+import re
 import resource
 import signal
 from pathlib import Path
@@ -157,8 +158,9 @@ def attempt(main, line, seconds=60):
 
 
 def told(said):
-    """What a command told, without the warnings before it."""
-    return said[said.rfind("diffusion-lit: ") :].strip() if "diffusion-lit: " in said else ""
+    """What a command told, without the warnings before it and its name."""
+    found = re.search(r"^diffusion-lit: (.*)", said, re.MULTILINE | re.DOTALL)
+    return found[1].strip() if found else ""
 
 
 def run(cases, outcomes, memory=4 * 2**30):

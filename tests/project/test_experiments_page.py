@@ -41,6 +41,7 @@ SMALLEST = {  # options of a command that stand in the place of the page's, or b
     "schedules": ["--num_steps=[24]", "--few=3"],
     "variance": ["--num_steps=4", "--scales=[0.5]"],
     "memorization": ["--counts=[1,16]"],
+    "metrics": ["--counts=[10,20]", "--draws=2"],
 }
 
 

@@ -8,7 +8,16 @@ import torch
 from PIL import Image
 
 from diffusion_lit.diffusion.images import to_uint8
-from diffusion_lit.report.images import StepRecorder, grid_image, png_bytes, save_gif, titled_grid
+from diffusion_lit.report.images import (
+    Cell,
+    StepRecorder,
+    grid_image,
+    labelled_grid,
+    png_bytes,
+    save_gif,
+    titled_grid,
+    wrapped,
+)
 
 
 def test_bytes_are_rounded_and_clipped():
@@ -89,3 +98,17 @@ def test_each_sample_has_a_gif_of_its_own_that_ends_as_the_sample(scale, side):
         assert abs(pixels - to_uint8(final[index])[0].numpy().astype(int)).max() <= 1
     assert recorder.strip(count=2).height < recorder.strip(count=4).height < recorder.strip(count=5).height
     assert recorder.strip().size == recorder.strip(count=4).size
+
+
+def test_a_long_heading_is_broken_into_lines_and_what_is_left_out_is_marked():
+    prompt = "an oil painting of a snowy mountain village with many small houses and a church"
+    assert wrapped(prompt, 20).split("\n") == ["an oil painting of a", "snowy mountain", "village with ..."]
+    assert wrapped("start 3\nsigma 40", 20) == "start 3\nsigma 40" and wrapped("", 20) == ""
+    # Words beside a row and above a column stay within its cell: between two rows nothing is written.
+    image = torch.zeros(1, 8, 8)
+    figure = np.asarray(labelled_grid([[Cell(image)] * 2] * 2, [prompt] * 2, [prompt] * 2).convert("L"))
+    dark = figure < 128
+    columns = np.flatnonzero(dark.mean(0) > 0.5)  # of the images
+    beside, rows = dark[:, : columns[0] - 2], np.flatnonzero(dark[:, columns[0] + 5])
+    between = rows[np.argmax(np.diff(rows))] + 3, rows[np.argmax(np.diff(rows)) + 1] - 3
+    assert beside.any() and not beside[between[0] : between[1]].any()

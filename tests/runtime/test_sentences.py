@@ -2,12 +2,13 @@
 
 import io
 import sys
+import warnings
 from typing import Any, Literal
 
 import pytest
 from jsonargparse import ArgumentParser
 
-from diffusion_lit.runtime.sentences import plain, sentence
+from diffusion_lit.runtime.sentences import plain, say_warnings_plainly, sentence
 from diffusion_lit.runtime.stopping import RunStopped, end, told
 
 
@@ -103,6 +104,17 @@ def test_a_bug_amid_training_keeps_its_traceback_and_memory_is_explained():
     assert told(MemoryError(), batch_size=7, fits=True).status == 2
     late = told(MemoryError(), started=True, batch_size=7, fits=True)
     assert late.status == 1 and "batch_size 7" in str(late) and len(str(late)) <= 400
+
+
+def test_a_warning_is_a_sentence_without_the_code_behind_it(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", before := warnings.formatwarning)
+    monkeypatch.setenv("DIFFUSION_LIT_DEBUG", "1")
+    say_warnings_plainly()
+    assert warnings.formatwarning is before
+    monkeypatch.delenv("DIFFUSION_LIT_DEBUG")
+    say_warnings_plainly()
+    said = warnings.formatwarning(UserWarning("x is 3;\n  give 4."), UserWarning, "code.py", 7, "warn(told)")
+    assert said == "warning: x is 3; give 4.\n"
 
 
 def test_a_pipe_that_is_closed_ends_in_silence(capsys, monkeypatch):
