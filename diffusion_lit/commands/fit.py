@@ -54,6 +54,7 @@ from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.beginning import begin, source_of
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
+from diffusion_lit.commands.nulls import refuse_null_arguments, refuse_nulls
 from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length_said_last
 from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
 from diffusion_lit.modules.base import BaseModule
@@ -276,6 +277,10 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Makes the run's folder, and tells loggers of it."""
         config = self.config[self.subcommand]
+        for part in ("model", "data", "trainer"):
+            refuse_nulls(config.get(part), part)
+        for part, callback in CALLBACKS.items():
+            refuse_null_arguments(callback.__init__, vars(config[part]), part)
         refuse_sharding(config.trainer.get("strategy"))  # before it is made, which may need a library
         if not config.trainer.get("fast_dev_run"):
             self.place.settle(config, str(self.subcommand))

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from diffusion_lit import __version__
 from diffusion_lit.runtime import watchdog
@@ -213,6 +213,8 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     An argument that is a dataclass is given by its fields, each an option of the command. One that is a list of texts
     is given one by one, `--prompt "a" --prompt "b"`, each as it stands.
     """
+    from diffusion_lit.commands.nulls import refuse_null_arguments
+
     parser, spread = function_parser(function, names, notes), spread_arguments(function)
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     for kind in spread.values():
@@ -224,12 +226,13 @@ def _run_function(function: Callable[..., Any], names: list[str], args: list[str
     options = parser.parse_args(_spell_out_flags(args, flags))
     values = {**parser.instantiate_classes(options).as_dict(), **texts}
     values.pop("trust")
+    for one in (function, *(kind.__init__ for kind in spread.values())):
+        refuse_null_arguments(one, values)
     warnings.filterwarnings("ignore", category=FutureWarning)
     say_warnings_plainly()
-    if values.get("ckpt_path"):
-        values["ckpt_path"] = _find(values["ckpt_path"])
-    if values.get("guide_ckpt"):
-        values["guide_ckpt"] = _find(values["guide_ckpt"])
+    for name in ("ckpt_path", "guide_ckpt"):
+        if values.get(name):
+            values[name] = _find(values[name], sys.stderr if values.get("json") else sys.stdout)
     for name, kind in spread.items():
         values[name] = kind(**{option.name: values.pop(option.name) for option in fields(kind)})
     if "torch" in sys.modules:  # a command that computes nothing does without its 7 seconds
@@ -246,13 +249,13 @@ def _renamed(arg: str, known: Mapping[str, Any]) -> str:
     return f"--{new}{equals}{value}" if arg.startswith("--") and new in known and name not in known else arg
 
 
-def _find(given: str) -> str:
+def _find(given: str, told_to: TextIO) -> str:
     """The checkpoint that `last`, `best` or a run's folder means, which is told."""
     from diffusion_lit.storage.runs import find_checkpoint
 
     found = str(find_checkpoint(given))
     if found != given:
-        print(f"Using {found}")
+        print(f"Using {found}", file=told_to)
     return found
 
 

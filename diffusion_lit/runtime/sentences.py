@@ -21,8 +21,13 @@ _AROUND = re.compile(r"Problem with given class_path .*:$|Parser key \"[^\"]*\":
 _EXPECTED = re.compile(
     r"(?:Expected an? (<class .*?|typing\..*?)|Not a valid subclass of (\w+))(?:\. Got value:(.*))?$"
 )
-_OF_ITS_CODE = re.compile("'.*' object has no attribute '|unhashable type|argument of type")
-_NO_PATH = re.compile(r"Expected a dot import path string: (.*)$")
+_OF_ITS_CODE = re.compile(  # errors of jsonargparse's own code
+    "'.*' object has no attribute '|unhashable type|argument of type"
+)
+_NO_MAPPING = re.compile("Unable to load config '(.*)'")
+_NO_PATH = re.compile(
+    r"Expected (?:a dot import path string: |an import path or a subclass spec, but got )(.*?)(?:\. Got value.*)?$"
+)
 
 
 def debugging() -> bool:
@@ -48,7 +53,8 @@ def sentence(error: BaseException) -> str:
         )
     said = plain(str(error))
     kind = type(error).__name__
-    if said and (isinstance(error, OF_THE_USER) or kind == "MisconfigurationException"):
+    told = isinstance(error, OF_THE_USER) or kind == "MisconfigurationException" or said.startswith("init_args must be")
+    if said and told:
         return said
     return f"{plain(f'{kind}: {said}'.removesuffix(': '), LONGEST - 50).rstrip('.')}. {DEBUG}=1 shows where."
 
@@ -107,22 +113,23 @@ def _innermost(text: str, key: str) -> str:
     text = re.sub(r"(?m)^\s*(?:Given value(?: type)?|Subtypes):.*$", "", text)
     text = re.sub(r"Type typing\.Callable\[.*\] expects a function or a callable class: ", "", text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith((*_NEST, *_CHOICES)) and not _AROUND.match(line)]
+    around = (*_NEST, *_CHOICES, "Import path") if tensors else (*_NEST, *_CHOICES)
+    lines = [line for line in lines if line and not line.startswith(around) and not _AROUND.match(line)]
     about = f"{key}: " if key else ""
     paths = [match[1] for line in lines if (match := _NO_PATH.match(line))]
     if paths and not tensors:
         return f"{key or 'A class'} is {paths[0]}; give a class's full name, such as datamodules.Digits."
-    if any(
-        re.search("^'.*' object has no attribute '|^unhashable type", line) for line in lines
-    ):  # of jsonargparse's own code
+    if any(_OF_ITS_CODE.match(line) for line in lines):
         return f"{key or 'A value'} is neither a class_path with its init_args nor a mapping of options."
     if given and any(line.startswith("Expected an instantiatable class, but") for line in lines):
         return f"{key or 'A class'} is {given[-1]}, the base of others; give one of these by its full name."
+    if key and (loaded := next((match for line in lines if (match := _NO_MAPPING.match(line))), None)):
+        return f"{key} is {loaded[1]}; give a mapping of its options."
     if helpful := [line for line in lines if not line.startswith(("Expected a", "Not a valid subclass"))]:
         return about + helpful[0]
     asked = [match for line in lines if (match := _EXPECTED.match(line))]
     asked = [match for match in asked if match[3] is not None] or asked  # what names its value is the innermost
-    types = dict.fromkeys(_type(match[1]) if match[1] else f"a {match[2]} by class_path" for match in asked)
+    types = dict.fromkeys(type_in_words(match[1]) if match[1] else f"a {match[2]} by class_path" for match in asked)
     value = next((match[3] for match in asked if match[3] is not None), given[0] if given else None)
     if not types or value is None:
         return about + (lines[0] if lines else "This value is not valid.")
@@ -133,8 +140,15 @@ def _innermost(text: str, key: str) -> str:
     return f"{key or 'A value'} is {value}; give {' or '.join(named)}."
 
 
-def _type(name: str) -> str:
-    """A type in a user's words."""
+def type_in_words(name: str) -> str:
+    """A type in a user's words.
+
+    Args:
+        name: As Python shows it, such as `<class 'int'>`.
+
+    Returns:
+        Such as "a whole number"; of other classes the name alone.
+    """
     known = {"int": "a whole number", "float": "a number", "str": "a word", "bool": "true or false", "NoneType": "null"}
     inner = re.sub(r"^<class '(?:.*\.)?(\w+)'>$", r"\1", name)
     listed = {"tuple": "a list", "list": "a list", "dict": "a mapping"}

@@ -156,7 +156,7 @@ def test_a_folder_holds_the_files_of_one_run(edit, capsys):
     assert "interpolation.gif" in found and "start_0_0.png" not in found
 
 
-def test_figures_are_printed_as_a_table_or_as_json(edit, capsys):
+def test_figures_are_printed_as_a_table_or_as_json(edit, trained, lightning, capsys):
     capsys.readouterr()
     record = edit("denoise", "ddpm", "--timesteps=[250, 500]", "--kernel_sizes=[3, 5]", "--num_steps=3")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -168,9 +168,11 @@ def test_figures_are_printed_as_a_table_or_as_json(edit, capsys):
     shape = np.cos((np.array([0, 251, 501]) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # the cosine schedule, by hand
     expected = np.sqrt(shape[0] / shape[1:] - 1)
     assert np.allclose([float(sigma) for sigma in record["psnr"]["noisy"]], expected, rtol=1e-3)
-    edit("invert", "edm", "--num_steps=3", "--json")
-    printed = capsys.readouterr().out
-    assert json.loads(printed[printed.index("{") :])["psnr"] == json.loads(Path("out/record.json").read_text())["psnr"]
+    run = checkpoint(trained, "edm").parents[2]  # which is told, but not to the program that reads the figures
+    lightning("edit", "invert", "--ckpt_path", run, "--device=cpu", "--out=out", "--num_steps=3", "--json")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["psnr"] == json.loads(Path("out/record.json").read_text())["psnr"]
+    assert f"Using {run}/version_0" in printed.err
     assert "has no schedule; give --sigmas" in stopped(capsys, edit, "forward", "edm", "--timesteps=[250]")
     assert "no step 1000 in --timesteps" in stopped(capsys, edit, "forward", "ddpm", "--timesteps=[1000]")
     assert "kernel_sizes is [3] for 4" in stopped(capsys, edit, "denoise", "ddpm", "--kernel_sizes=[3]")

@@ -8,6 +8,8 @@ import pytest
 from helpers.project_files import ROOT
 from helpers.runs import DIGITS, FIT, stopped
 
+from diffusion_lit.commands.nulls import refuse_nulls
+
 CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 
 
@@ -16,8 +18,8 @@ CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
     [
         (["--trainer.accelerator=gpu"], ["gpu", "doctor"]),
         (["--trainer.devices=0"], ["devices", "'0'"]),
-        (["--trainer.devices=-2"], ["devices -2", "int > 0", "doctor"]),
-        (["--trainer.accelerator=tpu"], ["torch_xla", "accelerator 'tpu'"]),
+        (["--trainer.devices=-2"], ["devices '-2'", "int > 0", "doctor"]),
+        (["--trainer.accelerator=tpu"], ["trainer refuses", "torch_xla"]),
         (["--model.init_args.optimizer.init_args.lr=fast"], ["lr is fast; give a number."]),
         (["--trainer.val_check_interval=0.5"], ["val_check_interval is 0.5", "optimizer steps"]),
         (["--trainer.enable_checkpointing=false"], ["enable_checkpointing is false", "leave it out"]),
@@ -28,6 +30,12 @@ CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
         (["--trainer.precision=17"], ["trainer.precision is 17", "'bf16-mixed'"]),
         (["--ema.half_life=x"], ["ema.half_life is x; give a number or null."]),
         (["--data.init_args.batch_size=0"], ["diffusion-lit: batch_size is 0; give a whole number from 1 on."]),
+        (["--data.init_args.batch_size=null"], ["data.batch_size is null; give a whole number."]),
+        (["--model.init_args.optimizer=null"], ["optimizer is null; give a class by class_path."]),
+        (["--guard=skip"], ["guard is skip; give a mapping of its options."]),
+        (["--model.init_args.net={class_path: 3}"], ["net is neither a class_path with its init_args nor"]),
+        (["--sample_grid.rows=null"], ["sample_grid.rows is null; give a whole number."]),
+        (["--model.init_args.lr_scheduler=7"], ["lr_scheduler is 7; give a class's full name"]),
         (["--data.class_path=Nope"], ["data is Nope; give a class's full name"]),
         (["--trajectory.count=1000000000"], ["1000000000", "trajectory.count"]),
         (["--model.init_args.optimizer.init_args.betas=null"], ["betas"]),
@@ -47,6 +55,16 @@ def test_what_is_wrong_with_a_run_is_one_sentence_before_it_starts(lightning, ca
     told = said[said.rindex("diffusion-lit: ") :]
     assert all(word in told for word in words), told
     assert len(told) <= 411 and "Union subtypes" not in said
+
+
+def test_null_is_taken_where_it_may_stand_alone(capsys, lightning):
+    net = {"class_path": "diffusion_lit.nets.UNet", "init_args": {"in_channels": None, "condition_channels": 1}}
+    model = {"class_path": "diffusion_lit.modules.EDM", "init_args": {"net": net, "lr_scheduler": None}}
+    refuse_nulls([model, {"class_path": "datamodules.Digits", "init_args": {"on_device": None}}])
+    net["init_args"]["channel_mult"] = None
+    with pytest.raises(ValueError, match=r"^model\.net\.channel_mult is null; give a list\.$"):
+        refuse_nulls({"model": model})
+    assert "num_samples is null; give a whole number." in stopped(capsys, lightning, "sample", "--num_samples=null")
 
 
 @pytest.mark.medium

@@ -115,7 +115,7 @@ def line_cases(seed, count, folder, ckpt_path):
             "num_samples": 8,
             "count": 2,
             "num_steps": 2,
-            "out": "drawn",
+            "out": {"evaluate": "drawn.json", "report": "drawn.html"}.get(command, "drawn"),
         }
         yield [*command.split(), *[f"--{name}={small[name]}" for name in names if name in small], *mistakes]
 

@@ -1,0 +1,80 @@
+"""Refuses null where a class or a command takes none: jsonargparse lets it pass, and code would fail on it later."""
+
+import inspect
+import types
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import Namespace
+
+from diffusion_lit.runtime.sentences import type_in_words
+
+LINKED = ("in_channels", "image_size", "num_classes")  # of networks, which the data decides
+
+
+def refuse_nulls(config: Any, key: str = "") -> None:
+    """Looks through a configuration for arguments that are null and must not be.
+
+    Args:
+        config: Namespaces, dictionaries and lists of plain values.
+        key: Where it stands.
+
+    Raises:
+        ValueError: If there is one; it is named with what it takes.
+    """
+    if isinstance(config, list):
+        for one in config:
+            refuse_nulls(one, key)
+    config = vars(config) if isinstance(config, Namespace) else config
+    if not isinstance(config, dict):
+        return
+    path, given = config.get("class_path"), config.get("init_args")
+    arguments = vars(given) if isinstance(given, Namespace) else given
+    if isinstance(path, str) and "." in path and isinstance(arguments, dict):
+        module, _, name = path.rpartition(".")
+        refuse_null_arguments(getattr(import_module(module), name).__init__, arguments, key)
+    for name, part in config.items():
+        refuse_nulls(part, key if name == "init_args" else f"{key}.{name}".strip("."))
+
+
+def refuse_null_arguments(function: Callable[..., Any], arguments: dict[str, Any], key: str = "") -> None:
+    """Refuses null for an argument of a function that is annotated with other types, and whose default is not null.
+
+    Args:
+        function: The function.
+        arguments: Values by name, of which it may take some.
+        key: Where they stand in a configuration.
+
+    Raises:
+        ValueError: If there is such a null.
+    """
+    nulls = [name for name, value in arguments.items() if value is None and name not in LINKED]
+    if not nulls:
+        return
+    parameters, hints = inspect.signature(function).parameters, _hints(function)
+    for name in nulls:
+        kind = hints.get(name, Any)
+        if name in parameters and parameters[name].default is not None and not _takes_null(kind):
+            raise ValueError(f"{f'{key}.{name}'.strip('.')} is null; give {_words(kind)}.")
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # of names that are there for type checkers alone
+        return {}
+
+
+def _takes_null(kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_takes_null(one) for one in get_args(kind))
+    return kind in (Any, None, type(None), object) or not (isinstance(kind, type) or get_origin(kind))
+
+
+def _words(kind: Any) -> str:
+    """A type in a user's words."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_words(one) for one in get_args(kind))
+    words = type_in_words(str(kind if get_origin(kind) in (None, Literal) else get_origin(kind)))
+    return words if " " in words else f"a {'class' if words == 'Callable' else words} by class_path"
