@@ -13,6 +13,8 @@ from diffusion_lit.report.receipt_page import likelihood_sentence, plain_table, 
 from diffusion_lit.runtime.ranks import fabric as ranks_of
 from diffusion_lit.runtime.ranks import one_process, several
 
+WIDEST = 100  # characters of a table in a terminal; a wider one is laid on its side, where that is narrower
+
 
 def evaluate(plan: Plan, devices: int = 1, strategy: str = "auto", json: bool = False) -> None:
     """Measures a checkpoint: Fréchet and kernel distance, precision, recall and more, with a receipt.
@@ -52,11 +54,18 @@ def summary(report: dict[str, Any], written: list[str]) -> str:
     """
     lines = []
     for table in tables(report):
-        lines += [table.title, plain_table([table.header, *table.rows]), ""]
+        rows = [table.header, *table.rows]
+        ways = [plain_table(rows), plain_table(list(zip(*rows, strict=True)))]
+        fits = _width(ways[0]) <= WIDEST
+        lines += [table.title, ways[0] if fits else min(ways, key=_width), ""]
     likelihood = likelihood_sentence(report)
     lines += [likelihood] if likelihood else []
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     return "\n".join([*lines, *(f"  {path}" for path in written)])
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
 def help_notes() -> str:

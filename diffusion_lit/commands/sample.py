@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.options import StepsOptions
+from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.samplers import sampler_table
@@ -49,10 +50,11 @@ def sample(
     """Draws images from a checkpoint, or from a pretrained model of diffusers.
 
     Writes OUT/samples.npz (`arr_0`: uint8 images N x H x W x C, and `labels`), batch by batch, and OUT/grid.png with
-    the first ones. With --trajectory it adds OUT/trajectory.png (4 samples), OUT/trajectory.gif (up to 16) and a GIF of
-    each of these, OUT/trajectory_0.gif, OUT/trajectory_1.gif, ... Sample i has the seed SEED + i and is the same image
-    whatever the batch size and the number of devices. What is not given is as the model was trained to be sampled (a
-    pretrained one as its own pipeline samples, which may take 1,000 steps). The average (EMA) weights are used.
+    the first ones. With --trajectory it adds OUT/trajectory.gif (up to 16 samples, evenly spread over the first batch),
+    OUT/trajectory.png (4 of them) and a GIF of each by its number, OUT/trajectory_0.gif, ... Sample i has the seed
+    SEED + i and is the same image whatever the batch size and the number of devices. What is not given is as the model
+    was trained to be sampled (a pretrained one as its own pipeline samples, which may take 1,000 steps). The average
+    (EMA) weights are used.
     With several --num_steps the samples by each lie in OUT/steps_10, OUT/steps_20, ..., and OUT/table.png has the first
     one of each prompt or class in a row, a column per number of steps.
     A model that is given an image is given those of its data's test split, degraded or as they are paired: the sample
@@ -196,7 +198,7 @@ class SampleJob:
                 return None
         channels, height, width = self.module.image_shape
         labels = None if self.classes is None else self.classes.numpy()
-        recorder = StepRecorder(keep=min(RECORDED, self.count)) if self.trajectory else None
+        recorder = StepRecorder(self.recorded(ranks)) if self.trajectory else None
         preview = Preview(self.classes, self.count, height, self.module.class_names)
         self.folder.mkdir(parents=True, exist_ok=True)
         archive = SampleArchive(self.folder / "samples.npz", (self.count, height, width, channels), labels)
@@ -208,8 +210,16 @@ class SampleJob:
         finally:
             if archive.partial is not None:
                 print(f"{archive.rows} of {self.count} samples were drawn and are in {archive.partial}.")
-        self.write(preview, recorder)
+        self.write(preview, recorder, self.recorded(ranks))
         return preview
+
+    def recorded(self, ranks: Fabric | None) -> list[int]:
+        """The samples of the first batch whose steps are kept, evenly spread, so that they are of several classes."""
+        size = self._batch(ranks)
+        return evenly(0, size - 1, min(RECORDED, size))
+
+    def _batch(self, ranks: Fabric | None) -> int:
+        return min(self.batch_size, -(-self.count // (1 if ranks is None else ranks.world_size)))
 
     def batches(
         self, ranks: Fabric | None = None, recorder: StepRecorder | None = None
@@ -227,7 +237,7 @@ class SampleJob:
             ValueError: On all ranks, if a value is not finite.
         """
         world, rank = (1, 0) if ranks is None else (ranks.world_size, ranks.global_rank)
-        size = min(self.batch_size, -(-self.count // world))
+        size = self._batch(ranks)
         for start in tqdm(range(0, self.count, size * world), desc="sampling", unit="batch", disable=rank > 0):
             first = min(start + rank * size, self.count)
             rows = range(first, min(first + size, self.count))
@@ -254,22 +264,24 @@ class SampleJob:
         chosen = None if self.classes is None else self.classes[rows.start : rows.stop]
         return self.module.generate(seeds, chosen, self.settings, recorder)
 
-    def write(self, preview: "Preview", recorder: StepRecorder | None) -> None:
+    def write(self, preview: "Preview", recorder: StepRecorder | None, recorded: Sequence[int]) -> None:
         """Writes the images to look at, removes those of an earlier run, and prints where everything is.
 
         Args:
             preview: Some of the samples.
-            recorder: How the first ones came to be, or None.
+            recorder: How some of them came to be, or None.
+            recorded: Their indices.
         """
-        singles = [f"trajectory_{index}.gif" for index in range(RECORDED)]
-        for name in ("trajectory.png", "trajectory.gif", "given.png", "samples.partial.npz", *singles):
+        for name in ("trajectory.png", "trajectory.gif", "given.png", "samples.partial.npz"):
             (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.glob("trajectory_*.gif"):
+            path.unlink()
         preview.image().save(self.folder / "grid.png")
         if recorder is not None and recorder.x:
-            recorder.strip().save(self.folder / "trajectory.png")
+            recorder.strip(spread=True).save(self.folder / "trajectory.png")
             save_gif(recorder.frames(columns=4), self.folder / "trajectory.gif")
-            for name, gif in zip(singles, recorder.animations(self.scale), strict=False):
-                (self.folder / name).write_bytes(gif)
+            for index, gif in zip(recorded, recorder.animations(self.scale), strict=True):
+                (self.folder / f"trajectory_{index}.gif").write_bytes(gif)
         given = as_given(self.module)
         if given is not None:
             shown = sorted(preview.wanted)[:SHOWN]

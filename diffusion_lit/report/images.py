@@ -190,11 +190,11 @@ class StepRecorder:
     """A sampler's callback that keeps x and x0_hat of each step.
 
     Args:
-        keep: Number of images of the batch to keep.
+        keep: Number of images of the batch to keep, the first ones, or their places in it.
     """
 
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
+    def __init__(self, keep: int | Sequence[int]) -> None:
+        self.keep = slice(keep) if isinstance(keep, int) else list(keep)
         self.x: list[Tensor] = []
         self.x0_hat: list[Tensor] = []
         self.sigmas: list[float] = []
@@ -208,23 +208,26 @@ class StepRecorder:
             x0_hat: The denoiser's predictions.
             sigma: The noise level.
         """
-        self.x.append(x[: self.keep].detach().float().cpu())
-        self.x0_hat.append(x0_hat[: self.keep].detach().float().cpu())
+        self.x.append(x[self.keep].detach().float().cpu())
+        self.x0_hat.append(x0_hat[self.keep].detach().float().cpu())
         self.sigmas.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
 
-    def strip(self, columns: int = 10, count: int = 4) -> Image.Image:
-        """For each of the first images, a row of x above a row of x0_hat, from noise to image.
+    def strip(self, columns: int = 10, count: int = 4, spread: bool = False) -> Image.Image:
+        """For some of the images, a row of x above a row of x0_hat, from noise to image.
 
         Args:
             columns: At most so many steps are shown, evenly spread, first and last among them.
             count: At most so many images are shown.
+            spread: Whether these are evenly spread too, and not the first ones.
 
         Returns:
             The strip; x is scaled to unit variance, x / sqrt(1 + sigma^2), so that it can be seen.
         """
         steps = self._spread(columns)
         rows = []
-        for index in range(min(count, self.x[0].shape[0])):
+        kept = self.x[0].shape[0]
+        count = min(count, kept)
+        for index in evenly(0, kept - 1, count) if spread else range(count):
             rows.append([self._visible(step)[index] for step in steps])
             rows.append([self.x0_hat[step][index] for step in steps])
         headings = [f"sigma {self.sigmas[step]:.3g}" for step in steps]

@@ -155,6 +155,11 @@ def test_samples_are_written_as_they_come_and_only_those_of_one_run_are_there(
     for row, column in ((0, 0), (3, 7), (9, 9)):
         tile = tiles[68 * row : 68 * row + 64 : 8, 68 * column : 68 * column + 64 : 8]
         assert (tile == whole[40 * row + column, :, :, 0]).all()
+    recorded = sorted(int(path.stem.split("_")[1]) for path in Path("out").glob("trajectory_*.gif"))
+    assert len(recorded) == 16 and recorded[0] == 0 and recorded[-1] == 99  # of several classes
+    gif = Image.open("out/trajectory_99.gif")
+    gif.seek(gif.n_frames - 1)
+    assert np.abs(np.asarray(gif.convert("L"))[::32, ::32].astype(int) - whole[99, :, :, 0]).max() <= 1
 
     lightning(*draw, "--num_samples=23", "--labels=all", "--batch_size=5")
     assert sorted(os.listdir("out")) == ["grid.png", "samples.npz"]
