@@ -105,10 +105,10 @@ def test_a_long_heading_is_broken_into_lines_and_what_is_left_out_is_marked():
     assert wrapped(prompt, 20).split("\n") == ["an oil painting of a", "snowy mountain", "village with ..."]
     assert wrapped("start 3\nsigma 40", 20) == "start 3\nsigma 40" and wrapped("", 20) == ""
     # Words beside a row and above a column stay within its cell: between two rows nothing is written.
-    image = torch.zeros(1, 8, 8)
-    figure = np.asarray(labelled_grid([[Cell(image)] * 2] * 2, [prompt] * 2, [prompt] * 2).convert("L"))
-    dark = figure < 128
-    columns = np.flatnonzero(dark.mean(0) > 0.5)  # of the images
-    beside, rows = dark[:, : columns[0] - 2], np.flatnonzero(dark[:, columns[0] + 5])
-    between = rows[np.argmax(np.diff(rows))] + 3, rows[np.argmax(np.diff(rows)) + 1] - 3
-    assert beside.any() and not beside[between[0] : between[1]].any()
+    image = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 8, 8)  # red, unlike words
+    figure = np.asarray(labelled_grid([[Cell(image)] * 2] * 2, [prompt] * 2, [prompt] * 2)).astype(int)
+    red = figure[..., 0] - figure[..., 1] > 200
+    rows, left = np.flatnonzero(red.any(1)), int(np.flatnonzero(red.any(0))[0])
+    end = int(np.argmax(np.diff(rows)))
+    beside = (figure < 128).all(-1)[:, : left - 2]
+    assert beside.any() and not beside[rows[end] + 3 : rows[end + 1] - 3].any()
