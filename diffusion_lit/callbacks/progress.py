@@ -71,6 +71,12 @@ class ProgressBar(TQDMProgressBar):
         self._drawn, self._pending = now, None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Lightning's, without the last characters of the version, of version_5 "on_5"."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws what is still to be drawn of the epoch."""
         if self._pending is not None:

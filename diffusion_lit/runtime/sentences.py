@@ -133,7 +133,7 @@ def _innermost(text: str, key: str) -> str:
     value = next((match[3] for match in asked if match[3] is not None), given[0] if given else None)
     if not types or value is None:
         return about + (lines[0] if lines else "This value is not valid.")
-    value = value.strip() or "empty"
+    value = {"": "empty", "None": "null"}.get(value.strip(), value.strip())
     value = value if len(value) <= 80 else f"{value[:60]} ... {value[-15:]}"
     # Python may hand out `float | int` for `int | float`, whichever it made first.
     named = sorted(types, key=lambda one: {"a whole number": -1, "a number": 1, "null": 2}.get(one, 0))

@@ -47,7 +47,8 @@ def test_the_progress_bar_is_the_same_whatever_is_installed(lightning, monkeypat
 
     monkeypatch.setattr(callback_connector, "_RICH_AVAILABLE", True)
     lightning("fit", "--config", DIGITS, *TINY, "--trainer.max_steps=2", "--trainer.enable_progress_bar=true")
-    assert "Epoch 0:" in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert "Epoch 0:" in said and "val/loss=" in said and "v_num" not in said
 
 
 def test_the_progress_bar_is_drawn_twice_a_second_and_at_the_end(lightning, monkeypatch):
