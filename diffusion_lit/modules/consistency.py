@@ -152,12 +152,7 @@ class LatentConsistency(_FewSteps, LatentDiffusion):
             scale of the data.
         loss: As for `Consistency`.
         sampling: As for `Consistency`.
-        cache_latents: As for `LatentDiffusion`.
-        cache_dir: As for `LatentDiffusion`.
-        vae_precision: As for `LatentDiffusion`.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
-        label_dropout: Probability in [0, 1] of training a sample without its label.
+        options: Further arguments of `LatentDiffusion`.
 
     Raises:
         ValueError: If the prediction type does not give the image itself at noise level 0.
@@ -171,28 +166,10 @@ class LatentConsistency(_FewSteps, LatentDiffusion):
         noise_levels: NoiseLevels | None = None,
         loss: ConsistencyLoss | ContinuousConsistencyLoss | None = None,
         sampling: Sampling | None = None,
-        cache_latents: bool = True,
-        cache_dir: str | None = None,
-        vae_precision: str = "float32",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_dropout: float = 0.1,
+        **options: Any,
     ) -> None:
         scaling = scaling or EDMPreconditioning(sigma_data=1.0)
         check_boundary(scaling)
-        LatentDiffusion.__init__(
-            self,
-            net,
-            vae_ckpt,
-            scaling,
-            noise_levels or LogNormal(P_mean=-0.4, P_std=2.0),
-            None,
-            sampling or few_steps(scaling),
-            cache_latents,
-            cache_dir,
-            vae_precision,
-            optimizer,
-            lr_scheduler,
-            label_dropout,
-        )
+        levels = noise_levels or LogNormal(P_mean=-0.4, P_std=2.0)
+        super().__init__(net, vae_ckpt, scaling, levels, sampling=sampling or few_steps(scaling), **options)
         self.loss = loss or ConsistencyLoss()
