@@ -225,11 +225,12 @@ class DiffusionModule(GivenImages, BaseModule):
         sampling: How images are drawn from the model unless told otherwise.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
-        label_dropout: Probability of training a sample with the null class, in [0, 1], so that guidance has an
+        label_dropout: Probability in [0, 1] of training a sample with the null class, so that guidance has an
             unconditional branch (Ho & Salimans 2022).
-        augment: Augmentation of training images whose labels the network is told (`augment_dim` 9).
-        condition: The image that the network is given (`condition_channels`), made of the one to denoise or paired with
-            it.
+        augment: Non-leaky augmentation of training images (Karras 2022, appendix F.2); the network needs
+            `augment_dim: 9`.
+        condition: The image that the network is given, made of the one to denoise or paired with it; it needs its
+            `condition_channels`.
 
     Raises:
         ValueError: If `label_dropout` is no probability, or the network does not take the augmentation's labels or the
@@ -244,9 +245,9 @@ class DiffusionModule(GivenImages, BaseModule):
         noise_levels: NoiseLevels,
         loss: nn.Module,
         sampling: Sampling,
-        optimizer: OptimizerCallable,
-        lr_scheduler: LRSchedulerCallable | None,
-        label_dropout: float,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_dropout: float = 0.1,
         augment: Augment | None = None,
         condition: ImageCondition | None = None,
     ) -> None:

@@ -11,8 +11,6 @@ into it by the teacher's cfg_scale and drawn at cfg_scale 1.
 
 from typing import Any
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion.consistency_loss import ConsistencyLoss, ContinuousConsistencyLoss, check_boundary
@@ -22,7 +20,6 @@ from diffusion_lit.diffusion.noise import LogNormal, NoiseLevels
 from diffusion_lit.diffusion.preconditioning import EDMPreconditioning, Preconditioning
 from diffusion_lit.modules.base import DiffusionModule, Draws
 from diffusion_lit.modules.latent import LatentDiffusion
-from diffusion_lit.nets.augment import Augment
 from diffusion_lit.runtime.internals import trainer_of
 
 SECOND_LEVEL = 1.6  # the noise level of the second step, in standard deviations of the data
@@ -106,10 +103,7 @@ class Consistency(_FewSteps):
         loss: By default pseudo-Huber distances of the same draw at two noise levels whose gap shrinks over the run;
             `ContinuousConsistencyLoss` is the limit of no gap.
         sampling: How images are drawn; by default in two steps, from sigma_max and from 1.6 sigma_data.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
-        label_dropout: Probability in [0, 1] of training a sample without its label.
-        augment: Non-leaky augmentation of training images, as for `EDM`.
+        options: Further arguments of `DiffusionModule`.
 
     Raises:
         ValueError: If the prediction type does not give the image itself at noise level 0.
@@ -122,10 +116,7 @@ class Consistency(_FewSteps):
         noise_levels: NoiseLevels | None = None,
         loss: ConsistencyLoss | ContinuousConsistencyLoss | None = None,
         sampling: Sampling | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_dropout: float = 0.1,
-        augment: Augment | None = None,
+        **options: Any,
     ) -> None:
         scaling = scaling or EDMPreconditioning()
         check_boundary(scaling)
@@ -134,10 +125,8 @@ class Consistency(_FewSteps):
             noise_levels or LogNormal(P_mean=-1.1, P_std=2.0),
             loss or ConsistencyLoss(),
             sampling or few_steps(scaling),
-            optimizer,
-            lr_scheduler,
-            label_dropout,
-            augment,
+            condition=None,
+            **options,
         )
 
 

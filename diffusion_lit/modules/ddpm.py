@@ -1,7 +1,7 @@
 """DDPM: a denoiser on the discrete noise levels of a variance-preserving schedule (Ho 2020, arXiv 2006.11239)."""
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from typing import Any
+
 from torch import nn
 
 from diffusion_lit.diffusion import (
@@ -10,7 +10,6 @@ from diffusion_lit.diffusion import (
     DiscreteUniform,
     EpsPreconditioning,
     HybridLoss,
-    ImageCondition,
     LearnedVarianceDenoiser,
     LinearSchedule,
     NoiseLevels,
@@ -36,10 +35,7 @@ class DDPM(DiffusionModule):
             trains the variance of the steps as well (Nichol & Dhariwal 2021): give the network an `out_channels` of
             twice the images' channels, and sample with `sampler_options: {variance: learned}`.
         sampling: How images are drawn; by default ancestral sampling over all T steps, predicted images clipped.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
-        label_dropout: Probability in [0, 1] of training a sample without its label.
-        condition: The image that the network is given, such as a degraded one; it needs its `condition_channels`.
+        options: Further arguments of `DiffusionModule`.
 
     Raises:
         ValueError: If `prediction` is none of the three.
@@ -53,10 +49,7 @@ class DDPM(DiffusionModule):
         noise_levels: NoiseLevels | None = None,
         loss: DenoisingLoss | None = None,
         sampling: Sampling | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_dropout: float = 0.1,
-        condition: ImageCondition | None = None,
+        **options: Any,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"There is no prediction {prediction!r} here; choose one of {', '.join(PREDICTIONS)}.")
@@ -67,8 +60,5 @@ class DDPM(DiffusionModule):
             noise_levels or DiscreteUniform(schedule),
             loss or DenoisingLoss(),
             sampling or Sampling(sampler="ddpm", num_steps=schedule.num_steps, grid="trailing", clip_x0="static"),
-            optimizer,
-            lr_scheduler,
-            label_dropout,
-            condition=condition,
+            **options,
         )

@@ -9,8 +9,6 @@ holds the autoencoder, its hash and the scale of the latents, which is all that 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion import (
@@ -48,9 +46,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         cache_latents: Whether latents are encoded once and kept on disk; otherwise each step runs the encoder.
         cache_dir: Folder of such caches; `latents` in the folder of all caches by default.
         vae_precision: What the autoencoder computes in: float32, bfloat16 or float16.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
-        label_dropout: Probability in [0, 1] of training a sample without its label.
+        options: Further arguments of `DiffusionModule`, but for `augment` and `condition`.
     """
 
     autoencoder_is_frozen = True
@@ -66,18 +62,16 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         cache_latents: bool = True,
         cache_dir: str | None = None,
         vae_precision: str = "float32",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_dropout: float = 0.1,
+        **options: Any,
     ) -> None:
         super().__init__(
             Denoiser(net, scaling or EDMPreconditioning(sigma_data=1.0)),
             noise_levels or LogNormal(P_mean=-0.5, P_std=1.2),
             loss or DenoisingLoss(),
             sampling or Sampling(),
-            optimizer,
-            lr_scheduler,
-            label_dropout,
+            augment=None,
+            condition=None,
+            **options,
         )
         self.vae_ckpt = vae_ckpt
         self.vae_precision = vae_precision

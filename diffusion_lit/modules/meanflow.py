@@ -3,8 +3,8 @@
 The network is told where a step ends. Not told, it is a flow-matching model, which every other sampler works with.
 """
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from typing import Any
+
 from torch import nn
 
 from diffusion_lit.diffusion import (
@@ -16,7 +16,6 @@ from diffusion_lit.diffusion import (
     Sampling,
 )
 from diffusion_lit.modules.base import DiffusionModule
-from diffusion_lit.nets.augment import Augment
 
 
 class MeanFlow(DiffusionModule):
@@ -31,10 +30,7 @@ class MeanFlow(DiffusionModule):
         noise_levels: Distribution that training draws pairs of noise levels from.
         loss: The MeanFlow loss, with its weight and guidance.
         sampling: How images are drawn; by default in one step.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
-        label_dropout: Probability in [0, 1] of training a sample without its label.
-        augment: Non-leaky augmentation of training images; the network needs `augment_dim: 9`.
+        options: Further arguments of `DiffusionModule`.
 
     Raises:
         ValueError: If the network takes no second noise level.
@@ -47,10 +43,7 @@ class MeanFlow(DiffusionModule):
         noise_levels: LevelPairs | None = None,
         loss: MeanFlowLoss | None = None,
         sampling: Sampling | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_dropout: float = 0.1,
-        augment: Augment | None = None,
+        **options: Any,
     ) -> None:
         denoiser = Denoiser(net, scaling or FlowPreconditioning())
         if not denoiser.takes_until:
@@ -63,8 +56,6 @@ class MeanFlow(DiffusionModule):
             noise_levels or LevelPairs(),
             loss or MeanFlowLoss(),
             sampling or Sampling(sampler="meanflow", num_steps=1, grid="trailing"),
-            optimizer,
-            lr_scheduler,
-            label_dropout,
-            augment,
+            condition=None,
+            **options,
         )
