@@ -90,24 +90,14 @@ class ReconstructionFID(FID):
     Args:
         extractor: What images are compared by.
         num_samples: Number of held-out images; all there are where there are fewer.
-        every_n_epochs: Measures at the first validation and then when so many epochs have passed, and at the end.
-        batch_size: Images at a time on each rank.
-        split: Split of the data that they are compared with.
         held_out: Split of the images that are reconstructed.
-        strict: Stops the run when the extractor's weights cannot be had, instead of training without the metric.
+        options: Further arguments of `FID`.
     """
 
     def __init__(
-        self,
-        extractor: FeatureExtractor,
-        num_samples: int = 1000,
-        every_n_epochs: int = 1,
-        batch_size: int = 100,
-        split: str = "train",
-        held_out: str = "val",
-        strict: bool = False,
+        self, extractor: FeatureExtractor, num_samples: int = 1000, held_out: str = "val", **options: Any
     ) -> None:
-        super().__init__(extractor, num_samples, every_n_epochs, batch_size, 0, split, strict)
+        super().__init__(extractor, num_samples, seed=0, **options)
         self.held_out = held_out
         self._measured: Tensor | None = None
 
