@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from diffusion_lit.modules.load import load_module
 from experiments.harness.evaluator import Evaluator
-from experiments.harness.networks import build, parameters, step_cost
+from experiments.harness.networks import build, cost, step_cost
 from experiments.harness.show import image_rows
 from experiments.harness.study import QUIET, Study, main
 
@@ -61,7 +61,7 @@ def attention_ablation(study: Study, large: int | None = None, small: int | None
                 "attention": name,
                 **evaluator.measure(drawn),
                 "val/loss": run.metrics["val/loss"],
-                "parameters M": parameters(module.net),
+                "parameters M": cost(module.net).parameters / 1e6,
                 **step_cost(module.net, batch_size, seconds),
                 "ms per sample": 1000 * drawn.seconds / len(drawn.features),
             }

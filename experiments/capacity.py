@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from diffusion_lit.modules.load import load_module
 from experiments.harness.evaluator import Evaluator
-from experiments.harness.networks import build, flops, parameters, step_cost
+from experiments.harness.networks import build, cost, step_cost
 from experiments.harness.show import image_rows
 from experiments.harness.study import QUIET, Study, main
 
@@ -38,18 +38,19 @@ def capacity(
     """
     widths = sorted(widths)
     nets = {width: build(study, **{WIDTH: width}) for width in widths}
-    cost = {width: flops(net) for width, net in nets.items()}
+    costs = {width: cost(net) for width, net in nets.items()}
     steps = {
-        width: max(1, round(int(study.value("trainer.max_steps")) * cost[widths[0]] / cost[width])) for width in widths
+        width: max(1, round(int(study.value("trainer.max_steps")) * costs[widths[0]].forward / costs[width].forward))
+        for width in widths
     }
     batch_size = int(study.value("data.init_args.batch_size"))
     plan = [
         {
             "channels": width,
-            "parameters M": parameters(nets[width]),
-            "GFLOP per image": cost[width] / 1e9,
+            "parameters M": costs[width].parameters / 1e6,
+            "GFLOP per image": costs[width].forward / 1e9,
             "steps": steps[width],
-            "TFLOP in all": 3 * cost[width] * batch_size * steps[width] / 1e12,
+            "TFLOP in all": 3 * costs[width].forward * batch_size * steps[width] / 1e12,
         }
         for width in widths
     ]

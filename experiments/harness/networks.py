@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_lit.callbacks.cost import NetworkCost, network_cost
 from experiments.harness.study import Study
 
 
@@ -48,18 +47,9 @@ def _batch(net: Any, count: int, device: torch.device | str) -> tuple[Tensor, Te
     return x, torch.zeros(count, device=device), label
 
 
-def flops(net: nn.Module) -> float:
-    """Floating-point operations of one image's forward pass, a multiplication and an addition being two.
-
-    Args:
-        net: A network of `diffusion_lit.nets`.
-
-    Returns:
-        Their number.
-    """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(*_batch(net, 1, next(net.parameters()).device))
-    return float(counter.get_total_flops())
+def cost(net: Any) -> NetworkCost:
+    """What an image costs a network of `diffusion_lit.nets`; see `network_cost`."""
+    return network_cost(net, (net.in_channels, net.image_size, net.image_size))
 
 
 def step_cost(net: nn.Module, batch_size: int, seconds: float = 2.0) -> dict[str, float]:
@@ -73,21 +63,10 @@ def step_cost(net: nn.Module, batch_size: int, seconds: float = 2.0) -> dict[str
     Returns:
         `ms per step`, and `activations MB`: what the forward pass keeps for the backward pass, weights left out.
     """
+    counted = cost(net)
     inputs = _batch(net, batch_size, next(net.parameters()).device)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = net(*inputs)
-    size = sum(kept.values()) / 1e6
-    output.square().mean().backward()
     best, end = float("inf"), time.perf_counter() + seconds
+    net(*inputs).square().mean().backward()
     while best == float("inf") or time.perf_counter() < end:
         _wait(inputs[0].device)
         started = time.perf_counter()
@@ -95,15 +74,10 @@ def step_cost(net: nn.Module, batch_size: int, seconds: float = 2.0) -> dict[str
         _wait(inputs[0].device)
         best = min(best, time.perf_counter() - started)
     net.zero_grad(set_to_none=True)
-    return {"ms per step": 1000 * best, "activations MB": size}
+    return {"ms per step": 1000 * best, "activations MB": (counted.fixed + batch_size * counted.activations) / 1e6}
 
 
 def _wait(device: torch.device) -> None:
     """Lets a device come to the end of what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def parameters(net: nn.Module) -> float:
-    """The number of a network's parameters, in millions."""
-    return sum(parameter.numel() for parameter in net.parameters()) / 1e6

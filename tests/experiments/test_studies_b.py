@@ -19,7 +19,7 @@ from experiments.few_steps import few_steps, levels
 from experiments.guidance_scale import guidance_scale
 from experiments.harness import runs
 from experiments.harness.frequencies import band_edges, band_masks, band_power, settled, tile_mean
-from experiments.harness.networks import flops, parameters, step_cost
+from experiments.harness.networks import cost, step_cost
 from experiments.harness.study import QUIET, main
 from experiments.memorization import memorization
 from experiments.metrics import metrics
@@ -206,7 +206,7 @@ class Line(torch.nn.Module):
 
 def test_costs_are_counted():
     net = Line()
-    assert flops(net) == 2 * 16 * 16 and parameters(net) == (16 * 16 + 16) / 1e6
+    assert cost(net).forward == 2 * 16 * 16 and cost(net).parameters == 16 * 16 + 16
     # kept for the backward pass of 32 images: the input and what is squared, 16 floats each
     assert step_cost(net, 32, 0)["activations MB"] == pytest.approx(2 * 32 * 16 * 4 / 1e6)
 
