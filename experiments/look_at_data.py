@@ -1,4 +1,4 @@
-"""What the network is fed: a grid of training images as augmented, and the EDM settings that the data suggests.
+"""The network's input: a grid of augmented training images, and the EDM settings that the data suggests.
 
     python -m experiments.look_at_data --config configs/edm_cifar10.yaml
     python -m experiments.look_at_data --config configs/edm_folder.yaml --data.init_args.root=my_images

@@ -1,1 +1,1 @@
-"""What measures this project, beside others and under stress: `python -m experiments.benchmarks.NAME`."""
+"""Benchmarks of this project, beside other libraries and under stress: `python -m experiments.benchmarks.NAME`."""

@@ -1,4 +1,4 @@
-"""This project and its peers doing the same work: what `throughput` and `time_to_quality` time.
+"""This project and its peers at the same work, for `throughput` and `time_to_quality`.
 
 A contender is a library's own U-Net under the library's own training step and sampler:
 
@@ -127,7 +127,7 @@ class Cost:
 
 def cost(name: str, width: int, channels: int, size: int) -> Cost:
     """Counts a contender's parameters, and with torch's FlopCounterMode the operations of a forward and of a step."""
-    with torch.device("meta"):  # shapes are all that is counted
+    with torch.device("meta"):  # the counts depend on shapes only
         net = build(name, width, channels, size).train()
         x, t = torch.zeros(1, channels, size, size), torch.full((1,), 0.5)
     with sdpa_kernel(SDPBackend.MATH), torch.device("meta"):  # the counter knows no fused attention of the CPU
@@ -140,7 +140,7 @@ def cost(name: str, width: int, channels: int, size: int) -> Cost:
 
 
 def nearest(name: str, gflops: float, channels: int, size: int) -> Cost:
-    """The width whose training step comes nearest to a number of operations.
+    """The width whose training step is closest to a number of operations.
 
     Args:
         name: The contender.
@@ -158,7 +158,7 @@ def nearest(name: str, gflops: float, channels: int, size: int) -> Cost:
 
 @dataclass
 class BenchmarkJob:
-    """What the process of a contender runs.
+    """The work of a contender's process.
 
     Args:
         name: The contender.
@@ -192,7 +192,7 @@ class BenchmarkJob:
 
 @dataclass
 class Slice:
-    """What a stretch of work took: seconds, CPU seconds, page faults, and the number of images."""
+    """Cost of some work: seconds, CPU seconds, page faults, and the number of images."""
 
     seconds: float
     cpu: float
@@ -201,7 +201,7 @@ class Slice:
 
 
 class Stopwatch:
-    """Takes the time of this process from its making on."""
+    """Measures the time of this process from the stopwatch's construction."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -239,7 +239,7 @@ Draw = Callable[[int], Tensor]
 
 @dataclass
 class Peer:
-    """A peer at work.
+    """A peer with its training step and sampler.
 
     Args:
         net: Its network.
@@ -360,7 +360,7 @@ def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> Peer:
     batches: list[Tensor] = []
 
     class Fed:
-        """A loader of the batches that are handed in."""
+        """A loader of the batches passed to `step`."""
 
         def __iter__(self) -> Any:
             while True:
@@ -398,7 +398,7 @@ def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> Peer:
         return made
 
     class Paused(Peer):
-        """Its state is that before the backward pass of the last batch, whose forward pass is done again."""
+        """Its state is that before the backward pass of the last batch; the forward pass is repeated."""
 
         def state(self) -> dict[str, Any]:
             optimizer = accelerator._optimizers[0].state_dict()
@@ -418,7 +418,7 @@ def _smalldiffusion(job: BenchmarkJob, net: Any, accelerator: Any) -> Peer:
 
 
 class RandomImages(ImageDataModule):
-    """Random images in memory, for measurements of speed.
+    """Random images in memory, to measure speed.
 
     Args:
         batch_size: Images per step.
@@ -463,7 +463,7 @@ class TrainOnRequest(Callback):
         self._watch: Stopwatch | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Reports a slice that is done and waits for the next."""
+        """Reports the finished slice and waits for the next."""
         if self._left:
             self._left -= 1
             return
@@ -509,7 +509,7 @@ def serve(pipe: Any, job: BenchmarkJob, draw: Draw) -> int:
 
 
 def work(pipe: Any, job: BenchmarkJob, folder: str) -> None:
-    """A contender's process, which ends by being killed.
+    """A contender's process; it runs until it is killed.
 
     Args:
         pipe: To the process that measures.

@@ -1,4 +1,4 @@
-"""How fast the data modules feed, beside torchvision's usual per-sample DataLoader on the same data and size.
+"""Throughput of the data modules, compared with torchvision's usual per-sample DataLoader on the same data and size.
 
     python -m experiments.benchmarks.data_throughput
 
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class InMemory(ImageDataModule):
-    """A data module over images that are given.
+    """A data module of images in memory.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -70,7 +70,7 @@ class InMemory(ImageDataModule):
 
 
 class PerSample(Dataset[tuple[Tensor, int]]):
-    """What torchvision's CIFAR10 and MNIST do for each image: array to PIL, then the transform.
+    """The work of torchvision's CIFAR10 and MNIST for each image: array to PIL, then the transform.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -97,7 +97,7 @@ def usual_transform(channels: int, random_flip: bool, size: int | None = None) -
 
 
 def rates(loaders: dict[str, Iterable[Any]], seconds: float) -> dict[str, float]:
-    """Images per second that loaders give: the best of several slices of time, taken in turn.
+    """Images per second of loaders: the best of several slices of time, taken in turn.
 
     Args:
         loaders: Each gives dictionaries with "image", or tuples that begin with the images.

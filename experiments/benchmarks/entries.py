@@ -1,4 +1,4 @@
-"""Entries of the speedrun: who takes part.
+"""Entries of the speedrun.
 
 An entry is a YAML. Most are trained by `diffusion-lit fit`: the file is one of its configs, or names one and changes:
 
@@ -27,12 +27,12 @@ from experiments.benchmarks.contenders import OURS, installed
 from experiments.benchmarks.tracks import SPEEDRUNS
 
 KEYS = ("config", "options", "code", "contender", "width", "batch_size")
-DECIDED = ("ckpt_path", "init_from", "trust", "config", "name")  # what an entry must not set
+DECIDED = ("ckpt_path", "init_from", "trust", "config", "name")  # options that an entry must not set
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What takes part.
+    """An entry of the speedrun.
 
     Args:
         name: Its name in tables.
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The hash of all that it says."""
+        """The hash of all its contents."""
         return key_of({name: value for name, value in vars(self).items() if name != "name"})
 
 
@@ -101,7 +101,7 @@ def read_entry(name: str, track: str) -> Entry:
 
 
 def _checked(entry: Entry, path: Path) -> Entry:
-    """Refuses what would take an entry out of the race: it trains on its own, from scratch.
+    """Checks that an entry trains from scratch.
 
     Raises:
         ValueError: If it starts from a checkpoint, or has no data.
@@ -118,7 +118,7 @@ def _checked(entry: Entry, path: Path) -> Entry:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a config, with those of the files that it names in their place.
+    """The settings of a config, with the files that it names read in.
 
     Args:
         path: The YAML.

@@ -147,7 +147,7 @@ def named(paths: list[Path]) -> dict[str, Path]:
 
 
 def model_name(path: Path) -> str:
-    """A checkpoint's name by itself: that of its run and version, or of its file.
+    """A checkpoint's own name: that of its run and version, or of its file.
 
     Args:
         path: The checkpoint, from the root.
@@ -162,7 +162,7 @@ def model_name(path: Path) -> str:
 
 
 def measured(path: Path, name: str, folder: Path, plan: Plan, devices: int) -> dict[str, Any]:
-    """A checkpoint's report, read where it was made before under the same options.
+    """A checkpoint's report; one made before with the same options is reused.
 
     Args:
         path: The checkpoint.
@@ -273,7 +273,7 @@ def random_inception(path: Path) -> Path:
 
     class Shell(library.FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, state: Any) -> None:  # type: ignore[override]
-            """Keeps what the constructor drew."""
+            """Keeps the random weights of the constructor."""
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -334,7 +334,7 @@ def compare_with_command(
 def evaluated(
     checkpoint: Path, scratch: Path, real: torch.Tensor, weights: str, count: int, batch_size: int, accelerator: str
 ) -> dict[str, float]:
-    """Our figures of one block against the very images that the other command gets.
+    """Our figures of one block, on the same images as the other command.
 
     Args:
         checkpoint: The model.

@@ -29,7 +29,7 @@ from experiments.benchmarks.trainings import (
 )
 
 PACE_STEPS = 24
-TRAINED = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers")  # what training changes
+TRAINED = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers")  # the state that training changes
 
 
 def train_by_fit(place: Path, training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -87,7 +87,7 @@ def train_by_fit(place: Path, training: Training) -> tuple[dict[str, Tensor], di
 
 
 def _check_data(state: dict[str, Any], track: Track, path: Path) -> None:
-    """Refuses a training on other images than the track's.
+    """Checks that a training used the track's images.
 
     Raises:
         ValueError: If so.
@@ -98,7 +98,7 @@ def _check_data(state: dict[str, Any], track: Track, path: Path) -> None:
 
 
 def own_part(entry: Entry) -> dict[str, Any]:
-    """What counts of an entry's config: callbacks and loggers, which the track decides, are not even imported."""
+    """An entry's config without callbacks and loggers, which the track decides and which are not even imported."""
     config = dict(entry.config or {})
     trainer = config.get("trainer") or {}
     config["trainer"] = {key: value for key, value in trainer.items() if key not in ("callbacks", "logger")}
@@ -152,7 +152,7 @@ def draw_samples(path: Path, training: Training) -> tuple[dict[str, Tensor], dic
 
 
 class Evaluations:
-    """Counts what is given to the denoisers' networks, within its context.
+    """Counts the inputs of the denoisers' networks within its context.
 
     Args:
         module: The model.

@@ -1,4 +1,4 @@
-"""A run as a fork of this process that is killed when a plan says so, and whether two runs are the same to the bit."""
+"""Runs in a fork of this process that are killed at planned moments, and the bitwise comparison of two runs."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-CLOCK = ("images_per_second", "seconds", "hours", "load")  # figures that tell the time, which no run repeats
+CLOCK = ("images_per_second", "seconds", "hours", "load")  # figures that depend on the clock
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _end_session(leader: int) -> None:
 
 
 def _be_the_run(args: list[str], kill: Kill | None) -> None:
-    """What the fork does; never returns."""
+    """The fork's work; never returns."""
     status = 70
     try:
         os.setsid()
@@ -130,7 +130,7 @@ def kill_after_step(step: int) -> None:
 
 
 def kill_before_saving(let_through: int) -> None:
-    """Kills all processes of the run when a validation is over, its figures drawn, and before it is saved.
+    """Kills all processes of the run after a validation and its images, before the checkpoint is saved.
 
     Args:
         let_through: Number of validations before.
@@ -163,7 +163,7 @@ def remove(folder: Path) -> None:
 
 
 def compare(whole: str, killed: str) -> list[str]:
-    """What differs between two runs, to the bit."""
+    """The bitwise differences between two runs."""
     one, two = (torch.load(checkpoint(name), weights_only=True) for name in (whole, killed))
     parts = {
         "raw weights": "current_model_state",
@@ -206,7 +206,7 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def figures(folder: Path) -> dict[str, dict[int, float]]:
-    """All logged figures but those of the clock by tag and step; of a step that was done twice, the later."""
+    """All logged figures by tag and step, without those of the clock; of a repeated step, the later."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     found: dict[str, dict[int, float]] = {}

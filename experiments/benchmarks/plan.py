@@ -1,4 +1,4 @@
-r"""How long a recipe takes on hardware that one may not have yet.
+r"""Estimates of how long a recipe takes on given hardware.
 
     python -m experiments.benchmarks.plan --gpus 8 --config configs/edm_cifar10.yaml \
         --config configs/paper/edm_cifar10.yaml
@@ -43,12 +43,12 @@ class Built(LightningFit):
     """`diffusion-lit fit` up to the point where it would train."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves the training out."""
+        """Skips the training."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a config trains.
+    """The training that a config describes.
 
     Args:
         network: Name of the network.
@@ -144,7 +144,7 @@ def plan(
 
 
 def read(built: Any) -> Recipe:
-    """What a config trains.
+    """The training that a config describes.
 
     Args:
         built: `diffusion-lit fit`, with the model, the data and the trainer made.
@@ -214,7 +214,7 @@ def timed(module: Any, recipe: Recipe, device: str, steps: int, batch: int) -> E
 
 
 def text(recipe: Recipe, estimates: Sequence[Estimate], gpus: int) -> str:
-    """The plan to read.
+    """The plan as text.
 
     Args:
         recipe: What is trained.

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and what Lightning, samplers and guidance cost beside the network.
+"""Where the time of a training step goes, and the overhead of Lightning, samplers and guidance over the network.
 
     python -m experiments.benchmarks.profile_step --config configs/edm_fashion_mnist.yaml
 
@@ -57,7 +57,7 @@ class Finished(Exception):
 
 
 class Recorder(Profiler):
-    """Lightning's profiler with the seconds of each action within each step, what lies inside it taken off."""
+    """Lightning's profiler, which sums the seconds of each action without those of nested actions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Rounds(Callback):
 
 
 class Turns:
-    """What the turns took.
+    """Times of the turns.
 
     Args:
         rounds: Number of turns of each.
@@ -167,7 +167,7 @@ def bare_loop(trainer: Any, module: Any) -> Iterator[None]:
     group = {name: value for name, value in built.param_groups[0].items() if name in ("lr", "betas", "eps", "fused")}
     optimizer = type(built)(denoiser.parameters(), **group)
     loader = copy.copy(trainer.train_dataloader)
-    loader.trainer = None  # so that it counts for itself
+    loader.trainer = None  # so that it counts its own batches
     precision = trainer.precision_plugin
     count = 0
     while True:
@@ -261,7 +261,7 @@ def fit(config: list[str], options: list[str], turns: Turns) -> None:
 
 @contextmanager
 def recording_logging(recorder: Recorder) -> Iterator[None]:
-    """Makes an action of the profiler of what Lightning's logger connector does after a step."""
+    """Records Lightning's logger connector after a step as an action of the profiler."""
     before = _LoggerConnector.update_train_step_metrics
 
     def update(self: _LoggerConnector) -> None:
@@ -320,7 +320,7 @@ class Nothing(nn.Module):
 
 
 def beside_network(device: str, repeats: int, samples: int, steps: int, channels: int) -> dict[str, Any]:
-    """What samplers and guidance cost beside the network's forwards.
+    """The overhead of samplers and guidance over the network's forwards.
 
     Args:
         device: `cpu` or `cuda`.
@@ -357,7 +357,7 @@ def beside_network(device: str, repeats: int, samples: int, steps: int, channels
 
 
 def _timed(work: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median seconds: of the clock on a GPU, of the CPU elsewhere, where other programs do not count."""
+    """Median seconds: wall clock on a GPU, CPU time elsewhere, which other programs do not affect."""
     taken = []
     clock = time.perf_counter if device == "cuda" else time.process_time
     if repeats > 1:
@@ -372,7 +372,7 @@ def _timed(work: Callable[[], Any], device: str, repeats: int) -> float:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report to read."""
+    """The report as text."""
 
     def target(value: float, limit: float) -> str:
         return "met" if value <= limit else "missed"
@@ -403,7 +403,7 @@ def text(report: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     from experiments.benchmarks import (
-        profile_step as this,  # the module that the callback is named by, which __main__ is not
+        profile_step as this,  # the module name by which the callback is imported, not __main__
     )
 
     keep_freed_memory()

@@ -57,7 +57,7 @@ def train(place: Path, training: Training) -> dict[str, Any]:
 
 
 def alone() -> Lock:
-    """The right to train by the time, which one process of this machine has.
+    """A lock for timed training, which one process of this machine holds.
 
     Raises:
         ValueError: If another has it.
@@ -73,7 +73,7 @@ def alone() -> Lock:
 
 @contextmanager
 def ended_with_this(process: Any) -> Iterator[None]:
-    """Within this context, a process ends where this one is interrupted or terminated."""
+    """Within this context, a process is ended when this one is interrupted or terminated."""
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -113,7 +113,7 @@ def _train(place: Path, training: Training) -> None:
 
 
 def seed_of(place: Path, training: Training, judge: Judge) -> dict[str, Any]:
-    """One training with its figures, from its record where it was done before on the same terms.
+    """One training with its figures; a finished one with the same conditions is reused.
 
     Args:
         place: Its folder.
@@ -124,7 +124,7 @@ def seed_of(place: Path, training: Training, judge: Judge) -> dict[str, Any]:
 
 
 def train_once(place: Path, training: Training) -> dict[str, Any]:
-    """What became of a training, which is not done again where it was done on the same terms.
+    """The result of a training; a finished one with the same conditions is reused.
 
     Args:
         place: Its folder.

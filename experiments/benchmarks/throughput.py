@@ -1,4 +1,4 @@
-"""How fast this project trains and samples beside its peers, on the same work in the same run.
+"""Speed of training and sampling compared with peers, on the same work in the same run.
 
     python -m experiments.benchmarks.throughput
 
@@ -162,7 +162,7 @@ def measure(
                 if not taken:
                     raise
                 break
-            if turn == 0:  # it was for warming up
+            if turn == 0:  # the warm-up round
                 continue
             for key, one in slices.items():
                 taken[key].append(one)
@@ -212,7 +212,7 @@ WORKS: dict[str, Callable[[str, torch.dtype], float]] = {"matrix product": matri
 
 
 def _rate(work: Callable[[], Tensor], operations: int, device: str, repeats: int = 5) -> float:
-    """Operations per second at the best of a few repeats: a peak is what can be reached."""
+    """Operations per second of the fastest of a few repeats."""
     work()
     best = float("inf")
     for _ in range(repeats):
@@ -254,7 +254,7 @@ def rates(mine: list[Slice], ours: list[Slice], costs: dict[str, Any], name: str
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report to read.
+    """The report as text.
 
     Args:
         report: As `throughput` returns it.

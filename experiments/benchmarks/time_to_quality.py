@@ -130,7 +130,7 @@ def time_to_quality(
 
 
 def take_part(name: str, nfe: int, batch_size: int | None, options: dict[str, Any]) -> Entry:
-    """The entry of a contender on the contest's terms.
+    """The entry of a contender under the conditions of the comparison.
 
     Args:
         name: The contender.
@@ -147,7 +147,7 @@ def take_part(name: str, nfe: int, batch_size: int | None, options: dict[str, An
 
 
 def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric: str) -> str:
-    """The table in Markdown, and what the best peer's distance is of this project's.
+    """The table in Markdown, and the ratio of the best peer's distance to this project's.
 
     Args:
         records: Of all runs.

@@ -1,4 +1,4 @@
-"""Kills training at random moments, resumes it, and asks whether it ends as an unbroken run does, bit for bit.
+"""Kills training at random moments, resumes it, and checks that it ends as an unbroken run does, bit for bit.
 
 Every case is drawn from a seed: its family, ranks, loader workers, images per batch, accumulated batches, length in
 steps or epochs, the intervals of saving and validation, the kind of average, and a chain of one to four kills. Each
@@ -33,7 +33,7 @@ FEW = ["--model.init_args.sampling.num_steps=3", "--sample_grid.rows=2", "--samp
 FEW += ["--trajectory.count=1", "--trajectory.columns=4"]
 SMALL = ["--model.init_args.net.init_args.model_channels=16"]
 DENOISER = [*SMALL, *FEW, "--model.init_args.net.init_args.dropout=0.1"]
-FIGURES = {  # the config's own figures, of few samples and by pixels, which need no classifier
+FIGURES = {  # the config's figures on few samples and pixel features, which need no classifier
     name: {
         "class_path": f"diffusion_lit.callbacks.{name}",
         "init_args": {"extractor": "diffusion_lit.evaluation.Pixels", "num_samples": 32},
@@ -114,7 +114,7 @@ COMMON = [
 
 @dataclass(frozen=True)
 class Setting:
-    """What a case is run with; lengths and intervals in optimizer steps."""
+    """The settings of a case; lengths and intervals in optimizer steps."""
 
     family: str
     ranks: int
@@ -293,7 +293,7 @@ def arguments(setting: Setting) -> list[str]:
 
 
 def from_files(workers: int) -> list[str]:
-    """Options that read the digits from a folder of images, as loader workers only do for data on disk."""
+    """Options to read the digits from a folder of images, since loader workers are used for data on disk only."""
     root = Path("digits").resolve()
     if not root.exists():
         from PIL import Image
@@ -313,7 +313,7 @@ def from_files(workers: int) -> list[str]:
 
 
 def take_out(what: str | None) -> None:
-    """Takes a repair out.
+    """Removes a repair.
 
     Args:
         what: "keys": noise, noise levels and dropout come from the global generator, as in most training code;

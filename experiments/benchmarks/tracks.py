@@ -35,7 +35,7 @@ BATCH = 250  # images that are measured at a time
 
 @dataclass(frozen=True)
 class Track:
-    """What is the same for all who take part.
+    """The conditions that all entries share.
 
     Args:
         data: Path of the class of the data.
@@ -70,7 +70,7 @@ class Track:
 
     @property
     def key(self) -> str:
-        """The hash of all that it fixes."""
+        """The hash of all its conditions."""
         return key_of(asdict(self))
 
     def make_data(self, root: str | None, batch_size: int) -> Any:
@@ -187,7 +187,7 @@ class LockedClassifier(ClassifierFeatures):
 
 
 class Judge:
-    """Measures samples as a track says.
+    """Measures samples as a track prescribes.
 
     Args:
         track: The track.
@@ -258,7 +258,7 @@ TRACKS = {
     "cifar10": Track("datamodules.CIFAR10", 30.0, **IMAGENET),
     "digits_one_step": Track("datamodules.Digits", 3.0, evaluations=1, **DIGITS),
     "cifar10_gpu": Track("datamodules.CIFAR10", 10.0, device="cuda", threads=None, **IMAGENET),
-    "digits_seconds": Track(  # to try an entry, and for the tests
+    "digits_seconds": Track(  # for trying an entry, and for tests
         "datamodules.Digits", 0.05, threads=1, seeds=(0, 1), num_samples=100, evaluations=4, replayed=5, **DIGITS
     ),
 }

@@ -1,4 +1,4 @@
-"""A training of the speedrun, or a part of one: what it is, its clock, and what is recorded of it.
+"""A training of the speedrun, or a part of one: its description, its clock and its record.
 
 Its order of data and its draws are functions of (seed, step), so that the same steps give the same weights, bit for
 bit, on like hardware. `fit_training` and `peer_training` do it, `seeds` in a process of its own.
@@ -17,7 +17,7 @@ from experiments.benchmarks.entries import Entry
 from experiments.benchmarks.tracks import Track
 
 GUIDED, UNGUIDED = "as configured", "without guidance"
-LAST, BEFORE = "last", "previous"  # states of a training: at its end, and `replayed` steps before
+LAST, BEFORE = "last", "previous"  # states of a training: the last, and the one `replayed` steps earlier
 CHUNK = 100  # images that are drawn at a time
 
 
@@ -87,7 +87,7 @@ class Clock(Callback):
             trainer.should_stop = True
 
     def ends(self, step: int) -> bool:
-        """Notes the time of a step, and says whether it is the last."""
+        """Notes the time of a step; True if it is the last."""
         self.times.append(time.perf_counter())
         passed = self.times[-1] - self.times[0]
         at_state = step % self.every == 0 and len(self.times) > self.every
@@ -96,7 +96,7 @@ class Clock(Callback):
 
 
 def facts_of(clock: Clock, planned: int, spent: float, step: int, batch: int) -> dict[str, Any]:
-    """What is recorded of a training.
+    """The record of a training.
 
     Args:
         clock: Its clock.

@@ -1,4 +1,4 @@
-"""Verifies receipts of the speedrun, by doing again what they say as far as need be."""
+"""Verifies receipts of the speedrun by repeating as much of them as is needed."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def verify_receipt(
     retrain: bool = False,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Does again what a receipt says, as far as need be.
+    """Repeats as much of a receipt as is needed to verify it.
 
     Args:
         path: The receipt.
@@ -97,7 +97,7 @@ def check_code(path: Path, entry: Entry) -> None:
 
 
 class Verification:
-    """What was found of a receipt.
+    """The findings on a receipt.
 
     Args:
         folder: Where it lies.
@@ -127,7 +127,7 @@ class Verification:
             self.wrong.append(f"the figure of {what} is {told:.6g} in the receipt and {found:.6g} when measured again")
 
     def seed(self, told: dict[str, Any], training: Training, retrain: bool) -> None:
-        """Does a training's first and last steps again, and its samples.
+        """Repeats a training's first and last steps, and its samples.
 
         Args:
             told: What the receipt says of it.
@@ -151,7 +151,7 @@ class Verification:
             self.wrong.append(f"seed {seed} trained for {told['seconds']:.0f} s, and the track has less")
 
     def part(self, told: dict[str, Any], which: str, training: Training, place: Path) -> None:
-        """Does a part of a training again.
+        """Repeats a part of a training.
 
         Args:
             told: What the receipt says of the training.

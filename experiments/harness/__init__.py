@@ -1,1 +1,1 @@
-"""What studies stand on: trainings, samples and their measures, and the pages that show them."""
+"""The base of the studies: trainings, samples and their measures, and pages."""

@@ -77,7 +77,7 @@ class Evaluator:
         return self.extractor.metric
 
     def measure(self, samples: "Samples | Features | Tensor") -> dict[str, float]:
-        """How good and how varied samples are.
+        """Quality and variety of samples.
 
         Args:
             samples: From `Study.draw`, their features, or uint8 images (N, C, H, W).
@@ -97,7 +97,7 @@ class Evaluator:
         return {self.metric: distance, "precision": precision, "recall": recall}
 
     def draw_floor(self, axes: Any) -> None:
-        """Marks what real images get, in a plot of the Fréchet distance."""
+        """Marks the distance of real images in a plot of the Fréchet distance."""
         if self.floor is not None:
             axes.axhline(self.floor[0], color="grey", linestyle="--", label=f"real against real, n = {self.floor[1]:,}")
 

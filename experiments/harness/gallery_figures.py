@@ -76,7 +76,7 @@ def untrained(ckpt_path: Path) -> Any:
 
 
 class Reader:
-    """A support vector machine that names images as they are seen under a change.
+    """A support vector machine that classifies changed images, such as blurred ones.
 
     Args:
         change: What is done to images (B, C, H, W) in [-1, 1] before it sees them, in training too.
@@ -88,7 +88,7 @@ class Reader:
         self.machine = SVC(C=10.0).fit(self._seen("train"), data.reference_labels("train")[:LEARNT].numpy())
 
     def _seen(self, split: str) -> np.ndarray:
-        """The first images of a split as it sees them, a row each."""
+        """The first images of a split after the change, a row each."""
         return self._rows(torch.as_tensor(self.data.reference_images(split)[:LEARNT]).float() / 127.5 - 1)
 
     def _rows(self, images: Tensor) -> np.ndarray:
@@ -96,26 +96,26 @@ class Reader:
         return self.change(eight_bit).flatten(1).numpy()
 
     def names(self, images: Tensor) -> Tensor:
-        """The class that it sees in each image (B, C, H, W) in [-1, 1]."""
+        """The predicted class of each image (B, C, H, W) in [-1, 1]."""
         return torch.from_numpy(self.machine.predict(self._rows(images)))
 
     def accuracy(self) -> float:
-        """Share of the test images that it names rightly, of the first 5,000."""
+        """Accuracy on the first 5,000 test images."""
         return float(self.machine.score(self._seen("test"), self.data.reference_labels("test")[:LEARNT].numpy()))
 
 
 def far(images: Tensor) -> Tensor:
-    """What is seen of a hybrid from afar: its low frequencies."""
+    """The low frequencies of a hybrid, which are seen from afar."""
     return editing.gaussian_blur(images, HYBRID_BLUR)
 
 
 def near(images: Tensor) -> Tensor:
-    """What a hybrid shows from near: its high frequencies."""
+    """The high frequencies of a hybrid, which are seen from near."""
     return images - far(images)
 
 
 def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
-    """How often a classifier names the class that was asked for, in anagrams and hybrids.
+    """How often a classifier predicts the requested class, in anagrams and hybrids.
 
     Classes are not chosen to go well together: condition k of image i is class i + 3 k modulo 10.
 

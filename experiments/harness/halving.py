@@ -1,4 +1,4 @@
-"""Successive halving: the rounds of a race, who goes on, and what its options make of a config."""
+"""Successive halving: the rounds of a race, the survivors, and the options merged into a config."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant reached in a round.
+    """The result of a variant in a round.
 
     Args:
         name: The variant.

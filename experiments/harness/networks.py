@@ -78,6 +78,6 @@ def step_cost(net: nn.Module, batch_size: int, seconds: float = 2.0) -> dict[str
 
 
 def _wait(device: torch.device) -> None:
-    """Lets a device come to the end of what it was given."""
+    """Waits until a device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

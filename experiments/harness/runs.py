@@ -1,4 +1,4 @@
-"""Runs of `diffusion-lit fit` by the dozen: several at once, each in a process of its own, none done twice.
+"""Many runs of `diffusion-lit fit`: several at once, each in its own process, finished ones reused.
 
 A `Run` is a config and what differs from it. Its key is the hash of both, and its folder, `NAME-KEY/`, holds
 Lightning's `version_N/`, what the command printed (`log.txt`) and a record of how it went (`run.json`). `fit` leaves
@@ -75,7 +75,7 @@ class Run:
         return out / f"{plain}-{self.key}"
 
     def command(self, out: Path) -> list[str]:
-        """The arguments of `lightning`, which go on with what is there."""
+        """The arguments of `diffusion-lit`, which resume an unfinished run."""
         folder = self.folder(out)
         place = [f"--trainer.logger.init_args.save_dir={out}", f"--name={folder.name}"]
         begun = any(folder.glob("version_*/checkpoints/last.ckpt"))
@@ -169,7 +169,7 @@ def fit(
     gpus: list[int] | None = None,
     tell: Callable[[str], object] = print,
 ) -> list[Trained | Failed]:
-    """Trains what is not trained yet.
+    """Trains the runs that are not finished yet.
 
     Args:
         runs: The runs, of different names.
@@ -242,7 +242,7 @@ def _train(
 
 
 def _done(run: Run, out: Path) -> Trained | None:
-    """What there is of a run that came to its end."""
+    """The result of a finished run, or None."""
     folder = run.folder(out)
     try:
         record = json.loads((folder / "run.json").read_text())
@@ -253,7 +253,7 @@ def _done(run: Run, out: Path) -> Trained | None:
 
 
 class _Children:
-    """The processes that are at work, so that they can be told to stop."""
+    """The running processes, so that they can be stopped."""
 
     def __init__(self) -> None:
         self.running: set[subprocess.Popen[bytes]] = set()
@@ -285,7 +285,7 @@ class _Children:
 
 @contextmanager
 def _children() -> Iterator[_Children]:
-    """Processes that end with this one: where it is interrupted or terminated they save their state first."""
+    """Processes that end with this one, saving their state first when it is interrupted or terminated."""
     children = _Children()
     before = None
     if threading.current_thread() is threading.main_thread():
@@ -301,7 +301,7 @@ def _children() -> Iterator[_Children]:
 
 
 def _last_words(log: Path) -> str:
-    """What a command said at its end: its own sentence where there is one, else the last line."""
+    """The last message of a command: its own sentence if there is one, else the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     started = max(index for index, line in enumerate(lines) if line.startswith("$ diffusion-lit"))
     said = lines[started + 1 :]

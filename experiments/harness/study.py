@@ -1,4 +1,4 @@
-"""What every study stands on: trainings, samples and their measures, and what is left of them to read.
+"""The base of the studies: trainings, samples and their measures, and the results that are kept.
 
 A study is a function that takes a `Study` and asks it for trained models (`fit`: each is a run of `diffusion-lit fit`,
 see `runs`), for samples of them (`draw`) and for their quality (`evaluator`), and hands it figures, tables and one
@@ -74,12 +74,12 @@ QUIET = {"trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}
 
 
 class StudyFailed(RunStopped):
-    """A study that has nothing to go on with, told in a sentence."""
+    """A study cannot continue; the message is one sentence."""
 
 
 @dataclass
 class Setup:
-    """What every study can be told.
+    """The options of every study.
 
     Args:
         config: The experiment that is varied, a YAML of `diffusion-lit fit`; the study's own small one when omitted.
@@ -109,7 +109,7 @@ class Setup:
 
 @dataclass
 class Study:
-    """A study at work.
+    """A study in progress.
 
     Args:
         name: Its name, that of its folder.
@@ -190,7 +190,7 @@ class Study:
         return None
 
     def evaluator(self, trained: "dict[str, Trained] | Path | str") -> Evaluator:
-        """What samples are measured by.
+        """The evaluator of samples.
 
         Args:
             trained: Trainings on the same data, or a checkpoint of one.
@@ -202,7 +202,7 @@ class Study:
         return self.evaluator_on(load_data(path))
 
     def evaluator_on(self, data: Any) -> Evaluator:
-        """What samples are measured by, beside a data set.
+        """The evaluator of samples against a data set.
 
         Args:
             data: An ImageDataModule.
@@ -252,7 +252,7 @@ class Study:
         return gather_shards(job)
 
     def keep(self, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What else takes time to compute: made once and kept beside the samples.
+        """Other results that take time: computed once and kept beside the samples.
 
         Args:
             record: Plain values that determine it, such as the hash of a checkpoint.
@@ -269,7 +269,7 @@ class Study:
         return kept
 
     def tell(self, line: str) -> None:
-        """Says something to whoever waits."""
+        """Prints a line of progress."""
         print(f"{self.name}: {line}", flush=True)
 
     def text(self, paragraph: str) -> None:
