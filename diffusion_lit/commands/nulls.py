@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -33,9 +33,22 @@ def refuse_nulls(config: Any, key: str = "") -> None:
     arguments = vars(given) if isinstance(given, Namespace) else given
     if isinstance(path, str) and "." in path and isinstance(arguments, dict):
         module, _, name = path.rpartition(".")
-        refuse_null_arguments(getattr(import_module(module), name).__init__, arguments, key)
+        for function, own in _constructors(getattr(import_module(module), name), arguments):
+            refuse_null_arguments(function, own, key)
     for name, part in config.items():
         refuse_nulls(part, key if name == "init_args" else f"{key}.{name}".strip("."))
+
+
+def _constructors(kind: Any, arguments: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """The constructor of a class, and those of its bases that it passes further arguments on to, with their own."""
+    for base in kind.__mro__ if isinstance(kind, type) else ():
+        if "__init__" not in vars(base):
+            continue
+        known = inspect.signature(base.__init__).parameters
+        yield base.__init__, {name: value for name, value in arguments.items() if name in known}
+        arguments = {name: value for name, value in arguments.items() if name not in known}
+        if all(one.kind is not one.VAR_KEYWORD for one in known.values()):
+            return
 
 
 def refuse_null_arguments(function: Callable[..., Any], arguments: dict[str, Any], key: str = "") -> None:
