@@ -4,11 +4,11 @@
     python tools/check_gpu.py --device cpu --minutes 30   the same lines on a CPU, tiny: a rehearsal without a GPU
     python tools/check_gpu.py --only speed,graphs         some checks; --all true compiles every batch size and layout
 
-It needs torch and the project's other dependencies; a machine with Python 3.12 and torch 2.11 lacks torchvision,
-lightning, torchmetrics, torch-fidelity, tensorboard, einops, jsonargparse, scikit-learn, matplotlib and safetensors
-(`pip install -e .` brings them), and diffusers for the line beside it (`pip install diffusers`); what is lacking is
-named at the start. The checks that tell most come first; one for which no time is left is skipped and said so. The
-figures are written after each check, so that a run that is cut short leaves those that it had.
+It needs torch, which brings jinja2, and the project's other dependencies; a machine with Python 3.12 and torch 2.11
+lacks torchvision, lightning, torchmetrics, torch-fidelity, tensorboard, einops, jsonargparse, scikit-learn, matplotlib
+and safetensors (`pip install -e .` brings them), and diffusers for the line beside it (`pip install diffusers`); what
+is lacking is named at the start. The checks that tell most come first; one for which no time is left is skipped and
+said so. The figures are written after each check, so that a run that is cut short leaves those that it had.
 """
 
 import copy

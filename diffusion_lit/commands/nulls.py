@@ -42,10 +42,11 @@ def refuse_nulls(config: Any, key: str = "") -> None:
 def _constructors(kind: Any, arguments: dict[str, Any]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
     """The constructor of a class, and those of its bases that it passes further arguments on to, with their own."""
     for base in kind.__mro__ if isinstance(kind, type) else ():
-        if "__init__" not in vars(base):
+        constructor = vars(base).get("__init__")
+        if constructor is None:
             continue
-        known = inspect.signature(base.__init__).parameters
-        yield base.__init__, {name: value for name, value in arguments.items() if name in known}
+        known = inspect.signature(constructor).parameters
+        yield constructor, {name: value for name, value in arguments.items() if name in known}
         arguments = {name: value for name, value in arguments.items() if name not in known}
         if all(one.kind is not one.VAR_KEYWORD for one in known.values()):
             return

@@ -79,7 +79,10 @@ def printed(lightning, capsys, *args):
 
 def own_default(class_path, name):
     module, _, cls = class_path.rpartition(".")
-    return inspect.signature(getattr(importlib.import_module(module), cls)).parameters[name].default
+    known = [
+        inspect.signature(base.__init__).parameters for base in getattr(importlib.import_module(module), cls).__mro__
+    ]
+    return next(parameters[name].default for parameters in known if name in parameters)
 
 
 @pytest.mark.parametrize("name", ["edm_cifar10", "ddpm_cifar10"])
