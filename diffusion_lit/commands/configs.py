@@ -4,6 +4,7 @@ An installation holds them as `diffusion_lit/configs`, a clone as its top-level 
 """
 
 import difflib
+import re
 import shutil
 from pathlib import Path
 
@@ -115,8 +116,9 @@ def configs(copy: str | None = None, out: str = ".") -> None:
         print(f"\nThey lie in {folder}. Train one: diffusion-lit fit --config NAME")
         print("Copy one to edit: diffusion-lit configs --copy NAME")
         return
-    source = find_config(copy)
-    target = Path(out) / source.name
+    source, inside = find_config(copy), folder.resolve()
+    own = source.relative_to(inside) if source.is_relative_to(inside) else Path(source.name)
+    target = Path(out) / own  # in its folder: paper/edm_cifar10 is no edm_cifar10
     wanted = {target: source}
     wanted |= {target.parent / name: source.parent / name for name in _named_files(source)}
     for path, original in wanted.items():
@@ -126,7 +128,18 @@ def configs(copy: str | None = None, out: str = ".") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, path)
     print("\n".join(f"Wrote {path}" for path in wanted))
-    print(f"Train it: diffusion-lit fit --config {target}")
+    given = [str(target) if name == f"configs/{own.as_posix()}" else name for name in _configs_given(source, own)]
+    if given:
+        print(f"Train it: diffusion-lit fit {' '.join(f'--config {name}' for name in given)}")
+
+
+def _configs_given(path: Path, own: Path) -> list[str]:
+    """The configurations of the training at its head that names it: a paper's has another before. None: no training."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        names = re.findall(r"--config (\S+)", line) if re.match("#.* diffusion-lit fit ", line) else []
+        if f"configs/{own.as_posix()}" in names:
+            return names
+    return []
 
 
 def _first_line(path: Path) -> str:

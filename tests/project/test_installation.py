@@ -134,6 +134,21 @@ def test_configs_are_listed_with_their_first_line_and_copied_with_what_they_name
     assert "no config edm_cifar11" in said(capsys, "configs", "--copy", "edm_cifar11")
 
 
+def test_a_copy_of_a_papers_config_leaves_the_one_that_it_changes_in_sight(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["configs", "--copy", "paper/edm_cifar10"])
+    given = "--config configs/edm_cifar10.yaml --config paper/edm_cifar10.yaml"
+    assert f"Train it: diffusion-lit fit {given}\n" in capsys.readouterr().out
+    assert configs.find_config("edm_cifar10") == ROOT / "configs/edm_cifar10.yaml"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fit", *given.split(), "--print_config"])
+    assert not caught.value.code and "DDPMpp" in capsys.readouterr().out
+    cli.main(["configs", "--copy", "studies/sweep", "--out", "mine"])
+    assert "diffusion-lit fit" not in capsys.readouterr().out and (tmp_path / "mine/studies/sweep.yaml").is_file()
+    cli.main(["configs", "--copy", "edm_digits"])
+    assert "Train it: diffusion-lit fit --config edm_digits.yaml\n" in capsys.readouterr().out
+
+
 def test_importing_the_package_imports_nothing_heavy_and_its_names_are_there():
     code = (
         "import sys, time; start = time.perf_counter(); import diffusion_lit; took = time.perf_counter() - start;"
