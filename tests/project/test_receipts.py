@@ -8,7 +8,8 @@ from renew_docs import ROOT
 
 PAGE = ROOT / "docs/results.md"
 LINK = re.compile(r"\((receipts/[\w./]+\.json)\)")
-ROWS = [line for line in PAGE.read_text().splitlines() if LINK.search(line)]
+ITEMS = re.findall(r"^\d+\. .*(?:\n {3,}.*)*", PAGE.read_text(), re.MULTILINE)
+ROWS = [item for item in ITEMS if LINK.search(item)]
 
 
 def figures(receipt):
@@ -19,7 +20,7 @@ def figures(receipt):
     return [result["references"]["train"]["figures"][metric]["mean"] for result in receipt["results"]]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:40])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.partition(".")[0])
 def test_a_row_gives_the_figures_of_its_receipts(row):
     for path in LINK.findall(row):
         for figure in figures(json.loads((PAGE.parent / path).read_text())):
@@ -31,3 +32,11 @@ def test_every_receipt_belongs_to_a_row():
     kept = {str(path.relative_to(PAGE.parent)) for path in (PAGE.parent / "receipts").rglob("*.json")}
     assert kept == linked
     assert kept
+
+
+def test_tables_have_short_cells_and_the_figures_of_the_commands_below_them():
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "](" not in line]
+    long = [cell for line in lines for cell in line.split("|") if len(cell) > 90]
+    assert lines and not long
+    numbers = [line.split("|")[1].strip() for line in lines[: len(ITEMS) + 4]]
+    assert [name for name in numbers if name.isdigit()] == [item.partition(".")[0] for item in ITEMS]
