@@ -149,6 +149,8 @@ class Parser(LightningArgumentParser):
         """
         if "maximum nesting depth" in message:
             message = str(too_deep(sys.argv[1:]) or message)
+        if "arguments are required" in message:
+            message += "; a config says them: --config NAME, of those that `diffusion-lit configs` lists, or a file"
         listed = "The options are listed by --help; --print_config shows the configuration."
         print(f"{PROGRAM}: {plain(message, 310)}\n{listed}", file=sys.stderr)
         raise SystemExit(2)

@@ -135,6 +135,9 @@ def _run(args: list[str]) -> None:
     if args[0] in COMMANDS:
         _run_command(COMMANDS[args[0]], args)
     elif args[0] in TRAINING:
+        from diffusion_lit.commands.configs import with_configs_found
+
+        args = with_configs_found(args)  # before the imports, which take seconds
         from diffusion_lit.commands.fit import run
 
         run(args)

@@ -90,6 +90,12 @@ def test_a_config_that_does_not_exist_is_told_with_what_may_be_meant(name, tmp_p
         assert "edm_digits" in told
 
 
+def test_a_run_without_a_config_is_told_how_to_name_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = said(capsys, "fit")
+    assert "fit.model" in told and "--config NAME" in told and "diffusion-lit configs" in told
+
+
 def test_a_run_without_base_yaml_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (installed_at(tmp_path, monkeypatch) / "base.yaml").unlink()
