@@ -167,18 +167,25 @@ def with_logger_named(args: list[str]) -> list[str]:
         It.
 
     Raises:
-        ValueError: If the package of that logger is missing.
+        ValueError: If the package of that logger is missing, or no logger has this name.
     """
     found = []
     for arg, before in zip(args, ["", *args], strict=False):
         option, _, name = arg.partition("=")
         if before == "--trainer.logger":
             option, name = "", arg
-        if name in LOGGERS and option in ("", "--trainer.logger"):
+        if option not in ("", "--trainer.logger"):
+            found.append(arg)
+        elif name in LOGGERS:
             if name == "wandb" and find_spec("wandb") is None:
                 raise ValueError("The logger wandb needs its package: pip install 'diffusion-lit[wandb]'.")
             kind, *more = LOGGERS[name]
             found += [f"{option}={kind}" if option else kind, *more]
+        elif name.isalpha() and name.islower() and name not in ("true", "false", "null"):
+            raise ValueError(
+                f"There is no logger {name}; choose one of {', '.join(LOGGERS)}, or a class by its whole name, such as "
+                "lightning.pytorch.loggers.MLFlowLogger."
+            )
         else:
             found.append(arg)
     return found

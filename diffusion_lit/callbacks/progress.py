@@ -3,16 +3,19 @@
 import time
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoardLogger
 from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
 from diffusion_lit.report.receipt_page import plain_table
 from diffusion_lit.runtime.hardware import describe, hardware
+from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.internals import bare, logs_now
 from diffusion_lit.runtime.precision import TrainInBf16
 from diffusion_lit.runtime.ranks import images_of
@@ -141,8 +144,11 @@ class RunSummary(WritesToRunFolder):
             found = sorted(folder.glob(pattern))
             if found:
                 lines.append(f"  {label + ':':<22}{_short(found[-1])}")
-        lines += [f"  {'everything else:':<22}{_short(folder)}", "  to see it in TensorBoard, run: make board", ""]
-        print("\n".join(lines))
+        lines.append(f"  {'everything else:':<22}{_short(folder)}")
+        lines.append(f"  {'on one page:':<22}{PROGRAM} report --run {quote(_short(folder))}")
+        if any(isinstance(logger, LightningTensorBoardLogger) for logger in trainer.loggers):
+            lines.append(f"  {'its curves:':<22}tensorboard --logdir {quote(_short(folder.parent))}")
+        print("\n".join([*lines, ""]))
 
     def _figures(self, trainer: Trainer) -> list[tuple[str, str]]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

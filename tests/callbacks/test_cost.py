@@ -79,6 +79,7 @@ def test_a_run_says_what_it_costs_and_how_long_it_will_take(lightning, capsys):
     assert re.search(r"UNet of [\d.]+ thousand parameters: [\d.]+ GFLOP per image forward, [\d.]+ in a training", said)
     assert re.search(r"Memory, about \d+ MiB: .* for a batch of 16\.", said)
     assert re.search(r"images/s: \d+ s to the end, 80 images", said)  # 5 steps of 16
+    assert re.search(r"tensorboard --logdir runs/\w+$", said, re.MULTILINE)
     lightning(*FIT, "--trainer.fast_dev_run=true")
     assert "GFLOP" not in capsys.readouterr().out
 

@@ -25,6 +25,9 @@ def test_a_logger_is_named_on_the_command_line(monkeypatch):
     ]
     for other in ("false", "CSVLogger", "my.Logger"):
         assert with_logger_named(["fit", f"--trainer.logger={other}"]) == ["fit", f"--trainer.logger={other}"]
+    for words in (["--trainer.logger", "mlflow"], ["--trainer.logger=tensorbord"]):
+        with pytest.raises(ValueError, match=r"no logger (mlflow|tensorbord); choose one of tensorboard, csv, wandb"):
+            with_logger_named(["fit", *words])
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"wandb.*pip install 'diffusion-lit\[wandb\]'"):
         with_logger_named(["fit", "--trainer.logger=wandb"])
@@ -35,8 +38,10 @@ def test_a_logger_whose_package_is_missing_is_told_by_the_command(lightning, mon
     assert "wandb" in stopped(capsys, lightning, *RUN, "--trainer.logger", "wandb")
 
 
-def test_a_csv_logger_is_given_figures_images_animations_and_texts(lightning, tmp_path):
+def test_a_csv_logger_is_given_figures_images_animations_and_texts(lightning, tmp_path, capsys):
     lightning(*RUN, "--trainer.logger", "csv")
+    said = capsys.readouterr().out
+    assert "diffusion-lit report --run runs/" in said and "tensorboard" not in said
     (table,) = tmp_path.rglob("images.csv")
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert {row["tag"] for row in rows} == {"samples", "trajectory/strip", "trajectory/animation"}
