@@ -94,11 +94,11 @@ class FID(Callback):
         _check_average(trainer)
         value = self.measure(trainer, pl_module)
         self._measured_epoch = trainer.current_epoch
-        pl_module.log(self.tag, value, prog_bar=True, rank_zero_only=False, batch_size=1)
+        pl_module.log(self.tag, value, prog_bar=True, rank_zero_only=False, batch_size=1, sync_dist=True)
         if self._floor is not None:
             floor, count = self._floor
             name = f"{self.extractor.metric}_{short_count(count)}_floor"
-            pl_module.log(name, torch.tensor(floor, device=pl_module.device), batch_size=1)
+            pl_module.log(name, torch.tensor(floor, device=pl_module.device), batch_size=1, sync_dist=True)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """The distance, on every rank.

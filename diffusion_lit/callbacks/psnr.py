@@ -34,7 +34,7 @@ class ImagePSNR(Callback):
         image = torch.as_tensor(data.reference_images("train")[0])
         samples = module.generate(range(self.seed, self.seed + self.count))
         decibels = psnr(to_uint8(samples), image).mean()
-        pl_module.log("psnr", decibels.float(), prog_bar=True, batch_size=1)
+        pl_module.log("psnr", decibels.float(), prog_bar=True, batch_size=1, sync_dist=True)
 
 
 PicturePSNR = ImagePSNR  # the name in older configurations

@@ -284,7 +284,7 @@ class VAE(BaseModule):
 
     def _log_use(self, split: str) -> None:
         for name, value in self._use.figures(partial(self.over_ranks, how="sum")).items():
-            self.log(f"{split}/{name}", value, batch_size=1)
+            self.log(f"{split}/{name}", value, batch_size=1, sync_dist=True)  # of all ranks already
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
