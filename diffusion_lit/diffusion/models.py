@@ -163,11 +163,20 @@ class LatentModel(PixelModel):
         return super().generate(seeds, labels, sampling, decoded, condition)
 
     def _decoded(self, callback: StepCallback) -> StepCallback:
-        """Wraps a callback so that it gets images: x0_hat decoded, and x decoded after scaling to unit variance."""
+        """Wraps a callback so that it gets images: x0_hat decoded, and x decoded after scaling to unit variance.
+
+        Where it has rows to `keep`, a slice or a list, the others are not decoded, and stay 0.
+        """
+        keep = getattr(callback, "keep", slice(None))
+
+        def whole(images: Tensor, count: int) -> Tensor:
+            placed = images.new_zeros(count, *images.shape[1:])
+            placed[keep] = images
+            return placed
 
         def decoded(step: int, x: Tensor, x0_hat: Tensor, sigma: Tensor) -> None:
-            keep = slice(getattr(callback, "keep", None))
             spread = torch.as_tensor(sigma).to(x).square().add(1).sqrt().expand(len(x))[keep].reshape(-1, 1, 1, 1)
-            callback(step, self.decode(x[keep] / spread) * spread, self.decode(x0_hat[keep]), sigma)
+            noisy, clean = self.decode(x[keep] / spread) * spread, self.decode(x0_hat[keep])
+            callback(step, whole(noisy, len(x)), whole(clean, len(x)), sigma)
 
         return decoded

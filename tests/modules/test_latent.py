@@ -17,6 +17,7 @@ from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all, scale_of
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets import Autoencoder, UNet
+from diffusion_lit.report.images import StepRecorder
 
 
 def make_images(count, channels=1, size=8, seed=0):
@@ -226,6 +227,17 @@ def test_trajectories_are_decoded(checkpoint):
     made = module.generate([0, 1], torch.tensor([3, 4]), module.sampling.replace(num_steps=3), callback)
     assert all(x.shape == x0_hat.shape == (2, 1, 8, 8) for x, x0_hat, _ in seen)
     torch.testing.assert_close(seen[-1][1], made, rtol=1e-4, atol=1e-4)  # the last prediction is the sample
+
+
+def test_the_rows_that_a_recorder_keeps_are_decoded(checkpoint):
+    module = load_module(checkpoint)
+    sampling, whole = module.sampling.replace(num_steps=2), StepRecorder(4)
+    module.generate(range(4), torch.arange(4), sampling, whole)
+    for keep, rows in ((2, [0, 1]), ([3, 1], [3, 1])):
+        some = StepRecorder(keep)
+        module.generate(range(4), torch.arange(4), sampling, some)
+        for full, part in zip([*whole.x, *whole.x0_hat], [*some.x, *some.x0_hat], strict=True):
+            assert torch.allclose(part, full[rows], atol=1e-4)
 
 
 def test_latents_go_there_and_back(checkpoint):
