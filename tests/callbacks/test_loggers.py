@@ -85,6 +85,7 @@ def test_wandb_is_given_the_same_offline(lightning, tmp_path, monkeypatch):
     assert files == [".gif", ".png", ".png"]
 
 
+@pytest.mark.medium
 def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_fresh_one_does_not(lightning, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
