@@ -282,6 +282,9 @@ class CLI(LightningCLI):
         for part in ("model", "data", "trainer"):
             refuse_nulls(config.get(part), part)
         for part, callback in CALLBACKS.items():
+            if not isinstance(config[part], Namespace):
+                told = plain(str(config[part]).replace("None", "null"), 80)
+                raise UserError(f"{part} is {told}; give a mapping of its options.")
             refuse_null_arguments(callback.__init__, vars(config[part]), part)
         refuse_sharding(config.trainer.get("strategy"))  # before it is made, which may need a library
         if not config.trainer.get("fast_dev_run"):
