@@ -143,7 +143,10 @@ class SampleGrid(DrawingCallback):
         super().__init__(every, seed)
         check_count(rows=rows, columns=columns)
         if rows * columns > MOST:
-            raise ValueError(f"{rows} rows of {columns} columns are too many; give at most {MOST:,} images in all.")
+            raise ValueError(
+                f"sample_grid has {rows} rows of {columns} columns, which are too many; give at most {MOST:,} images "
+                "in all."
+            )
         self.rows = rows
         self.columns = columns
 
@@ -174,7 +177,8 @@ class Trajectory(DrawingCallback):
 
     def __init__(self, count: int = 4, columns: int = 10, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
-        check_number(least=1, most=MOST, whole=True, count=count, columns=columns)
+        named: dict[str, Any] = {"trajectory.count": count, "trajectory.columns": columns}
+        check_number(least=1, most=MOST, whole=True, **named)
         self.count = count
         self.columns = columns
 

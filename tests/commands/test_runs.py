@@ -381,8 +381,8 @@ def test_a_second_average_is_one_sentence(lightning, capsys):
 
 def test_counts_without_measure_are_refused():
     for make, words in (
-        (lambda: Trajectory(count=10**9), "count is 1000000000"),
-        (lambda: Trajectory(columns=10**9), "columns is 1000000000"),
+        (lambda: Trajectory(count=10**9), "trajectory.count is 1000000000"),
+        (lambda: Trajectory(columns=10**9), "trajectory.columns is 1000000000"),
         (lambda: SampleGrid(rows=10**5, columns=10**5), "100000 rows of 100000 columns"),
     ):
         with pytest.raises(ValueError, match=words):

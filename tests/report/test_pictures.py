@@ -1,6 +1,7 @@
 """Tensors to bytes, grids, strips and animations."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.models import LatentModel
 from diffusion_lit.report.images import (
     Cell,
     StepRecorder,
@@ -112,3 +114,18 @@ def test_a_long_heading_is_broken_into_lines_and_what_is_left_out_is_marked():
     end = int(np.argmax(np.diff(rows)))
     beside = (figure < 128).all(-1)[:, : left - 2]
     assert beside.any() and not beside[rows[end] + 3 : rows[end + 1] - 3].any()
+
+
+@pytest.mark.parametrize(("keep", "rows"), [(3, [0, 1, 2]), ([0, 4, 9], [0, 4, 9]), (range(10), list(range(10)))])
+def test_a_recorder_keeps_the_rows_it_is_told_of_latents_too(keep, rows):
+    x, x0_hat, decoded = torch.randn(10, 1, 2, 2), torch.randn(10, 1, 2, 2), []
+
+    def decode(z):
+        decoded.append(len(z))
+        return 2 * z
+
+    for recorder, times in ((StepRecorder(keep), 1), (StepRecorder(keep), 2)):
+        seen = recorder if times == 1 else LatentModel._decoded(SimpleNamespace(decode=decode), recorder)
+        seen(0, x, x0_hat, torch.tensor(1.0))
+        assert torch.allclose(recorder.x[0], times * x[rows]) and torch.equal(recorder.x0_hat[0], times * x0_hat[rows])
+    assert decoded == [len(rows), len(rows)]
