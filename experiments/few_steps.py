@@ -2,8 +2,9 @@
 
 A teacher (EDM) is drawn by each sampler with the most steps that so many calls allow, of which the best counts. Beside
 it stand a consistency model that is tuned from a teacher of half the length for the other half, and a MeanFlow from
-nothing, so that all have seen the same number of training images. The consistency model's first step maps pure noise;
-further ones are spaced evenly in log sigma from `high` to `low`. The same seeds and classes are drawn by all.
+nothing, so that all have seen the same number of training images. The consistency model takes its own noise levels for
+one step or two; for more, those after the first are spaced evenly in log sigma from `high` to `low`. The same seeds and
+classes are drawn by all.
 
     python -m experiments.few_steps
     python -m experiments.few_steps --config configs/edm_fashion_mnist.yaml --data.init_args.root FOLDER \
@@ -36,7 +37,6 @@ def few_steps(
     meanflow: str = "configs/meanflow_digits.yaml",
     high: float = 5.0,
     low: float = 0.2,
-    second: float = 0.8,
     cfg_scale: float | None = None,
 ) -> None:
     """How good are samples of one step, two, four, and more?
@@ -52,7 +52,6 @@ def few_steps(
         meanflow: Config of the MeanFlow, on the same data.
         high: Noise level of the consistency model's second step, where it takes more than two.
         low: Noise level of its last step, where it takes more than two.
-        second: Noise level of its second step, where it takes two.
         cfg_scale: Guidance of the teacher; as it is trained to be drawn by default.
     """
     trained = train(study, tuned, meanflow)
@@ -63,7 +62,7 @@ def few_steps(
         default: Sampling = module.sampling
         for calls in nfe:
             if name == "tuned":
-                settings = [default.replace(grid_options={"levels": levels(calls, high, low, second, run)})]
+                settings = [default.replace(grid_options={"levels": levels(calls, high, low, default)})]
             elif name == "meanflow":
                 settings = [default.replace(num_steps=calls)]
             else:
@@ -103,25 +102,23 @@ def train(study: Study, tuned: str, meanflow: str) -> dict[str, Trained]:
     }
 
 
-def levels(calls: int, high: float, low: float, second: float, run: Trained) -> list[float]:
-    """Noise levels of a consistency model's steps.
+def levels(calls: int, high: float, low: float, default: Sampling) -> list[float]:
+    """Noise levels of a consistency model's steps: its own for one or two, its first and others behind it for more.
 
     Args:
         calls: Number of steps.
         high: The second of more than two.
         low: The last of more than two.
-        second: The second of two.
-        run: The model, which knows where it starts.
+        default: How the model is drawn by default.
 
     Returns:
         Falling levels.
     """
-    module: Any = load_module(run.ckpt_path)
-    start = float(module.denoiser.scaling.sampling_range[1])
+    own = [float(level) for level in default.grid_options["levels"]]
     if calls < 3:
-        return [start, second][:calls]
+        return own[:calls]
     spaced = torch.linspace(torch.tensor(high).log(), torch.tensor(low).log(), calls - 1, dtype=torch.float64).exp()
-    return [start, *spaced.tolist()]
+    return [own[0], *spaced.tolist()]
 
 
 def teacher_settings(default: Sampling, samplers: list[str], calls: int) -> list[Sampling]:

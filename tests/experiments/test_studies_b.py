@@ -10,6 +10,7 @@ import torch
 from scipy.fft import dctn
 
 from datamodules import Digits, Subset
+from diffusion_lit.modules.load import load_module
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from experiments.attention_ablation import attention_ablation
 from experiments.capacity import capacity
@@ -106,9 +107,10 @@ def test_few_steps(study):
     assert {"kd_pixels", "fd_pixels", "precision", "recall"} <= rows[0].keys()
     steps = {name: int(run.run.options["trainer.max_steps"]) for name, run in made.trained.items()}
     assert steps["half"] + steps["tuned"] == steps["teacher"] == steps["meanflow"] == 2
-    assert levels(1, 5.0, 0.2, 0.8, made.trained["tuned"]) == [80.0]
-    assert levels(2, 5.0, 0.2, 0.8, made.trained["tuned"]) == [80.0, 0.8]
-    assert levels(4, 5.0, 0.2, 0.8, made.trained["tuned"]) == pytest.approx([80.0, 5.0, 1.0, 0.2])
+    default = load_module(made.trained["tuned"].ckpt_path).sampling
+    assert levels(1, 5.0, 0.2, default) == [80.0]
+    assert levels(2, 5.0, 0.2, default) == [80.0, 0.8]
+    assert levels(4, 5.0, 0.2, default) == pytest.approx([80.0, 5.0, 1.0, 0.2])
 
 
 @pytest.mark.medium
