@@ -12,7 +12,7 @@ another number of ranks are exact; the price is that every machine fetches every
 import functools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -43,17 +43,19 @@ class WindowLoader(TrainLoader):
         windows = [order[start : start + self.window] for start in range(0, len(order), self.window)]
         seeds = torch.randint(2**62, (len(windows),), generator=generator).tolist()
         skip, left = seen * self.batch_size, torch.empty(0, dtype=torch.int64)
-        fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
+        fetchers, coming = ThreadPoolExecutor(FETCHERS, "fetch"), list[Future[Path]]()
         try:
             for number, (window, seed) in enumerate(zip(windows, seeds, strict=True)):
                 size = int(images.counts[window.numpy()].sum())
                 if skip >= size:
                     skip -= size
                     continue
-                coming = torch.cat(windows[number : number + 2]).tolist()
-                images.keep(coming)  # before one of them makes room for another
-                for chunk in coming:
-                    fetchers.submit(images.fetch, chunk)  # an error is told when the chunk is read
+                # What is there stays while the rest is fetched; some rows of the last window are still to be read.
+                images.keep(torch.cat(windows[max(0, number - 1) : number + 2]).tolist())
+                for fetch in coming:
+                    fetch.cancel()  # it was read before it was fetched, or is asked for again
+                wanted = torch.cat(windows[number : number + 2]).tolist()
+                coming = [fetchers.submit(images.fetch, chunk) for chunk in wanted]  # an error is told in reading
                 rows = torch.cat([images.rows(chunk) for chunk in window.tolist()])
                 order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
                 left, skip = torch.cat([left, rows[order[skip:]]]), 0
