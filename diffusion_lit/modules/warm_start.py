@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.storage.checkpoints import choose_weights, read_checkpoint
 from diffusion_lit.storage.exports import WEIGHTS, is_export
 from diffusion_lit.storage.hashing import file_hash
@@ -210,7 +211,8 @@ def _rows(
 ) -> tuple[list[tuple[Tensor, Tensor]], str] | None:
     """The rows of the classes' embedding by the classes' names; None where it is none, or all names are the same.
 
-    The last row is the null class. It is also where a class starts that the source does not know.
+    The last row is the null class. A class that the source does not know starts from a random row of the others' size,
+    which is not the one that was drawn for it: under the same seed another class of the source began there.
     """
     key = f"{name}.weight" if name else "weight"
     mine, theirs, names = here[key], there.get(key), source.class_names
@@ -222,12 +224,18 @@ def _rows(
     known = [one for one in class_names if one in names]
     if not known and mine.shape == theirs.shape:
         return None
-    rows = [names.index(one) if one in names else len(names) for one in class_names]
+    rows = [
+        theirs[names.index(one)]
+        if one in names
+        else torch.randn(theirs.shape[1], generator=keyed_generator("new class", one)) * theirs.std()
+        for one in class_names
+    ]
+    value = torch.stack([*rows, theirs[-1]])
     told = f"rows of {len(known)} of {len(class_names)} classes taken by their names"
     new = [one for one in class_names if one not in names]
     if new:
-        told += f"; {_few(new)} start{'s' if len(new) == 1 else ''} as the null class"
-    return [(mine, theirs[[*rows, len(names)]])], told
+        told += f"; {_few(new)} {'is' if len(new) == 1 else 'are'} new"
+    return [(mine, value)], told
 
 
 def _layers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

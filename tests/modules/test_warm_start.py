@@ -55,11 +55,25 @@ def test_rows_of_classes_go_by_their_names():
     there, here = (module.net.conditioning.label.weight for module in (one, other))
     for row, name in enumerate(names):
         assert torch.equal(here[int(name)], there[row])
-    assert torch.equal(here[3], there[9]) and torch.equal(here[10], there[9])
+    assert torch.equal(here[10], there[9])
     assert list(start.rows) == ["denoiser.net.conditioning.label"] and not start.new
     (line,) = (line for line in start.lines() if "conditioning.label" in line)
-    assert "9 of 10" in line and line.endswith("3 starts as the null class")
+    assert "9 of 10" in line and line.endswith("3 is new")
     assert changed(other, before) == before.keys()  # and the rest was taken
+
+
+def test_a_new_class_starts_apart_from_all_that_the_source_knows():
+    """As it was drawn would be near another class: under the same seed that class of the source began there."""
+    one = EDM(unet(0, num_classes=9))
+    starts = []
+    for seed in (0, 1):
+        other = EDM(unet(seed))
+        start_from(other, source(one, digits(3)), digits())
+        starts.append(other.net.conditioning.label.weight[3].detach())
+    there = one.net.conditioning.label.weight.detach()
+    assert torch.equal(*starts)
+    apart = torch.cdist(there, there)[~torch.eye(len(there), dtype=torch.bool)]
+    assert torch.cdist(starts[0][None], there).min() > 0.5 * apart.min()
 
 
 def test_other_channels_keep_the_rest_and_tell_what_is_new():
