@@ -79,7 +79,7 @@ def precision_recall(
         raise ValueError(f"Precision and recall need more than {k} images on each side.")
     real = radii(reference, [k])[:, 0] if reference_radii is None else reference_radii
     made = radii(generated, [k])[:, 0]
-    precise, recalled = torch.zeros(len(generated), dtype=torch.bool), 0
+    precise, recalled = torch.zeros_like(made, dtype=torch.bool), 0
     for rows, distances in _distances(reference, generated):
         precise |= (distances <= real[rows, None]).any(0)
         recalled += int((distances <= made).any(1).sum())

@@ -1,8 +1,8 @@
 """Consistency models: denoisers that draw an image in one step or two (Song 2023, arXiv 2303.01469).
 
 Training starts from nothing, or, better, from the average weights of a diffusion model (`fit --init_from CKPT`, Geng
-2024, arXiv 2406.14548). `ConsistencyLoss` says what is learned; with a `Teacher` instead of the
-data's own paths it is distillation. `Consistency` works on images, `LatentConsistency` on latents.
+2024, arXiv 2406.14548). `ConsistencyLoss` says what is learned; with a `Teacher` instead of the data's own paths it is
+distillation. `Consistency` works on images, `LatentConsistency` on latents.
 
 Guidance: cfg_scale acts on the two estimates as it does on any denoiser, but these are images at the end of two paths
 and no scores: only the scales 0 and 1 are maps that were trained. What guidance a model is to have is best distilled
