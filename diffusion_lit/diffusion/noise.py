@@ -336,22 +336,26 @@ class LogNormal(NoiseLevels):
     Args:
         P_mean: Mean of log sigma.
         P_std: Standard deviation of log sigma, 0 or more.
+        sigma_max: Draws above it are moved to it, such as to the level that a consistency model starts from; by default
+            there are no such.
 
     Raises:
-        ValueError: If `P_std` is negative.
+        ValueError: If `P_std` is negative, or `sigma_max` is not positive.
 
     Source: Karras et al. 2022 (arXiv 2206.00364), table 1.
     """
 
-    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2) -> None:
+    def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_max: float | None = None) -> None:
         check_number(P_mean=P_mean)
         check_number(least=0, P_std=P_std, hint="; 1.2 is the usual one")
-        self.P_mean, self.P_std = P_mean, P_std
+        check_number(above=0, sigma_max=sigma_max)
+        self.P_mean, self.P_std, self.sigma_max = P_mean, P_std, sigma_max
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws n levels; see `NoiseLevels.sample`."""
         normal = torch.randn(n, generator=generator, device=generator.device)
-        return (self.P_mean + self.P_std * normal).exp()
+        sigma = (self.P_mean + self.P_std * normal).exp()
+        return sigma if self.sigma_max is None else sigma.clamp(max=self.sigma_max)
 
 
 class LogitNormal(NoiseLevels):

@@ -27,7 +27,7 @@ from diffusion_lit.evaluation.metrics import (
 )
 from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
-from diffusion_lit.modules.protocols import DataSet, ImageSource, Model
+from diffusion_lit.modules.protocols import DataSet, Encodes, ImageSource, Model
 
 MOST_COMPARED = 5000  # maximum number of samples whose neighbours are searched
 
@@ -134,6 +134,23 @@ def _reported(
     return ReportedReference(reference, summary, warnings)
 
 
+def overshooting(samples: Samples, module: Model) -> list[str]:
+    """What to warn of where many values lie outside the range of images.
+
+    A decoder's do as they should: its likelihood counts all below -1 as black, and all above 1 as white.
+
+    Args:
+        samples: The samples.
+        module: The model.
+
+    Returns:
+        A sentence, or none.
+    """
+    if samples.clipped <= 0.05 or isinstance(module, Encodes):
+        return []
+    return [f"{samples.clipped:.0%} of the samples' values overshot [-1, 1] by more than 0.1 and were clipped."]
+
+
 def measure(
     plan: Any,
     job: GenerationJob,
@@ -167,11 +184,7 @@ def measure(
         "clipped_share": samples.clipped,
         "references": {},
     }
-    warnings: list[str] = []
-    if samples.clipped > 0.05:
-        warnings.append(
-            f"{samples.clipped:.0%} of the samples' values overshot [-1, 1] by more than 0.1 and were clipped."
-        )
+    warnings = overshooting(samples, module)
     blocks = [
         samples.features[block * plan.num_samples : (block + 1) * plan.num_samples] for block in range(plan.num_blocks)
     ]

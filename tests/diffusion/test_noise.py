@@ -181,6 +181,13 @@ def test_log_normal():
     assert follows(draw(LogNormal(0.3, 0.7)).log(), stats.norm(0.3, 0.7).cdf)
 
 
+def test_log_normal_up_to_a_level():
+    free, cut = draw(LogNormal(-1.1, 2.0)), draw(LogNormal(-1.1, 2.0, sigma_max=12))
+    assert torch.equal(cut, free.clamp(max=12))
+    share = stats.norm(-1.1, 2.0).sf(math.log(12))
+    assert stats.binomtest(int((cut == 12).sum()), len(cut), share).pvalue > 0.01
+
+
 def test_logit_normal():
     sigma = draw(LogitNormal(0.5, 0.8))
     time = sigma / (1 + sigma)
@@ -197,6 +204,7 @@ def test_constant():
     ("make", "words"),
     [
         (lambda: LinearSchedule(1), "num_steps is 1"),
+        (lambda: LogNormal(sigma_max=0), "sigma_max is 0"),
         (lambda: CosineSchedule(0), "num_steps is 0"),
         (lambda: LinearSchedule(10), "strictly between 0 and 1"),
         (lambda: LinearSchedule(beta_start=0.0), "beta_start is 0.0"),

@@ -19,6 +19,7 @@ from diffusion_lit.evaluation.generation import (
     gather_shards,
     generate_shards,
 )
+from diffusion_lit.evaluation.measure import overshooting
 from diffusion_lit.storage.tensors import write_tensors
 
 
@@ -158,3 +159,16 @@ def test_a_class_is_drawn_by_the_sample_alone_and_by_the_frequencies_of_training
     with pytest.raises(ValueError, match="do not fit"):
         class_frequencies(source, 2)
     assert class_frequencies(Source(labels=False), 4).tolist() == [0.25] * 4
+
+
+def test_a_decoders_values_may_lie_outside_and_a_denoisers_may_not(job):
+    samples, (model,) = made_by(job)
+    blown_up = replace(samples, clipped=0.3)
+    (said,) = overshooting(blown_up, model)
+    assert said.startswith("30% of the samples' values overshot")
+    assert overshooting(replace(samples, clipped=0.04), model) == []
+
+    class Decoder(Model):
+        encode = decode = staticmethod(lambda x: x)
+
+    assert overshooting(blown_up, Decoder()) == []
