@@ -27,7 +27,7 @@ from diffusion_lit.evaluation.metrics import (
 )
 from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
-from diffusion_lit.modules.protocols import DataSet, Encodes, ImageSource, Model
+from diffusion_lit.modules.protocols import DataSet, ImageSource, Interpolates, Model
 
 MOST_COMPARED = 5000  # maximum number of samples whose neighbours are searched
 
@@ -137,7 +137,8 @@ def _reported(
 def overshooting(samples: Samples, module: Model) -> list[str]:
     """What to warn of where many values lie outside the range of images.
 
-    A decoder's do as they should: its likelihood counts all below -1 as black, and all above 1 as white.
+    Those of a model with latents do as they should: its decoder's likelihood counts all below -1 as black and all above
+    1 as white.
 
     Args:
         samples: The samples.
@@ -146,7 +147,7 @@ def overshooting(samples: Samples, module: Model) -> list[str]:
     Returns:
         A sentence, or none.
     """
-    if samples.clipped <= 0.05 or isinstance(module, Encodes):
+    if samples.clipped <= 0.05 or isinstance(module, Interpolates):
         return []
     return [f"{samples.clipped:.0%} of the samples' values overshot [-1, 1] by more than 0.1 and were clipped."]
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.facts import begun_from
@@ -355,5 +356,6 @@ def plot(report: dict[str, Any]) -> Figure:
             value = floor["figures"][metric]["mean"]
             panel.axhline(value, linestyle="--", color="grey", label=f"real against real, n = {floor['count']:,}")
         panel.set(xlabel="NFE (denoiser calls per sample)", ylabel=metric, title=f"against {name}", yscale="log")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.legend()
     return figure
