@@ -11,12 +11,9 @@ second line, in the U-Net of 32-pixel images, go from 2 to 33 million.
 
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 from diffusion_lit.modules.load import load_module
-from experiments.harness.evaluator import Evaluator
 from experiments.harness.networks import build, cost, step_cost
-from experiments.harness.show import image_rows
+from experiments.harness.show import image_rows, lines
 from experiments.harness.study import QUIET, Study, main
 
 WIDTH = "model_channels"
@@ -85,7 +82,13 @@ def capacity(
         )
         shown[f"{planned['parameters M']:.3g}M"] = drawn.images[:12]
     study.table("quality", rows, f"{study.setup.num_samples:,} samples of each network, against the training images.")
-    study.figure("quality", draw(rows, evaluator), "Quality and speed against size, at equal compute.")
+    panels = {
+        evaluator.metric: [evaluator.metric],
+        "validation loss": ["val/loss"],
+        "milliseconds of a training step": ["ms per step"],
+    }
+    figure = lines(rows, "parameters M", panels, evaluator, xlabel="parameters, millions", log=True)
+    study.figure("quality", figure, "Quality and speed against size, at equal compute.")
     study.figure("samples", image_rows(shown), "Samples of the same seeds, by the number of parameters.")
     best = min(rows, key=lambda row: row[evaluator.metric])
     others = ", ".join(
@@ -97,35 +100,6 @@ def capacity(
         f"At {rows[0]['TFLOP in all']:.3g} TFLOP of training {best['parameters M']:.3g}M parameters ({best['steps']:,} "
         f"steps) are best with {evaluator.metric} {best[evaluator.metric]:.3g}; {others}."
     )
-
-
-def draw(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """Quality and speed against the number of parameters.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-
-    Returns:
-        A figure of three panels.
-    """
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    size = [row["parameters M"] for row in rows]
-    for axes, column, label in (
-        (panels[0], evaluator.metric, evaluator.metric),
-        (panels[1], "val/loss", "validation loss"),
-        (panels[2], "ms per step", "milliseconds of a training step"),
-    ):
-        axes.plot(size, [row[column] for row in rows], marker="o", label="samples" if axes is panels[0] else None)
-        axes.set(xscale="log", xlabel="parameters, millions", ylabel=label)
-        axes.set_xticks(size, [f"{value:.3g}" for value in size], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.grid(True, alpha=0.3)
-    evaluator.draw_floor(panels[0])
-    panels[0].set_ylim(bottom=0)
-    panels[0].legend(fontsize=8)
-    panels[2].set_ylim(bottom=0)
-    return figure
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
@@ -27,7 +26,7 @@ from diffusion_lit.modules.quality import ssim
 from diffusion_lit.storage.hashing import file_hash
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
-from experiments.harness.show import image_rows
+from experiments.harness.show import image_rows, lines
 from experiments.harness.study import QUIET, Study, main
 
 SHOWN = 12
@@ -88,7 +87,9 @@ def cold_diffusion(
         for way in ways
     ]
     study.table("steps", over, f"{first} over the number of steps; one naive step is direct restoration.")
-    study.figure("steps", draw_steps(over, evaluator, first), f"{first}: distance over the number of steps.")
+    label = f"{evaluator.metric} to the images"
+    figure = lines(over, "steps", {label: [evaluator.metric]}, evaluator, by="restored", log=True)
+    study.figure("steps", figure, f"{first}: distance over the number of steps.")
 
     def of(name: str, way: str) -> Any:
         return next(row[evaluator.metric] for row in rows if (row["degradation"], row["restored"]) == (name, way))
@@ -184,36 +185,6 @@ def draw_bars(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
         axes.grid(True, axis="y", alpha=0.3)
     panels[0].set_yscale("log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ways))
-    return figure
-
-
-def draw_steps(rows: list[dict[str, Any]], evaluator: Evaluator, name: str) -> plt.Figure:
-    """The distance over the number of steps.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-        name: The degradation.
-
-    Returns:
-        The figure.
-    """
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for way in dict.fromkeys(row["restored"] for row in rows):
-        own = [row for row in rows if row["restored"] == way]
-        axes.plot([row["steps"] for row in own], [row[evaluator.metric] for row in own], marker="o", label=way)
-    axes.set(
-        xscale="log",
-        xlabel="steps of restoration; one naive step is direct restoration",
-        ylabel=f"{evaluator.metric} to the images",
-    )
-    steps = sorted({row["steps"] for row in rows})
-    axes.set_xticks(steps, [str(step) for step in steps])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(bottom=0)
-    axes.set_title(name.lower())
-    axes.legend()
-    axes.grid(True, alpha=0.3)
     return figure
 
 

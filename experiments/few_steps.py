@@ -13,9 +13,7 @@ classes are drawn by all.
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.evaluation.generation import Samples
@@ -23,6 +21,7 @@ from diffusion_lit.evaluation.metrics import kernel_distance
 from diffusion_lit.modules.load import load_module
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
+from experiments.harness.show import lines
 from experiments.harness.study import Study, image_rows, main
 from experiments.sampler_comparison import settings_of
 
@@ -66,7 +65,8 @@ def few_steps(
             elif name == "meanflow":
                 settings = [default.replace(num_steps=calls)]
             else:
-                settings = teacher_settings(default.replace(cfg_scale=cfg_scale), samplers, calls)
+                teacher = default.replace(cfg_scale=cfg_scale)  # in as many steps as the calls allow
+                settings = [one for sampler in samplers for one in settings_of(teacher, sampler, [calls], [])]
             found = [(measure(study, run, evaluator, setting), setting) for setting in settings]
             (figures, drawn), setting = min(found, key=lambda one: one[0][0][evaluator.metric])
             row = {"model": name, "NFE": calls, "sampler": setting.sampler, "steps": setting.num_steps, **figures}
@@ -74,7 +74,9 @@ def few_steps(
             images[f"{name}, {calls}"] = drawn.images[:SHOWN] / 127.5 - 1
     count = study.setup.num_samples
     study.table("quality", rows, f"{count:,} samples of the same seeds against the training images.")
-    study.figure("quality", curves(rows, evaluator), "Quality and variety against denoiser calls per sample.")
+    panels = {name: [name] for name in (evaluator.metric, "precision", "recall")}
+    figure = lines(rows, "NFE", panels, evaluator, by="model", xlabel="denoiser calls per sample (NFE)", log=True)
+    study.figure("quality", figure, "Quality and variety against denoiser calls per sample.")
     study.figure("images", image_rows(images), "The same seeds and classes: the model, and its denoiser calls.")
     study.finding(sentence(rows, evaluator))
 
@@ -121,20 +123,6 @@ def levels(calls: int, high: float, low: float, default: Sampling) -> list[float
     return [own[0], *spaced.tolist()]
 
 
-def teacher_settings(default: Sampling, samplers: list[str], calls: int) -> list[Sampling]:
-    """Each sampler with the most steps that so many denoiser calls allow.
-
-    Args:
-        default: The model's own settings.
-        samplers: Their names.
-        calls: Denoiser calls per sample.
-
-    Returns:
-        At least one.
-    """
-    return [setting for name in samplers for setting in settings_of(default, name, [calls], [])]
-
-
 def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling) -> tuple[dict[str, float], Samples]:
     """The figures of a model's samples, and the samples.
 
@@ -152,33 +140,6 @@ def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling)
     figures = evaluator.measure(drawn)
     kernel = kernel_distance(drawn.features.features, evaluator.reference.features.features)
     return {**figures, evaluator.metric.replace("fd_", "kd_").replace("fid_", "kid_"): kernel}, drawn
-
-
-def curves(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """The distance, precision and recall over the denoiser calls.
-
-    Args:
-        rows: The measurements.
-        evaluator: What measured them.
-
-    Returns:
-        The figure.
-    """
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    calls = sorted({row["NFE"] for row in rows})
-    for axes, name in zip(panels, (evaluator.metric, "precision", "recall"), strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == model]
-            axes.plot([row["NFE"] for row in own], [row[name] for row in own], marker="o", label=model)
-        axes.set(xscale="log", xlabel="denoiser calls per sample (NFE)", ylabel=name)
-        axes.set_xticks(calls, [str(count) for count in calls])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(True, which="both", alpha=0.3)
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter(ScalarFormatter())
-    evaluator.draw_floor(panels[0])
-    panels[0].legend()
-    return figure
 
 
 def sentence(rows: list[dict[str, Any]], evaluator: Evaluator) -> str:

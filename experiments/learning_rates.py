@@ -39,6 +39,8 @@ def learning_rates(
         decays: How they fall: none, plateau, exponential, cosine.
     """
     steps = int(study.value("trainer.max_steps"))
+    if steps < 2 * int(study.value("trainer.log_every_n_steps")):  # else the learning rates would not be in the figure
+        study.options["trainer.log_every_n_steps"] = max(1, steps // 10)
     variants = {
         f"{rate:g}" if decays == ["none"] else f"{rate:g}, {decay}": {
             "model.init_args.optimizer.init_args.lr": rate,

@@ -11,13 +11,13 @@ of the training images: 1 is as sharp (or as noisy) as real, below is smoother.
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
+from experiments.harness.show import lines
 from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
 
 MOST = 2000  # real images that sharpness is taken over
@@ -53,8 +53,15 @@ def noise_cutoff(
         shown[f"k = {cut}"] = drawn.images[:12]
     shown["real"] = real[:12]
     caption = f"{study.setup.num_samples:,} samples against the training images, {num_steps:,} steps."
+    panels = {
+        evaluator.metric: [evaluator.metric],
+        "mean squared Laplacian, real = 1": ["sharpness"],
+        "share of images": ["precision", "recall"],
+    }
     study.table("quality", rows, caption)
-    study.figure("quality", draw(rows, evaluator, num_steps), "Quality and sharpness against where the noise stops.")
+    figure = lines(rows, "noise until", panels, evaluator, xlabel=f"steps of {num_steps:,} that add noise")
+    figure.axes[1].axhline(1, color="grey", linestyle="--")
+    study.figure("quality", figure, "Quality and sharpness against where the noise stops.")
     study.figure(
         "samples",
         image_rows(shown),
@@ -98,38 +105,6 @@ def real_images(evaluator: Evaluator) -> Tensor:
     images = evaluator.data.reference_images("train")
     count = min(MOST, len(images))
     return take(images, torch.arange(count) * len(images) // count)
-
-
-def draw(rows: list[dict[str, Any]], evaluator: Evaluator, num_steps: int) -> plt.Figure:
-    """Fréchet distance, sharpness, precision and recall against the number of steps that add noise.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-        num_steps: Steps of the sampler.
-
-    Returns:
-        The figure, of three panels.
-    """
-    figure, (distance, sharp, shares) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    cuts = [row["noise until"] for row in rows]
-    distance.plot(cuts, [row[evaluator.metric] for row in rows], marker="o", label="samples")
-    evaluator.draw_floor(distance)
-    distance.set(ylabel=evaluator.metric, yscale="log")
-    distance.legend()
-    sharp.plot(cuts, [row["sharpness"] for row in rows], marker="o", label="samples")
-    sharp.axhline(1, color="grey", linestyle="--", label="training images")
-    sharp.set(ylabel="mean squared Laplacian, real = 1")
-    sharp.set_ylim(bottom=0)
-    sharp.legend()
-    for name in ("precision", "recall"):
-        shares.plot(cuts, [row[name] for row in rows], marker="o", label=name)
-    shares.set(ylabel="share of images", ylim=(0, 1.02))
-    shares.legend()
-    for axes in (distance, sharp, shares):
-        axes.set_xlabel(f"steps of {num_steps:,} that add noise")
-        axes.grid(True, alpha=0.3)
-    return figure
 
 
 if __name__ == "__main__":

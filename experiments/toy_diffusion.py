@@ -18,7 +18,6 @@ That is the flow path of the project's own core: `X0Preconditioning()` with `Uni
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from diffusion_lit.diffusion.conversions import flow_time_to_sigma
 from diffusion_lit.diffusion.images import take
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
+from experiments.harness.show import lines
 from experiments.harness.study import Evaluator, Study, image_rows, main
 
 AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]
@@ -80,9 +80,8 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
         if count == module.sampling.num_steps:
             study.images("samples", drawn.images[:80], f"Samples in {count} steps.")
     study.table("quality", measured, f"{study.setup.num_samples:,} samples against the training images.")
-    study.figure(
-        "quality", quality(measured, evaluator), "The Fréchet distance to the training images against the steps."
-    )
+    figure = lines(measured, "steps", {evaluator.metric: [evaluator.metric]}, evaluator, log=True)
+    study.figure("quality", figure, "The Fréchet distance to the training images against the steps.")
     best = min(measured, key=lambda row: row[evaluator.metric])
     asked = next((row for row in measured if row["steps"] == module.sampling.num_steps), best)
     floor = "" if evaluator.floor is None else f" (real images get {evaluator.floor[0]:.3g})"
@@ -120,28 +119,6 @@ def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:
     """
     t = amount.reshape(-1, 1, 1, 1)
     return (1 - t) * x0 + t * noise
-
-
-def quality(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """The Fréchet distance against the number of steps.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-
-    Returns:
-        The figure.
-    """
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    steps = [row["steps"] for row in rows]
-    axes.plot(steps, [row[evaluator.metric] for row in rows], marker="o", label="samples")
-    evaluator.draw_floor(axes)
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=evaluator.metric)
-    axes.set_xticks(steps, [str(step) for step in steps])
-    axes.minorticks_off()
-    axes.grid(True, alpha=0.3)
-    axes.legend()
-    return figure
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ training images: 1 is as varied as real, 0 is one image per class. Sharpness abo
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_module
-from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
+from experiments.harness.show import lines
+from experiments.harness.study import QUIET, Study, image_rows, main
 from experiments.noise_cutoff import real_images, sharpness
 
 
@@ -78,9 +78,14 @@ def variance(
     shown["real"] = real[:12]
     caption = f"{study.setup.num_samples:,} samples against the training images, {num_steps:,} steps."
     study.table("quality", rows, caption)
-    study.figure(
-        "quality", draw(rows, evaluator), "Quality, diversity and sharpness of each variance, from small to large."
-    )
+    panels = {
+        evaluator.metric: [evaluator.metric],
+        "share of images": ["precision", "recall"],
+        "over that of training images": ["diversity", "sharpness"],
+    }
+    figure = lines(rows, "variance", panels, evaluator, xlabel="variance of a step")
+    figure.axes[2].axhline(1, color="grey", linestyle="--")
+    study.figure("quality", figure, "Quality, diversity and sharpness of each variance, from small to large.")
     study.figure("samples", image_rows(shown), f"Samples of the same seeds and classes in {num_steps:,} steps.")
     least, most = rows[0], rows[-1]
     best = min(rows, key=lambda row: row[evaluator.metric])
@@ -122,37 +127,6 @@ def diversity(features: Tensor, labels: Tensor | None) -> float:
         own = features[labels == label].double()
         squared += float((own - own.mean(0)).square().sum()) * len(own) / max(1, len(own) - 1)
     return (squared / len(features)) ** 0.5
-
-
-def draw(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """The measures of each variance.
-
-    Args:
-        rows: The measurements, from small variance to large.
-        evaluator: What they were measured by.
-
-    Returns:
-        The figure, of three panels.
-    """
-    figure, (distance, shares, ratios) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
-    names = [row["variance"] for row in rows]
-    distance.plot(names, [row[evaluator.metric] for row in rows], marker="o", label="samples")
-    evaluator.draw_floor(distance)
-    distance.set(ylabel=evaluator.metric, yscale="log")
-    for name in ("precision", "recall"):
-        shares.plot(names, [row[name] for row in rows], marker="o", label=name)
-    shares.set(ylabel="share of images", ylim=(0, 1.02))
-    for name in ("diversity", "sharpness"):
-        ratios.plot(names, [row[name] for row in rows], marker="o", label=name)
-    ratios.axhline(1, color="grey", linestyle="--", label="training images")
-    ratios.set(ylabel="over that of training images")
-    ratios.set_ylim(bottom=0)
-    for axes in (distance, shares, ratios):
-        axes.set_xlabel("variance of a step")
-        axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
-        axes.grid(True, alpha=0.3)
-        axes.legend()
-    return figure
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ of the data are those of a fresh run of that length.
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from experiments.harness.show import image_rows
+from experiments.harness.show import image_rows, lines
 from experiments.harness.study import QUIET, Study, main
 from experiments.memorization import whole_data
 
@@ -71,7 +70,8 @@ def warm_start(
         )
         shown[name] = torch.cat([samples.images[labels == new][:4], samples.images[labels != new][:8]])
     study.table("quality", rows, f"{study.setup.num_samples:,} samples, every class equally often.")
-    study.figure("quality", draw(rows, evaluator), "Quality against the number of steps.")
+    figure = lines(rows, "steps", {evaluator.metric: [evaluator.metric]}, evaluator, by="start")
+    study.figure("quality", figure, "Quality against the number of steps.")
     study.figure("samples", image_rows(shown), f"Four samples of {left_out} and eight others, of the same seeds.")
     cold, warm = ([row for row in rows if row["start"] == start] for start in starts)
     last = cold[-1]
@@ -83,27 +83,6 @@ def warm_start(
         f"From nothing {last['steps']:,} steps reach {evaluator.metric} {last[evaluator.metric]:.3g}; from the weights "
         f"of a model without {left_out} this is reached {reached}."
     )
-
-
-def draw(rows: list[dict[str, Any]], evaluator: Any) -> plt.Figure:
-    """Quality against steps, a line per start.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-
-    Returns:
-        The figure.
-    """
-    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for start in dict.fromkeys(row["start"] for row in rows):
-        line = [row for row in rows if row["start"] == start]
-        axes.plot([row["steps"] for row in line], [row[evaluator.metric] for row in line], marker="o", label=start)
-    evaluator.draw_floor(axes)
-    axes.set(xlabel="steps", ylabel=evaluator.metric, yscale="log")
-    axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ one that was said last counts; abbreviations are refused; and what a user got wr
 
 import glob
 import inspect
-import logging
 import re
 import sys
-import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -51,12 +47,13 @@ from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_na
 from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.monitors import check_monitors
 from diffusion_lit.callbacks.resume import TRAINER, Resume
-from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.beginning import begin, source_of
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
 from diffusion_lit.commands.nulls import refuse_null_arguments, refuse_nulls
+from diffusion_lit.commands.parser import Parser, class_at, start_anew
 from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length_said_last
-from diffusion_lit.commands.resuming import differing_lines, line, names_seed, refuse_precision, say
+from diffusion_lit.commands.resuming import Resumed, differing_lines, line, names_seed, say
+from diffusion_lit.commands.trainer_settings import check_numbers, refuse_precision, refuse_sharding
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
@@ -64,13 +61,13 @@ from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.internals import class_change
 from diffusion_lit.runtime.precision import TrainInBf16, use_tf32
 from diffusion_lit.runtime.run_folder import RunFolder, lock_run
-from diffusion_lit.runtime.sentences import debugging, plain, say_warnings_plainly, too_deep
+from diffusion_lit.runtime.sentences import debugging, plain, quiet_lightning, say_warnings_plainly
 from diffusion_lit.runtime.stopping import RunStopped, end, told
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 from diffusion_lit.storage.checkpoints import check_training_state, read_training_state
 from diffusion_lit.storage.exports import is_export
 from diffusion_lit.storage.runs import find_checkpoint, run_of
-from diffusion_lit.storage.trust import TRUST_HELP, trust
+from diffusion_lit.storage.trust import trust
 
 MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 CALLBACKS: dict[str, type[Callback]] = {
@@ -83,85 +80,13 @@ CALLBACKS: dict[str, type[Callback]] = {
     "tf32": TF32,
     "watchdog": Watchdog,
 }
-
-
-COUNTS_FROM_1 = ("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
-COUNTS_FROM_0 = ("log_every_n_steps", "reload_dataloaders_every_n_epochs")
-COUNTS_FROM_MINUS_1 = ("max_steps", "max_epochs", "min_steps", "min_epochs", "num_sanity_val_steps")
-SHARES_OR_COUNTS = (
-    *(f"limit_{split}_batches" for split in ("train", "val", "test", "predict")),
-    "val_check_interval",
-    "overfit_batches",
-)
-
-
-class UserError(ValueError):
-    """Something that a user can put right, told in one sentence."""
-
-
-def start_anew(discard: Any) -> Any:
-    """Makes a part whose class is changed start from its own class's defaults.
-
-    jsonargparse keeps what the new class takes too, defaults of the old one included: an Adam in the place of the
-    default AdamW would keep AdamW's weight decay, and a paper's network the widths of the small one that a config
-    before it names. A model, its data and a logger still keep it, so that `--data.class_path` alone runs a config on
-    other data, and `--trainer.logger CSVLogger` writes to the same folder.
-
-    Args:
-        discard: jsonargparse's function, which drops what the new class does not take.
-
-    Returns:
-        One that drops all, of other parts than models, data and loggers.
-    """
-
-    def drop(parser_or_action: Any, previous: Any, value: Any) -> None:
-        if previous and previous.get("init_args"):
-            old, new = (_class_at(spec["class_path"]) for spec in (previous, value))
-            if old is not new and not issubclass(new, LightningModule | LightningDataModule | Logger):
-                previous["init_args"] = Namespace()
-        discard(parser_or_action, previous, value)
-
-    return drop
-
-
-def _class_at(path: str) -> type:
-    """The class of a full name; an unresolved short name gets a placeholder type equal to no other."""
-    module, _, name = path.rpartition(".")
-    found = getattr(import_module(module), name, None) if module else None
-    return found if isinstance(found, type) else type(path, (), {})
-
-
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
-
-
-class Parser(LightningArgumentParser):
-    """LightningCLI's parser with errors of a sentence instead of a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Prints the message without the usage, which runs to pages, and stops with status 2.
-
-        Args:
-            message: What is wrong.
-            ex: The exception behind it.
-
-        Raises:
-            SystemExit: Always.
-        """
-        if "maximum nesting depth" in message:
-            message = str(too_deep(sys.argv[1:]) or message)
-        if "arguments are required" in message:
-            message += "; a config says them: --config NAME, of those that `diffusion-lit configs` lists, or a file"
-        listed = "The options are listed by --help; --print_config shows the configuration."
-        print(f"{PROGRAM}: {plain(message, 310)}\n{listed}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 class CLI(LightningCLI):
     """LightningCLI with base config, run names, links from data to network, and resumption by name."""
 
-    begun_at = 0  # the step of the checkpoint that is gone on from
-    trained_in: str | None = None  # and its precision
-    recorded: dict[str, Any] | None = None  # and its settings
+    resumed: Resumed | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -169,40 +94,9 @@ class CLI(LightningCLI):
         every = LightningCLI.subcommands()
         return {name: every[name] for name in sys.argv[1:2] if name in every} or every
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `--name`, the callbacks that every run has, and the links from the data to the network."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="Name of the run, whose results go to runs/NAME/version_N; the config's file name by default.",
-        )
-        parser.add_argument(
-            "--compile",
-            type=bool,
-            default=False,
-            help="Compiles the network, and nothing else; --model.compile says the same.",
-        )
-        parser.add_argument(
-            "--channels_last",
-            type=bool | None,
-            default=None,
-            help="Keeps feature maps in the layout NHWC; by default on CUDA and, in float32, on x86 CPUs.",
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="Starts from the weights of another run as far as they fit: a checkpoint, runs/NAME, an export's "
-            "folder or a snapshot of averages. Optimizer, schedule and step begin anew.",
-        )
-        parser.add_argument(
-            "--init_weights",
-            type=str,
-            default="average",
-            help="Which of its weights: average (EMA) or raw.",
-        )
-        parser.add_argument("--trust", type=str | None, default=None, help=TRUST_HELP)  # `main` has taken it
+    def add_arguments_to_parser(self, parser: Parser) -> None:
+        """Adds the options of a run, the callbacks that every run has, and the links from the data to the network."""
+        parser.add_run_options()
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         for source, target, compute in (
@@ -216,7 +110,7 @@ class CLI(LightningCLI):
     def _net_input(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of what the network works on, which the class of the model knows: images, or their latents."""
         model = self.config[self.subcommand].model
-        net_input = getattr(_class_at(model.class_path), "net_input", lambda shape, **_: shape)
+        net_input = getattr(class_at(model.class_path), "net_input", lambda shape, **_: shape)
         return tuple(int(side) for side in net_input(image_shape, **dict(model.get("init_args", {}))))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -236,7 +130,7 @@ class CLI(LightningCLI):
         given = config.get("ckpt_path")
         if given is None:
             if subcommand != "fit" and not config.trainer.get("fast_dev_run"):
-                raise UserError(
+                raise ValueError(
                     f"`{PROGRAM} {subcommand}` is for a trained model: add --ckpt_path last (of {self.place.run}), "
                     "best, runs/NAME or a file."
                 )
@@ -246,7 +140,7 @@ class CLI(LightningCLI):
         if str(path) != str(given):
             print(f"{'Continuing from' if subcommand == 'fit' else 'Using'} {path}")
         if subcommand == "fit" and is_export(path):
-            raise UserError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
+            raise ValueError(f"{path} is an exported model without the training's state; continue a checkpoint file.")
         checkpoint = read_training_state(path, keep=True)
         if subcommand == "fit":
             check_training_state(checkpoint, path)
@@ -255,16 +149,8 @@ class CLI(LightningCLI):
             self.place.continues(folder)
             if subcommand == "fit" and is_rank_zero():
                 lock_run(folder).release()  # so that it is told now; the trainer takes it again for the whole run
-        settings = checkpoint.get("callbacks", {}).get("Resume", {}).get("settings")
-        self.recorded = {
-            **(settings if isinstance(settings, dict) else {}),
-            "model": checkpoint.get("hyper_parameters", {}),
-            "data": checkpoint.get("datamodule_hyper_parameters", {}),
-        }
-        self.weights = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        self.begun_at = int(checkpoint.get("global_step", 0))
-        self.trained_in = checkpoint.get("diffusion_lit", {}).get("precision", "32-true")
-        self._take_seed(config, checkpoint.get("diffusion_lit", {}).get("seed"))
+        self.resumed = Resumed.of(checkpoint, path)
+        self._take_seed(config, self.resumed.seed)
 
     def _take_seed(self, config: Namespace, recorded: int | None) -> None:
         """Goes on with the checkpoint's seed, unless one was typed or stands in a configuration that was given."""
@@ -284,7 +170,7 @@ class CLI(LightningCLI):
         for part, callback in CALLBACKS.items():
             if not isinstance(config[part], Namespace):
                 told = plain(str(config[part]).replace("None", "null"), 80)
-                raise UserError(f"{part} is {told}; give a mapping of its options.")
+                raise ValueError(f"{part} is {told}; give a mapping of its options.")
             refuse_null_arguments(callback.__init__, vars(config[part]), part)
         refuse_sharding(config.trainer.get("strategy"))  # before it is made, which may need a library
         if not config.trainer.get("fast_dev_run"):
@@ -292,7 +178,7 @@ class CLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds the callbacks that have no options, and how checkpoints are written."""
-        _check_numbers_of_trainer(config)
+        check_numbers(config)
         refuse_sharding(config.get("strategy"))
         always: list[Callback] = [Resume(self._settings()), KeepGuide(), Throughput(), RunSummary(), Cost()]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
@@ -320,7 +206,7 @@ class CLI(LightningCLI):
             if re.search("accelerator|backend|device|strategy", said):
                 asked = ", ".join(f"{name} {config.get(name)!r}" for name in ("accelerator", "devices", "strategy"))
                 said += f" It was given {asked}; see `{PROGRAM} doctor`."
-            raise UserError(said) from error
+            raise ValueError(said) from error
         trainer.fit_loop = RunLoop(trainer)
         return trainer
 
@@ -341,11 +227,12 @@ class CLI(LightningCLI):
         strategy = config.get("strategy") or "auto"
         usual = isinstance(strategy, str) and strategy.startswith(("auto", "ddp"))
         if config.get("precision") is None and usual and not any(isinstance(p, Precision) for p in config["plugins"]):
-            trained_in = self.trained_in or ("bf16-mixed" if bf16_pays(device) else "32-true")
-            if trained_in == "bf16-mixed":
+            suits = "bf16-mixed" if bf16_pays(device) else "32-true"
+            precision = suits if self.resumed is None else self.resumed.precision
+            if precision == "bf16-mixed":
                 config["plugins"].append(TrainInBf16(device))
             else:
-                config["precision"] = trained_in
+                config["precision"] = precision
         if config.get("benchmark") is None and device == "cuda" and not config.get("deterministic"):
             config["benchmark"] = True
 
@@ -354,7 +241,7 @@ class CLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            started = self.trainer.global_step > self.begun_at
+            started = self.trainer.global_step > (0 if self.resumed is None else self.resumed.step)
             stopped = told(error, started, getattr(self.datamodule, "batch_size", None), fits=subcommand == "fit")
             if stopped is None or debugging():
                 raise
@@ -380,13 +267,10 @@ class CLI(LightningCLI):
             self.model.net.to(memory_format=torch.channels_last)
         if self.config[self.subcommand].get("compile"):
             self.model.net.compile()  # in place, so that the names of the weights stay
-        recorded = self.recorded or {}
-        if self.subcommand == "fit" and recorded.get("model"):
+        if self.subcommand == "fit" and self.resumed is not None and self.resumed.settings["model"]:
             now = {**self._settings(), "model": dict(self.model.hparams), "data": dict(self.datamodule.hparams)}
-            before = {**recorded, "precision": self.trained_in}
-            now["precision"] = str(self.trainer.precision)
-            same = self.weights == {name: value.shape for name, value in self.model.state_dict().items()}
-            say(*differing_lines(str(self.config["fit"].ckpt_path), before, now, same))
+            shapes = {name: value.shape for name, value in self.model.state_dict().items()}
+            say(*differing_lines(self.resumed, now, str(self.trainer.precision), shapes == self.resumed.shapes))
 
     def _refuse_what_the_data_decides(self) -> None:
         """Refuses a size, channels or classes of the network that were typed and are not the data's."""
@@ -397,55 +281,10 @@ class CLI(LightningCLI):
         for name in ("in_channels", "image_size", "num_classes"):
             typed, used = net.init_args.get(name), getattr(self.model.net, name, None)
             if typed is not None and name in parameters and typed not in (parameters[name].default, used):
-                raise UserError(
+                raise ValueError(
                     f"The network's {name} is given as {typed!r}, but the data has {used!r}; it comes from the data, "
                     "so leave it out."
                 )
-
-
-def refuse_sharding(strategy: Any) -> None:
-    """Refuses strategies that cut the model up, which the average of the weights cannot follow.
-
-    Args:
-        strategy: As given to the trainer: a name, a class path with its arguments, an object, or None.
-
-    Raises:
-        UserError: If it is one of them.
-    """
-    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
-    if path is None:
-        names = [kind.__name__ for kind in type(strategy).__mro__]
-    else:
-        module, _, name = path.rpartition(".")
-        names = [kind.__name__ for kind in getattr(import_module(module), name).__mro__] if module else [name]
-    name = names[0]
-    if any(re.search("fsdp|deepspeed|model_?parallel", one, re.IGNORECASE) for one in names):
-        raise UserError(
-            f"The strategy {name} cuts the model up, and the average of the weights needs it whole. Use "
-            "--trainer.strategy ddp: 80 GB hold weights, gradients, AdamW and average (20 bytes each) of 2 billion "
-            "parameters, in bf16 and with --model.init_args.net.init_args.activation_checkpointing true."
-        )
-
-
-def _check_numbers_of_trainer(config: dict[str, Any]) -> None:
-    """Refuses numbers that Lightning takes in silence: it would climb the loss, clip by NaN or never validate."""
-    for least, names in ((1, COUNTS_FROM_1), (0, COUNTS_FROM_0), (-1, COUNTS_FROM_MINUS_1)):
-        for name in names:
-            given: dict[str, Any] = {f"trainer.{name}": config.get(name)}
-            check_count(least, **given)
-    clip: dict[str, Any] = {"trainer.gradient_clip_val": config.get("gradient_clip_val")}
-    check_number(least=0, **clip)
-    if config.get("enable_checkpointing") is False:
-        raise UserError("trainer.enable_checkpointing is false, but a run keeps its last checkpoint: leave it out.")
-    interval = config.get("val_check_interval")
-    if isinstance(interval, float) and config.get("check_val_every_n_epoch") is None:
-        raise UserError(
-            f"trainer.val_check_interval is {interval}; it counts optimizer steps of the run, so give a whole number, "
-            "or --trainer.check_val_every_n_epoch 1 beside a share of an epoch."
-        )
-    for name in SHARES_OR_COUNTS:
-        if isinstance(config.get(name), int | float):  # or a length of time
-            check_number(least=0, **{f"trainer.{name}": config[name]})
 
 
 def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
@@ -462,7 +301,10 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
         SystemExit: With status 2 when the user got something wrong, 130 or 143 when interrupted, 1 when the run could
             not go on.
     """
-    _quiet()
+    quiet_lightning()
+    say_warnings_plainly()
+    quiet_writer_threads()
+    use_tf32(False)
     base, args = configs_folder() / "base.yaml", with_logger_named(with_configs_found(args))
     defaults = {"default_config_files": [glob.escape(str(base))], "allow_abbrev": False}
     args = [re.sub(r"^--model\.compile(?==|$)", "--compile", arg) for arg in args]
@@ -493,25 +335,3 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     finally:
         watchdog.rest()
         Place.leave_empty()
-
-
-def _quiet() -> None:
-    """Leaves out what Lightning says to advertise or to warn of what this project does on purpose."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
-    )
-    for message in (
-        ".*is an instance of `nn.Module` and is already saved.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Precision .* is not supported by the model summary.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        ".*Total length of `list` across ranks is zero.*",
-        ".*loading a checkpoint outside the 'fit' stage.*",
-        ".*The dirpath has changed from.*",  # our record of the best goes along
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    say_warnings_plainly()
-    quiet_writer_threads()
-    use_tf32(False)

@@ -3,7 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import Namespace
@@ -32,8 +32,7 @@ def refuse_nulls(config: Any, key: str = "") -> None:
     path, given = config.get("class_path"), config.get("init_args")
     arguments = vars(given) if isinstance(given, Namespace) else given
     if isinstance(path, str) and "." in path and isinstance(arguments, dict):
-        module, _, name = path.rpartition(".")
-        for function, own in _constructors(getattr(import_module(module), name), arguments):
+        for function, own in _constructors(resolve_name(path), arguments):
             refuse_null_arguments(function, own, key)
     for name, part in config.items():
         refuse_nulls(part, key if name == "init_args" else f"{key}.{name}".strip("."))

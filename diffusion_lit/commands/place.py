@@ -6,9 +6,9 @@ name in the run that the checkpoint comes from. A saved config.yaml is a recipe:
 
 import contextlib
 import re
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import yaml
@@ -98,7 +98,7 @@ class Place:
         if command == "predict":  # which logs nothing
             config.trainer.logger = False
         for logger in _loggers(config.trainer):
-            init, known = logger.init_args, signature(_class(logger.class_path)).parameters
+            init, known = logger.init_args, signature(resolve_name(logger.class_path)).parameters
             if _makes_folders(logger):
                 fit = command == "fit"
                 init.save_dir, init.name = (str(self.root), self.name) if fit else (str(self.folder.parent), "")
@@ -231,10 +231,4 @@ def _loggers(trainer: Namespace) -> list[Any]:
 
 def _makes_folders(logger: Namespace) -> bool:
     """Whether a logger writes to SAVE_DIR/NAME/VERSION, as Lightning's for TensorBoard and CSV do."""
-    return issubclass(_class(logger.class_path), TensorBoardLogger | CSVLogger)
-
-
-def _class(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    found: type = getattr(import_module(module), name)
-    return found
+    return issubclass(resolve_name(logger.class_path), TensorBoardLogger | CSVLogger)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,44 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion_lit.callbacks.resume import ABSENT, differences, flat
 
-PRECISIONS = ("None", "32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16")
+
+@dataclass(frozen=True)
+class Resumed:
+    """The training that a checkpoint is of, as its records say.
+
+    Args:
+        path: The checkpoint.
+        step: Its training step.
+        seed: The seed, or None where it does not say.
+        precision: The trainer's.
+        settings: By part of the configuration.
+        shapes: Of the weights by their names.
+    """
+
+    path: Path
+    step: int
+    seed: int | None
+    precision: str
+    settings: dict[str, Any]
+    shapes: dict[str, Any]
+
+    @staticmethod
+    def of(checkpoint: dict[str, Any], path: Path) -> "Resumed":
+        """Reads the records of a checkpoint."""
+        settings = checkpoint.get("callbacks", {}).get("Resume", {}).get("settings")
+        more = checkpoint.get("diffusion_lit", {})
+        return Resumed(
+            path,
+            int(checkpoint.get("global_step", 0)),
+            more.get("seed"),
+            more.get("precision", "32-true"),
+            {
+                **(settings if isinstance(settings, dict) else {}),
+                "model": checkpoint.get("hyper_parameters", {}),
+                "data": checkpoint.get("datamodule_hyper_parameters", {}),
+            },
+            {name: value.shape for name, value in checkpoint["state_dict"].items()},
+        )
 
 
 def line(key: str, old: Any, new: Any, counts: str = "this run's") -> str:
@@ -28,13 +66,13 @@ def line(key: str, old: Any, new: Any, counts: str = "this run's") -> str:
     return f"{key}: {values[0]} in the checkpoint, {values[1]} in this run; {counts} counts."
 
 
-def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same_weights: bool = False) -> list[str]:
+def differing_lines(resumed: Resumed, now: dict[str, Any], precision: str, same_weights: bool = False) -> list[str]:
     """A line for each setting that differs.
 
     Args:
-        path: The checkpoint.
-        before: Its settings by their part of the configuration; "precision" is the trainer's.
-        now: Those of this run.
+        resumed: The training that is resumed.
+        now: Settings of this run, by part of the configuration.
+        precision: The trainer's.
         same_weights: Whether both networks have weights of the same names and shapes: the levels with attention are
             then the same, by whatever number the configuration calls them, and arguments that the checkpoint does not
             know, since they came later, add nothing.
@@ -45,6 +83,7 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same
     Raises:
         ValueError: If the checkpoint is of another model, network or optimizer, which its state does not fit.
     """
+    path, before = resumed.path, resumed.settings
     for part, key in (("model", "_class_path"), ("optimizer", "optimizer.class_path")):
         old, new = (str(flat(values["model"]).get(key, "")) for values in (before, now))
         if old and new and not _same_class(old, new):
@@ -54,7 +93,7 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same
                 f"go on from its state; use the {part} that it was trained with."
             )
     lines = []
-    for part in now.keys() & before.keys() - {"precision"}:
+    for part in now.keys() & before.keys():
         for key, old, new in differences(before[part], now[part]):
             later = old is ABSENT or key == "net.attention_resolutions"  # an argument that came after the checkpoint
             if part == "model" and key.startswith("net.") and later and same_weights:
@@ -65,8 +104,8 @@ def differing_lines(path: str, before: dict[str, Any], now: dict[str, Any], same
                     "weights do not fit. Use the configuration that it was trained with."
                 )
             lines.append(line(f"{part}.{key}".replace("._class_path", ".class_path"), old, new))
-    if before["precision"] != now["precision"]:
-        lines.append(line("trainer.precision", before["precision"], now["precision"]))
+    if resumed.precision != precision:
+        lines.append(line("trainer.precision", resumed.precision, precision))
     return sorted(lines)
 
 
@@ -93,24 +132,6 @@ def names_seed(typed: Sequence[str], configs: Iterable[Any]) -> bool:
         return True
     texts = [Path(str(file)).read_text() for file in configs if Path(str(file)).is_file()]
     return any(re.search(r"^seed_everything\s*:", text, re.MULTILINE) for text in texts)
-
-
-def refuse_precision(config: dict[str, Any]) -> None:
-    """Refuses a precision in which the weights themselves, and so their average, are not in float32.
-
-    Args:
-        config: The trainer's configuration, its plugins a list.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    asked = [config.get("precision"), *(getattr(plugin, "precision", None) for plugin in config["plugins"])]
-    for precision in asked:
-        if str(precision) not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision is {precision!r}, but weights and their average are kept in float32 here, since "
-                "small steps are lost in 16 bits and figures need no 64; choose bf16-mixed, 16-mixed or 32-true."
-            )
 
 
 def say(*lines: str) -> None:

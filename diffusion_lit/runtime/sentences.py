@@ -4,6 +4,7 @@ jsonargparse words a value that fits none of several types as a page of what eac
 of a class that refuses its arguments into such a page. `sentence` takes the innermost words out of it.
 """
 
+import logging
 import os
 import re
 import warnings
@@ -63,6 +64,25 @@ def say_warnings_plainly() -> None:
     """Prints warnings as sentences, without the file and the line of code that they come from."""
     if not debugging():
         warnings.formatwarning = lambda message, *_, **__: f"warning: {plain(str(message), 600)}\n"
+
+
+def quiet_lightning() -> None:
+    """Leaves out what Lightning says to advertise or to warn of what this project does on purpose."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+    )
+    for message in (
+        ".*is an instance of `nn.Module` and is already saved.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Precision .* is not supported by the model summary.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*loading a checkpoint outside the 'fit' stage.*",
+        ".*The dirpath has changed from.*",  # our record of the best goes along
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def too_deep(words: list[str]) -> ValueError | None:

@@ -18,7 +18,7 @@ LOST_RANK = (
 )
 
 TOLD = (
-    r"^(?:[\w.]*\.)?(?:ValueError|UserError|RunStopped|OSError|\w+NotFoundError|PermissionError|Untrusted|"
+    r"^(?:[\w.]*\.)?(?:ValueError|RunStopped|OSError|\w+NotFoundError|PermissionError|Untrusted|"
     r"MisconfigurationException): (.*)\Z"
 )
 MEMORY = (torch.OutOfMemoryError, MemoryError)

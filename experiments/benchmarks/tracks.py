@@ -11,8 +11,8 @@ FashionMNIST and the digits are measured on the features of small classifiers wh
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -83,12 +83,12 @@ class Track:
         Raises:
             ValueError: If its training images are not those of the track.
         """
-        module, _, name = self.data.rpartition(".")
-        data = getattr(import_module(module), name)(**self.arguments(root), batch_size=batch_size)
+        data = resolve_name(self.data)(**self.arguments(root), batch_size=batch_size)
         data.prepare_data()
         data.setup()
         found = data.fingerprint("train")
         if self.images not in (None, found):
+            name = type(data).__name__
             raise ValueError(
                 f"The training images of {name}{f' in {root}' if root else ''} have the hash {found[:16]} and those of "
                 f"the track {str(self.images)[:16]}; the track needs the published files, unchanged."

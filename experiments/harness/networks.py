@@ -1,7 +1,7 @@
 """What a network costs: parameters, floating-point operations, time and memory of a training step."""
 
 import time
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -36,8 +36,7 @@ def _given(study: Study, part: str) -> dict[str, Any]:
 
 def _instance(described: dict[str, Any], changes: dict[str, Any]) -> Any:
     """An object of a class that a config describes."""
-    module, _, name = described["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**{**described.get("init_args", {}), **changes})
+    return resolve_name(described["class_path"])(**{**described.get("init_args", {}), **changes})
 
 
 def _batch(net: Any, count: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None]:

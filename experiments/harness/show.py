@@ -1,4 +1,4 @@
-"""What studies show: rows of images with names, and tables."""
+"""What studies show: rows of images with names, lines of measurements, and tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from diffusion_lit.report.images import grid_image
@@ -39,6 +40,57 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         top.xaxis.tick_top()
         top.set_xticks([(index + 0.5) * row.width / count for index in range(count)], columns)
         top.tick_params(length=0)
+    return figure
+
+
+def lines(
+    rows: Sequence[Mapping[str, Any]],
+    x: str,
+    panels: Mapping[str, Sequence[str]],
+    evaluator: Any,
+    by: str = "",
+    xlabel: str = "",
+    log: bool = False,
+) -> Figure:
+    """Measurements against one of their columns; a Fréchet distance beside that of real images.
+
+    Args:
+        rows: Values by column.
+        x: The column to the right; words stand in their order.
+        panels: Columns of each panel, by what stands at its left.
+        evaluator: The `Evaluator` that measured.
+        by: A column that tells the lines apart; none for one line a column.
+        xlabel: What stands below; the column's name by default.
+        log: Whether that axis is logarithmic.
+
+    Returns:
+        The figure.
+    """
+    figure: Figure
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(0.5 + 4.3 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    ticks = list(dict.fromkeys(row[x] for row in rows))
+    for axes, (label, columns) in zip(grid[0], panels.items(), strict=True):
+        for group in dict.fromkeys(row[by] if by else "" for row in rows):
+            own = [row for row in rows if not by or row[by] == group]
+            for column in columns:
+                named = group or (column if len(columns) > 1 else "samples")
+                axes.plot([row[x] for row in own], [row[column] for row in own], marker="o", label=named)
+        axes.set(xlabel=xlabel or x, ylabel=label)
+        if label == evaluator.metric:
+            axes.set_yscale("log")
+            evaluator.draw_floor(axes)
+        elif {"precision", "recall"}.issuperset(columns):
+            axes.set_ylim(0, 1.02)
+        if log:
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [shown(tick) for tick in ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
+        if isinstance(ticks[0], str):
+            axes.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
+        axes.grid(True, alpha=0.3)
+        axes.legend(fontsize=8)
     return figure
 
 

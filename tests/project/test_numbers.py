@@ -14,7 +14,7 @@ from diffusion_lit import callbacks, nets
 from diffusion_lit.callbacks.watchdog import Watchdog
 from diffusion_lit.checks import check_count, check_number, check_numbers, check_share
 from diffusion_lit.commands.evaluate_plan import Plan
-from diffusion_lit.commands.fit import _check_numbers_of_trainer as check_trainer
+from diffusion_lit.commands.trainer_settings import check_numbers as check_trainer
 from diffusion_lit.diffusion import (
     consistency_loss,
     consistency_parts,
