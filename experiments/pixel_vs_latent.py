@@ -38,6 +38,7 @@ from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules import EDM, VAE, LatentDiffusion
 from diffusion_lit.nets import Autoencoder, UNet
+from diffusion_lit.report.facts import count_parameters
 from diffusion_lit.report.images import titled_grid
 from diffusion_lit.storage.hashing import weights_hash
 from experiments.harness.command import command
@@ -302,7 +303,7 @@ def write(
     """
     rows = ["| trained | parameters | steps | ms per step |", "| --- | ---: | ---: | ---: |"]
     for one in trained:
-        size = sum(parameter.numel() for parameter in one.module.parameters()) / 1e6
+        size = count_parameters(one.module) / 1e6
         rows.append(f"| {one.name} | {size:.2f} M | {one.steps:,} | {one.milliseconds_per_step:.1f} |")
     rows += ["", f"| model | NFE | {measure.metric} | ms per sample |", "| --- | ---: | ---: | ---: |"]
     rows += [f"| {p.model} | {p.nfe:.0f} | {p.distance:.3g} | {p.milliseconds:.2f} |" for p in points]

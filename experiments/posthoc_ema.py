@@ -10,7 +10,6 @@ The same seeds are used for each average, so that they differ by their weights a
 against real ones at the same number.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from diffusion_lit.modules.posthoc import reconstruct
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.snapshots import Snapshots
 from experiments.harness.command import command
+from experiments.harness.show import keep_json
 
 
 def posthoc_ema(
@@ -106,7 +106,7 @@ def posthoc_ema(
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    keep_json(folder / "figures.json", figures)
     draw(figures, folder / "posthoc_ema.png")
     return figures
 

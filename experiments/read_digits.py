@@ -7,7 +7,6 @@ held-out digits that lie among the samples, beside the share that lie among as m
     python -m experiments.read_digits --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import titled_grid
 from experiments.harness.command import command
+from experiments.harness.show import keep_json
 
 
 def read_digits(
@@ -68,7 +68,7 @@ def read_digits(
     folder.mkdir(parents=True, exist_ok=True)
     rows = [samples[start : start + min(per_class, 20)] for start in range(0, 10 * per_class, per_class)]
     titled_grid([list(row) for row in rows], [str(digit) for digit in range(10)]).save(folder / "grid.png")
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    keep_json(folder / "figures.json", figures)
     for name, value in figures.items():
         print(f"{name:<46}{value:.3f}")
     return figures

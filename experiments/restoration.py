@@ -11,7 +11,6 @@ The Fréchet distance is that of the restored images to the originals of the who
 restorations of one image is nearer to it than each, since PSNR rewards blur; each is measured by itself here.
 """
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +36,7 @@ from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_checkpoint
 from experiments.harness.command import command
+from experiments.harness.show import keep_json
 
 SHOWN = 10
 
@@ -92,7 +92,7 @@ def restoration(
     models = {"zero-shot": load_module(path)} | (
         {} if given is None else {"given": load_module(find_checkpoint(given))}
     )
-    data = load_data(path, **({} if root is None else {"root": root}))
+    data = load_data(path, root=root)
     data.prepare_data()
     data.setup()
     measure = extractor or ClassifierFeatures()
@@ -134,7 +134,7 @@ def restoration(
         "metric": measure.metric,
         "rows": rows,
     }
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    keep_json(folder / "figures.json", figures)
     sheet = {**made, "image": images}
     titled_grid([list(x[:SHOWN]) for x in sheet.values()], list(sheet)).save(folder / "restoration.png")
     return figures

@@ -84,7 +84,7 @@ def sampler_comparison(
     chosen = samplers or [name for name in SAMPLERS if name not in ALIASES and SAMPLERS[name].order]
     module: Any = load_module(ckpt_path).to(pick_device(device))
     settings = [setting for name in chosen for setting in settings_of(module.sampling, name, nfe, rtol)]
-    data = load_data(ckpt_path, **({} if data_root is None else {"root": data_root}))
+    data = load_data(ckpt_path, root=data_root)
     data.prepare_data()
     data.setup()
     measure = make_extractor(extractor, extractor_weights, module.image_shape)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_lit.callbacks.ema import EMA
 from diffusion_lit.nets.layers import no_autocast
-from diffusion_lit.report.facts import duration, magnitude
+from diffusion_lit.report.facts import count_parameters, duration, magnitude
 from diffusion_lit.runtime.hardware import cpu_contention
 from diffusion_lit.runtime.internals import bare, data_of
 from diffusion_lit.runtime.ranks import images_of
@@ -81,7 +81,7 @@ def network_cost(
                 torch.autograd.backward(made.sum())
     activations = kept[1] - kept[0]
     return NetworkCost(
-        sum(one.numel() for one in net.parameters()),
+        count_parameters(net),
         forward.get_total_flops(),
         training.get_total_flops(),
         activations,
@@ -124,7 +124,7 @@ class Cost(Callback):
         brief = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if not trainer.is_global_zero or brief or not isinstance(net, nn.Module):
             return
-        name = f"{type(net).__name__} of {magnitude(sum(one.numel() for one in net.parameters()))} parameters"
+        name = f"{type(net).__name__} of {magnitude(count_parameters(net))} parameters"
         data = data_of(trainer)  # a classifier does not know the shape of its images
         places = ((pl_module, "x_shape"), (pl_module, "image_shape"), (data, "image_shape"))
         known = [getattr(place, attribute, None) for place, attribute in places]

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoardL
 from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
+from diffusion_lit.report.facts import count_parameters
 from diffusion_lit.report.receipt_page import plain_table
 from diffusion_lit.runtime.hardware import describe, hardware
 from diffusion_lit.runtime.installation import PROGRAM
@@ -98,10 +99,7 @@ class LayerTable(Callback):
         """Prints them on rank 0."""
         if trainer.is_global_zero:
             children = [*pl_module.named_children(), ("Total", pl_module)]
-            rows = [
-                [name, type(part).__name__, f"{sum(each.numel() for each in part.parameters()):,}"]
-                for name, part in children
-            ]
+            rows = [[name, type(part).__name__, f"{count_parameters(part):,}"] for name, part in children]
             print(plain_table([["layer", "class", "parameters"], *rows]))
 
 

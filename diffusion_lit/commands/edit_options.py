@@ -94,7 +94,7 @@ class ImageOptions(Options):
     def _test_image(self, model: PixelModel) -> Tensor:
         if self.ckpt_path is None:
             raise ValueError("A pretrained model brings no data along; give --image FILE, or flower or china.")
-        data = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
+        data = load_data(self.ckpt_path, root=self.data_root)
         data.prepare_data()
         images = data.reference_images("test")
         if not 0 <= self.data_index < len(images):

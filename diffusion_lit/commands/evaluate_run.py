@@ -175,12 +175,11 @@ def prepare_data(plan: Plan, module: Model, first: bool) -> DataSet:
     Raises:
         ValueError: If its images have another shape than the model's, or it is no data to compare with.
     """
-    overrides = {} if plan.data_root is None else {"root": plan.data_root}
     if plan.data is None and plan.ckpt_path is None:
         raise ValueError(
             f"{plan.pretrained} brings no data along; say what to compare it with, such as --data datamodules.CIFAR10."
         )
-    data = plan.data if plan.data is not None else load_data(str(plan.ckpt_path), **overrides)
+    data = plan.data if plan.data is not None else load_data(str(plan.ckpt_path), root=plan.data_root)
     if not is_data_set(data):
         raise ValueError(f"{type(data).__name__} has no reference images; use one of datamodules.")
     if first:

@@ -170,7 +170,7 @@ class DrawOptions(SamplingOptions):
     def _training_data(self) -> DataSet:
         """The data that the checkpoint was trained on, set up."""
         assert self.ckpt_path is not None
-        data = load_data(self.ckpt_path, **({} if self.data_root is None else {"root": self.data_root}))
+        data = load_data(self.ckpt_path, root=self.data_root)
         data.prepare_data()
         data.setup("fit")
         return data

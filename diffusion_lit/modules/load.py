@@ -91,7 +91,7 @@ def load_data(path: str | Path, **overrides: Any) -> DataSet:
 
     Args:
         path: The checkpoint file.
-        overrides: Arguments of the data module to replace, such as `root`.
+        overrides: Arguments of the data module to replace, such as `root`; None leaves one as it is.
 
     Returns:
         The data module, not yet prepared.
@@ -103,6 +103,7 @@ def load_data(path: str | Path, **overrides: Any) -> DataSet:
     refuse_hidden_datamodules()
     import datamodules
 
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     checkpoint = read_checkpoint(path)
     _described(checkpoint, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, "data", path)
     _refuse_unknown(checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]["_class_path"], overrides, path)
@@ -130,7 +131,7 @@ def give_held_out(module: Model, path: str | Path | None, root: str | None = Non
     given = as_given(module)
     if given is None or path is None:
         return
-    data = load_data(path, **({} if root is None else {"root": root}))
+    data = load_data(path, root=root)
     data.prepare_data()
     data.setup("test")
     given.give(data, "test")

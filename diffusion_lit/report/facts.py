@@ -164,12 +164,12 @@ def parameters(module: LightningModule) -> list[str]:
     Returns:
         The number of parameters of its network; of all of it, where more is trained; of an autoencoder that it uses.
     """
-    own, whole = count(getattr(module, "net", module)), count(module)
+    own, whole = count_parameters(getattr(module, "net", module)), count_parameters(module)
     told = [f"{magnitude(own)} in the network ({own:,})"]
     told += [f"{magnitude(whole)} in all ({whole:,})"] if whole > own else []
     if not isinstance(module, LatentDiffusion):
         return told
-    return [*told, f"{magnitude(count(module.space.net))} in the autoencoder, which is frozen"]
+    return [*told, f"{magnitude(count_parameters(module.space.net))} in the autoencoder, which is frozen"]
 
 
 def begun_from(record: Any) -> str | None:
@@ -187,7 +187,7 @@ def begun_from(record: Any) -> str | None:
         return None
 
 
-def count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """The number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 

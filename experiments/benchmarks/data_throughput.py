@@ -26,6 +26,7 @@ from torchvision import datasets, transforms
 from datamodules import ImageDataModule, ImageFolder
 from datamodules.loaders import Split
 from experiments.harness.command import command
+from experiments.harness.show import markdown
 
 BATCH = 128
 SLICES = 8
@@ -182,12 +183,17 @@ def table(rows: Sequence[Row], trained: float) -> str:
     Returns:
         Its text.
     """
-    lines = ["| data | loader | images/s | times | share of a CPU training step |", "| --- | --- | --: | --: | --: |"]
-    for row in rows:
-        lines.append(
-            f"| {row.data} | {row.loader} | {row.rate:,.0f} | {row.times:.1f} | {100 * trained / row.rate:.2g}% |"
-        )
-    return "\n".join(lines)
+    told = [
+        {
+            "data": row.data,
+            "loader": row.loader,
+            "images/s": f"{row.rate:,.0f}",
+            "times": f"{row.times:.1f}",
+            "share of a CPU training step": f"{100 * trained / row.rate:.2g}%",
+        }
+        for row in rows
+    ]
+    return markdown(told)
 
 
 def data_throughput(seconds: float = 6.0, images: int = 20_000, files: int = 2000) -> dict[str, float]:
@@ -228,7 +234,7 @@ def data_throughput(seconds: float = 6.0, images: int = 20_000, files: int = 200
         )
     print(table(rows, train_rate(seconds / 2)))
     print(
-        f"\nPython {sys.version.split()[0]}, torch {torch.__version__}, one thread per process on {os.cpu_count()} CPU "
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, one thread per process on {os.cpu_count()} CPU "
         f"cores, batches of {BATCH}."
     )
     print("It matters where a GPU would wait for images; where a CPU trains, the last column is all there is to gain.")

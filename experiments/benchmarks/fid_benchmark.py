@@ -37,6 +37,7 @@ from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_last
 from experiments.harness.command import command
 from experiments.harness.runs import COMMAND
+from experiments.harness.show import keep_json, markdown
 
 PARITY = {
     "fid_inception": "frechet_inception_distance",
@@ -232,15 +233,21 @@ def leaderboard(reports: dict[str, dict[str, Any]]) -> str:
     """
     lines = ["# Leaderboard", "", "Mean ± standard deviation over blocks of samples (minimum); lower is better.", ""]
     for title, table in rows(reports).items():
-        lines += [f"## {title}", "", "| model | setting | NFE | step | distance | precision | recall | s per sample |"]
-        lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        for row in table:
-            cells = [row["model"], row["setting"], str(row["nfe"]), f"{row['step']:,}", shown(row["figure"], "fd_")]
-            cells += [shown(row[name], name) if row[name] else "" for name in ("precision", "recall")]
-            lines.append("| " + " | ".join([*cells, f"{row['seconds']:.3g}"]) + " |")
+        told = [
+            {
+                "model": row["model"],
+                "setting": row["setting"],
+                "NFE": row["nfe"],
+                "step": row["step"],
+                "distance": shown(row["figure"], "fd_"),
+                **{name: shown(row[name], name) if row[name] else "" for name in ("precision", "recall")},
+                "s per sample": f"{row['seconds']:.3g}",
+            }
+            for row in table
+        ]
         if table[0]["floor"]:
-            lines.append(f"| real against real | | | | {shown(table[0]['floor'], 'fd_')} | | | |")
-        lines.append("")
+            told.append({"model": "real against real", "distance": shown(table[0]["floor"], "fd_")})
+        lines += [f"## {title}", "", markdown(told)]
     return "\n".join(lines)
 
 
@@ -322,13 +329,17 @@ def compare_with_command(
         words += ["--kid-subset-size", str(kid_subset_size(count, len(real))), "--no-cache", "--save-cpu-ram"]
         said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     theirs = json.loads(said[said.index("{") :])
-    (folder / "parity.json").write_text(json.dumps({"ours": ours, "theirs": theirs}, indent=2))
-    lines = [f"# The same {count} samples through both commands ({parity} weights)", ""]
-    lines += ["| figure | diffusion-lit evaluate | fidelity | relative difference |", "| --- | ---: | ---: | ---: |"]
-    for name, key in PARITY.items():
-        difference = abs(ours[name] - theirs[key]) / max(abs(theirs[key]), 1e-12)
-        lines.append(f"| {name} | {ours[name]:.7g} | {theirs[key]:.7g} | {difference:.1e} |")
-    return "\n".join(lines) + "\n"
+    keep_json(folder / "parity.json", {"ours": ours, "theirs": theirs})
+    told = [
+        {
+            "figure": name,
+            "diffusion-lit evaluate": f"{ours[name]:.7g}",
+            "fidelity": f"{theirs[key]:.7g}",
+            "relative difference": f"{abs(ours[name] - theirs[key]) / max(abs(theirs[key]), 1e-12):.1e}",
+        }
+        for name, key in PARITY.items()
+    ]
+    return f"# The same {count} samples through both commands ({parity} weights)\n\n{markdown(told)}"
 
 
 def evaluated(

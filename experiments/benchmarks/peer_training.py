@@ -14,7 +14,8 @@ from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.runtime.hardware import bf16_pays
 from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.hashing import weights_hash
-from experiments.benchmarks.contenders import MULTIPLES, BenchmarkJob, Peer, peer
+from experiments.benchmarks.contenders import MULTIPLES, BenchmarkJob
+from experiments.benchmarks.peers import Peer, peer
 from experiments.benchmarks.trainings import BEFORE, CHUNK, GUIDED, LAST, Clock, Training, facts_of, fingerprint
 
 

@@ -25,6 +25,7 @@ from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from experiments.harness.command import command
+from experiments.harness.show import markdown
 
 PEAKS = {  # dense bf16 (fp16 where there is no bf16) tensor TFLOP/s with float32 sums, from the vendor's data sheets
     "T4": 65,
@@ -224,18 +225,21 @@ def text(recipe: Recipe, estimates: Sequence[Estimate], gpus: int) -> str:
     per_gpu = -(-recipe.batch_size // gpus)
     memory = (recipe.state + per_gpu * recipe.activations) / 2**30
     count = "no end of its own" if recipe.images is None else f"{magnitude(recipe.images)} images"
-    lines = [
-        f"{recipe.network} of {magnitude(recipe.parameters)} parameters, {recipe.training / 1e9:.3g} GFLOP per image "
-        f"of a training step; batches of {recipe.batch_size}, {count}.",
-        f"Memory of each of {gpus} GPUs with {per_gpu} images, in float32: about {memory:.1f} GiB.",
-        "",
-        "| hardware | images/s | whole run | basis |",
-        "| --- | --: | --: | --- |",
+    rows = [
+        {
+            "hardware": one.hardware,
+            "images/s": f"{one.rate:,.4g}",
+            "whole run": "" if recipe.images is None else duration(recipe.images / one.rate),
+            "basis": one.basis,
+        }
+        for one in estimates
     ]
-    for one in estimates:
-        whole = "" if recipe.images is None else duration(recipe.images / one.rate)
-        lines.append(f"| {one.hardware} | {one.rate:,.4g} | {whole} | {one.basis} |")
-    return "\n".join(lines)
+    return (
+        f"{recipe.network} of {magnitude(recipe.parameters)} parameters, {recipe.training / 1e9:.3g} GFLOP per image "
+        f"of a training step; batches of {recipe.batch_size}, {count}.\n"
+        f"Memory of each of {gpus} GPUs with {per_gpu} images, in float32: about {memory:.1f} GiB.\n\n"
+        f"{markdown(rows)}"
+    )
 
 
 if __name__ == "__main__":

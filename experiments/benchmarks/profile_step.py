@@ -10,7 +10,6 @@ about 5M parameters and with one that does nothing, and guidance beside one forw
 """
 
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -39,8 +38,10 @@ from diffusion_lit.diffusion import (
     Sampling,
 )
 from diffusion_lit.nets import UNet
+from diffusion_lit.report.facts import count_parameters
 from diffusion_lit.runtime.hardware import hardware, keep_freed_memory
 from experiments.harness.command import command
+from experiments.harness.show import keep_json, markdown
 
 WARM_UP = 3
 SAMPLERS = {
@@ -230,8 +231,7 @@ def profile_step(
         "shares": shares(recorder.seconds, total),
         **beside_network(turns.device, repeats, samples, sampling_steps, channels),
     }
-    Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out) / "profile_step.json").write_text(json.dumps(report, indent=2) + "\n")
+    keep_json(Path(out) / "profile_step.json", report)
     print(text(report))
     return report
 
@@ -352,8 +352,7 @@ def beside_network(device: str, repeats: int, samples: int, steps: int, channels
         for _ in range(repeats + 1):
             two, one = (_timed(partial(call, x, sigma, labels), device, 1) for call in (guided, denoiser))
             ratios.append(two / one)
-    parameters = sum(parameter.numel() for parameter in net.parameters())
-    return {"samplers": found, "guidance": statistics.median(ratios[1:]), "parameters": parameters}
+    return {"samplers": found, "guidance": statistics.median(ratios[1:]), "parameters": count_parameters(net)}
 
 
 def _timed(work: Callable[[], Any], device: str, repeats: int) -> float:
@@ -382,10 +381,7 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         f"A step takes {report['milliseconds']:.1f} ms on {machine['processor']}, {machine['threads']} threads.",
         "",
-        "| part | share of the step |",
-        "| --- | --: |",
-        *[f"| {name} | {share:.2%} |" for name, share in report["shares"].items()],
-        "",
+        markdown([{"part": name, "share of the step": f"{share:.2%}"} for name, share in report["shares"].items()]),
         f"Lightning, callbacks and logging over a bare loop of the same step: {over['median']:+.1%} "
         f"(quartiles {over['quartiles'][0]:+.1%} and {over['quartiles'][1]:+.1%}); at most "
         f"{TARGETS['Lightning']:.0%} is the target, {target(over['median'], TARGETS['Lightning'])}.",

@@ -18,7 +18,6 @@ again, which takes as long as the trainings did. Bits are compared on like hardw
 threads, version of torch); elsewhere the figures may differ by 2%.
 """
 
-import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +25,13 @@ from typing import Any
 
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.runtime.versions import versions
-from diffusion_lit.storage.atomic import atomic
 from experiments.benchmarks.entries import Entry, read_entry
 from experiments.benchmarks.seeds import machine_of, seed_of, summary_of
 from experiments.benchmarks.tracks import TRACKS, Judge
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.benchmarks.verification import verify_receipt
 from experiments.harness.command import command
+from experiments.harness.show import keep_json, markdown
 
 OUT = Path("runs/speedrun")
 
@@ -104,9 +103,8 @@ def run(name: str, entry: Entry, root: str | None, weights: str | None, out: Pat
         "runs": runs,
         "summary": summary_of(runs),
     }
-    with atomic(out / "receipt.json") as file:
-        file.write((json.dumps(receipt, indent=2) + "\n").encode())
-    print(f"{table([receipt])}\n\nThe receipt is {out / 'receipt.json'}.")
+    keep_json(out / "receipt.json", receipt)
+    print(f"{table([receipt])}\nThe receipt is {out / 'receipt.json'}.")
     return receipt
 
 
@@ -116,22 +114,24 @@ def table(receipts: list[dict[str, Any]]) -> str:
     Args:
         receipts: Of the same track.
     """
-    track, first = receipts[0]["track"], receipts[0]
-    lines = [
-        f"| entry | images seen | {first['metric']}, mean of {len(track['seeds'])} seeds | each seed | unguided |",
-        "| --- | --: | --: | --- | --: |",
-    ]
+    first = receipts[0]
+    mean = f"{first['metric']}, mean of {len(first['track']['seeds'])} seeds"
+    rows = []
     for receipt in sorted(receipts, key=lambda one: one["summary"][GUIDED]["mean"]):
         runs, summary = receipt["runs"], receipt["summary"]
-        images = round(statistics.mean(one["images"] for one in runs))
-        each = ", ".join(f"{one['figures'][GUIDED]:.2f}" for one in runs)
-        unguided = next((f"{value['mean']:.2f}" for kind, value in summary.items() if kind != GUIDED), "")
-        mean = summary[GUIDED]["mean"]
-        lines.append(f"| {receipt['entry']['name']} | {magnitude(images)} | {mean:.2f} | {each} | {unguided} |")
+        rows.append(
+            {
+                "entry": receipt["entry"]["name"],
+                "images seen": magnitude(round(statistics.mean(one["images"] for one in runs))),
+                mean: f"{summary[GUIDED]['mean']:.2f}",
+                "each seed": ", ".join(f"{one['figures'][GUIDED]:.2f}" for one in runs),
+                "unguided": next((f"{value['mean']:.2f}" for kind, value in summary.items() if kind != GUIDED), ""),
+            }
+        )
     floor = first["real_against_real"]
     if floor is not None:
-        lines.append(f"| real images, {floor['images']} of them | | {floor['figure']:.2f} | | |")
-    return "\n".join(lines)
+        rows.append({"entry": f"real images, {floor['images']} of them", mean: f"{floor['figure']:.2f}"})
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ in the same rounds.
 """
 
 import gc
-import json
 import os
 import statistics
 from collections import defaultdict
@@ -27,8 +26,10 @@ from tqdm import tqdm
 from diffusion_lit.checks import check_count
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from diffusion_lit.runtime.versions import versions
-from experiments.benchmarks.contenders import OURS, BenchmarkJob, Contender, Slice, Stopwatch, installed, nearest
+from experiments.benchmarks.contenders import OURS, BenchmarkJob, installed, nearest, title_of
+from experiments.benchmarks.processes import Contender, Slice, Stopwatch
 from experiments.harness.command import command
+from experiments.harness.show import keep_json, markdown
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
@@ -114,18 +115,11 @@ def throughput(
         }
         for job in jobs
     ]
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "throughput.json").write_text(json.dumps(report, indent=2) + "\n")
-    text = markdown(report)
-    (folder / "throughput.md").write_text(text)
+    keep_json(Path(out) / "throughput.json", report)
+    text = page(report)
+    (Path(out) / "throughput.md").write_text(text)
     print(text)
     return report
-
-
-def title_of(name: str, precision: str) -> str:
-    """A contender's title; see `BenchmarkJob.title`."""
-    return f"{name}, {'bf16' if precision == 'bf16-mixed' else 'float32'}"
 
 
 Taken = dict[tuple[str, str], list[Slice]]
@@ -253,7 +247,7 @@ def rates(mine: list[Slice], ours: list[Slice], costs: dict[str, Any], name: str
     }
 
 
-def markdown(report: dict[str, Any]) -> str:
+def page(report: dict[str, Any]) -> str:
     """The report as text.
 
     Args:
@@ -263,52 +257,49 @@ def markdown(report: dict[str, Any]) -> str:
         Its text.
     """
     default, machine = report["default_precision"], report["hardware"]
-    head = "| contender | parameters | GFLOP/image | images/s | at equal FLOPs | times | GFLOP/s | of matrix product"
-    shape = "x".join(map(str, report["shape"]))
+    training, sampling = [], []
+    for one in report["contenders"]:
+        trained, drawn = one["train"], one["sample"]
+        title = title_of(one["name"], one["precision"])
+        reached = trained["images_per_second"]["median"] * one["training"] / 1e9
+        peaks = {kind: report["peaks"][f"{kind}, {one['precision']}"]["median"] for kind in WORKS}
+        training.append(
+            {
+                "contender": title,
+                "parameters": f"{one['parameters'] / 1e6:.1f}M",
+                "GFLOP/image": f"{one['training'] / 1e9:.2f}",
+                "images/s": spread(trained["images_per_second"]),
+                "at equal FLOPs": f"{trained['at_equal_flops']['median']:.3g}",
+                "times": spread(trained["ratio"]),
+                "GFLOP/s": f"{reached:.0f}",
+                **{f"of {kind}": f"{reached / peak:.0%}" for kind, peak in peaks.items()},
+                "memory of training": f"{(one['memory']['peak'] - one['memory']['at_rest']) / 2**20:,.0f} MiB",
+            }
+        )
+        sampling.append(
+            {
+                "contender": title,
+                "images/s": spread(drawn["images_per_second"]),
+                "times": spread(drawn["ratio"]),
+                "page faults/image": f"{drawn['page_faults']:,.0f}",
+            }
+        )
     lines = [
         "# Throughput beside peers",
         "",
-        f"{shape} images, batches of {report['batch_size']}, {report['rounds']} rounds;",
+        f"{'x'.join(map(str, report['shape']))} images, batches of {report['batch_size']}, {report['rounds']} rounds;",
         f"{machine['processor']}, {machine['threads']} threads, load {machine['load']:.1f} at the start; torch "
         f"{report['versions']['torch']}. Each figure is the median (smallest to largest round).",
         "",
         f"Training. Times: images/s of {OURS} at its default here ({default}), over the contender's at equal FLOPs.",
         "",
-        f"{head} | of convolution | memory of training |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    for one in report["contenders"]:
-        trained = one["train"]
-        reached = trained["images_per_second"]["median"] * one["training"] / 1e9
-        shares = [reached / report["peaks"][f"{kind}, {one['precision']}"]["median"] for kind in WORKS]
-        used = one["memory"]["peak"] - one["memory"]["at_rest"]
-        cells = [
-            title_of(one["name"], one["precision"]),
-            f"{one['parameters'] / 1e6:.1f}M",
-            f"{one['training'] / 1e9:.2f}",
-            spread(trained["images_per_second"]),
-            f"{trained['at_equal_flops']['median']:.3g}",
-            spread(trained["ratio"]),
-            f"{reached:.0f}",
-            *[f"{share:.0%}" for share in shares],
-            f"{used / 2**20:,.0f} MiB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
+        markdown(training),
         f"Sampling, {report['nfe']} steps. Times: images/s of {OURS} in the same precision, over the contender's at "
         "equal FLOPs.",
         "",
-        "| contender | images/s | times | page faults/image |",
-        "| --- | --: | --: | --: |",
+        markdown(sampling),
+        "Peaks of this machine: " + "; ".join(f"{k} {spread(v)} GFLOP/s" for k, v in report["peaks"].items()),
     ]
-    for one in report["contenders"]:
-        drawn = one["sample"]
-        lines.append(
-            f"| {title_of(one['name'], one['precision'])} | {spread(drawn['images_per_second'])} "
-            f"| {spread(drawn['ratio'])} | {drawn['page_faults']:,.0f} |"
-        )
-    lines += ["", "Peaks of this machine: " + "; ".join(f"{k} {spread(v)} GFLOP/s" for k, v in report["peaks"].items())]
     return "\n".join([*lines, ""])
 
 

@@ -24,7 +24,6 @@ Interrupted, it goes on with the contender that was not finished. It is the spee
 terms of one's own: without a locked measure, and without receipts.
 """
 
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +36,13 @@ from torch import Tensor
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.runtime.hardware import device_type
-from diffusion_lit.storage.atomic import atomic
 from experiments.benchmarks.contenders import OURS, installed
 from experiments.benchmarks.entries import Entry, read_entry
 from experiments.benchmarks.seeds import machine_of, seed_of
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.harness.command import command
+from experiments.harness.show import keep_json, markdown
 from experiments.harness.study import DPI, image_rows, split
 
 PEERS = ("denoising-diffusion-pytorch", "smalldiffusion", "diffusers")
@@ -122,9 +121,8 @@ def time_to_quality(
                 print(f"{title}, seed {seed}: {judge.metric} {distance:.2f}")
     image_rows(shown).savefig(folder / "samples.png", dpi=DPI, bbox_inches="tight")
     text = table(records, judge.floor, judge.metric)
-    for ending, content in {"md": text, "json": json.dumps(records, indent=2)}.items():
-        with atomic(folder / f"time_to_quality.{ending}") as file:
-            file.write(f"{content}\n".encode())
+    (folder / "time_to_quality.md").write_text(text)
+    keep_json(folder / "time_to_quality.json", records)
     print(text)
     return records
 
@@ -157,24 +155,29 @@ def table(records: list[dict[str, Any]], floor: tuple[float, int] | None, metric
     names = list(dict.fromkeys(record["contender"] for record in records))
     distances = {name: [one["distance"] for one in records if one["contender"] == name] for name in names}
     first = records[0]
-    lines = [
-        f"{first['minutes']:g} minutes of training each on {first['hardware']['processor']}, "
-        f"{first['hardware']['threads']} threads; {first['num_samples']} samples in {first['nfe']} evaluations.",
-        "",
-        f"| contender | images seen | {metric}, mean | each seed |",
-        "| --- | --: | --: | --- |",
+    rows = [
+        {
+            "contender": name,
+            "images seen": magnitude(
+                round(statistics.mean(one["images"] for one in records if one["contender"] == name))
+            ),
+            f"{metric}, mean": f"{statistics.mean(found):.2f}",
+            "each seed": ", ".join(f"{value:.2f}" for value in found),
+        }
+        for name, found in distances.items()
     ]
-    for name in names:
-        images = statistics.mean(one["images"] for one in records if one["contender"] == name)
-        each = ", ".join(f"{value:.2f}" for value in distances[name])
-        lines.append(f"| {name} | {magnitude(round(images))} | {statistics.mean(distances[name]):.2f} | {each} |")
     if floor is not None:
-        lines.append(f"| real images, {floor[1]} of them | | {floor[0]:.2f} | |")
+        rows.append({"contender": f"real images, {floor[1]} of them", f"{metric}, mean": f"{floor[0]:.2f}"})
+    text = (
+        f"{first['minutes']:g} minutes of training each on {first['hardware']['processor']}, "
+        f"{first['hardware']['threads']} threads; {first['num_samples']} samples in {first['nfe']} evaluations.\n\n"
+        f"{markdown(rows)}"
+    )
     peers = [statistics.mean(values) for name, values in distances.items() if name not in (OURS, UNGUIDED)]
     if OURS in distances and peers:
         share = statistics.mean(distances[OURS]) / min(peers)
-        lines += ["", f"{OURS} is at {share:.2f} of the best peer's distance; at most 0.25 is the target."]
-    return "\n".join(lines)
+        text += f"\n{OURS} is at {share:.2f} of the best peer's distance; at most 0.25 is the target.\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 
 from experiments.benchmarks.killed_runs import Kill, checkpoint, compare, remove, run
 from experiments.harness.command import command
+from experiments.harness.show import keep_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FEW = ["--model.init_args.sampling.num_steps=3", "--sample_grid.rows=2", "--sample_grid.columns=2"]
@@ -218,7 +219,7 @@ def torture(
         rows.append(case(len(rows), setting, chain))
         left -= len(rows[-1]["at"])  # a run may end before the last of its kills
         print(line(rows[-1]), flush=True)
-        (folder / "figures.json").write_text(json.dumps({"without": without, "seed": seed, "runs": rows}, indent=2))
+        keep_json(folder / "figures.json", {"without": without, "seed": seed, "runs": rows})
     same = [row for row in rows if not row["differs"]]
     happened = sum(len(row["at"]) for row in rows)
     print(f"{happened} kills in {len(rows)} runs, of which {len(same)} ended bit-identical to the unbroken one.")

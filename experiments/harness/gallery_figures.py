@@ -17,6 +17,7 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash, key_of
+from experiments.harness.show import keep_json
 
 HYBRID_BLUR = 2.0
 COMPOSED = {"sampler": "euler_ancestral", "num_steps": 30, "cfg_scale": 7.0}  # how composites are drawn
@@ -50,7 +51,7 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
     path = folder / "figures.json"
     if path.is_file() and json.loads(path.read_text())["key"] == key:
         return dict(json.loads(path.read_text()))
-    data = load_data(ckpt_path, **({} if root is None else {"root": root}))
+    data = load_data(ckpt_path, root=root)
     data.prepare_data()
     model = load_module(ckpt_path).to(pick_device(device))
     figures = {
@@ -60,7 +61,7 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
         "inversion": inverted(model, data),
         "inpainting": filled(model, data),
     }
-    path.write_text(json.dumps(figures, indent=2))
+    keep_json(path, figures)
     return figures
 
 

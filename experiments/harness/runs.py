@@ -34,6 +34,7 @@ from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.runs import find_last
+from experiments.harness.show import keep_json
 
 COMMAND = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()"]
 
@@ -229,7 +230,7 @@ def _train(
         places.put(environment)
     seconds = before + time.perf_counter() - started
     summary = {"options": run.options, "config": str(run.config), "key": run.key, "seconds": seconds, "status": status}
-    record.write_text(json.dumps(summary, indent=2) + "\n")
+    keep_json(record, summary)
     if status:
         reason = _last_words(log) or f"exit status {status}"
         tell(f"{run.name}: {'stopped' if children.stopped else 'FAILED'}, {reason}")

@@ -1,6 +1,10 @@
 """What studies show: rows of images with names, lines of measurements, and tables."""
 
+import csv
+import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,6 +14,7 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 from diffusion_lit.report.images import grid_image
+from diffusion_lit.storage.atomic import atomic
 
 
 def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
@@ -98,16 +103,35 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """A table in Markdown, numbers to the right.
 
     Args:
-        rows: Values by column; all of the same columns.
+        rows: Values by column, numbers or texts that may begin with one; a column that a row lacks is left empty.
 
     Returns:
         Its lines.
     """
     header = list(rows[0])
-    numbers = [all(isinstance(row[column], int | float | None) for row in rows) for column in header]
-    lines = [header, ["---:" if number else "---" for number in numbers]]
-    lines += [[shown(row[column]) for column in header] for row in rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    cells = [[shown(row.get(column)) for column in header] for row in rows]
+    numbers = [all(re.match(r"[-+]?\d|nan|inf|$", cell) for cell in column) for column in zip(*cells, strict=True)]
+    rule = ["---:" if number and place else "---" for place, number in enumerate(numbers)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *cells))
+
+
+def keep_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a table as CSV and Markdown, and prints it.
+
+    Args:
+        path: Its files' name without ending.
+        rows: Values by column; all of the same columns.
+    """
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
+    path.with_suffix(".md").write_text(markdown(rows))
+    print(markdown(rows), end="", flush=True)
+
+
+def keep_json(path: Path, value: Any) -> None:
+    """Writes plain values as JSON, at once or not at all; folders are made."""
+    with atomic(path) as file:
+        file.write(f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def shown(value: Any) -> str:

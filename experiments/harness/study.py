@@ -22,9 +22,7 @@ experiment in its place, and options of `diffusion-lit fit`, such as `--data.ini
 trainings.
 """
 
-import csv
 import inspect
-import json
 import shlex
 import sys
 import time
@@ -64,7 +62,7 @@ from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 from experiments.harness.evaluator import Evaluator, choose_extractor
 from experiments.harness.runs import Failed, Run, Trained, fit
-from experiments.harness.show import image_rows, markdown
+from experiments.harness.show import image_rows, keep_json, keep_table, markdown
 
 __all__ = ["QUIET", "Evaluator", "Setup", "Study", "StudyFailed", "image_rows", "main", "markdown", "split"]
 
@@ -324,12 +322,7 @@ class Study:
             rows: Values by column; all of the same columns.
             caption: A sentence on what it shows.
         """
-        header = list(rows[0])
-        with (self.folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([header, *([row[column] for column in header] for row in rows)])
-        told = markdown(rows)
-        (self.folder / f"{name}.md").write_text(told)
-        print(told, end="", flush=True)
+        keep_table(self.folder / name, rows)
         self.shown.append(("table", name, rows, caption))
 
     def finding(self, sentence: str) -> None:
@@ -382,7 +375,7 @@ class Study:
             "runs": {name: str(run.folder) for name, run in self.trained.items()},
             "failed": {failed.run.name: failed.reason for failed in self.failed},
         }
-        (self.folder / "study.json").write_text(json.dumps(record, indent=2) + "\n")
+        keep_json(self.folder / "study.json", record)
         page.write(self.folder / "index.html")
         self.tell(f"{cost}; see {self.folder}/index.html")
         return self.folder / "index.html"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.benchmarks import contenders, throughput
-from experiments.benchmarks.contenders import OURS, BenchmarkJob, Cost, Slice
+from experiments.benchmarks import contenders, peers, processes, throughput
+from experiments.benchmarks.contenders import OURS, BenchmarkJob, Cost
+from experiments.benchmarks.processes import Slice
 
 PEERS = contenders.installed()[1:]
 
@@ -28,17 +29,17 @@ def test_a_peer_trains_and_draws(name, precision):
     before = contenders.build
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "build", lambda *args: built.append(before(*args)) or built[-1])
-        step, draw = contenders.peer(job(name, precision))
+        made = peers.peer(job(name, precision))
     types = set()
     for layer in built[0].modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, __, out: types.add(out.dtype))
     weights = [one.detach().clone() for one in built[0].parameters()]
     for _ in range(3):  # smalldiffusion's first turn is half a step
-        step(torch.rand(4, 3, 16, 16) * 2 - 1)
+        made.step(torch.rand(4, 3, 16, 16) * 2 - 1)
     assert any(not torch.equal(one, old) for one, old in zip(built[0].parameters(), weights, strict=True))
     assert types == {torch.bfloat16 if precision == "bf16-mixed" else torch.float32}
-    samples = draw(2)
+    samples = made.draw(2)
     assert samples.shape == (2, 3, 16, 16) and samples.isfinite().all()
 
 
@@ -94,7 +95,7 @@ def test_ours_is_the_command_with_its_callbacks(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Done):
-        contenders._fit(Pipe(), job(OURS), str(tmp_path))
+        processes._fit(Pipe(), job(OURS), str(tmp_path))
     first, memory, drawn, last = got
     assert (first.images, drawn.images, last.images) == (8, 3, 4)
     assert min(one.seconds for one in (first, drawn, last)) > 0 and memory > 2**20

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.in_process import run_in_process
 
-from experiments.benchmarks import contenders, fit_training, seeds
+from experiments.benchmarks import contenders, fit_training, peers, seeds
 from experiments.benchmarks import time_to_quality as study
 from experiments.benchmarks.contenders import OURS, BenchmarkJob
 from experiments.benchmarks.trainings import GUIDED
@@ -73,7 +73,7 @@ def test_the_documented_average_draws_and_the_weights_stay(monkeypatch):
     built = []
     before = contenders.build
     monkeypatch.setattr(contenders, "build", lambda *args: built.append(before(*args)) or built[-1])
-    made = contenders.peer(BenchmarkJob("smalldiffusion", "32-true", 32, 1, 16, 4, 1, "cpu", 1, documented=True))
+    made = peers.peer(BenchmarkJob("smalldiffusion", "32-true", 32, 1, 16, 4, 1, "cpu", 1, documented=True))
     first = built[0].conv_in.weight.detach().clone()
     for _ in range(3):
         made.step(torch.rand(4, 1, 16, 16))
