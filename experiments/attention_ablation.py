@@ -94,15 +94,7 @@ def _attention(full: list[int] | None = None, linear: list[int] | None = None, h
 
 
 def draw(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """Quality against time, memory and parameters.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-
-    Returns:
-        A figure of three panels.
-    """
+    """Quality against time, memory and parameters."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
     labels = {
         "ms per step": "milliseconds of a training step",

@@ -131,14 +131,6 @@ def coarse_first(
 def follow(study: Study, module: Any, path: Path, sampling: Sampling, bands: int, tiles: int) -> dict[str, Tensor]:
     """Draws samples and measures every x0_hat against the sample that it ends in.
 
-    Args:
-        study: Where it works.
-        module: The model.
-        path: Its checkpoint, which knows the data.
-        sampling: How samples are drawn, without noise.
-        bands: Number of bands.
-        tiles: Tiles along a side.
-
     Returns:
         sigmas (S,) of the steps; relative errors `band_errors` (S, N, bands) and `tile_errors` (S, N, tiles^2); the
         mean power (S + 1, bands) of x0_hat, at last that of x0; `detail` (N, tiles^2); samples `x0` (N, C, H, W), and
@@ -197,9 +189,6 @@ def summary(steps: Tensor, sigmas: Tensor) -> dict[str, float]:
     Args:
         steps: Of many samples (N,), from 0.
         sigmas: The noise level of each step.
-
-    Returns:
-        Values by column.
     """
     levels = level_of(steps, sigmas).double()
     low, middle, high = (float(levels.quantile(share)) for share in (0.25, 0.5, 0.75))
@@ -227,9 +216,6 @@ def draw_spectrum(kept: dict[str, Tensor], edges: list[float]) -> plt.Figure:
     Args:
         kept: From `follow`.
         edges: Of the bands.
-
-    Returns:
-        The figure.
     """
     figure, (absolute, relative) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     power, sigmas = kept["power"], kept["sigmas"]
@@ -260,9 +246,6 @@ def draw_settling(kept: dict[str, Tensor], when: dict[str, Tensor], edges: list[
         kept: From `follow`.
         when: Steps at which bands and tiles settle.
         edges: Of the bands.
-
-    Returns:
-        The figure.
     """
     figure, (errors, shares) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     sigmas, count = kept["sigmas"], kept["band_errors"].shape[2]
@@ -297,9 +280,6 @@ def draw_places(kept: dict[str, Tensor], when: Tensor, tiles: int) -> plt.Figure
         kept: From `follow`.
         when: Steps at which tiles settle, (N, tiles^2).
         tiles: Tiles along a side.
-
-    Returns:
-        The figure.
     """
     figure, panels = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     levels = level_of(when, kept["sigmas"])

@@ -162,15 +162,7 @@ def restored(study: Study, run: Trained, originals: Tensor, sampling: ColdSampli
 
 
 def draw_bars(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """The distance of each way of restoring under each degradation.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-
-    Returns:
-        The figure.
-    """
+    """The distance of each way of restoring under each degradation."""
     names = list(dict.fromkeys(row["degradation"] for row in rows))
     ways = list(dict.fromkeys(row["restored"] for row in rows))
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")

@@ -82,16 +82,7 @@ def few_steps(
 
 
 def train(study: Study, tuned: str, meanflow: str) -> dict[str, Trained]:
-    """The teacher, the model tuned from one of half the length, and the MeanFlow, after as many images in all.
-
-    Args:
-        study: Where it works.
-        tuned: Config of the consistency model.
-        meanflow: Config of the MeanFlow.
-
-    Returns:
-        "teacher", "tuned" and "meanflow".
-    """
+    """The teacher, the model tuned from one of half the length, and the MeanFlow, after as many images in all."""
     total = int(study.value("trainer.max_steps"))
     first = total // 2
     found = study.fit({"teacher": {"trainer.max_steps": total}, "half": {"trainer.max_steps": first}})
@@ -112,9 +103,6 @@ def levels(calls: int, high: float, low: float, default: Sampling) -> list[float
         high: The second of more than two.
         low: The last of more than two.
         default: How the model is drawn by default.
-
-    Returns:
-        Falling levels.
     """
     own = [float(level) for level in default.grid_options["levels"]]
     if calls < 3:
@@ -125,12 +113,6 @@ def levels(calls: int, high: float, low: float, default: Sampling) -> list[float
 
 def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling) -> tuple[dict[str, float], Samples]:
     """The figures of a model's samples, and the samples.
-
-    Args:
-        study: Where it works.
-        run: The model.
-        evaluator: What measures.
-        setting: How they are drawn.
 
     Returns:
         Distance, kernel distance, precision and recall by name; and the samples.
@@ -143,15 +125,7 @@ def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling)
 
 
 def sentence(rows: list[dict[str, Any]], evaluator: Evaluator) -> str:
-    """What was found.
-
-    Args:
-        rows: The measurements.
-        evaluator: What measured them.
-
-    Returns:
-        A sentence.
-    """
+    """What was found."""
     metric = evaluator.metric
 
     def told(model: str) -> str:

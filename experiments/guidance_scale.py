@@ -186,9 +186,6 @@ def checkpoints(study: Study, ckpt_path: str | None, guide_path: str | None) -> 
         study: Where it works.
         ckpt_path: The model, or None.
         guide_path: The guide, or None.
-
-    Returns:
-        Both checkpoints.
     """
     variants: dict[str, dict[str, Any]] = {} if ckpt_path else {"model": {}}
     if guide_path is None:
@@ -201,19 +198,7 @@ def checkpoints(study: Study, ckpt_path: str | None, guide_path: str | None) -> 
 
 
 def draw(study: Study, evaluator: Evaluator, path: Path, module: Any, way: Way, labels: Tensor) -> Samples:
-    """Draws samples; existing ones are reused.
-
-    Args:
-        study: Where it works.
-        evaluator: What they will be measured by.
-        path: The model's checkpoint.
-        module: The model.
-        way: How it is guided.
-        labels: Class of each sample.
-
-    Returns:
-        The samples with their images.
-    """
+    """Draws samples; existing ones are reused."""
     setup = study.setup
     record = {
         "checkpoint": file_hash(path),
@@ -234,14 +219,6 @@ def draw(study: Study, evaluator: Evaluator, path: Path, module: Any, way: Way, 
 def best_scales(evaluator: Evaluator, drawn: dict[float, Samples], labels: Tensor) -> list[float]:
     """The scale of each class whose samples are nearest to the class's training images, by kernel distance.
 
-    Args:
-        evaluator: Has the features of the training images.
-        drawn: Samples by scale.
-        labels: Their classes, each there as often as another.
-
-    Returns:
-        One scale per class.
-
     Raises:
         ValueError: If the training images have no classes.
     """
@@ -261,17 +238,7 @@ def best_scales(evaluator: Evaluator, drawn: dict[float, Samples], labels: Tenso
 def draw_figures(
     scales: list[float], lines: list[dict[str, Any]], points: list[dict[str, Any]], evaluator: Evaluator
 ) -> plt.Figure:
-    """What is measured against the scale; other ways of guiding as horizontal lines.
-
-    Args:
-        scales: The plain scales.
-        lines: Their measurements.
-        points: Those of the other ways.
-        evaluator: What they were measured by.
-
-    Returns:
-        A figure of six panels.
-    """
+    """What is measured against the scale; other ways of guiding as horizontal lines."""
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     columns = [evaluator.metric, "precision", "recall", "accuracy", "mean |x|, real = 1", "clipped"]
     for axes, column in zip(panels.flat, columns, strict=True):
@@ -294,9 +261,6 @@ def draw_grids(images: dict[str, Tensor], names: list[str]) -> plt.Figure:
     Args:
         images: uint8 (N, C, H, W) by guidance, of classes 0, 1, 2, ... in turn.
         names: Names of the classes, of which the first ten are shown.
-
-    Returns:
-        The figure.
     """
     rows = min(10, len(names))
     columns = min(COLUMNS, min(len(some) for some in images.values()) // len(names))

@@ -99,14 +99,7 @@ def scheduler(decay: str, steps: int) -> dict[str, Any] | None:
 
 
 def losses(trained: dict[str, Trained]) -> plt.Figure:
-    """The held-out loss and the learning rate of each training.
-
-    Args:
-        trained: The trainings by name.
-
-    Returns:
-        The figure, of two panels.
-    """
+    """The held-out loss and the learning rate of each training."""
     figure, (loss, rate) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, run in trained.items():
         loss.plot(*run.curves["val/loss"], marker="o", markersize=3, label=name)
@@ -123,12 +116,6 @@ def losses(trained: dict[str, Trained]) -> plt.Figure:
 
 def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> plt.Figure:
     """Every so many steps of a few samples, with the noise level of each.
-
-    Args:
-        study: Knows the seed.
-        run: The training.
-        count: Number of samples.
-        columns: Number of steps that are shown.
 
     Returns:
         The figure: for each sample a row of x, at unit variance, above one of x0_hat.
@@ -149,15 +136,7 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
 
 
 def bars(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """The Fréchet distance of each training.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-
-    Returns:
-        The figure.
-    """
+    """The Fréchet distance of each training."""
     figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(rows), 4), layout="constrained")
     heights = axes.bar([row["learning rate"] for row in rows], [row[evaluator.metric] for row in rows])
     axes.bar_label(heights, fmt="%.3g")

@@ -85,9 +85,6 @@ def suggest(sigma_data: float, size: int) -> Suggestion:
         sigma_data: Standard deviation of the data, above 0.
         size: Pixels per side.
 
-    Returns:
-        The settings.
-
     Raises:
         ValueError: If all images are alike.
     """
@@ -140,14 +137,7 @@ def look_at_data(
 
 
 def describe(data: ImageDataModule) -> str:
-    """The statistics of a data module's training split, and what they suggest, as text.
-
-    Args:
-        data: The data module, prepared.
-
-    Returns:
-        Several lines.
-    """
+    """The statistics of a data module's training split, and what they suggest, as text."""
     held = data.reference_images("train")
     found = statistics(held)
     advice = suggest(found.sigma_data, data.image_shape[-1])
@@ -172,12 +162,6 @@ def describe(data: ImageDataModule) -> str:
 
 def read_data_section(path: str) -> dict[str, Any]:
     """The `data:` section of an experiment's YAML.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The section.
 
     Raises:
         ValueError: If there is no such file or section.

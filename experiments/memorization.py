@@ -85,14 +85,7 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
 
 
 def whole_data(study: Study) -> dict[str, Any]:
-    """The data set as the config and the options describe it; the options are taken out of those of the trainings.
-
-    Args:
-        study: Where it works.
-
-    Returns:
-        Class and arguments.
-    """
+    """The data set as the config and the options describe it; the options are taken out of those of the trainings."""
     described = study.value("data")
     whole = {"class_path": described["class_path"], "init_args": dict(described.get("init_args", {}))}
     prefix = "data.init_args."
@@ -103,17 +96,7 @@ def whole_data(study: Study) -> dict[str, Any]:
 
 
 def draw(study: Study, evaluator: Evaluator, run: Trained, data: Any) -> Samples:
-    """Samples of a training, of the classes that it saw.
-
-    Args:
-        study: Where it works.
-        evaluator: What they will be measured by.
-        run: The training.
-        data: Its data.
-
-    Returns:
-        The samples with their images.
-    """
+    """Samples of a training, of the classes that it saw."""
     seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
     module: Any = load_module(run.ckpt_path)
     labels: Tensor | None = draw_labels(seeds, class_frequencies(data, module.num_classes))
@@ -122,11 +105,6 @@ def draw(study: Study, evaluator: Evaluator, run: Trained, data: Any) -> Samples
 
 def last_values(run: Trained, name: str, count: int = 10) -> float:
     """The mean of the last values that a training logged.
-
-    Args:
-        run: The training.
-        name: What was logged.
-        count: How many.
 
     Returns:
         The mean; not a number where nothing was logged.
@@ -141,14 +119,7 @@ def told(found: Neighbours) -> str:
 
 
 def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:
-    """Copies and extracted images against the number of training images.
-
-    Args:
-        rows: The measurements.
-
-    Returns:
-        A figure of three panels.
-    """
+    """Copies and extracted images against the number of training images."""
     figure, (shares, ratio, loss) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     counts = [row["training images"] for row in rows]
     shares.plot(counts, [row["share of copies"] for row in rows], marker="o", label="samples that are copies")

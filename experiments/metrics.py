@@ -163,9 +163,6 @@ def draw_shares(shares: dict[str, dict[str, dict[int, float]]], counts: list[int
         shares: As of `right_answers`.
         counts: Numbers of samples.
         kinds: The kinds.
-
-    Returns:
-        The figure.
     """
     figure, panels = plt.subplots(
         1, len(kinds), figsize=(3.6 * len(kinds), 4), layout="constrained", squeeze=False, sharey=True

@@ -96,9 +96,6 @@ def sharpness(images: Tensor) -> float:
 def real_images(evaluator: Evaluator) -> Tensor:
     """Training images to compare with.
 
-    Args:
-        evaluator: Knows the data.
-
     Returns:
         At most `MOST` of them, evenly spread, uint8 (N, C, H, W).
     """

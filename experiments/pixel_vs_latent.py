@@ -176,17 +176,6 @@ def train(
 ) -> Trained:
     """Trains a model for a time; the module is left with its average weights.
 
-    Args:
-        name: What it is called.
-        module: The model.
-        data: The data module.
-        seconds: How long.
-        accelerator: auto, cpu, gpu, ...
-        ckpt_path: Where a checkpoint goes, if anywhere.
-
-    Returns:
-        The trained model.
-
     Raises:
         ValueError: If there is no time left to train in.
     """
@@ -228,16 +217,6 @@ def sample(
 ) -> list[Point]:
     """Draws samples at several numbers of steps and measures them.
 
-    Args:
-        trained: The model.
-        data: The data module.
-        measure: What images are compared by.
-        reference: The training images' statistics.
-        num_steps: Numbers of steps.
-        count: Samples of each point.
-        seed: Seed of the first sample.
-        folder: Where the sample grid goes.
-
     Returns:
         One point per number of steps.
     """
@@ -266,13 +245,6 @@ def bounds(
     module: Any, data: Any, measure: FeatureExtractor, reference: Reference, count: int
 ) -> list[tuple[str, float, int]]:
     """What the best of models could get: reconstructed and real held-out images against the training images.
-
-    Args:
-        module: The latent model.
-        data: The data module.
-        measure: What images are compared by.
-        reference: The training images' statistics.
-        count: Number of images.
 
     Returns:
         Name, distance and number of images of each.

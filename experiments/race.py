@@ -161,10 +161,6 @@ class Runner:
     def round(self, field: dict[str, dict[str, Any]], current: Round) -> dict[str, Result] | None:
         """Trains and measures all that take part.
 
-        Args:
-            field: Options by variant.
-            current: The round.
-
         Returns:
             The results by variant, without those that failed; None where the hours are over.
         """
@@ -178,14 +174,7 @@ class Runner:
         return found
 
     def trained(self, name: str, options: dict[str, Any], minutes: float, seed: int) -> dict[str, Any] | None:
-        """A training with its figures, `{}` where it failed, None where the hours are over.
-
-        Args:
-            name: The variant.
-            options: What differs.
-            minutes: Its time.
-            seed: Its seed.
-        """
+        """A training with its figures, `{}` where it failed, None where the hours are over."""
         track = replace(self.track, minutes=minutes)
         training = Training(self.entry(name, options), track, seed, None, minutes, unguided=False)
         plain = "".join(letter if letter.isalnum() or letter in "=.,-" else "_" for letter in name)
@@ -224,12 +213,7 @@ class Runner:
 
 
 def report(runner: Runner, history: list[dict[str, Result]]) -> None:
-    """Writes the config of the winner, and fills the page.
-
-    Args:
-        runner: Has trained.
-        history: Results of each round.
-    """
+    """Writes the config of the winner, and fills the page."""
     study, metric = runner.study, runner.judge.metric
     best, base = min(history[-1].values(), key=lambda one: one.figure), history[-1][BASE]
     write_winner(runner, best)
@@ -264,12 +248,7 @@ def report(runner: Runner, history: list[dict[str, Result]]) -> None:
 
 
 def write_winner(runner: Runner, best: Result) -> None:
-    """Writes the winner's config, as long as it was trained.
-
-    Args:
-        runner: Has trained it.
-        best: The winner.
-    """
+    """Writes the winner's config, as long as it was trained."""
     steps = round(best.images / best.batch_size)
     merged = merge(runner.config, {**runner.shared, **best.options, "trainer.max_steps": steps})
     figure = f"{runner.judge.metric} {best.figure:.4g} +- {best.error:.2g}"
@@ -282,12 +261,7 @@ def write_winner(runner: Runner, best: Result) -> None:
 
 
 def drawing(history: list[dict[str, Result]], metric: str) -> plt.Figure:
-    """The figure of each variant in each round.
-
-    Args:
-        history: Results of each round.
-        metric: Name of the figure.
-    """
+    """The figure of each variant in each round."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for name in dict.fromkeys(name for results in history for name in results):
         took = [results[name] for results in history if name in results]

@@ -123,12 +123,6 @@ def sampler_comparison(
 def settings_of(default: Sampling, name: str, nfe: list[int], rtol: list[float]) -> list[Sampling]:
     """The settings of one sampler that spend at most so many denoiser calls.
 
-    Args:
-        default: The model's own settings, whose grid is kept.
-        name: The sampler.
-        nfe: Denoiser calls per sample.
-        rtol: Tolerances, for an adaptive sampler.
-
     Returns:
         One setting per number of calls (or per tolerance), without those of no step.
     """

@@ -115,14 +115,7 @@ def schedules(
 
 
 def curves(tables: dict[str, Schedule]) -> plt.Figure:
-    """Betas, alpha_bar and log-SNR of schedules.
-
-    Args:
-        tables: Schedules by name.
-
-    Returns:
-        The figure, of three panels.
-    """
+    """Betas, alpha_bar and log-SNR of schedules."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for index, (name, schedule) in enumerate(tables.items()):
         share = torch.arange(schedule.num_steps) / (schedule.num_steps - 1)
@@ -143,15 +136,7 @@ def curves(tables: dict[str, Schedule]) -> plt.Figure:
 
 
 def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
-    """The sinusoidal embedding of every time, as the U-Net computes it, and how alike two times look.
-
-    Args:
-        features: Length of the embedding.
-        total: Number of times.
-
-    Returns:
-        The figure, of two panels.
-    """
+    """The sinusoidal embedding of every time, as the U-Net computes it, and how alike two times look."""
     conditioning = Conditioning(features, features, "positional", 0, 0)
     with torch.no_grad():
         table = conditioning.noise_features(torch.arange(total, dtype=torch.float32))
@@ -168,16 +153,7 @@ def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
 
 
 def quality(rows: list[dict[str, Any]], evaluator: Evaluator, few: int) -> plt.Figure:
-    """The Fréchet distance and recall against the number of steps, a line for each schedule and way of sampling.
-
-    Args:
-        rows: The measurements.
-        evaluator: What they were measured by.
-        few: Steps of the shorter way.
-
-    Returns:
-        The figure, of two panels.
-    """
+    """The Fréchet distance and recall against the number of steps, a line for each schedule and way of sampling."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, measure in zip(panels, (evaluator.metric, "recall"), strict=True):
         for index, name in enumerate(dict.fromkeys(row["schedule"] for row in rows)):

@@ -131,10 +131,6 @@ class Denoise:
 def keep(every: int, last: int) -> dict[str, Any]:
     """Options of a training that keeps a checkpoint after every so many epochs.
 
-    Args:
-        every: Epochs between checkpoints.
-        last: Epochs of the training.
-
     Returns:
         Options of `diffusion-lit fit`.
     """
@@ -215,17 +211,7 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
 
 
 def samples(study: Study, told: dict[str, Trained], epochs: tuple[int, int], cfg_scale: float) -> list[dict[str, Any]]:
-    """Draws from the DDPMs at two ages, with and without guidance.
-
-    Args:
-        study: Where it goes.
-        told: The trainings, of which the second knows classes.
-        epochs: The ages.
-        cfg_scale: Guidance.
-
-    Returns:
-        The measurements.
-    """
+    """Draws from the DDPMs at two ages, with and without guidance."""
     evaluator = study.evaluator(told["time and class"].ckpt_path)
     rows, total = [], study.setup.num_samples
     for name, run in told.items():
@@ -268,9 +254,6 @@ def by_class(images: Tensor, classes: int, columns: int) -> Tensor:
 
 def losses(trained: dict[str, Trained]) -> plt.Figure:
     """The training loss of each model, linear and logarithmic.
-
-    Args:
-        trained: The trainings by name.
 
     Returns:
         The figure, of two rows of panels.

@@ -73,14 +73,7 @@ def studies(only: str | None = None, jobs: int = 2) -> None:
 
 
 def write_index(root: Path) -> Path:
-    """Writes the page of all studies.
-
-    Args:
-        root: Folder of the studies.
-
-    Returns:
-        The page.
-    """
+    """Writes the page of all studies."""
     records = [(path.parent, json.loads(path.read_text())) for path in sorted(root.glob("*/study.json"))]
     records.sort(key=lambda pair: (_place(pair[1]["name"]), pair[0].name))
     page = Page("Studies", f"{len(records)} questions that people ask of diffusion models, each with its answer")

@@ -65,12 +65,7 @@ def sweep(study: Study, metric: str = "val/loss") -> None:
 
 
 def show_samples(study: Study, run: Trained) -> None:
-    """Puts the last grid of samples that a training drew on the page.
-
-    Args:
-        study: The study.
-        run: The training.
-    """
+    """Puts the last grid of samples that a training drew on the page."""
     grids = sorted((run.folder / "samples").glob("*.png"))
     if grids:
         with Image.open(grids[-1]) as image:

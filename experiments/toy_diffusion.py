@@ -95,10 +95,6 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
 def held_out(evaluator: Evaluator, count: int) -> Tensor:
     """Images that were not trained on.
 
-    Args:
-        evaluator: Knows the data.
-        count: How many.
-
     Returns:
         The first of the validation split, (count, C, H, W) in [-1, 1].
     """

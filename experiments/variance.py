@@ -100,9 +100,6 @@ def variance(
 def channels_of(study: Study) -> int:
     """Number of channels of the images that a study's config trains on.
 
-    Args:
-        study: The study.
-
     Returns:
         1 for grey, 3 for colour.
     """

@@ -38,14 +38,7 @@ class Skip(Exception):
 
 
 def lacking(*more: str) -> list[str]:
-    """Packages that are needed and not installed.
-
-    Args:
-        more: Further ones, beside the dependencies in pyproject.toml.
-
-    Returns:
-        Them, as pip takes them.
-    """
+    """Packages that are needed and not installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = []
     for wanted in (*project["dependencies"], *more):
@@ -73,10 +66,6 @@ class Check:
 
     def command(self, *options: str, here: bool = True) -> str:
         """Runs `lightning`, and gives what it printed.
-
-        Args:
-            options: The command line.
-            here: Whether the trainer is told the device.
 
         Raises:
             RuntimeError: If it fails or takes more than the time that is left.

@@ -69,9 +69,6 @@ def install(wheel: Path, folder: Path, dependencies: str) -> Path:
         wheel: The file.
         folder: Where the environment is made.
         dependencies: `share` takes this environment's, `install` has pip install them.
-
-    Returns:
-        The folder of its commands.
     """
     venv.create(folder, with_pip=dependencies == "install")
     python = folder / "bin" / "python"

@@ -14,9 +14,6 @@ IGNORED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 def docstring_lines(tree: ast.AST) -> set[int]:
     """Numbers of the lines that docstrings take.
 
-    Args:
-        tree: A parsed file.
-
     Returns:
         Line numbers from 1.
     """
@@ -30,14 +27,7 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def code_lines(text: str) -> int:
-    """Lines of a file that hold code.
-
-    Args:
-        text: The file.
-
-    Returns:
-        Their number.
-    """
+    """Lines of a file that hold code."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in IGNORED:
@@ -47,9 +37,6 @@ def code_lines(text: str) -> int:
 
 def room_of(path: Path) -> str:
     """The room that a file lies in.
-
-    Args:
-        path: Relative to the repository.
 
     Returns:
         Such as `diffusion_lit/modules`, or `diffusion_lit` for a loose file.

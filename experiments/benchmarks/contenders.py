@@ -42,12 +42,6 @@ def build(name: str, width: int, channels: int, size: int) -> nn.Module:
     """A library's U-Net: three levels of `width` times (1, 2, 2), two blocks each, attention on the smallest maps.
 
     denoising-diffusion-pytorch has its own four levels and its own places for attention.
-
-    Args:
-        name: The contender.
-        width: Channels of the first level.
-        channels: Channels of an image.
-        size: Its side.
     """
     if name == OURS:
         from diffusion_lit.nets import UNet

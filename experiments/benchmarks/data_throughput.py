@@ -127,12 +127,6 @@ def rates(loaders: dict[str, Iterable[Any]], seconds: float) -> dict[str, float]
 def compare(name: str, ours: ImageDataModule, theirs: Dataset[Any], seconds: float) -> list[Row]:
     """Measures one kind of data.
 
-    Args:
-        name: What the table calls it.
-        ours: The data module.
-        theirs: torchvision's dataset over the same images.
-        seconds: Time for each loader.
-
     Returns:
         Three rows; the usual loader with 0 workers is the measure.
     """
@@ -179,9 +173,6 @@ def table(rows: Sequence[Row], trained: float) -> str:
     Args:
         rows: What was measured.
         trained: Images per second that a CPU trains on.
-
-    Returns:
-        Its text.
     """
     told = [
         {

@@ -114,15 +114,7 @@ def _words(text: str | None) -> list[str]:
 
 
 def checkpoint_of(config: Path, fit_options: str) -> Path:
-    """The last checkpoint of a config's newest run, trained now where there is none.
-
-    Args:
-        config: The config.
-        fit_options: Further options of the training.
-
-    Returns:
-        The checkpoint.
-    """
+    """The last checkpoint of a config's newest run, trained now where there is none."""
     run = Path("runs") / config.stem
     try:
         return find_last(run)
@@ -150,9 +142,6 @@ def named(paths: list[Path]) -> dict[str, Path]:
 def model_name(path: Path) -> str:
     """A checkpoint's own name: that of its run and version, or of its file.
 
-    Args:
-        path: The checkpoint, from the root.
-
     Returns:
         Such as `edm_digits/version_0`.
     """
@@ -171,9 +160,6 @@ def measured(path: Path, name: str, folder: Path, plan: Plan, devices: int) -> d
         folder: Where reports go.
         plan: The options of `evaluate`, except for the checkpoint and the report's name.
         devices: Number of processes.
-
-    Returns:
-        The report.
     """
     report = folder / f"{name.replace('/', '_')}.json"
     note = report.with_suffix(".options")
@@ -187,14 +173,7 @@ def measured(path: Path, name: str, folder: Path, plan: Plan, devices: int) -> d
 
 
 def rows(reports: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each table, best first.
-
-    Args:
-        reports: Reports by the model's name.
-
-    Returns:
-        Rows by the table's title.
-    """
+    """The rows of each table, best first."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for model, report in reports.items():
         extractor, samples = report["extractor"], report["samples"]
@@ -223,14 +202,7 @@ def rows(reports: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def leaderboard(reports: dict[str, dict[str, Any]]) -> str:
-    """The tables as Markdown.
-
-    Args:
-        reports: Reports by the model's name.
-
-    Returns:
-        A page.
-    """
+    """The tables as Markdown."""
     lines = ["# Leaderboard", "", "Mean ± standard deviation over blocks of samples (minimum); lower is better.", ""]
     for title, table in rows(reports).items():
         told = [
@@ -252,12 +224,7 @@ def leaderboard(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def write_csv(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """The tables as one CSV file, a row per model and setting.
-
-    Args:
-        reports: Reports by the model's name.
-        path: The file.
-    """
+    """The tables as one CSV file, a row per model and setting."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["table", *COLUMNS, "figure_std", "figure_min"])
@@ -268,14 +235,7 @@ def write_csv(reports: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def random_inception(path: Path) -> Path:
-    """Seeded random weights of Inception in a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The file.
-    """
+    """Seeded random weights of Inception in a file."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
     class Shell(library.FeatureExtractorInceptionV3):  # type: ignore[misc]
@@ -355,9 +315,6 @@ def evaluated(
         count: Number of samples.
         batch_size: Samples drawn at a time.
         accelerator: Where to draw them.
-
-    Returns:
-        Figures by name.
     """
     np.savez(scratch / "real.npz", arr_0=real.permute(0, 2, 3, 1).numpy())
     plan = Plan(

@@ -116,10 +116,6 @@ def write_module(place: Path, entry: Entry) -> list[str]:
 def draw_samples(path: Path, training: Training) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Draws the samples of a model that `diffusion-lit fit` trained.
 
-    Args:
-        path: Its checkpoint.
-        training: Of what.
-
     Returns:
         Samples (N, C, H, W) by kind, as configured and, where there is guidance, without it in as many evaluations;
         and the evaluations of the network per image of each.

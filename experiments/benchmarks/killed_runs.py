@@ -83,11 +83,7 @@ def _be_the_run(args: list[str], kill: Kill | None) -> None:
 
 
 def kill_while_saving(let_through: int) -> None:
-    """Kills all processes of the run in the middle of a checkpoint's write.
-
-    Args:
-        let_through: Number of checkpoints that are written before.
-    """
+    """Kills all processes of the run in the middle of a checkpoint's write."""
     from diffusion_lit.storage import checkpoint_io as module
 
     checkpoint_io: Any = module
@@ -130,11 +126,7 @@ def kill_after_step(step: int) -> None:
 
 
 def kill_before_saving(let_through: int) -> None:
-    """Kills all processes of the run after a validation and its images, before the checkpoint is saved.
-
-    Args:
-        let_through: Number of validations before.
-    """
+    """Kills all processes of the run after a validation and its images, before the checkpoint is saved."""
     from diffusion_lit.callbacks import LastCheckpoint
 
     patched: Any = LastCheckpoint

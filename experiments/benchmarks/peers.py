@@ -53,11 +53,7 @@ class Peer:
 
 
 def peer(job: BenchmarkJob) -> Peer:
-    """A peer's network with its training step and its sampler.
-
-    Args:
-        job: What to build.
-    """
+    """A peer's network with its training step and its sampler."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(

@@ -150,9 +150,6 @@ def read(built: Any) -> Recipe:
     Args:
         built: `diffusion-lit fit`, with the model, the data and the trainer made.
 
-    Returns:
-        The recipe.
-
     Raises:
         ValueError: If the model is not one that denoises.
     """
@@ -176,13 +173,6 @@ def read(built: Any) -> Recipe:
 
 def timed(module: Any, recipe: Recipe, device: str, steps: int, batch: int) -> Estimate:
     """Training steps of the recipe's network on this machine.
-
-    Args:
-        module: The model.
-        recipe: What it is part of.
-        device: Where.
-        steps: How many, after one that is not counted.
-        batch: Images in each.
 
     Returns:
         The rate of the median step.

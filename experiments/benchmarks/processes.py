@@ -130,11 +130,6 @@ class TrainOnRequest(Callback):
 def serve(pipe: Any, job: BenchmarkJob, draw: Draw) -> int:
     """Answers the other end's questions until it asks for training.
 
-    Args:
-        pipe: To the other end.
-        job: What this process does.
-        draw: Its sampler.
-
     Returns:
         The number of steps to train.
     """
@@ -151,13 +146,7 @@ def serve(pipe: Any, job: BenchmarkJob, draw: Draw) -> int:
 
 
 def work(pipe: Any, job: BenchmarkJob, folder: str) -> None:
-    """A contender's process; it runs until it is killed.
-
-    Args:
-        pipe: To the process that measures.
-        job: What to do.
-        folder: Where it may write.
-    """
+    """A contender's process; it runs until it is killed."""
     os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     torch.manual_seed(0)

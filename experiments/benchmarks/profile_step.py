@@ -152,15 +152,7 @@ class Turns:
 
 
 def bare_loop(trainer: Any, module: Any) -> Iterator[None]:
-    """The same step without Lightning, on a copy of the network.
-
-    Args:
-        trainer: For its precision and data.
-        module: A DiffusionModule, for its draws and loss.
-
-    Yields:
-        After each step.
-    """
+    """The same step without Lightning, on a copy of the network."""
     denoiser = copy.deepcopy(module.denoiser).train()
     weights = [parameter.detach() for parameter in denoiser.parameters()]
     average = [weight.clone() for weight in weights]

@@ -113,23 +113,12 @@ def _train(place: Path, training: Training) -> None:
 
 
 def seed_of(place: Path, training: Training, judge: Judge) -> dict[str, Any]:
-    """One training with its figures; a finished one with the same conditions is reused.
-
-    Args:
-        place: Its folder.
-        training: What to train.
-        judge: Measures the samples.
-    """
+    """One training with its figures; a finished one with the same conditions is reused."""
     return {**train_once(place, training), "figures": figures_of(place, judge)}
 
 
 def train_once(place: Path, training: Training) -> dict[str, Any]:
-    """The result of a training; a finished one with the same conditions is reused.
-
-    Args:
-        place: Its folder.
-        training: What to train.
-    """
+    """The result of a training; a finished one with the same conditions is reused."""
     terms = {"track": training.track.key, "entry": training.entry.key, "seed": training.seed}
     terms |= {"minutes": training.minutes, "machine": machine_of(training.track)}
     kept = place / "terms.json"
@@ -142,12 +131,7 @@ def train_once(place: Path, training: Training) -> dict[str, Any]:
 
 
 def figures_of(place: Path, judge: Judge) -> dict[str, float]:
-    """The figures of the samples in a folder, by their kind.
-
-    Args:
-        place: The folder of a training.
-        judge: Measures them.
-    """
+    """The figures of the samples in a folder, by their kind."""
     with np.load(place / "samples.npz") as kept:
         return {kind: judge.measure(torch.from_numpy(kept[kind]).permute(0, 3, 1, 2)) for kind in kept.files}
 
@@ -169,11 +153,7 @@ def summary_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]
 
 
 def machine_of(track: Track) -> dict[str, Any]:
-    """What must be the same for results to be the same bit for bit.
-
-    Args:
-        track: Says the device and the threads.
-    """
+    """What must be the same for results to be the same bit for bit."""
     threads = track.check_machine()
     here = hardware(torch.device(track.device), 1)
     capability = torch.backends.cpu.get_cpu_capability()

@@ -59,9 +59,6 @@ def speedrun(
         retrain: With verify: trains again what has no states beside the receipt.
         trust: With verify: runs the Python file in the receipt, and classes of others that its config names.
 
-    Returns:
-        The receipt.
-
     Raises:
         ValueError: If there is no such track or entry, this machine is not that of the track, or the receipt is wrong.
     """
@@ -109,11 +106,7 @@ def run(name: str, entry: Entry, root: str | None, weights: str | None, out: Pat
 
 
 def table(receipts: list[dict[str, Any]]) -> str:
-    """Receipts of a track as a table in Markdown, the best first.
-
-    Args:
-        receipts: Of the same track.
-    """
+    """Receipts of a track as a table in Markdown, the best first."""
     first = receipts[0]
     mean = f"{first['metric']}, mean of {len(first['track']['seeds'])} seeds"
     rows = []

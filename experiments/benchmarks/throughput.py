@@ -130,12 +130,6 @@ def measure(
 ) -> tuple[Taken, dict[tuple[str, str], list[float]], dict[str, dict[str, int]]]:
     """Lets the contenders take turns.
 
-    Args:
-        jobs: What each does.
-        rounds: Number of rounds that count.
-        steps: Training steps in a turn.
-        samples: Images that a turn draws.
-
     Returns:
         The slices of training and sampling by kind and title, the machine's peaks in operations per second by kind and
         precision, and the memory of each contender in bytes: `at_rest`, before its first step, and at the `peak` of
@@ -225,12 +219,6 @@ def summary(values: list[float]) -> dict[str, float]:
 def rates(mine: list[Slice], ours: list[Slice], costs: dict[str, Any], name: str) -> dict[str, Any]:
     """Speed of a contender, and this project's as a multiple of it, round by round.
 
-    Args:
-        mine: Its slices.
-        ours: This project's in the same rounds.
-        costs: Cost of every contender's network.
-        name: The contender.
-
     Returns:
         `images_per_second`; `at_equal_flops`, those times its operations per image over this project's; `ratio`, this
         project's images per second over those; each with median, min and max; `page_faults` per image; and
@@ -252,9 +240,6 @@ def page(report: dict[str, Any]) -> str:
 
     Args:
         report: As `throughput` returns it.
-
-    Returns:
-        Its text.
     """
     default, machine = report["default_precision"], report["hardware"]
     training, sampling = [], []

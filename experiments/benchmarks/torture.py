@@ -142,10 +142,6 @@ class Setting:
 def draw(family: str, rng: random.Random) -> Setting:
     """Draws a setting.
 
-    Args:
-        family: Name out of the table.
-        rng: Draws.
-
     Returns:
         One of 8 to 30 steps.
     """
@@ -162,11 +158,6 @@ def draw(family: str, rng: random.Random) -> Setting:
 
 def draw_chain(setting: Setting, count: int, rng: random.Random) -> list[Kill]:
     """Draws kills at rising steps, of which many lie at the ends of epochs.
-
-    Args:
-        setting: Of the run.
-        count: Number of kills.
-        rng: Draws.
 
     Returns:
         The kills in their order.

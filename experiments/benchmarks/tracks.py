@@ -128,9 +128,6 @@ class Track:
     def check_machine(self) -> int:
         """Sets the threads.
 
-        Returns:
-            Their number.
-
         Raises:
             ValueError: If this machine has fewer.
         """

@@ -96,15 +96,7 @@ class Clock(Callback):
 
 
 def facts_of(clock: Clock, planned: int, spent: float, step: int, batch: int) -> dict[str, Any]:
-    """The record of a training.
-
-    Args:
-        clock: Its clock.
-        planned: Length of its schedule in steps.
-        spent: Seconds before the clock, for the pace.
-        step: Number of steps taken.
-        batch: Images per step.
-    """
+    """The record of a training."""
     seconds = clock.times[-1] - clock.times[0] + spent
     made = {"steps": step, "images": step * batch, "batch_size": batch, "planned": planned, "seconds": seconds}
     return {**made, "hashes": {"first": clock.first}}
@@ -129,11 +121,7 @@ def planned_steps(times: list[float], budget: float, every: int) -> tuple[int, f
 
 
 def fingerprint(state: Any) -> str:
-    """A hash of nested tensors and plain values.
-
-    Args:
-        state: Dictionaries and lists of them.
-    """
+    """A hash of nested tensors and plain values."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, str] = {}
 

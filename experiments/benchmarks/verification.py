@@ -37,9 +37,6 @@ def verify_receipt(
         retrain: Whether trainings whose states are missing are done again as a whole.
         trust: Whether code and foreign classes in it are run.
 
-    Returns:
-        The receipt.
-
     Raises:
         ValueError: If it does not hold, with all that differs.
     """
@@ -82,10 +79,6 @@ def verify_receipt(
 
 def check_code(path: Path, entry: Entry) -> None:
     """Refuses a receipt that would run code of others.
-
-    Args:
-        path: The receipt.
-        entry: What it says.
 
     Raises:
         ValueError: If it holds a Python file, or its config names a class that is not of this project or torch.

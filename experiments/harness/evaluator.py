@@ -56,16 +56,7 @@ class Evaluator:
 
     @staticmethod
     def of(data: Any, extractor: FeatureExtractor, count: int) -> "Evaluator":
-        """The evaluator of a data set, from the cache or computed now.
-
-        Args:
-            data: The data set, set up.
-            extractor: A loaded extractor.
-            count: Number of samples that will be measured.
-
-        Returns:
-            The evaluator.
-        """
+        """The evaluator of a data set, from the cache or computed now."""
         reference = reference_of(data, "train", extractor, 250)
         spare = len(data.reference_images("val"))
         held_out = reference_of(data, "val", extractor, 250, count).features if spare else None
@@ -111,9 +102,6 @@ def choose_extractor(data: Any, name: str, weights: str | None, tell: Callable[[
             `diffusion-lit evaluate`, and thumbnails where that cannot be had.
         weights: Local file of its weights, or None.
         tell: Called with a sentence where thumbnails stand in.
-
-    Returns:
-        The extractor, loaded.
 
     Raises:
         MissingWeights: If the one that was asked for cannot be had.

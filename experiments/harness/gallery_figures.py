@@ -41,9 +41,6 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
         count: Images for each figure that a classifier gives.
         device: Where to compute.
         folder: The gallery's folder.
-
-    Returns:
-        The figures by name.
     """
     key = key_of(
         {"sha256": file_hash(ckpt_path), "count": count, "views": VIEWS, "blur": HYBRID_BLUR, "sampling": COMPOSED}
@@ -119,12 +116,6 @@ def named(model: Any, random: Any, data: Any, count: int) -> dict[str, Any]:
     """How often a classifier predicts the requested class, in anagrams and hybrids.
 
     Classes are not chosen to go well together: condition k of image i is class i + 3 k modulo 10.
-
-    Args:
-        model: The model.
-        random: The same network untrained.
-        data: Its data.
-        count: Images of each kind.
 
     Returns:
         Shares for the trained and the untrained model, chance, and the classifiers' accuracy on test images.

@@ -94,12 +94,7 @@ def survivors(field: dict[str, Any], results: dict[str, Result], count: int) -> 
 
 
 def combined(field: dict[str, Any], results: dict[str, Result]) -> dict[str, Any]:
-    """The options of all variants; of two that set the same, the better one's.
-
-    Args:
-        field: Options by variant.
-        results: Of the round before.
-    """
+    """The options of all variants; of two that set the same, the better one's."""
     names = sorted(field, key=lambda name: -results[name].figure if name in results else -math.inf)
     made: dict[str, Any] = {}
     for name in names:
@@ -118,9 +113,6 @@ def merge(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     Args:
         config: Nested settings, left as they are.
         options: Values by their path, its parts joined by dots, as on the command line.
-
-    Returns:
-        New nested settings.
     """
     made: dict[str, Any] = yaml.safe_load(yaml.safe_dump(config))
     for name, value in options.items():

@@ -14,10 +14,6 @@ from experiments.harness.study import Study
 def build(study: Study, **changes: Any) -> nn.Module:
     """The network that a study's trainings would have, untrained.
 
-    Args:
-        study: Holds the config and the options.
-        changes: Arguments of the network that differ.
-
     Returns:
         The network, for the data's channels, size and classes.
     """

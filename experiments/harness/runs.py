@@ -133,9 +133,6 @@ class Failed:
 def grid(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     """Every combination of values.
 
-    Args:
-        options: Values by the option's name.
-
     Returns:
         One value of each, the last option changing fastest; one empty dictionary for no options.
     """
@@ -144,9 +141,6 @@ def grid(options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 def label_of(options: dict[str, Any]) -> str:
     """A short name of some options.
-
-    Args:
-        options: Values by the option's name.
 
     Returns:
         Such as `lr=0.001,max_steps=400`; a class by its name alone.

@@ -24,9 +24,6 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         rows: Images (N, C, H, W) by the row's name, uint8 or float in [-1, 1]; as many in each row.
         columns: Titles of the N columns.
         width: Width of the figure in inches.
-
-    Returns:
-        The figure.
     """
     count = len(next(iter(rows.values())))
     figure: Figure
@@ -67,9 +64,6 @@ def lines(
         by: A column that tells the lines apart; none for one line a column.
         xlabel: What stands below; the column's name by default.
         log: Whether that axis is logarithmic.
-
-    Returns:
-        The figure.
     """
     figure: Figure
     figure, grid = plt.subplots(
@@ -104,9 +98,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
     Args:
         rows: Values by column, numbers or texts that may begin with one; a column that a row lacks is left empty.
-
-    Returns:
-        Its lines.
     """
     header = list(rows[0])
     cells = [[shown(row.get(column)) for column in header] for row in rows]
@@ -116,12 +107,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def keep_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a table as CSV and Markdown, and prints it.
-
-    Args:
-        path: Its files' name without ending.
-        rows: Values by column; all of the same columns.
-    """
+    """Writes a table as CSV and Markdown, and prints it."""
     with path.with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
     path.with_suffix(".md").write_text(markdown(rows))
