@@ -18,6 +18,7 @@ from datamodules.loaders import Array, EvalLoader, Key, Split, TrainLoader
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.rng import keyed_generator, run_seed, send
 from diffusion_lit.runtime.mounts import network_mount
+from diffusion_lit.words import counted, few
 
 SPLITS = ("train", "val", "test")
 NOT_THERE = (
@@ -203,9 +204,9 @@ class ImageDataModule(LightningDataModule, ABC):
             self._forget()
             return
         gone, new = ([name for name in one if name not in other] for one, other in ((names, mine), (mine, names)))
-        differ = f"without {_few(gone)}, and with {_few(new)} instead" if gone or new else f"as {_few(mine)}"
+        differ = f"without {few(gone)}, and with {few(new)} instead" if gone or new else f"as {few(mine)}"
         raise ValueError(
-            f"The model was trained on the classes {_few(names)}, and the data has them {differ}; give it the data of "
+            f"The model was trained on the classes {few(names)}, and the data has them {differ}; give it the data of "
             "its classes, rename them as they were, or train anew."
         )
 
@@ -284,8 +285,8 @@ class ImageDataModule(LightningDataModule, ABC):
         count = len(arguments["split"].images)
         if count < self.batch_size:
             raise ValueError(
-                f"batch_size is {self.batch_size}, but the training split has {count} images, so that no whole batch "
-                f"fits; choose at most {count}."
+                f"batch_size is {self.batch_size}, but the training split has {counted(count, 'image')}, so that no "
+                f"whole batch fits; choose at most {count}."
             )
         loader = self.train_loader(augment=self._augment, **arguments)
         loader.trainer = self.trainer
@@ -358,7 +359,10 @@ class ImageDataModule(LightningDataModule, ABC):
         if count == 0:
             return []
         if count < world:
-            raise ValueError(f"The {name} split has {count} images for {world} ranks; use at most {count} ranks.")
+            raise ValueError(
+                f"The {name} split has {counted(count, 'image')} for {world} ranks; use at most "
+                f"{counted(count, 'rank')}."
+            )
         return EvalLoader(**self._loader_arguments(name))
 
     def _loader_arguments(self, name: str) -> dict[str, Any]:
@@ -429,11 +433,6 @@ class ImageDataModule(LightningDataModule, ABC):
             "_moved": {},
             "_identities": {},
         }  # a process that this is sent to reads them itself
-
-
-def _few(names: list[str]) -> str:
-    """Up to six names in one line."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "none"
 
 
 def held_out(count: int, val_size: int) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
+from diffusion_lit.words import counted
 
 VERSION = 2  # raise it when decoding changes
 NAMED = 5  # skipped images that a message names
@@ -198,7 +199,9 @@ class _Work:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         size = int(np.prod(index["shape"])) / 2**20
-        rank_zero_info(f"Prepared {index['shape'][0]} images of {self.listing.label} in {place} ({size:.1f} MiB).")
+        rank_zero_info(
+            f"Prepared {counted(index['shape'][0], 'image')} of {self.listing.label} in {place} ({size:.1f} MiB)."
+        )
 
     def in_memory(self) -> Cache:
         """The same without the disk: memory that processes reach by a name (Linux), elsewhere a temporary file."""
@@ -306,7 +309,7 @@ def _summary(skipped: Sequence[Skip], place: Path | None) -> str:
     shown = "; ".join(f"{printable(skip.name)} {skip.reason}" for skip in skipped[:NAMED])
     more = "" if len(skipped) <= NAMED else f"; and {len(skipped) - NAMED} more"
     where = "" if place is None or not more else f", all listed in {place / 'index.json'}"
-    return f"{len(skipped)} image{'s were' if len(skipped) != 1 else ' was'} skipped: {shown}{more}{where}."
+    return f"{counted(len(skipped), 'image', 'was', 'were')} skipped: {shown}{more}{where}."
 
 
 def _refusal(listing: Listing, skipped: Sequence[Skip]) -> str:

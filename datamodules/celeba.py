@@ -25,6 +25,7 @@ from datamodules.folder import describe_classes
 from datamodules.loaders import Split
 from datamodules.sources import Listing, Skip, list_images
 from diffusion_lit.checks import check_count
+from diffusion_lit.words import counted
 
 IMAGES = "img_align_celeba"
 PARTITION = "list_eval_partition"
@@ -113,11 +114,11 @@ class CelebA(ImageDataModule):
             else:
                 missing.append(Skip(name, f"is in the partition but not in {listing.label}"))
         if not any(pools.values()):
-            raise ValueError(f"{listing.label} has none of the {len(missing)} images of {self._list(PARTITION)}.")
+            raise ValueError(f"{listing.label} has none of the images of {self._list(PARTITION)}.")
         listing = Listing(listing.root, [], listing.skipped + missing, listing.label, listing.archive)
         cache = prepare(listing, pools, self.transform, self.cache_dir, self.strict, self.cache_processes)
         kinds = describe_classes(self.class_names)
-        rank_zero_info(f"{len(cache.names)} images of {listing.label}, {kinds}.")
+        rank_zero_info(f"{counted(len(cache.names), 'image')} of {listing.label}, {kinds}.")
         return cache
 
     def prepare_data(self) -> None:
@@ -200,7 +201,9 @@ class CelebA(ImageDataModule):
         names = [os.path.basename(name) for name in self.cache.names]
         unlabelled = [name for name in names if name not in classes]
         if unlabelled:
-            raise ValueError(f"{path} has no line for {unlabelled[0]} and {len(unlabelled) - 1} other images.")
+            raise ValueError(
+                f"{path} has no line for {unlabelled[0]} and {counted(len(unlabelled) - 1, 'other image')}."
+            )
         return torch.tensor([classes[name] for name in names], dtype=torch.int64)
 
     def __getstate__(self) -> dict[str, Any]:

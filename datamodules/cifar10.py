@@ -21,6 +21,7 @@ from datamodules.folder import ImageFolder, hash_at
 from datamodules.loaders import Split
 from datamodules.pickles import read_pickle
 from diffusion_lit.checks import check_count
+from diffusion_lit.words import article, counted
 
 SOURCE = datasets.CIFAR10
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -214,14 +215,17 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
     """
     batch = read_pickle(path)
     if not isinstance(batch, dict):
-        raise ValueError(f"{path} holds a {type(batch).__name__} instead of a CIFAR-10 batch; get the file anew.")
+        raise ValueError(f"{path} holds {article(batch)} instead of a CIFAR-10 batch; get the file anew.")
     data, labels = (batch.get(name, batch.get(name.encode())) for name in ("data", "labels"))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE**2:
         raise ValueError(f"{path} has no uint8 array of 3,072 columns under 'data', so it is no CIFAR-10 batch.")
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
         raise ValueError(f"{path} has no list of classes from 0 to 9 under 'labels', so it is no CIFAR-10 batch.")
     if len(labels) != len(data):
-        raise ValueError(f"{path} holds {len(data)} images and {len(labels)} labels; they do not belong together.")
+        raise ValueError(
+            f"{path} holds {counted(len(data), 'image')} and {counted(len(labels), 'label')}; they do not belong "
+            "together."
+        )
     return torch.from_numpy(data.reshape(-1, 3, SIDE, SIDE).copy()), torch.tensor(labels, dtype=torch.int64)
 
 

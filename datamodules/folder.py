@@ -32,6 +32,7 @@ from datamodules.decode import ENDINGS, Crops, Transform
 from datamodules.loaders import Split
 from datamodules.sources import Image, Listing, Skip, list_images, printable
 from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.words import counted
 
 SHOWN = 12  # classes listed one by one
 
@@ -105,7 +106,9 @@ def lay_out(listing: Listing, use_labels: bool = True) -> Layout:
     if len(names) < 2 or not use_labels:
         names = []
     elif beside > sum(counts.values()) / len(names):
-        note = f"{beside} images lie beside the {len(names)} folders, which are therefore no classes"
+        note = (
+            f"{counted(beside, 'image', 'lies', 'lie')} beside the {len(names)} folders, which are therefore no classes"
+        )
         names = []
     for pool, images in pools.items() if names else ():
         strays = [image for image in images if layout.class_of(image.name) not in names]
@@ -253,7 +256,7 @@ class ImageFolder(ImageDataModule):
         counts = Counter(layout.class_of(name) for name in cache.names)
         kinds = describe_classes(self.class_names, counts)
         note = f" ({layout.note})" if layout.note else ""
-        rank_zero_info(f"{len(cache.names)} images of {layout.listing.label}, {kinds}{note}.")
+        rank_zero_info(f"{counted(len(cache.names), 'image')} of {layout.listing.label}, {kinds}{note}.")
         return cache
 
     def rule(self) -> dict[str, Any]:
@@ -295,8 +298,9 @@ class ImageFolder(ImageDataModule):
         test = 0 if "test" in pools else self._held_out(self.test_fraction, start, end, lowest=False)
         if end - start - val - test < 1:
             raise ValueError(
-                f"{self.layout.listing.label} has {end - start} images to train on, too few to hold {val + test} "
-                "out; set val_fraction and test_fraction to 0, or use SingleImage to learn from one image."
+                f"{self.layout.listing.label} has {counted(end - start, 'image')} to train on, too few to hold "
+                f"{val + test} out; set val_fraction and test_fraction to 0, or use SingleImage to learn from one "
+                "image."
             )
         if self.split_by == "content":  # val | train | test, by rising hash
             places = {"val": (start, start + val), "train": (start + val, end - test), "test": (end - test, end)}
@@ -447,7 +451,7 @@ def describe_classes(names: Sequence[str], counts: Mapping[str | None, int] | No
         for number, name in enumerate(names)
     ]
     shown = told if len(told) <= SHOWN else [*told[: SHOWN - 2], "...", told[-1]]
-    return f"{len(names)} classes: {', '.join(shown)}"
+    return f"{counted(len(names), 'class')}: {', '.join(shown)}"
 
 
 def _rank(name: str) -> str:

@@ -12,6 +12,7 @@ from datamodules.files import download, first_line
 from datamodules.idx import find_idx, read_idx
 from datamodules.loaders import Split
 from diffusion_lit.checks import check_count
+from diffusion_lit.words import counted
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -122,8 +123,8 @@ class MNIST(ImageDataModule):
             raise ValueError(f"{images_path} holds images of {tuple(images.shape[1:])} pixels instead of 28x28.")
         if len(images) != len(labels):
             raise ValueError(
-                f"{images_path} holds {len(images)} images and {labels_path} holds {len(labels)} labels; "
-                "they do not belong together."
+                f"{images_path} holds {counted(len(images), 'image')} and {labels_path} holds "
+                f"{counted(len(labels), 'label')}; they do not belong together."
             )
         if len(labels) and int(labels.max()) >= len(self.names):
             raise ValueError(

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from datamodules.decode import ENDINGS, BadImageError
 from datamodules.files import may_not_read
+from diffusion_lit.words import counted
 
 OTHERS = (
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".exr",
@@ -201,9 +202,9 @@ def _unreadable(folder: str, names: Sequence[str]) -> list[Skip]:
     """Messages about images of unsupported formats in a folder: one line per format."""
     endings = [os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")]
     return [
-        Skip(folder or "the folder itself", f"holds {endings.count(ending)} {ending} files, which are not read")
+        Skip(folder or "the folder itself", f"holds {counted(count, f'{ending} file')}, which {verb} not read")
         for ending in OTHERS
-        if ending in endings
+        if (count := endings.count(ending)) and (verb := "is" if count == 1 else "are")
     ]
 
 

@@ -29,6 +29,7 @@ from datamodules.decode import BadImageError, Transform, decode
 from datamodules.folder import describe_classes, held_out_of, lay_out
 from datamodules.sources import Listing, list_images, printable
 from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.words import counted
 
 CLOUDS = ("s3://", "gs://", "r2://")
 WRITTEN = struct.Struct("<QQi")  # row, hash and class of an image
@@ -123,8 +124,8 @@ def write_chunks(
     names = [name for split in splits.values() for name, _ in split]
     if not splits.get("train"):
         raise ValueError(
-            f"{listing.label} has {len(listing.images)} images, of which none is left to train on; give a folder with "
-            "more, or set val_fraction and test_fraction to 0."
+            f"{listing.label} has {counted(len(listing.images), 'image')}, of which none is left to train on; give "
+            "a folder with more, or set val_fraction and test_fraction to 0."
         )
     transform = replace(transform, bits=bits_of(listing, names))
     items, skipped = {}, []
@@ -147,7 +148,10 @@ def write_chunks(
     print(f"Images in {output}: {told}; {describe_classes(classes)}.")
     if skipped:
         more = f"; and {len(skipped) - TOLD} more" if len(skipped) > TOLD else ""
-        print(f"{len(skipped)} were left out: {'; '.join(skipped[:TOLD])}{more}.", file=sys.stderr)
+        print(
+            f"{counted(len(skipped), 'image', 'was', 'were')} left out: {'; '.join(skipped[:TOLD])}{more}.",
+            file=sys.stderr,
+        )
 
 
 def deal(

@@ -31,6 +31,7 @@ from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report.images import StepRecorder
 from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.words import article
 from experiments.harness.frequencies import band_edges, band_masks, band_power, settled, tile_mean
 from experiments.harness.show import image_rows
 from experiments.harness.study import QUIET, Study, main
@@ -57,7 +58,7 @@ def coarse_first(
     path = Path(ckpt_path) if ckpt_path else study.fit({"model": {}})["model"].ckpt_path
     module: Any = load_module(path).to(study.device)
     if not hasattr(module, "denoiser"):
-        raise ValueError(f"{path} holds a {type(module).__name__}, which has no x0_hat to follow.")
+        raise ValueError(f"{path} holds {article(module)}, which has no x0_hat to follow.")
     if module.x_shape != module.image_shape:
         raise ValueError(f"{path} denoises codes, not images, whose frequencies are others; take a model of images.")
     size = module.image_shape[-1]

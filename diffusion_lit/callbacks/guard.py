@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_lit.callbacks.checkpoint import LastCheckpoint
 from diffusion_lit.runtime.internals import bare, logs_now
 from diffusion_lit.runtime.stopping import RunStopped
+from diffusion_lit.words import counted
 
 CHOICES = ("stop", "skip", "off")
 # Devices whose kernels for gradient scaling are sound in every version of torch that is supported: on MPS they set half
@@ -181,7 +182,8 @@ class NonFiniteGuard(Callback):
         where = f", whose noise levels were {low:.4g} to {high:.4g}" if low == low else ""
         if self.nonfinite == "skip":
             rank_zero_warn(
-                f"{more} steps had a loss or gradient that is not finite and were left out, {total} so far; the first "
+                f"{counted(more, 'step')} had a loss or gradient that is not finite and "
+                f"{'was' if more == 1 else 'were'} left out, {total} so far; the first "
                 f"was step {int(step)}{where}."
             )
             return

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
+from diffusion_lit.words import counted
 
 GRID = 64  # images of the grid at most
 
@@ -55,7 +56,7 @@ class KeepPredictions(WritesToRunFolder):
         if trainer.is_global_zero and (folder / ".parts").is_dir():
             count = gather(folder)
             shutil.rmtree(folder / ".parts")
-            print(f"{count:,} samples are in {folder}/: grid.png, samples.npz")
+            print(f"{counted(count, 'sample', 'is', 'are')} in {folder}/: grid.png, samples.npz")
 
 
 def gather(folder: Path) -> int:

@@ -31,6 +31,7 @@ from diffusion_lit.storage.exports import WEIGHTS, is_export
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.own_files import RECORD, own_files
 from diffusion_lit.storage.room import try_folder
+from diffusion_lit.words import article, counted
 
 OUT = "runs/edits"
 
@@ -94,7 +95,7 @@ class Edit:
         model = self.options.load_model()
         if not isinstance(model, PixelModel):
             raise ValueError(
-                f"{self.options.ckpt_path} holds a {type(model).__name__}, which does not denoise; edit with a "
+                f"{self.options.ckpt_path} holds {article(model)}, which does not denoise; edit with a "
                 "checkpoint of DDPM, EDM or LatentDiffusion."
             )
         return model.to(pick_device(self.options.device))
@@ -140,7 +141,10 @@ class Edit:
         """
         sampling, seeds, given = self.sampling, self.seeds(count), self.conditions()
         if len(given) > 1:
-            raise ValueError(f"{len(given)} conditions were given, but this task takes one for all images; give one.")
+            raise ValueError(
+                f"{counted(len(given), 'condition', 'was', 'were')} given, but this task takes one for all images; "
+                "give one."
+            )
         return {"labels": torch.tensor(given * count) if given else None, "seeds": seeds, "sampling": sampling}
 
     def conditions(self) -> list[int]:
@@ -181,7 +185,8 @@ class Edit:
             raise ValueError(f"{what} needs {needed} conditions, but the model knows none; give one with classes.")
         if len(given) != needed:
             raise ValueError(
-                f"{what} needs {needed} conditions, but {len(given)} were given; write --labels with {needed} classes "
+                f"{what} needs {counted(needed, 'condition')}, but {len(given)} "
+                f"{'was' if len(given) == 1 else 'were'} given; write --labels with {counted(needed, 'class')} "
                 "separated by commas, or --prompt as many times."
             )
         return torch.tensor(given)

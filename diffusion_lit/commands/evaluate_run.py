@@ -44,6 +44,7 @@ from diffusion_lit.runtime.ranks import meet, rank_zero_alone, rank_zero_first
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.room import try_folder
+from diffusion_lit.words import counted
 
 FORMAT = 1
 
@@ -284,7 +285,7 @@ def header(
         weights = f"{checkpoint['weights']}, as exported"
     warnings = attributed({f"reference {name}": reference.warnings for name, reference in references.items()})
     if plan.num_blocks < 3:
-        warnings.append(f"{plan.num_blocks} block(s) of samples: their scatter needs at least 3.")
+        warnings.append(f"{counted(plan.num_blocks, 'block')} of samples: their scatter needs at least 3.")
     arguments = dict(data.hparams) if isinstance(data, LightningDataModule) else {}
     parameters = {name: value for name, value in arguments.items() if not name.startswith("_")}
     return {

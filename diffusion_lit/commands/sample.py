@@ -27,6 +27,7 @@ from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.ranks import fabric, several
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
+from diffusion_lit.words import article, counted
 
 PREVIEW_SIDE = 2048  # approximate side of the grid in pixels
 SHOWN = 10  # samples of given.png
@@ -93,7 +94,9 @@ def sample(
     give_held_out(module, options.ckpt_path, options.data_root)
     prompts = options.prompts
     if num_samples < len(prompts):
-        raise ValueError(f"num_samples is {num_samples} for {len(prompts)} prompts; draw at least one image for each.")
+        raise ValueError(
+            f"num_samples is {num_samples} for {counted(len(prompts), 'prompt')}; draw at least one image for each."
+        )
     settings = options.settings(module.sampling)
     given = "all" if prompts else options.labels
     classes = parse_labels(given, num_samples, module.num_classes, module.class_names)
@@ -129,7 +132,7 @@ def take_size(module: Model, size: str) -> None:
     if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
         raise ValueError(f"--size is {size!r}; give height and width, such as 128x192.")
     if not isinstance(module, PixelModel):
-        raise ValueError(f"--size is {size}, but a {type(module).__name__} draws one size alone; leave it out.")
+        raise ValueError(f"--size is {size}, but {article(module)} draws one size alone; leave it out.")
     if as_given(module) is not None:
         raise ValueError(f"--size is {size}, but the model draws images as large as those it is given; leave it out.")
     module.draw_size(int(sides[0]), int(sides[1]))
@@ -292,7 +295,8 @@ class SampleJob:
         nfe = self.settings.nfe
         calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
         some = "" if preview.shown == self.count else f" (with {preview.shown} of them)"
-        print(f"{self.count:,} samples, {calls}, are in {self.folder}/: grid.png{some}, samples.npz")
+        verb = "is" if self.count == 1 else "are"
+        print(f"{counted(self.count, 'sample')}, {calls}, {verb} in {self.folder}/: grid.png{some}, samples.npz")
 
 
 class Preview:

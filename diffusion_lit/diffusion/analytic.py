@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.words import counted
+
 
 class GaussianMixtureDenoiser(nn.Module):
     """The exact denoiser of a Gaussian mixture; its classes are the components.
@@ -200,7 +202,8 @@ class EmpiricalDenoiser(nn.Module):
             raise ValueError("The data set holds no image; give at least one.")
         if labels is not None and (labels.shape != images.shape[:1] or bool((labels < 0).any())):
             raise ValueError(
-                f"Labels of shape {tuple(labels.shape)} do not fit {len(images)} images; give one from 0 up each."
+                f"Labels of shape {tuple(labels.shape)} do not fit {counted(len(images), 'image')}; give one from 0 "
+                "up each."
             )
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
         self.register_buffer("images", images.to(torch.float64).flatten(1))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffusion_lit.diffusion.conversions import widen
 from diffusion_lit.diffusion.preconditioning import Preconditioning
 from diffusion_lit.diffusion.rng import send
+from diffusion_lit.words import counted
 
 DenoiserLike = Callable[..., Tensor]
 """Anything that is called as `denoiser(x, sigma, label) -> x0_hat`, with `condition=` where it is given an image."""
@@ -234,7 +235,8 @@ class Denoiser(nn.Module):
         sigma = sigma if isinstance(sigma, Tensor) else widen(sigma)
         if sigma.shape not in ((), (len(x),)):
             raise ValueError(
-                f"sigma has shape {tuple(sigma.shape)} for a batch of {len(x)} images; give one level, or one for each."
+                f"sigma has shape {tuple(sigma.shape)} for a batch of {counted(len(x), 'image')}; give one level, or "
+                "one for each."
             )
         if not trusted:
             self.scaling.check(sigma)
@@ -256,7 +258,8 @@ class Denoiser(nn.Module):
         level = widen(until)
         if level.shape not in ((), (len(x),)):
             raise ValueError(
-                f"until has shape {tuple(level.shape)} for a batch of {len(x)} images; give one level, or one for each."
+                f"until has shape {tuple(level.shape)} for a batch of {counted(len(x), 'image')}; give one level, or "
+                "one for each."
             )
         if torch.compiler.is_compiling():
             return
@@ -274,7 +277,8 @@ class Denoiser(nn.Module):
             )
         if label.shape != (len(x),) or label.is_floating_point():
             raise ValueError(
-                f"Labels must be {len(x)} integers, one per image, not {label.dtype} of shape {tuple(label.shape)}."
+                f"Labels must be {counted(len(x), 'integer')}, one per image, not {label.dtype} of shape "
+                f"{tuple(label.shape)}."
             )
         if not trusted and not torch.compiler.is_compiling():
             outside = (label < 0) | (label > self.num_classes)

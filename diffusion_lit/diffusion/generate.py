@@ -24,6 +24,7 @@ from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.diffusion.samplers.common import Noise
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
+from diffusion_lit.words import counted
 
 CLIP_OPTIONS = {"none": set[str](), "static": {"limit"}, "dynamic": {"limit", "percentile", "ceiling"}}
 
@@ -400,7 +401,10 @@ def check_labels(labels: Tensor | None, num_classes: int, count: int) -> Tensor 
     if num_classes == 0:
         raise ValueError("The model is unconditional and takes no labels; leave them out.")
     if labels.shape != (count,):
-        raise ValueError(f"{count} samples need {count} labels, but labels have shape {tuple(labels.shape)}.")
+        raise ValueError(
+            f"{counted(count, 'sample', 'needs', 'need')} {counted(count, 'label')}, but labels have shape "
+            f"{tuple(labels.shape)}."
+        )
     labels = labels.cpu()
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if outside.numel():

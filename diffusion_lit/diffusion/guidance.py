@@ -22,6 +22,7 @@ from diffusion_lit.diffusion.conversions import SAME, widen
 from diffusion_lit.diffusion.denoiser import Denoiser, DenoiserLike, per_sample
 from diffusion_lit.diffusion.rng import send
 from diffusion_lit.diffusion.wrappers import DenoiserWrapper, Evaluate, at_rows
+from diffusion_lit.words import counted
 
 Interval = tuple[float, float]
 
@@ -52,7 +53,8 @@ def _scales(
     scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
     if scales.shape not in ((), (len(x),)):
         raise ValueError(
-            f"The guidance scale has shape {tuple(scales.shape)} for {len(x)} images; give one number or one each."
+            f"The guidance scale has shape {tuple(scales.shape)} for {counted(len(x), 'image')}; give one number or "
+            "one each."
         )
     scales = scales.expand(len(x))
     if interval is None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from diffusion_lit.words import counted
+
 
 def run_seed() -> int:
     """The seed of the run: Lightning's `seed_everything`, 0 where none was set."""
@@ -160,7 +162,8 @@ class SeededNoise:
         """
         if x.shape[0] != len(self.generators):
             raise ValueError(
-                f"Noise for {x.shape[0]} samples was asked of {len(self.generators)} seeds; give one each."
+                f"Noise for {counted(x.shape[0], 'sample')} was asked of {counted(len(self.generators), 'seed')}; "
+                "give one each."
             )
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         noise = torch.empty(x.shape, dtype=dtype)

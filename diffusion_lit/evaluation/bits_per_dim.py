@@ -16,6 +16,7 @@ from diffusion_lit.evaluation.metrics import check_figures, mean_and_deviation
 from diffusion_lit.modules.protocols import ImageSource, Model
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
+from diffusion_lit.words import article
 
 SPLIT = "test"
 CHUNK = 50
@@ -63,7 +64,7 @@ def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, wo
         ValueError: If the model does not denoise images themselves, such as a latent one.
     """
     if not isinstance(module, PixelModel):
-        raise ValueError(f"A {type(module).__name__} denoises nothing, so that it gives no likelihood.")
+        raise ValueError(f"The model is {article(module)}, which denoises nothing and gives no likelihood.")
     if module.image_shape != module.x_shape:
         raise ValueError("The model denoises a code and not images, so that it gives them no likelihood.")
     check_follows_ode(module.sampling, "it gives no likelihood")

@@ -24,6 +24,7 @@ from diffusion_lit.modules.guides import guide_beside
 from diffusion_lit.modules.protocols import ImageSource, Model, Settings
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
+from diffusion_lit.words import counted
 
 MOST_PER_SHARD = 500
 SHARDS = 32  # minimum number of shards if there are enough samples, so that ranks share the work evenly
@@ -255,7 +256,7 @@ def class_frequencies(data: ImageSource, num_classes: int) -> Tensor | None:
         return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
     counts = torch.bincount(labels, minlength=num_classes).double()
     if len(counts) > num_classes:
-        raise ValueError(f"The data has {len(counts)} classes and the model {num_classes}; they do not fit.")
+        raise ValueError(f"The data has {counted(len(counts), 'class')} and the model {num_classes}; they do not fit.")
     return counts / counts.sum()
 
 

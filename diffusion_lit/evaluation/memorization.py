@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.images import take
+from diffusion_lit.words import counted
 
 QUANTILE = 0.01
 SIGNIFICANT = 1e-3
@@ -82,7 +83,7 @@ def nearest(
         ValueError: If there is no point to be near.
     """
     if len(points) <= int(itself):
-        raise ValueError(f"{len(points)} images are too few to look for neighbours in.")
+        raise ValueError(f"{counted(len(points), 'image', 'is', 'are')} too few to look for neighbours in.")
     unit = 255 if torch.as_tensor(queries[:1]).dtype == torch.uint8 else 1  # whole numbers, so that ties are exact
     best = torch.full((len(queries),), float("inf"), dtype=torch.float64)
     index = torch.zeros(len(queries), dtype=torch.int64)

@@ -22,6 +22,7 @@ from diffusion_lit.evaluation import neighbours
 from diffusion_lit.evaluation.extrapolation import LEAST, FrechetTo
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.kernels import gaussian_mmd
+from diffusion_lit.words import counted
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -234,9 +235,9 @@ def too_few(count: int, dimension: int) -> str | None:
     if count > dimension:
         return None
     return (
-        f"{count:,} images against {dimension:,} features: the covariance has rank {count - 1:,} at the most, and "
-        "the Fréchet distance is biased upwards by much; compare it only at the same number, and look at the kernel "
-        "distance."
+        f"{counted(count, 'image')} against {dimension:,} features: the covariance has rank {count - 1:,} at the "
+        "most, and the Fréchet distance is biased upwards by much; compare it only at the same number, and look at "
+        "the kernel distance."
     )
 
 

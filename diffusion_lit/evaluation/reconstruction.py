@@ -25,6 +25,7 @@ from diffusion_lit.modules.protocols import ImageSource, Model, Reconstructs
 from diffusion_lit.modules.quality import ssim
 from diffusion_lit.modules.vae import VAE
 from diffusion_lit.nets.classifier import ConvClassifier
+from diffusion_lit.words import article, counted
 
 SHOWN = 8  # images in the panel
 BATCH = 64
@@ -45,7 +46,7 @@ def reconstructs(plan: Any, module: object) -> bool:
         ValueError: If they are asked for and the model gives no images back.
     """
     if plan.reconstruction and not isinstance(module, Reconstructs):
-        raise ValueError(f"A {type(module).__name__} gives no images back; leave --reconstruction out.")
+        raise ValueError(f"The model is {article(module)}, which gives no images back; leave --reconstruction out.")
     return isinstance(module, VAE) if plan.reconstruction is None else bool(plan.reconstruction)
 
 
@@ -79,8 +80,8 @@ def add_reconstructions(
     there = 0 if split is None else len(data.reference_images(split))
     if split is None or there < least:
         problem = (
-            f"Reconstructions are not measured: {there} images are held out beside the reference {name}, and "
-            f"{plan.num_blocks} block(s) take at least {least}."
+            f"Reconstructions are not measured: {counted(there, 'image', 'is', 'are')} held out beside the "
+            f"reference {name}, and {plan.num_blocks} block(s) take at least {least}."
         )
         if plan.reconstruction:
             raise ValueError(problem)

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from diffusion_lit.words import article
+
 FORM = '{"image": float (B, C, H, W) in [-1, 1], "label": int64 (B,)}, the last only where there are classes'
 OVERSHOOT = 0.01  # beyond [-1, 1] without a word
 ABSURD = 8.0  # beyond this, values are no images at any usual scale
@@ -25,7 +27,7 @@ def check_batch(batch: Any, image_shape: tuple[int, ...] | None = None, num_clas
     """
     if not isinstance(batch, dict) or not isinstance(batch.get("image"), Tensor):
         keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
-        raise ValueError(f"A batch of the data is a {type(batch).__name__}{keys}; it must be {FORM}.")
+        raise ValueError(f"A batch of the data is {article(batch)}{keys}; it must be {FORM}.")
     images: Tensor = batch["image"]
     if not images.is_floating_point():
         raise ValueError(f"The images of a batch are {images.dtype}; make them float32 in [-1, 1]: x / 127.5 - 1.")

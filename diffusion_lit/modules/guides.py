@@ -20,6 +20,7 @@ from diffusion_lit.modules.warm_start import Source
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.storage.runs import find_checkpoint
+from diffusion_lit.words import article, counted, few
 
 
 def guide_beside(model: object) -> Guide | None:
@@ -42,9 +43,7 @@ def take_guide(model: object, given: str) -> Guide:
         ValueError: If there is no such file, it cannot be used, or it is of other images, latents or classes.
     """
     if not isinstance(model, PixelModel):
-        raise ValueError(
-            f"--guide_ckpt {given} guides a denoiser, and the model is a {type(model).__name__}; leave it out."
-        )
+        raise ValueError(f"--guide_ckpt {given} guides a denoiser, and the model is {article(model)}; leave it out.")
     path = find_checkpoint(given)
     denoiser, content = _of_snapshot(model, path) if path.suffix == ".safetensors" else _of_checkpoint(model, path)
     guide = Guide(denoiser, given, weights_hash(denoiser.state_dict()), content)
@@ -56,7 +55,7 @@ def _of_checkpoint(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, A
     """The denoiser that a checkpoint describes, and what another checkpoint keeps of it."""
     guide = load_module(path)
     if not isinstance(guide, PixelModel):
-        raise ValueError(f"{path} holds a {type(guide).__name__}, which does not denoise and cannot guide.")
+        raise ValueError(f"{path} holds {article(guide)}, which does not denoise and cannot guide.")
     for what, mine, its in (
         ("images of shape", tuple(model.image_shape), tuple(guide.image_shape)),
         ("what it denoises of shape", tuple(model.x_shape), tuple(guide.x_shape)),
@@ -67,8 +66,8 @@ def _of_checkpoint(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, A
     names, known = list(model.class_names), list(guide.class_names)
     if guide.num_classes and (guide.num_classes != model.num_classes or (names and names != known)):
         raise ValueError(
-            f"The guide {path} knows {guide.num_classes} classes, {_few(known)}, and the model {model.num_classes}, "
-            f"{_few(names)}; take one of the same classes, or an unconditional one."
+            f"The guide {path} knows {counted(guide.num_classes, 'class')}, {few(known)}, and the model "
+            f"{model.num_classes}, {few(names)}; take one of the same classes, or an unconditional one."
         )
     checkpoint = read_checkpoint(path)
     return guide.denoiser, {name: checkpoint[name] for name in HELD if name in checkpoint}
@@ -106,7 +105,3 @@ def _space(model: PixelModel) -> str:
     if space.mean is not None and space.std is not None:
         scale = weights_hash({"mean": space.mean, "std": space.std.to(torch.float64)})[:8]
     return f"{space.sha256[:12]} at scale {scale}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "without names"

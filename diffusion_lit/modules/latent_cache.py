@@ -36,6 +36,7 @@ from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
 from diffusion_lit.storage.hashing import file_crc32, key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
+from diffusion_lit.words import counted
 
 FORMAT = 3
 DEVICE_SHARE = 0.25  # of a GPU's free memory that a cache may take
@@ -197,7 +198,9 @@ def _write(
             os.fsync(file.fileno())
         publish(scratch, place, lambda: _open(place, record) is not None)
         size = 4 * int(np.prod(shape)) / 2**20
-        rank_zero_info(f"Encoded {shape[1]:,} images into {place} ({size:.1f} MiB); training reads them from there.")
+        rank_zero_info(
+            f"Encoded {counted(shape[1], 'image')} into {place} ({size:.1f} MiB); training reads them from there."
+        )
 
     problem = _on_rank_zero(trainer, begin, "room for the latents")
     if problem:

@@ -12,6 +12,7 @@ from diffusion_lit.modules.latent_space import Frozen
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.storage.runs import find_checkpoint
+from diffusion_lit.words import article, counted
 
 
 class _FrozenDenoiser(Frozen):
@@ -80,11 +81,11 @@ class Teacher(PathPoint):
             raise ValueError(f"There is no teacher {given}; give a checkpoint or a folder of runs as ckpt_path.")
         teacher = load_module(find_checkpoint(path))
         if not isinstance(teacher, DiffusionModule):
-            raise ValueError(f"The teacher {path} is a {type(teacher).__name__}; give a model that draws images.")
+            raise ValueError(f"The teacher {path} is {article(teacher)}; give a model that draws images.")
         if (x_shape, num_classes) != (teacher.x_shape, teacher.num_classes):
             raise ValueError(
-                f"The teacher {path} denoises shape {teacher.x_shape} with {teacher.num_classes} classes, and this "
-                f"model {x_shape} with {num_classes}; give both the same data and kind of model."
+                f"The teacher {path} denoises shape {teacher.x_shape} with {counted(teacher.num_classes, 'class')}, "
+                f"and this model {x_shape} with {num_classes}; give both the same data and kind of model."
             )
         self._path = TeacherStep(_FrozenDenoiser(teacher.denoiser), self.cfg_scale)
         return weights_hash(teacher.denoiser.state_dict())

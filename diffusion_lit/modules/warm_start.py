@@ -18,6 +18,7 @@ from diffusion_lit.storage.checkpoints import choose_weights, read_checkpoint
 from diffusion_lit.storage.exports import WEIGHTS, is_export
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.verified import decode
+from diffusion_lit.words import counted, few
 
 SHOWN = 12  # layers that a summary names one by one, of each kind
 
@@ -194,8 +195,8 @@ def start_from(module: nn.Module, source: Source, class_names: Sequence[str] = (
     if not copies:
         raise ValueError(
             f"Nothing in {source.path} fits this run's {type(module).__name__}: there the layers are "
-            f"{_few(list(theirs))}, here {_few(list(start.new))}. Start from a checkpoint of such a network, or leave "
-            "--init_from out."
+            f"{few(list(theirs), 3)}, here {few(list(start.new), 3)}. Start from a checkpoint of such a network, or "
+            "leave --init_from out."
         )
     for name in (*start.taken, *start.rows):
         if not all(bool(torch.isfinite(value).all()) for value in theirs[name].values()):
@@ -234,7 +235,7 @@ def _rows(
     told = f"rows of {len(known)} of {len(class_names)} classes taken by their names"
     new = [one for one in class_names if one not in names]
     if new:
-        told += f"; {_few(new)} {'is' if len(new) == 1 else 'are'} new"
+        told += f"; {few(new, 3)} {'is' if len(new) == 1 else 'are'} new"
     return [(mine, value)], told
 
 
@@ -276,15 +277,11 @@ def _together(kinds: dict[str, str]) -> dict[str, str]:
             part = ".".join(parts[:depth])
             inside = [kind for one, kind in kinds.items() if one == part or one.startswith(f"{part}.")]
             if what == "taken" and all(kind == "taken" for kind in inside):
-                told[part] = f"taken, {len(inside)} layer{'s' if len(inside) > 1 else ''}"
+                told[part] = f"taken, {counted(len(inside), 'layer')}"
                 break
         else:
             told[name] = what
     return told
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
 
 
 def _tensors(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusion_lit.words import article
+
 ROOT_FILES = ("model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
 PART_FILES = (
     *("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors"),
@@ -156,7 +158,7 @@ def load_part(kind: Any, folder: Path, **options: Any) -> Any:
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} cannot be loaded as a {kind.__name__}: {reason}") from error
+        raise ValueError(f"{folder} cannot be loaded as {article(kind)}: {reason}") from error
     missing = sorted(str(key) for key in report["missing_keys"])
     if missing:
         raise ValueError(f"The weights in {folder} lack {missing[0]} and {len(missing) - 1} more; get them anew.")

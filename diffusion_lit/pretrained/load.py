@@ -26,6 +26,7 @@ from diffusion_lit.pretrained.schedulers import (
     make_schedule,
     read_scheduler,
 )
+from diffusion_lit.words import article
 
 PARTS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer")
 UPSAMPLER_PARTS = ("unet", "scheduler", "image_noising_scheduler")
@@ -160,7 +161,9 @@ def _check_parts(model: Path, config: dict[str, Any]) -> None:
     for part in ("text_encoder_2", "transformer", "vqvae", "bert", "image_encoder", "image_noising_scheduler"):
         if (index.get(part) or [None])[0] is not None:
             way = "; give it as stage_2, after a first stage" if part == "image_noising_scheduler" else ""
-            raise ValueError(f"{model} is a {index.get('_class_name')} with {part}, which is not supported here{way}.")
+            raise ValueError(
+                f"{model} is {article(str(index.get('_class_name')))} with {part}, which is not supported here{way}."
+            )
     for key, meaning in (("addition_embed_type", "further embeddings"), ("time_cond_proj_dim", "the guidance's scale")):
         if config.get(key) not in (None, "text"):
             raise ValueError(f"The U-Net of {model} is told {meaning} ({key}), which is not supported here.")

@@ -6,6 +6,7 @@ from typing import Any
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.modules.protocols import Model, is_model
 from diffusion_lit.pretrained.load import load_pretrained
+from diffusion_lit.words import article
 
 
 def load_model(
@@ -41,5 +42,5 @@ def load_model(
             raise ValueError(f"--{name} is for a pretrained text model; leave it out with --ckpt_path {ckpt_path}.")
     module = load_module(ckpt_path)
     if not is_model(module):
-        raise ValueError(f"{ckpt_path} holds a {type(module).__name__}, which draws no images; give a model that does.")
+        raise ValueError(f"{ckpt_path} holds {article(module)}, which draws no images; give a model that does.")
     return module

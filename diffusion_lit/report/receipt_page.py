@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.facts import begun_from
+from diffusion_lit.words import counted
 
 LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_", "mmd_", "rfid_", "rfd_")
 
@@ -250,8 +251,8 @@ def reconstruction_table(report: dict[str, Any]) -> Table:
     names = {"reconstructions": "reconstructions", "floor": "the images themselves", "unrelated": "another image"}
     rows = [[title, *(shown(found[name][figure], figure) for figure in figures)] for name, title in names.items()]
     note = (
-        f"{found['blocks']} block(s) of {found['count']:,} images of {found['split']}; the Fréchet distance is to "
-        f"{found['reference']}. Side by side in {found['images']}."
+        f"{counted(found['blocks'], 'block')} of {counted(found['count'], 'image')} of {found['split']}; the "
+        f"Fréchet distance is to {found['reference']}. Side by side in {found['images']}."
     )
     return Table("Reconstructions", note, 1, ["in the place of an image", *figures], rows)
 
@@ -270,7 +271,7 @@ def likelihood_sentence(report: dict[str, Any]) -> str | None:
     likelihood = report["likelihood"]
     return (
         f"Likelihood: {likelihood['bits_per_dim']:.4f} ± {likelihood['standard_error']:.4f} bits per dimension over "
-        f"{likelihood['count']:,} images of {likelihood['split']}."
+        f"{counted(likelihood['count'], 'image')} of {likelihood['split']}."
     )
 
 
@@ -285,7 +286,7 @@ def blocks_sentence(report: dict[str, Any]) -> str:
     """
     extractor, samples = report["extractor"], report["samples"]
     return (
-        f"{samples['num_blocks']} block(s) of {samples['num_samples']:,} samples "
+        f"{counted(samples['num_blocks'], 'block')} of {samples['num_samples']:,} samples "
         f"({extractor['metric']}_{short_count(samples['num_samples'])}): mean ± error (minimum). The error is how much "
         "one block's figure would scatter if samples and reference were both drawn anew."
     )

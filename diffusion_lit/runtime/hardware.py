@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_lit.words import counted
+
 if TYPE_CHECKING:
     import torch
 
@@ -121,7 +123,7 @@ def describe(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
-    text = f"{threads} thread{'s' if threads > 1 else ''} on a {platform.machine()} CPU"
+    text = f"{counted(threads, 'thread')} on a {platform.machine()} CPU"
     if device != "cpu":
         return f"{device} with a {platform.machine()} CPU"
     can = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported()}

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from diffusion_lit.words import article
+
 LONGEST = 400  # characters
 DEBUG = "DIFFUSION_LIT_DEBUG"
 OF_THE_USER = (ValueError, OSError)  # their words are for the user; of other errors the kind is named too
@@ -149,7 +151,9 @@ def _innermost(text: str, key: str) -> str:
         return about + helpful[0]
     asked = [match for line in lines if (match := _EXPECTED.match(line))]
     asked = [match for match in asked if match[3] is not None] or asked  # what names its value is the innermost
-    types = dict.fromkeys(type_in_words(match[1]) if match[1] else f"a {match[2]} by class_path" for match in asked)
+    types = dict.fromkeys(
+        type_in_words(match[1]) if match[1] else f"{article(match[2])} by class_path" for match in asked
+    )
     value = next((match[3] for match in asked if match[3] is not None), given[0] if given else None)
     if not types or value is None:
         return about + (lines[0] if lines else "This value is not valid.")

@@ -24,6 +24,7 @@ from diffusion_lit.commands.fit import run
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.report.facts import duration, magnitude
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
+from diffusion_lit.words import article
 from experiments.harness.command import command
 from experiments.harness.show import markdown
 
@@ -155,7 +156,7 @@ def read(built: Any) -> Recipe:
     """
     module, data, trainer = built.model, built.datamodule, built.trainer
     if not isinstance(module, DiffusionModule):
-        raise ValueError(f"A plan is made for models that denoise, and this config trains a {type(module).__name__}.")
+        raise ValueError(f"A plan is made for models that denoise, and this config trains {article(module)}.")
     cost = network_cost(module.net, module.x_shape)
     images = None
     if trainer.max_steps > 0:

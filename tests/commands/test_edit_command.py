@@ -428,7 +428,7 @@ def test_conditions_that_do_not_fit(edit, lightning, trained, capsys):
         (["img2img", "edm", "--label=1,2"], "2 conditions were given, but this task takes one"),
         (["img2img", "edm", "--prompt", "a shoe"], "knows classes, not words; choose a class by --label"),
         (["img2img", "ddpm", "--label=1"], "the model is unconditional; leave --labels out"),
-        (["anagram", "edm", "--label=1"], "An anagram of 2 views needs 2 conditions, but 1 were given"),
+        (["anagram", "edm", "--label=1"], "An anagram of 2 views needs 2 conditions, but 1 was given"),
         (["anagram", "ddpm", "--label=1,2"], "the model is unconditional; leave --labels out"),
         (["anagram", "edm", "--label=1,2", "--view=identity", "--view=spin"], "There is no view 'spin'"),
         (["hybrid", "edm", "--label=1,2,3"], "A hybrid needs 2 conditions, but 3 were given"),

@@ -385,7 +385,7 @@ def test_figures_are_printed_as_a_table_or_as_json(evaluate, capsys, tmp_path):
     report = evaluate(*few)
     said = capsys.readouterr().out
     value = figures(report)["fd_pixels"][0]
-    assert f"{value:.4g}" in said and "warning: 1 block(s)" in said and str(tmp_path / "report.md") in said
+    assert f"{value:.4g}" in said and "warning: 1 block of samples" in said and str(tmp_path / "report.md") in said
     figures_of = next(line.split() for line in said.splitlines() if line.startswith("fd_pixels "))
     assert f"{value:.4g}" in figures_of and max(map(len, said.split("warning")[0].splitlines())) <= 100  # of a terminal
     evaluate(*few, "--json")

@@ -46,7 +46,7 @@ def test_chunks_hold_what_an_image_folder_has_and_litdata_reads_them(tmp_path, c
     options = {"val_fraction": 0.2, "test_fraction": 0.1}
     write_chunks(str(photos), str(tmp_path / "set"), 16, chunk_mb=0.01, processes=2, **options)
     told = capsys.readouterr()
-    assert "0 = first, 1 = second" in told.out and "broken.png is" in told.err and "1 were left out" in told.err
+    assert "0 = first, 1 = second" in told.out and "broken.png is" in told.err and "1 image was left out" in told.err
     folder = ImageFolder(str(photos), image_size=16, cache_dir=str(tmp_path / "cache"), **options)
     folder.prepare_data()
     for root in (str(tmp_path / "set"), f"local:{tmp_path}/set"):  # in place, and by litdata's downloader

@@ -309,7 +309,7 @@ def test_schedules_refuses_what_is_none(here, capsys):
 
 @pytest.mark.medium
 def test_learning_rates(here):
-    options = {**TINY, "trainer.max_steps": 4, "trainer.log_every_n_steps": 1}
+    options = {**TINY, "trainer.max_steps": 4}  # fewer than the config logs at
     options["model.init_args.sampling.num_steps"] = 3
     args = ["--num_samples=8", "--extractor=pixels", "--rates=[0.001]", "--decays=[none,plateau,exponential,cosine]"]
     study = main(learning_rates, CONFIG, options, args=args)
@@ -318,6 +318,7 @@ def test_learning_rates(here):
     assert [row["learning rate"] for row in rows] == [
         f"0.001, {decay}" for decay in ("none", "plateau", "exponential", "cosine")
     ]
+    assert all(any(name.startswith("lr-") for name in run.curves) for run in study.trained.values())
     best = min(rows, key=lambda row: float(row["fd_pixels"]))
     assert f"{best['learning rate']} is best with fd_pixels {float(best['fd_pixels']):.3g}" in study.findings[0]
 

@@ -15,7 +15,7 @@ BELOW = {"diffusion": set(), "nets": {"diffusion"}, "runtime": set(), "storage":
 GROUND = {*BELOW, "datamodules"}  # what every room above may import
 ROOMS = {**BELOW, **{room: GROUND | set(ORDER[:place]) for place, room in enumerate(ORDER)}}
 LOOSE = {"diffusion_lit", "diffusion_lit.__main__", "diffusion_lit.saving"}  # the doors: they may name any room
-FLOOR = "diffusion_lit.checks"  # stands below all rooms and imports none
+FLOOR = ("diffusion_lit.checks", "diffusion_lit.words")  # stand below all rooms and import none
 OF_DATAMODULES = {"storage", "runtime"}  # and the keyed generator
 
 
@@ -55,9 +55,9 @@ def graph():
 
 def allowed(module, imported):
     room, other = room_of(module), room_of(imported)
-    if module == FLOOR:
+    if module in FLOOR:
         return False
-    if module in LOOSE or room == other or imported == FLOOR:
+    if module in LOOSE or room == other or imported in FLOOR:
         return True
     if room == "datamodules":
         return other in OF_DATAMODULES or imported == "diffusion_lit.diffusion.rng"
@@ -66,7 +66,7 @@ def allowed(module, imported):
 
 def test_every_file_lies_in_a_room():
     for module in modules():
-        assert module in {*LOOSE, FLOOR} or room_of(module) in {*ROOMS, "datamodules"}, f"{module} lies in no room"
+        assert module in {*LOOSE, *FLOOR} or room_of(module) in {*ROOMS, "datamodules"}, f"{module} lies in no room"
 
 
 def test_a_room_imports_only_what_lies_to_its_left():

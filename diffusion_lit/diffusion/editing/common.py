@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.generate import Sampling, check_labels, refuse_clipping
 from diffusion_lit.diffusion.models import LatentModel, PixelModel
+from diffusion_lit.words import counted
 
 
 def need_pixels(model: PixelModel, task: str) -> None:
@@ -92,7 +93,9 @@ def check_seeds(seeds: Sequence[int] | None, count: int) -> Sequence[int]:
     if seeds is None:
         return range(count)
     if len(seeds) != count:
-        raise ValueError(f"{count} images need {count} seeds, one each, but {len(seeds)} were given.")
+        raise ValueError(
+            f"{counted(count, 'image', 'needs', 'need')} {counted(count, 'seed')}, one each, but {len(seeds)} came."
+        )
     return seeds
 
 

@@ -1,0 +1,23 @@
+"""Numbers, names and lists as messages say them: `1 image`, `an EDM`, `a, b and 3 more`."""
+
+import re
+from collections.abc import Sequence
+
+
+def counted(number: int, noun: str, verb: str = "", verbs: str = "") -> str:
+    """A number with its noun, such as `1 image` or `2 classes`, and with a verb: `1 image was`, `2 images were`."""
+    if number == 1:
+        return f"1 {noun} {verb}".strip()
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'} {verbs}".strip()
+
+
+def article(what: object) -> str:
+    """A name, or that of an object's class, behind `a` or `an`: `an EDM`, `a VAE`, `a UNet`, `an ImageFolder`."""
+    name = what if isinstance(what, str) else (what if isinstance(what, type) else type(what)).__name__
+    sounds_open = re.match(r"[aeioAEIO]|[FHLMNRSX](?=[A-Z])|[uU](?![nN]i|[nN][eE]t|[A-Z])", name)
+    return f"{'an' if sounds_open else 'a'} {name}"
+
+
+def few(names: Sequence[str], most: int = 6) -> str:
+    """The first of some names in one line, and how many more there are; `none` for none."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
