@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.diffusion import ClassifierFreeGuidance, Sampling
 from diffusion_lit.evaluation import ClassifierFeatures
-from diffusion_lit.evaluation.generation import GenerationJob, Samples, gather_shards, generate_shards
+from diffusion_lit.evaluation.generation import GenerationJob, Samples, draw_samples
 from diffusion_lit.evaluation.metrics import kernel_distance
 from diffusion_lit.modules.guides import take_guide
 from diffusion_lit.modules.load import load_module
@@ -212,8 +212,7 @@ def draw(study: Study, evaluator: Evaluator, path: Path, module: Any, way: Way, 
     job = GenerationJob(way.sampling, len(labels), seed, labels, record, folder, setup.batch_size, True)
     study.tell(way.name)
     model: Any = module if way.denoiser is None else Guided(module, way.denoiser)
-    generate_shards(job, model, evaluator.extractor)
-    return gather_shards(job)
+    return draw_samples(job, model, evaluator.extractor)
 
 
 def best_scales(evaluator: Evaluator, drawn: dict[float, Samples], labels: Tensor) -> list[float]:

@@ -86,11 +86,8 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
 
 def whole_data(study: Study) -> dict[str, Any]:
     """The data set as the config and the options describe it; the options are taken out of those of the trainings."""
-    described = study.value("data")
-    whole = {"class_path": described["class_path"], "init_args": dict(described.get("init_args", {}))}
-    prefix = "data.init_args."
-    for name in [name for name in study.options if name.startswith(prefix)]:
-        whole["init_args"][name.removeprefix(prefix)] = study.value(name)
+    whole: dict[str, Any] = study.value("data")
+    for name in [name for name in study.options if name.startswith("data.")]:
         del study.options[name]
     return whole
 

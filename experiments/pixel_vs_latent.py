@@ -26,22 +26,21 @@ from diffusion_lit.callbacks import EMA
 from diffusion_lit.callbacks.reconstructions import real_images
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import (
     GenerationJob,
     class_frequencies,
     draw_labels,
-    gather_shards,
-    generate_shards,
+    draw_samples,
 )
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules import EDM, VAE, LatentDiffusion
 from diffusion_lit.nets import Autoencoder, UNet
 from diffusion_lit.report.facts import count_parameters
 from diffusion_lit.report.images import titled_grid
 from diffusion_lit.storage.hashing import weights_hash
+from diffusion_lit.words import counted
 from experiments.harness.command import command
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.show import markdown
 
 DECAY = 0.4  # share of the time over which the learning rate falls to 0
 
@@ -161,13 +160,15 @@ def pixel_vs_latent(
     measure = make_extractor(extractor, extractor_weights, source.image_shape)
     measure.load(source)
     measure.to(pixel.module.device)
-    reference = reference_of(source, "train", measure)
+    evaluator = Evaluator.of(source, measure, num_samples)
     points = [
-        point
-        for side_ in (pixel, latent)
-        for point in sample(side_, source, measure, reference, num_steps, num_samples, seed, folder)
+        point for one in (pixel, latent) for point in sample(one, evaluator, num_steps, num_samples, seed, folder)
     ]
-    write(points, [pixel, vae, latent], bounds(latent.module, source, measure, reference, num_samples), measure, folder)
+    real = real_images(latent.module.trainer, num_samples)
+    made = [to_uint8(latent.module.reconstruct(part.to(latent.module.device))) for part in torch.split(real, 100)]
+    limits = [("reconstructed", evaluator.distance(measure.extract(torch.cat(made))), len(real))]
+    limits += [] if evaluator.floor is None else [("real against real", *evaluator.floor)]
+    write(points, [pixel, vae, latent], limits, measure.metric, folder)
     return points
 
 
@@ -206,32 +207,32 @@ def train(
 
 
 def sample(
-    trained: Trained,
-    data: Any,
-    measure: FeatureExtractor,
-    reference: Reference,
-    num_steps: list[int],
-    count: int,
-    seed: int,
-    folder: Path,
+    trained: Trained, evaluator: Evaluator, num_steps: list[int], count: int, seed: int, folder: Path
 ) -> list[Point]:
     """Draws samples at several numbers of steps and measures them.
+
+    Args:
+        trained: The model.
+        evaluator: Measures.
+        num_steps: Numbers of steps.
+        count: Samples of each point.
+        seed: Seed of the first sample.
+        folder: Where the sample grid goes.
 
     Returns:
         One point per number of steps.
     """
     module, points = trained.module, []
-    labels = draw_labels(range(seed, seed + count), class_frequencies(data, module.num_classes))
+    labels = draw_labels(range(seed, seed + count), class_frequencies(evaluator.data, module.num_classes))
     weights = weights_hash(module.state_dict())
     for steps in num_steps:
         setting = module.sampling.replace(num_steps=steps)
-        record = {"weights": weights, "extractor": measure.identity(), "sampling": setting.record()}
+        record = {"weights": weights, "extractor": evaluator.extractor.identity(), "sampling": setting.record()}
         job = GenerationJob(setting, count, seed, labels, record, folder / "parts", batch_size=100)
-        generate_shards(job, module, measure)
-        drawn = gather_shards(job)
-        distance = frechet_distance(Statistics.of(drawn.features.features), reference.statistics)
+        drawn = draw_samples(job, module, evaluator.extractor)
+        distance = evaluator.distance(drawn.features)
         points.append(Point(trained.name, drawn.forwards, distance, 1000 * drawn.seconds / count))
-        print(f"{trained.name}: NFE {drawn.forwards:.0f}, {measure.metric} {distance:.3g}")
+        print(f"{trained.name}: NFE {drawn.forwards:.0f}, {evaluator.metric} {distance:.3g}")
     classes = min(module.num_classes, 10)
     shown = torch.arange(classes).repeat_interleave(8) if classes else None
     images = module.generate(range(seed, seed + 8 * (classes or 8)), shown)
@@ -241,48 +242,32 @@ def sample(
     return points
 
 
-def bounds(
-    module: Any, data: Any, measure: FeatureExtractor, reference: Reference, count: int
-) -> list[tuple[str, float, int]]:
-    """What the best of models could get: reconstructed and real held-out images against the training images.
-
-    Returns:
-        Name, distance and number of images of each.
-    """
-    real = real_images(module.trainer, count)
-    made = torch.cat([to_uint8(module.reconstruct(part.to(module.device))) for part in torch.split(real, 100)])
-    distance = frechet_distance(Statistics.of(measure.extract(made).features), reference.statistics)
-    found = [("reconstructed", distance, len(real))]
-    floor = real_against_real(reference, reference_of(data, "val", measure).features, count)
-    return found if floor is None else [*found, ("real against real", *floor)]
-
-
 def write(
-    points: list[Point],
-    trained: list[Trained],
-    limits: list[tuple[str, float, int]],
-    measure: FeatureExtractor,
-    folder: Path,
+    points: list[Point], trained: list[Trained], limits: list[tuple[str, float, int]], metric: str, folder: Path
 ) -> None:
     """Writes the figure and the tables as Markdown and CSV, and prints the tables.
 
     Args:
         points: The measurements.
         trained: The models.
-        limits: From `bounds`.
-        measure: What images are compared by.
+        limits: What the best of models could get: name, distance and number of images.
+        metric: Name of the distance.
         folder: Where the files go.
     """
-    rows = ["| trained | parameters | steps | ms per step |", "| --- | ---: | ---: | ---: |"]
-    for one in trained:
-        size = count_parameters(one.module) / 1e6
-        rows.append(f"| {one.name} | {size:.2f} M | {one.steps:,} | {one.milliseconds_per_step:.1f} |")
-    rows += ["", f"| model | NFE | {measure.metric} | ms per sample |", "| --- | ---: | ---: | ---: |"]
-    rows += [f"| {p.model} | {p.nfe:.0f} | {p.distance:.3g} | {p.milliseconds:.2f} |" for p in points]
-    rows += [f"| {name}, {count:,} images | | {distance:.3g} | |" for name, distance, count in limits]
-    (folder / "table.md").write_text("\n".join(rows) + "\n")
+    models = [
+        {
+            "trained": one.name,
+            "parameters": f"{count_parameters(one.module) / 1e6:.2f} M",
+            "steps": one.steps,
+            "ms per step": one.milliseconds_per_step,
+        }
+        for one in trained
+    ]
+    rows = [{"model": p.model, "NFE": p.nfe, metric: p.distance, "ms per sample": p.milliseconds} for p in points]
+    rows += [{"model": f"{name}, {counted(count, 'image')}", metric: distance} for name, distance, count in limits]
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([Point._fields, *points])
+    (folder / "table.md").write_text(f"{markdown(models)}\n{markdown(rows)}")
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for axes, field, label in (
         (panels[0], "nfe", "denoiser calls per sample (NFE)"),
@@ -295,12 +280,12 @@ def write(
             axes.axhline(distance, color="grey", linestyle=style, label=name)
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.grid(True, which="both", alpha=0.3)
-    panels[0].set_ylabel(measure.metric)
+    panels[0].set_ylabel(metric)
     panels[0].legend()
     figure.savefig(folder / "figure.png", dpi=130)
     plt.close(figure)
-    print("\n".join(rows))
-    print(f"\n{folder}/figure.png, table.md, table.csv, samples_pixel.png and samples_latent.png")
+    print(f"{markdown(models)}\n{markdown(rows)}")
+    print(f"{folder}/figure.png, table.md, table.csv, samples_pixel.png and samples_latent.png")
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ import torch
 
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
+from diffusion_lit.evaluation.features import Features
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.reference import real_against_real, reference_of
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.modules.posthoc import reconstruct
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.snapshots import Snapshots
 from experiments.harness.command import command
+from experiments.harness.evaluator import Evaluator
 from experiments.harness.show import keep_json
 
 
@@ -68,9 +68,7 @@ def posthoc_ema(
     data.setup()
     measure = extractor or ClassifierFeatures()
     measure.load(data)
-    reference = reference_of(data, "train", measure, batch_size)
-    held_out = reference_of(data, "val", measure, batch_size).features
-    floor = real_against_real(reference, held_out, num_samples)
+    evaluator = Evaluator.of(data, measure, num_samples)
     seeds = range(seed, seed + num_samples)
     labels = draw_labels(seeds, class_frequencies(data, module.num_classes))
     sampling = module.sampling.replace(num_steps=num_steps)
@@ -81,8 +79,8 @@ def posthoc_ema(
         for start in range(0, num_samples, batch_size):
             rows = slice(start, min(start + batch_size, num_samples))
             made = module.generate(seeds[rows], None if labels is None else labels[rows], sampling)
-            parts.append(measure.features(to_uint8(made)).features)
-        return frechet_distance(Statistics.of(torch.cat(parts)), reference.statistics)
+            parts.append(measure.features(to_uint8(made)))
+        return evaluator.distance(Features.cat(parts))
 
     rows = []
     for step in steps or [snapshots.steps[-1]]:
@@ -93,13 +91,13 @@ def posthoc_ema(
     best = min(rows, key=lambda row: row["distance"])
     print(f"best: sigma_rel {best['sigma_rel']:g} at step {best['step']}: {best['distance']:.4g}")
     print(f"raw weights: {raw:.4g}")
-    if floor is not None:
-        print(f"real against real at {floor[1]:,} images: {floor[0]:.4g}")
+    if evaluator.floor is not None:
+        print("real against real at {1:,} images: {0:.4g}".format(*evaluator.floor))
     figures = {
         "rows": rows,
         "best": best,
         "raw": raw,
-        "floor": floor,
+        "floor": evaluator.floor,
         "num_samples": num_samples,
         "metric": measure.metric,
         "kept": sorted({width for _, width, _ in snapshots.files}),

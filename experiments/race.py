@@ -31,11 +31,12 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.storage.atomic import atomic
-from experiments.benchmarks.entries import Entry, read_config
+from experiments.benchmarks.entries import Entry
 from experiments.benchmarks.seeds import train_once
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
-from experiments.harness.halving import BASE, SIGNIFICANT, Result, Round, combined, merge, plan, survivors
+from experiments.harness.configs import merge, read_config
+from experiments.harness.halving import BASE, SIGNIFICANT, Result, Round, combined, plan, survivors
 from experiments.harness.runs import Run, Trained
 from experiments.harness.study import Study, main
 from experiments.look_at_data import statistics as statistics_of
@@ -111,17 +112,14 @@ class Runner:
         self.study = study
         self.shared = shared
         self.hours = hours
-        self.config = read_config(find_config(study.config))
+        of_data = {name: value for name, value in shared.items() if name.startswith("data.")}
+        self.config = merge(read_config(find_config(study.config)), of_data)
         data = self.config.get("data") or {}
-        arguments = dict(data.get("init_args") or {})
-        for key, value in shared.items():
-            if key.startswith("data.init_args."):
-                arguments[key.rpartition(".")[2]] = yaml.safe_load(value) if isinstance(value, str) else value
-        self.config["data"] = {"class_path": data.get("class_path"), "init_args": arguments}
+        arguments = data.get("init_args") or {}
         if "batch_size" not in arguments:
             raise ValueError(f"{study.config} has no data.init_args.batch_size; give --data.init_args.batch_size.")
         self.track = Track(
-            str(shared.get("data.class_path") or data.get("class_path")),
+            str(data.get("class_path")),
             0.0,
             {key: value for key, value in arguments.items() if key != "batch_size"},
             device=study.device.type,

@@ -7,7 +7,6 @@ sampler of two calls a step gets half the steps. Interrupted, it goes on where i
     python -m experiments.sampler_comparison --ckpt_path runs/edm_fashion_mnist/version_0/checkpoints/last.ckpt
 """
 
-import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +24,14 @@ from diffusion_lit.evaluation.generation import (
     GenerationJob,
     class_frequencies,
     draw_labels,
-    gather_shards,
-    generate_shards,
+    draw_samples,
 )
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.reference import real_against_real, reference_of
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash
 from experiments.harness.command import command
+from experiments.harness.evaluator import Evaluator
+from experiments.harness.show import keep_table
 
 ALIASES = ("ddim", "euler_ancestral")  # ddim with eta 0 is euler, with eta 1 euler_ancestral is ddpm
 
@@ -90,9 +88,7 @@ def sampler_comparison(
     measure = make_extractor(extractor, extractor_weights, module.image_shape)
     measure.load(data)
     measure.to(module.device)
-    reference = reference_of(data, "train", measure)
-    held_out = reference_of(data, "val", measure).features
-    floor = real_against_real(reference, held_out, num_samples)
+    evaluator = Evaluator.of(data, measure, num_samples)
     labels = draw_labels(range(seed, seed + num_samples), class_frequencies(data, module.num_classes))
 
     folder = Path(out)
@@ -111,12 +107,10 @@ def sampler_comparison(
                 batch_size,
             )
             bar.set_description(f"{setting.sampler}, {setting.num_steps} steps")
-            generate_shards(job, module, measure, progress=bar.update)
-            drawn = gather_shards(job)
-            distance = frechet_distance(Statistics.of(drawn.features.features), reference.statistics)
-            milliseconds = 1000 * drawn.seconds / num_samples
+            drawn = draw_samples(job, module, measure, bar.update)
+            distance, milliseconds = evaluator.distance(drawn.features), 1000 * drawn.seconds / num_samples
             points.append(Point(setting.sampler, setting.num_steps, drawn.forwards, distance, milliseconds))
-    write(points, floor, measure.metric, num_samples, folder)
+    write(points, evaluator, num_samples, folder)
     return points
 
 
@@ -135,39 +129,29 @@ def settings_of(default: Sampling, name: str, nfe: list[int], rtol: list[float])
     return [default.replace(sampler=name, num_steps=n) for n in dict.fromkeys(steps) if n]
 
 
-def write(points: list[Point], floor: tuple[float, int] | None, metric: str, count: int, folder: Path) -> None:
-    """Writes the figure, the table as Markdown and CSV, and prints the table.
+def write(points: list[Point], evaluator: Evaluator, count: int, folder: Path) -> None:
+    """Writes the figure, and the table as Markdown and CSV, and prints the table.
 
     Args:
         points: The measurements.
-        floor: The distance of real images to real ones, and at what number.
-        metric: Name of the distance.
+        evaluator: What measured them.
         count: Samples of each point.
         folder: Where the files go.
     """
-    rows = ["| sampler | steps | NFE | " + metric + " | ms per sample |", "| --- | ---: | ---: | ---: | ---: |"]
-    rows += [f"| {p.sampler} | {p.steps} | {p.nfe:.0f} | {p.distance:.2f} | {p.milliseconds:.1f} |" for p in points]
-    if floor is not None:
-        rows.append(f"| real images | | | {floor[0]:.2f} (at {floor[1]:,}) | |")
-    (folder / "table.md").write_text("\n".join(rows) + "\n")
-    with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Point._fields, *points])
-
+    keep_table(folder / "table", [point._asdict() for point in points])
     figure, (quality, cost) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for index, name in enumerate(dict.fromkeys(point.sampler for point in points)):
         own = sorted((point for point in points if point.sampler == name), key=lambda point: point.nfe)
         style: dict[str, Any] = {"marker": "osD^vP*X<>"[index % 10], "label": name, "color": f"C{index}"}
         quality.plot([point.nfe for point in own], [point.distance for point in own], **style)
         cost.plot([point.nfe for point in own], [point.milliseconds for point in own], **style)
-    if floor is not None:
-        quality.axhline(floor[0], color="grey", linestyle="--", label=f"real against real, {floor[1]:,}")
-    quality.set(
-        xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)", ylabel=f"{metric}, {count:,} samples"
-    )
-    cost.set(xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)", ylabel="milliseconds per sample")
+    evaluator.draw_floor(quality)
+    quality.set_ylabel(f"{evaluator.metric}, {count:,} samples")
+    cost.set_ylabel("milliseconds per sample")
     quality.legend(fontsize=8)
     ticks = sorted({round(point.nfe) for point in points})
     for axes in (quality, cost):
+        axes.set(xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)")
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -176,7 +160,6 @@ def write(points: list[Point], floor: tuple[float, int] | None, metric: str, cou
         axes.grid(True, which="both", alpha=0.3)
     figure.savefig(folder / "figure.png", dpi=130)
     plt.close(figure)
-    print("\n".join(rows))
     print(f"\n{folder}/figure.png, table.md and table.csv")
 
 

@@ -1,11 +1,19 @@
 """Extractors by the names that a command line gives them."""
 
+from collections.abc import Callable
+
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.evaluation.efficientnet import EfficientNetLite0
 from diffusion_lit.evaluation.features import FeatureExtractor, Pixels
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
 
 NAMES = "auto, inception, efficientnet_lite0, classifier, pixels, vgg16, clip, clip-VARIANT, dinov2 or dinov2-VARIANT"
+OF_ONE_KIND: dict[str, Callable[[str | None], FeatureExtractor]] = {
+    "inception": Inception,
+    "efficientnet_lite0": EfficientNetLite0,
+    "vgg16": VGG,
+    "classifier": ClassifierFeatures,
+}
 
 
 def make_extractor(name: str, weights: str | None, image_shape: tuple[int, int, int]) -> FeatureExtractor:
@@ -28,20 +36,12 @@ def make_extractor(name: str, weights: str | None, image_shape: tuple[int, int, 
         if name == "inception" and weights is None and not Inception.is_here() and EfficientNetLite0.is_installed():
             name = "efficientnet_lite0"
     kind, _, variant = name.partition("-")
-    if kind in ("inception", "vgg16", "pixels", "classifier", "efficientnet_lite0") and variant:
-        kind = ""
-    if kind == "inception":
-        return Inception(weights)
-    if kind == "efficientnet_lite0":
-        return EfficientNetLite0(weights)
-    if kind == "vgg16":
-        return VGG(weights)
-    if kind == "classifier":
-        return ClassifierFeatures(weights)
-    if kind == "pixels":
+    if name == "pixels":
         if weights is not None:
             raise ValueError("The extractor pixels has no weights; leave --extractor_weights out.")
         return Pixels()
+    if name in OF_ONE_KIND:
+        return OF_ONE_KIND[name](weights)
     if kind == "clip":
         return CLIP(variant or "vit-b-32", weights)
     if kind == "dinov2":

@@ -1,9 +1,8 @@
 """The features of a classifier of the data set at hand; `modules.data_classifier` reads or trains it."""
 
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
@@ -27,7 +26,6 @@ class ClassifierFeatures(FeatureExtractor):
     def __init__(self, ckpt_path: str | None = None, name: str = "classifier") -> None:
         self.ckpt_path = ckpt_path
         self.name = name
-        self._network: nn.Module | None = None
 
     def load(self, data: ImageSource | None = None) -> None:
         """Reads the checkpoint, or finds or trains the data set's own classifier."""
@@ -40,20 +38,13 @@ class ClassifierFeatures(FeatureExtractor):
         else:
             self._network = classifier_of(data)
 
-    @property
-    def network(self) -> nn.Module | None:
-        """The classifier."""
-        return self._network
-
     def compute(self, images: Tensor) -> Features:
         """Features and logits.
 
         Raises:
             ValueError: If the images have another shape than those that the classifier was trained on.
         """
-        network: Any = self._network
-        if network is None:
-            raise ValueError("The classifier is not loaded; call load() first.")
+        network = self.loaded(images)
         expected = (network.in_channels, network.image_size, network.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
@@ -44,17 +44,11 @@ class EfficientNetLite0(FeatureExtractor):
 
     def __init__(self, feature_extractor_weights_path: str | None = None) -> None:
         self.feature_extractor_weights_path = feature_extractor_weights_path
-        self._network: Any = None
 
     @staticmethod
     def is_installed() -> bool:
         """Whether network and weights are there."""
         return find_spec(NETWORK) is not None and (path := _packaged()) is not None and path.is_file()
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The network, once loaded."""
-        return self._network  # type: ignore[no-any-return]
 
     def load(self, data: ImageSource | None = None) -> None:
         """Reads the weights and builds the network."""
@@ -81,19 +75,8 @@ class EfficientNetLite0(FeatureExtractor):
         self._network = network.requires_grad_(False).eval()
 
     def compute(self, images: Tensor) -> Features:
-        """Features (N, 1280).
-
-        Raises:
-            ValueError: If the extractor is not loaded or the images are neither grey nor RGB.
-        """
-        if self._network is None:
-            raise ValueError(f"The extractor {self.name} is not loaded; call load() first.")
-        if images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"The extractor {self.name} takes grey or RGB images, not {images.shape[1]} channels; choose "
-                "classifier or pixels."
-            )
-        return Features(self._network.extract_features(prepared(images)).mean((2, 3)))
+        """Features (N, 1280)."""
+        return Features(self.loaded(images).extract_features(prepared(images)).mean((2, 3)))
 
 
 def prepared(images: Tensor) -> Tensor:

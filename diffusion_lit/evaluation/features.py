@@ -79,10 +79,10 @@ class FeatureExtractor(ABC):
     mmd_sigma: float | None = None
     name: str
     transform: str
+    _network: nn.Module | None = None
 
-    @abstractmethod
-    def load(self, data: ImageSource | None = None) -> None:
-        """Gets the weights, once; further calls do nothing.
+    def load(self, data: ImageSource | None = None) -> None:  # noqa: B027 (an extractor without weights has nothing to do)
+        """Gets the weights, once; further calls do nothing, nor does one of an extractor that has none.
 
         Args:
             data: The data set, set up, for an extractor that is trained on it.
@@ -92,9 +92,23 @@ class FeatureExtractor(ABC):
         """
 
     @property
-    @abstractmethod
     def network(self) -> nn.Module | None:
-        """The loaded network, or None where there is nothing to load."""
+        """The loaded network; None before it is loaded, or where there is none."""
+        return self._network
+
+    def loaded(self, images: Tensor) -> Any:
+        """The network, for grey or colour images.
+
+        Raises:
+            ValueError: If it is not loaded, or the images have another number of channels than 1 or 3.
+        """
+        if self.network is None:
+            raise ValueError(f"The extractor {self.name} is not loaded; call load() first.")
+        if images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"The extractor {self.name} takes grey or RGB images, not {images.shape[1]} channels; choose pixels."
+            )
+        return self.network
 
     @abstractmethod
     def compute(self, images: Tensor) -> Features:
@@ -186,14 +200,6 @@ class Pixels(FeatureExtractor):
 
     name = "pixels"
     transform = "uint8 / 255, flattened"
-
-    def load(self, data: ImageSource | None = None) -> None:
-        """Does nothing."""
-
-    @property
-    def network(self) -> nn.Module | None:
-        """None."""
-        return None
 
     def compute(self, images: Tensor) -> Features:
         """The pixels, C * H * W features."""

@@ -36,12 +36,6 @@ class TorchFidelityExtractor(FeatureExtractor):
 
     def __init__(self, feature_extractor_weights_path: str | None = None) -> None:
         self.feature_extractor_weights_path = feature_extractor_weights_path
-        self._network: nn.Module | None = None
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The network, once loaded."""
-        return self._network
 
     def load(self, data: ImageSource | None = None) -> None:
         """Reads the weights and builds the network."""
@@ -83,20 +77,8 @@ class TorchFidelityExtractor(FeatureExtractor):
         return network
 
     def compute(self, images: Tensor) -> Features:
-        """Features, and logits where the network has them.
-
-        Raises:
-            ValueError: If the extractor is not loaded or the images are neither grey nor RGB.
-        """
-        network: Any = self._network
-        if network is None:
-            raise ValueError(f"The extractor {self.name} is not loaded; call load() first.")
-        if images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"The extractor {self.name} takes grey or RGB images, not {images.shape[1]} channels; choose "
-                "classifier or pixels."
-            )
-        made = network(images.expand(-1, 3, -1, -1))
+        """Features, and logits where the network has them."""
+        made = self.loaded(images)(images.expand(-1, 3, -1, -1))
         return Features(made[0], made[1] if len(made) > 1 else None)
 
     @property

@@ -138,6 +138,14 @@ def generate_shards(
             progress(len(rows))
 
 
+def draw_samples(
+    job: GenerationJob, module: Model, extractor: FeatureExtractor, progress: Callable[[int], object] | None = None
+) -> Samples:
+    """Makes the samples of a job in this process; shards that exist are reused. See `generate_shards`."""
+    generate_shards(job, module, extractor, progress=progress)
+    return gather_shards(job)
+
+
 def gather_shards(job: GenerationJob) -> Samples:
     """Joins the shards of all ranks.
 

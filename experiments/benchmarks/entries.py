@@ -25,6 +25,7 @@ from diffusion_lit.commands.configs import find_config
 from diffusion_lit.storage.hashing import key_of
 from experiments.benchmarks.contenders import OURS, installed
 from experiments.benchmarks.tracks import SPEEDRUNS
+from experiments.harness.configs import read_config
 
 KEYS = ("config", "options", "code", "contender", "width", "batch_size")
 DECIDED = ("ckpt_path", "init_from", "trust", "config", "name")  # options that an entry must not set
@@ -115,21 +116,3 @@ def _checked(entry: Entry, path: Path) -> Entry:
     if "batch_size" not in ((config.get("data") or {}).get("init_args") or {}):
         raise ValueError(f"{path} has no data.init_args.batch_size, which the track leaves to the entry.")
     return entry
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a config, with the files that it names read in.
-
-    Args:
-        path: The YAML.
-    """
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, str) and value.endswith(".yaml") and (path.parent / value).is_file():
-            return read_config(path.parent / value)
-        if isinstance(value, dict):
-            return {key: filled(part) for key, part in value.items()}
-        return [filled(part) for part in value] if isinstance(value, list) else value
-
-    found: dict[str, Any] = filled(yaml.safe_load(path.read_text()))
-    return found

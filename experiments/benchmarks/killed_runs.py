@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from diffusion_lit.report.events import read_history
+
 CLOCK = ("images_per_second", "seconds", "hours", "load")  # figures that depend on the clock
 
 
@@ -147,13 +149,6 @@ def checkpoint(name: str) -> Path:
     return Path("runs") / name / "version_0" / "checkpoints" / "last.ckpt"
 
 
-def remove(folder: Path) -> None:
-    """Deletes a run."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def compare(whole: str, killed: str) -> list[str]:
     """The bitwise differences between two runs."""
     one, two = (torch.load(checkpoint(name), weights_only=True) for name in (whole, killed))
@@ -199,12 +194,5 @@ def equal(one: Any, two: Any) -> bool:
 
 def figures(folder: Path) -> dict[str, dict[int, float]]:
     """All logged figures by tag and step, without those of the clock; of a repeated step, the later."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.HasField("tensor") and value.tensor.float_val and not any(w in value.tag for w in CLOCK):
-                    found.setdefault(value.tag, {})[event.step] = value.tensor.float_val[0]
-    return found
+    curves = read_history(folder).scalars
+    return {tag: dict(zip(*curves[tag], strict=True)) for tag in curves if not any(word in tag for word in CLOCK)}

@@ -3,12 +3,9 @@
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from experiments.benchmarks.fit_training import train_by_fit
 from experiments.benchmarks.peer_training import train_peer
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import Training
+from experiments.harness.runs import ended_with_this
 
 
 def train(place: Path, training: Training) -> dict[str, Any]:
@@ -47,7 +45,12 @@ def train(place: Path, training: Training) -> dict[str, Any]:
     record = place / "record.json"
     record.unlink(missing_ok=True)
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(place, training))
-    with nullcontext() if training.minutes is None else alone(), ended_with_this(process):
+
+    def stop() -> None:
+        process.terminate()
+        process.join()
+
+    with nullcontext() if training.minutes is None else alone(), ended_with_this(stop):
         process.start()
         process.join()
     if process.exitcode or not record.exists():
@@ -69,23 +72,6 @@ def alone() -> Lock:
             f"A timed training is at work here ({error}), and two at once would take each other's time; start when it "
             "is done."
         ) from error
-
-
-@contextmanager
-def ended_with_this(process: Any) -> Iterator[None]:
-    """Within this context, a process is ended when this one is interrupted or terminated."""
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    except BaseException:
-        process.terminate()
-        process.join()
-        raise
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _work(place: Path, training: Training) -> None:

@@ -17,6 +17,7 @@ Each run is a fork of this process, which has the libraries loaded, so that a ki
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from experiments.benchmarks.killed_runs import Kill, checkpoint, compare, remove, run
+from experiments.benchmarks.killed_runs import Kill, checkpoint, compare, run
 from experiments.harness.command import command
 from experiments.harness.show import keep_json
 
@@ -200,7 +201,7 @@ def torture(
     folder = Path(out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    remove(Path("runs"))
+    shutil.rmtree("runs", ignore_errors=True)
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     left = kills
@@ -243,7 +244,7 @@ def case(number: int, setting: Setting, chain: list[Kill]) -> dict[str, Any]:
     for kill in [*chain, None]:
         resume = ["--ckpt_path=last"] if checkpoint(killed).exists() else []
         if not resume:  # killed before the first checkpoint: from the start, in the same folder
-            remove(Path("runs") / killed)
+            shutil.rmtree(Path("runs") / killed, ignore_errors=True)
         status = run([*args, f"--name={killed}", *resume], kill, seconds)
         if status == -signal.SIGKILL:
             path = checkpoint(killed)
@@ -253,7 +254,7 @@ def case(number: int, setting: Setting, chain: list[Kill]) -> dict[str, Any]:
     differs = [f"exit status {status}"] if status else compare(whole, killed)
     if not differs:
         for name in (whole, killed):
-            remove(Path("runs") / name)
+            shutil.rmtree(Path("runs") / name, ignore_errors=True)
     kills = [f"{kill.kind} {kill.at}" for kill in chain]
     return {"setting": asdict(setting), "kills": kills, "at": at, "differs": differs}
 

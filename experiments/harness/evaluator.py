@@ -25,13 +25,6 @@ class Thumbnails(FeatureExtractor):
     name = "thumbnails"
     transform = "uint8 / 255, mean over the parts of an 8x8 grid, flattened"
 
-    def load(self, data: Any = None) -> None:
-        """Does nothing."""
-
-    @property
-    def network(self) -> None:
-        """None."""
-
     def compute(self, images: Tensor) -> Features:
         """At most C * 64 features."""
         side = min(8, images.shape[-1])
@@ -79,13 +72,16 @@ class Evaluator:
         """
         if isinstance(samples, Tensor):
             samples = self.extractor.extract(samples, 250)
-        features = (samples.features if isinstance(samples, Samples) else samples).features
+        features = samples.features if isinstance(samples, Samples) else samples
         assert self.reference.features is not None
         real = self.reference.features.features
         count = min(MOST_NEIGHBOURS, len(real))
-        precision, recall = precision_recall(features, real[torch.arange(count) * len(real) // count])
-        distance = frechet_distance(Statistics.of(features), self.reference.statistics)
-        return {self.metric: distance, "precision": precision, "recall": recall}
+        precision, recall = precision_recall(features.features, real[torch.arange(count) * len(real) // count])
+        return {self.metric: self.distance(features), "precision": precision, "recall": recall}
+
+    def distance(self, features: Features) -> float:
+        """The Fréchet distance of samples to the training images."""
+        return frechet_distance(Statistics.of(features.features), self.reference.statistics)
 
     def draw_floor(self, axes: Any) -> None:
         """Marks the distance of real images in a plot of the Fréchet distance."""

@@ -1,11 +1,9 @@
-"""Successive halving: the rounds of a race, the survivors, and the options merged into a config."""
+"""Successive halving: the rounds of a race, and who goes on."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 BASE = "as configured"  # the config itself, which takes part in every round
 TRAINING = 0.7  # share of the hours that trainings take; the rest is for starting, sampling and measuring
@@ -105,22 +103,3 @@ def combined(field: dict[str, Any], results: dict[str, Result]) -> dict[str, Any
 def _same_part(key: str, options: dict[str, Any]) -> bool:
     """Whether an option lies within, or around, one of others."""
     return any(key == one or key.startswith(f"{one}.") or one.startswith(f"{key}.") for one in options)
-
-
-def merge(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """A config with options set in it.
-
-    Args:
-        config: Nested settings, left as they are.
-        options: Values by their path, its parts joined by dots, as on the command line.
-    """
-    made: dict[str, Any] = yaml.safe_load(yaml.safe_dump(config))
-    for name, value in options.items():
-        *path, last = name.split(".")
-        part = made
-        for key in path:
-            if not isinstance(part.get(key), dict):
-                part[key] = {} if part.get(key) is None else {"class_path": part[key]}
-            part = part[key]
-        part[last] = yaml.safe_load(value) if isinstance(value, str) else value
-    return made

@@ -17,20 +17,13 @@ def build(study: Study, **changes: Any) -> nn.Module:
     Returns:
         The network, for the data's channels, size and classes.
     """
-    data = _instance(study.value("data"), _given(study, "data"))
-    net = study.value("model.init_args.net")
+    data = _instance(study.value("data"))
     shape = data.image_shape
     told = {"in_channels": shape[0], "image_size": shape[-1], "num_classes": data.num_classes}
-    return _instance(net, {**told, **_given(study, "model.init_args.net"), **changes})  # type: ignore[no-any-return]
+    return _instance(study.value("model.init_args.net"), **told, **changes)  # type: ignore[no-any-return]
 
 
-def _given(study: Study, part: str) -> dict[str, Any]:
-    """Arguments of a part of the config that the study's options override."""
-    prefix = f"{part}.init_args."
-    return {name.removeprefix(prefix): study.value(name) for name in study.options if name.startswith(prefix)}
-
-
-def _instance(described: dict[str, Any], changes: dict[str, Any]) -> Any:
+def _instance(described: dict[str, Any], **changes: Any) -> Any:
     """An object of a class that a config describes."""
     return resolve_name(described["class_path"])(**{**described.get("init_args", {}), **changes})
 

@@ -27,13 +27,13 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import yaml
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.runs import find_last
+from experiments.harness.configs import read_config
 from experiments.harness.show import keep_json
 
 COMMAND = [sys.executable, "-c", "from diffusion_lit.commands.main import main; main()"]
@@ -63,12 +63,8 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Eight hexadecimal digits of all that the run is configured by: files that a config names included."""
-        files = [configs_folder() / "base.yaml", self.path]
-        for words in _strings(yaml.safe_load(self.path.read_text())):
-            if words.endswith(".yaml"):
-                files.append(self.path.parent / words)
-        contents = [file.read_text() for file in files if file.is_file()]
-        return key_of({"files": contents, "options": self.options})[:8]
+        configs = [read_config(path) for path in (configs_folder() / "base.yaml", self.path)]
+        return key_of({"configs": configs, "options": self.options})[:8]
 
     def folder(self, out: Path) -> Path:
         """Where the run lies under a study's folder of runs."""
@@ -193,7 +189,8 @@ def fit(
         for visible in [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus or []] or [{}]:
             places.put({**os.environ, "OMP_NUM_THREADS": threads, **visible})
     pool = ThreadPoolExecutor(places.qsize())
-    with _children() as children:
+    children = _Children()
+    with ended_with_this(children.stop):
         try:
             futures = [pool.submit(_train, run, out, places, children, tell) for run in waiting]
             for future in as_completed(futures):
@@ -279,16 +276,19 @@ class _Children:
 
 
 @contextmanager
-def _children() -> Iterator[_Children]:
-    """Processes that end with this one, saving their state first when it is interrupted or terminated."""
-    children = _Children()
+def ended_with_this(stop: Callable[[], None]) -> Iterator[None]:
+    """Within this context, processes are stopped when this one is interrupted or terminated.
+
+    Args:
+        stop: Stops them.
+    """
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        yield children
+        yield
     except BaseException:
-        children.stop()
+        stop()
         raise
     finally:
         if before is not None:
@@ -307,12 +307,3 @@ def _last_words(log: Path) -> str:
 def _spelled(value: Any) -> str:
     """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested lists and dictionaries."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)

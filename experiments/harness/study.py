@@ -36,7 +36,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from PIL import Image
@@ -49,17 +48,18 @@ from diffusion_lit.evaluation.generation import (
     Samples,
     class_frequencies,
     draw_labels,
-    gather_shards,
-    generate_shards,
+    draw_samples,
 )
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report import Page
+from diffusion_lit.report.facts import inside
 from diffusion_lit.report.images import titled_grid
 from diffusion_lit.runtime.hardware import hardware, pick_device
 from diffusion_lit.runtime.stopping import RunStopped, end
 from diffusion_lit.runtime.versions import commit
 from diffusion_lit.storage.hashing import file_hash, key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
+from experiments.harness.configs import merge, read_config
 from experiments.harness.evaluator import Evaluator, choose_extractor
 from experiments.harness.runs import Failed, Run, Trained, fit
 from experiments.harness.show import image_rows, keep_json, keep_table, markdown
@@ -174,18 +174,9 @@ class Study:
         Returns:
             What the options say, else the config, else configs/base.yaml; None where none says anything.
         """
-        if name in self.options:
-            given = self.options[name]
-            return yaml.safe_load(given) if isinstance(given, str) else given
-        for path in (find_config(self.config), configs_folder() / "base.yaml"):
-            found: Any = yaml.safe_load(path.read_text())
-            for key in name.split("."):
-                found = found.get(key) if isinstance(found, dict) else None
-                if isinstance(found, str) and found.endswith(".yaml"):  # a part that has a file of its own
-                    found = yaml.safe_load((path.parent / found).read_text())
-            if found is not None:
-                return found
-        return None
+        own = merge(read_config(find_config(self.config)), self.options)
+        found = inside(own, *name.split("."))
+        return inside(read_config(configs_folder() / "base.yaml"), *name.split(".")) if found is None else found
 
     def evaluator(self, trained: "dict[str, Trained] | Path | str") -> Evaluator:
         """The evaluator of samples.
@@ -246,8 +237,7 @@ class Study:
             "extractor": evaluator.extractor.identity(),
         }
         job = GenerationJob(setting, count, seed, labels, record, self.folder / "samples", self.setup.batch_size, True)
-        generate_shards(job, module, evaluator.extractor)
-        return gather_shards(job)
+        return draw_samples(job, module, evaluator.extractor)
 
     def keep(self, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Other results that take time: computed once and kept beside the samples.

@@ -15,7 +15,8 @@ from diffusion_lit.commands import main as cli
 from experiments import race as study
 from experiments.benchmarks import seeds
 from experiments.benchmarks.trainings import GUIDED
-from experiments.harness.halving import BASE, TRAINING, Result, Round, combined, merge, plan, survivors
+from experiments.harness.configs import merge
+from experiments.harness.halving import BASE, TRAINING, Result, Round, combined, plan, survivors
 from experiments.harness.study import main
 from experiments.sweep import read
 

@@ -20,7 +20,7 @@ from experiments.benchmarks.fit_training import own_part
 from experiments.benchmarks.tracks import TRACKS, Judge, LockedClassifier
 from experiments.benchmarks.trainings import GUIDED, UNGUIDED
 from experiments.benchmarks.verification import verify_receipt
-from experiments.harness.halving import merge
+from experiments.harness.configs import merge
 
 NAME = "digits_seconds"
 
