@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
-from diffusion_lit.diffusion.images import psnr, take, to_uint8
+from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.modules.quality import ssim
@@ -53,7 +53,7 @@ def cold_diffusion(
     goal = Statistics.of(evaluator.extractor.extract(originals, 250).features)
 
     def measure(made: Tensor) -> dict[str, float]:
-        restored, real = made / 127.5 - 1, originals / 127.5 - 1
+        restored, real = from_uint8(made), from_uint8(originals)
         distance = frechet_distance(Statistics.of(evaluator.extractor.extract(made, 250).features), goal)
         figures = {"psnr": float(psnr(restored, real).mean()), "ssim": float(ssim(restored, real))}
         return {evaluator.metric: distance, **figures}
@@ -131,7 +131,7 @@ def degraded(study: Study, run: Trained, images: Tensor) -> Tensor:
         uint8 (N, C, H, W).
     """
     module: Any = load_module(run.ckpt_path)
-    return to_uint8(module.degrade(images / 127.5 - 1, range(len(images)))[0])
+    return to_uint8(module.degrade(from_uint8(images), range(len(images)))[0])
 
 
 def restored(study: Study, run: Trained, originals: Tensor, sampling: ColdSampling) -> Tensor:
@@ -153,7 +153,7 @@ def restored(study: Study, run: Trained, originals: Tensor, sampling: ColdSampli
     def make() -> dict[str, Tensor]:
         made = []
         for rows in torch.split(torch.arange(len(originals)), study.setup.batch_size):
-            images = (originals[rows] / 127.5 - 1).to(study.device)
+            images = from_uint8(originals[rows]).to(study.device)
             made.append(to_uint8(module.reconstruct(images, sampling, rows.tolist())))
         return {"images": torch.cat(made)}
 

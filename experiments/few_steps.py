@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import kernel_distance
 from diffusion_lit.modules.load import load_module
@@ -71,7 +72,7 @@ def few_steps(
             (figures, drawn), setting = min(found, key=lambda one: one[0][0][evaluator.metric])
             row = {"model": name, "NFE": calls, "sampler": setting.sampler, "steps": setting.num_steps, **figures}
             rows.append(row)
-            images[f"{name}, {calls}"] = drawn.images[:SHOWN] / 127.5 - 1
+            images[f"{name}, {calls}"] = from_uint8(drawn.images[:SHOWN])
     count = study.setup.num_samples
     study.table("quality", rows, f"{count:,} samples of the same seeds against the training images.")
     panels = {name: [name] for name in (evaluator.metric, "precision", "recall")}

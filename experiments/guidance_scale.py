@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion import ClassifierFreeGuidance, Sampling
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.evaluation import ClassifierFeatures
 from diffusion_lit.evaluation.generation import GenerationJob, Samples, draw_samples
 from diffusion_lit.evaluation.metrics import kernel_distance
@@ -114,7 +115,7 @@ def guidance_scale(
         reader.load(evaluator.data)
     labels = torch.arange(study.setup.num_samples) % module.num_classes
     plain = module.sampling.replace(cfg_scale=1.0, num_steps=num_steps)
-    real = float((real_images(evaluator) / 127.5 - 1).abs().mean())
+    real = float(from_uint8(real_images(evaluator)).abs().mean())
 
     ways = [Way(f"scale {scale:g}", plain.replace(cfg_scale=scale), scale=scale) for scale in scales]
     ways.append(
@@ -150,7 +151,7 @@ def guidance_scale(
                 "guidance": way.name,
                 **evaluator.measure(samples),
                 "accuracy": float((logits.argmax(1) == labels).double().mean()),
-                "mean |x|, real = 1": float((samples.images / 127.5 - 1).abs().mean()) / real,
+                "mean |x|, real = 1": float(from_uint8(samples.images).abs().mean()) / real,
                 "clipped": samples.clipped,
                 "forwards": samples.forwards,
             }
@@ -268,7 +269,7 @@ def draw_grids(images: dict[str, Tensor], names: list[str]) -> plt.Figure:
     )
     shown = torch.arange(rows)[:, None] + len(names) * torch.arange(columns)
     for axes, (name, some) in zip(panels[0], images.items(), strict=True):
-        grid = grid_image(some[shown.flatten()] / 127.5 - 1, columns)
+        grid = grid_image(from_uint8(some[shown.flatten()]), columns)
         axes.imshow(grid, cmap="gray", interpolation="nearest")
         axes.set_title(name.replace(" for ", "\nfor "), fontsize=8)
         axes.set(xticks=[], yticks=[])

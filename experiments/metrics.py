@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.images import from_uint8, to_uint8
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.features import Features
 from diffusion_lit.evaluation.metrics import compute_metrics
@@ -64,7 +64,7 @@ def metrics(
         return samples.images
 
     better = draw("model", labels)
-    shaken = better / 127.5 - 1
+    shaken = from_uint8(better)
     shaken = shaken + noise * torch.randn(shaken.shape, generator=keyed_generator("metrics"))
     kinds = {
         "a quarter of the training": draw("a quarter", labels),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from diffusion_lit.diffusion.images import take
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.modules.load import load_module
 from experiments.harness.show import lines
 from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
@@ -89,7 +89,7 @@ def sharpness(images: Tensor) -> float:
         Of images scaled to [-1, 1], away from their border.
     """
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    pixels = (images.float() / 127.5 - 1).flatten(0, 1)[:, None]
+    pixels = from_uint8(images).flatten(0, 1)[:, None]
     return float(conv2d(pixels, kernel).square().mean())
 
 

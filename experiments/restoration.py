@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion import editing
-from diffusion_lit.diffusion.images import psnr, take, to_uint8
+from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
 from diffusion_lit.diffusion.posterior import POSTERIORS
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
@@ -98,7 +98,7 @@ def restoration(
     measure = extractor or ClassifierFeatures()
     measure.load(data)
     reference = reference_of(data, "test", measure, batch_size)
-    images = take(data.reference_images("test"), torch.arange(num_images)).float() / 127.5 - 1
+    images = from_uint8(take(data.reference_images("test"), torch.arange(num_images)))
     measurement = (
         editing.small_of(factor) if task == "super_resolve" else editing.blurred(blur_sigma, *images.shape[2:])
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
-from diffusion_lit.diffusion.images import take
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
 from experiments.harness.show import lines
@@ -99,7 +99,7 @@ def held_out(evaluator: Evaluator, count: int) -> Tensor:
         The first of the validation split, (count, C, H, W) in [-1, 1].
     """
     images = evaluator.data.reference_images("val")
-    return take(images, torch.arange(min(count, len(images)))).float() / 127.5 - 1
+    return from_uint8(take(images, torch.arange(min(count, len(images)))))
 
 
 def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:

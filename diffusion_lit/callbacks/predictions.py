@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.images import from_uint8, to_uint8
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 from diffusion_lit.words import counted
@@ -74,6 +74,6 @@ def gather(folder: Path) -> int:
     images = whole.pop("images")[order]
     labels: dict[str, Any] = {name: value[order] for name, value in whole.items()}
     np.savez_compressed(folder / "samples.npz", arr_0=images, **labels)
-    first = torch.from_numpy(images[:GRID]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    first = from_uint8(torch.from_numpy(images[:GRID]).permute(0, 3, 1, 2))
     grid_image(first, min(8, len(first))).save(folder / "grid.png")
     return len(images)

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_lit.callbacks.fid import FID
 from diffusion_lit.callbacks.samples import MOST, DrawingCallback
 from diffusion_lit.checks import check_count, check_number
-from diffusion_lit.diffusion.images import take
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.modules.latent import LatentDiffusion
@@ -155,7 +155,7 @@ def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | Non
     images = images if len(images) else data.reference_images("train")
     count = min(count, len(images))
     chosen = torch.arange(count) * len(images) // count
-    return take(images, chosen if rows is None else chosen[rows]).float() / 127.5 - 1
+    return from_uint8(take(images, chosen if rows is None else chosen[rows]))
 
 
 def _above(images: Tensor, made: Tensor, start: int, columns: int) -> list[Tensor]:

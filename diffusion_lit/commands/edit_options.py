@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion import editing
-from diffusion_lit.diffusion.images import psnr, to_uint8
+from diffusion_lit.diffusion.images import from_uint8, psnr, to_uint8
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.modules.load import load_data
@@ -84,7 +84,7 @@ class ImageOptions(Options):
         """
         channels, side, _ = model.image_shape
         pixels = self._test_image(model) if self.image is None else read_pixels(self.image, size or side, channels)
-        image = pixels[None].float() / 127.5 - 1
+        image = from_uint8(pixels[None])
         if self.image is not None and not self.negative_image and size is None:
             told = inverted(model, image)
             if told:

@@ -30,6 +30,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """The inverse of `to_uint8`: float32 images in [-1, 1] on the device that they are on."""
+    return images.float() / 127.5 - 1
+
+
 def to_grey(images: Tensor) -> Tensor:
     """The grey of colours by ITU-R BT.601, which is the mode L of image files.
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
 from diffusion_lit.modules.protocols import ImageSource
@@ -51,5 +52,5 @@ class ClassifierFeatures(FeatureExtractor):
                 f"The classifier was trained on images of shape {expected} and was given {tuple(images.shape[1:])}; "
                 "use one that was trained on this data set."
             )
-        features = network.features(images.float() / 127.5 - 1)
+        features = network.features(from_uint8(images))
         return Features(features, network.logits(features))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import psnr, take, to_uint8
+from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
 from diffusion_lit.evaluation.measure import ReportedReference, other_split
 from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_distance, summarise
@@ -132,7 +132,7 @@ def measure_reconstructions(
             figures[f"r{extractor.metric}"] = frechet_distance(Statistics.of(features.features), reference.statistics)
             found[name].append(check_figures(figures))
         if shown is None:
-            shown = torch.stack([real[:SHOWN], made[:SHOWN]], 1).float() / 127.5 - 1
+            shown = from_uint8(torch.stack([real[:SHOWN], made[:SHOWN]], 1))
     assert shown is not None
     entry: dict[str, Any] = {"split": split, "count": size, "blocks": plan.num_blocks}
     entry |= {name: summarise(figures) for name, figures in found.items()}
@@ -153,7 +153,7 @@ def nearness(made: Tensor, real: Tensor, distance: StageDistance | None, device:
     """
     sums: dict[str, float] = {}
     for mine, theirs in zip(torch.split(made, BATCH), torch.split(real, BATCH), strict=True):
-        pair = [part.to(device).float() / 127.5 - 1 for part in (mine, theirs)]
+        pair = [from_uint8(part.to(device)) for part in (mine, theirs)]
         figures = {"psnr": psnr(*pair).sum()}
         if min(real.shape[-2:]) >= SMALLEST_SSIM:
             figures["ssim"] = ssim(*pair) * len(mine)
@@ -176,7 +176,7 @@ def perceptual_distance(data: ImageSource, extractor: FeatureExtractor, device: 
 @torch.no_grad()
 def _restore(module: Reconstructs, images: Tensor) -> Tensor:
     """Reconstructions of uint8 images, uint8 on the CPU."""
-    return to_uint8(module.reconstruct(images.float() / 127.5 - 1)).cpu()
+    return to_uint8(module.reconstruct(from_uint8(images))).cpu()
 
 
 def _features(extractor: FeatureExtractor, images: Tensor) -> Features:

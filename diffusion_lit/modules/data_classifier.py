@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion_lit.diffusion.images import take
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.modules.protocols import ImageSource, ReadsSplits
 from diffusion_lit.nets.classifier import ConvClassifier
@@ -143,7 +143,7 @@ def train_classifier(network: ConvClassifier, images: Any, labels: Tensor, key: 
         if len(order) < batch:
             order = torch.randperm(count, generator=generator)
         rows, order = order[:batch].sort().values, order[batch:]
-        inputs = take(images, rows).float() / 127.5 - 1
+        inputs = from_uint8(take(images, rows))
         loss = nn.functional.cross_entropy(network(inputs), labels[rows], label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

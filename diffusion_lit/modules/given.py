@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.conditions import ConditionDraws, DegradedImage, ImageCondition
 from diffusion_lit.diffusion.generate import Sampling, StepCallback
-from diffusion_lit.diffusion.images import take
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import BLOCK, drawn_by_index, keyed_generator
 from diffusion_lit.modules.protocols import HasImages, HasPairs
@@ -181,7 +181,7 @@ class GivenImages(PixelModel):
         given = self.source()
         rows = torch.tensor([int(seed) % len(given.images) for seed in seeds])
         found = [
-            None if array is None else torch.stack([take(array, row[None])[0] for row in rows]).float() / 127.5 - 1
+            None if array is None else from_uint8(torch.stack([take(array, row[None])[0] for row in rows]))
             for array in (given.images, given.pairs)
         ]
         return cast(Tensor, found[0]), found[1]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.modules.autoencoders import build, describe
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.storage.hashing import weights_hash
@@ -299,7 +300,7 @@ def encode_all(
     world, rank = ranks
     for number in range(rank, len(jobs), world):
         copy, start = jobs[number]
-        chunk = torch.as_tensor(images[start : start + CHUNK]).to(device, torch.float32).div_(127.5).sub_(1.0)
+        chunk = from_uint8(torch.as_tensor(images[start : start + CHUNK]).to(device))
         posterior = space.encode(chunk.flip(-1) if copy else chunk)
         mean, std = posterior.mean.double().cpu(), posterior.std.double().cpu()
         sums[number, 0] = mean.sum(dim=(0, 2, 3))

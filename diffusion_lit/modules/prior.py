@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.checks import check_count
-from diffusion_lit.diffusion.images import take
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.bottlenecks import GaussianBottleneck
@@ -212,7 +212,7 @@ def mixture_of(
         rows, parts = torch.arange(count) * len(images) // count, []
         generator = keyed_generator("mixture")
         for chunk in torch.split(rows, batch_size):
-            posterior = net.encode(take(images, chunk).to(device).float() / 127.5 - 1)
+            posterior = net.encode(from_uint8(take(images, chunk).to(device)))
             noise = torch.randn(posterior.mean.shape, generator=generator)
             parts.append(posterior.sample(noise.to(device)).flatten(1).cpu())
         mixture = fit_mixture(torch.cat(parts), components)

@@ -3,6 +3,7 @@
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.report.images import titled_grid
 
 
@@ -15,6 +16,6 @@ def pairs_image(triples: Tensor) -> Image.Image:
     Returns:
         The image.
     """
-    images = (triples.float() / 127.5 - 1).flatten(0, 1)
+    images = from_uint8(triples).flatten(0, 1)
     rows = [list(images[start : start + 6]) for start in range(0, len(images), 6)]
     return titled_grid(rows, headings=["sample", "nearest training", "nearest held-out"] * (len(rows[0]) // 3))

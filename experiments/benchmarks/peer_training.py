@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.runtime.hardware import bf16_pays
 from diffusion_lit.storage.atomic import atomic
@@ -31,7 +32,7 @@ def train_peer(place: Path, training: Training) -> tuple[dict[str, Tensor], dict
 
     def turn(number: int, does: Callable[[Tensor], object]) -> None:
         torch.manual_seed(keyed_seed("peer", training.seed, number))
-        does(batch_of(images, training.seed, number, batch).to(track.device).float().div_(127.5).sub_(1))
+        does(from_uint8(batch_of(images, training.seed, number, batch).to(track.device)))
 
     if training.resume is not None:
         state = torch.load(training.resume, map_location=track.device, weights_only=True)

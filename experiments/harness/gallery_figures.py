@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_lit.commands.edit_options import decibels
 from diffusion_lit.diffusion import editing, keyed_seed
-from diffusion_lit.diffusion.images import to_uint8
+from diffusion_lit.diffusion.images import from_uint8, to_uint8
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash, key_of
@@ -87,10 +87,10 @@ class Reader:
 
     def _seen(self, split: str) -> np.ndarray:
         """The first images of a split after the change, a row each."""
-        return self._rows(torch.as_tensor(self.data.reference_images(split)[:LEARNT]).float() / 127.5 - 1)
+        return self._rows(from_uint8(torch.as_tensor(self.data.reference_images(split)[:LEARNT])))
 
     def _rows(self, images: Tensor) -> np.ndarray:
-        eight_bit = to_uint8(images).float() / 127.5 - 1
+        eight_bit = from_uint8(to_uint8(images))
         return self.change(eight_bit).flatten(1).numpy()
 
     def names(self, images: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def shares(right: Tensor) -> list[float]:
 
 def images_of(data: Any, count: int) -> Tensor:
     """The first test images, (count, C, H, W) in [-1, 1]."""
-    return torch.as_tensor(data.reference_images("test")[:count]).float() / 127.5 - 1
+    return from_uint8(torch.as_tensor(data.reference_images("test")[:count]))
 
 
 def fallen(model: Any, data: Any, starts: Sequence[int] = (1, 3, 5, 7, 10, 20), count: int = 8) -> dict[str, float]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.atomic import atomic
 
@@ -31,7 +32,7 @@ def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None,
         len(rows), 1, figsize=(width, 0.25 + len(rows) * 0.8 * width / count), layout="constrained", squeeze=False
     )
     for axes, (name, images) in zip(panels[:, 0], rows.items(), strict=True):
-        row = grid_image(images / 127.5 - 1 if images.dtype == torch.uint8 else images, count)
+        row = grid_image(from_uint8(images) if images.dtype == torch.uint8 else images, count)
         axes.imshow(row, cmap="gray", interpolation="nearest")
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.set_yticks([])

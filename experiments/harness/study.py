@@ -33,6 +33,8 @@ from typing import Any
 
 import matplotlib
 
+from diffusion_lit.diffusion.images import from_uint8
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
@@ -297,7 +299,7 @@ class Study:
             The PNG file.
         """
         if isinstance(images, Tensor):
-            scaled = images / 127.5 - 1 if images.dtype == torch.uint8 else images
+            scaled = from_uint8(images) if images.dtype == torch.uint8 else images
             images = titled_grid(list(scaled.split(columns)), names)
         path = self.folder / f"{name}.png"
         images.save(path)
