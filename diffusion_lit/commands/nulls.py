@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import Namespace
 
 from diffusion_lit.runtime.sentences import type_in_words
+from diffusion_lit.words import article
 
 LINKED = ("in_channels", "image_size", "num_classes")  # of networks, which the data decides
 
@@ -90,4 +91,4 @@ def _words(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_words(one) for one in get_args(kind))
     words = type_in_words(str(kind if get_origin(kind) in (None, Literal) else get_origin(kind)))
-    return words if " " in words else f"a {'class' if words == 'Callable' else words} by class_path"
+    return words if " " in words else f"{article('class' if words == 'Callable' else words)} by class_path"

@@ -16,6 +16,7 @@ from diffusion_lit.modules.protocols import DataSet, Model, Settings
 from diffusion_lit.modules.vae import VAE
 from diffusion_lit.pretrained.load_model import load_model
 from diffusion_lit.runtime.ranks import rank_zero_first
+from diffusion_lit.words import article
 
 S = TypeVar("S", bound=Settings)
 
@@ -148,8 +149,8 @@ class DrawOptions(SamplingOptions):
         """Gives a latent model the decoder that is asked for."""
         if not isinstance(model, LatentDiffusion):
             raise ValueError(
-                f"--decoder {self.decoder} is for latent diffusion, and {self.ckpt_path or self.pretrained} is a "
-                f"{type(model).__name__}; leave it out."
+                f"--decoder {self.decoder} is for latent diffusion, and {self.ckpt_path or self.pretrained} is "
+                f"{article(model)}; leave it out."
             )
         model.space.take_decoder(load_autoencoder(str(self.decoder)), f"--decoder {self.decoder}")
 
@@ -159,8 +160,8 @@ class DrawOptions(SamplingOptions):
             raise ValueError(f"--prior is {self.prior!r}; choose one of {', '.join(PRIORS)}.")
         if not isinstance(model, VAE):
             raise ValueError(
-                f"--prior {self.prior} is for a VAE, and {self.ckpt_path or self.pretrained} is a "
-                f"{type(model).__name__}, which draws by its sampler; leave it out."
+                f"--prior {self.prior} is for a VAE, and {self.ckpt_path or self.pretrained} is {article(model)}, "
+                "which draws by its sampler; leave it out."
             )
         if self.prior == "gmm":
             model.sampling = PriorSampling(

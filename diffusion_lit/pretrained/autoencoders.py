@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffusion_lit.modules.autoencoders import LOADERS
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.pretrained.files import find_model, library, load_part, read_json
+from diffusion_lit.words import article
 
 
 class PretrainedAutoencoder(nn.Module):
@@ -112,8 +113,8 @@ def load_pretrained_autoencoder(source: str) -> PretrainedAutoencoder:
     kind = AUTOENCODERS.get(str(config.get("_class_name")))
     if kind is None:
         raise ValueError(
-            f"{source} holds a {config.get('_class_name', 'model without a name')}; the autoencoders that serve here "
-            f"are {' and '.join(AUTOENCODERS)}."
+            f"{source} holds {article(str(config.get('_class_name', 'model without a name')))}; the autoencoders "
+            f"that serve here are {' and '.join(AUTOENCODERS)}."
         )
     vae = load_part(getattr(library("diffusers"), kind.kind), folder, low_cpu_mem_usage=False)
     net = kind(dict(vae.config))
