@@ -26,12 +26,7 @@ from diffusion_lit.callbacks import EMA
 from diffusion_lit.callbacks.reconstructions import real_images
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.generation import (
-    GenerationJob,
-    class_frequencies,
-    draw_labels,
-    draw_samples,
-)
+from diffusion_lit.evaluation.generation import GenerationJob, class_frequencies, draw_labels, draw_samples
 from diffusion_lit.modules import EDM, VAE, LatentDiffusion
 from diffusion_lit.nets import Autoencoder, UNet
 from diffusion_lit.report.facts import count_parameters

@@ -20,12 +20,7 @@ from tqdm import tqdm
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.evaluation.choose import make_extractor
-from diffusion_lit.evaluation.generation import (
-    GenerationJob,
-    class_frequencies,
-    draw_labels,
-    draw_samples,
-)
+from diffusion_lit.evaluation.generation import GenerationJob, class_frequencies, draw_labels, draw_samples
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_lit.callbacks.loggers import TensorBoardLogger, note
 from diffusion_lit.report.facts import count_parameters
-from diffusion_lit.report.receipt_page import plain_table
+from diffusion_lit.report.receipt_tables import plain_table
 from diffusion_lit.runtime.hardware import describe, hardware
 from diffusion_lit.runtime.installation import PROGRAM
 from diffusion_lit.runtime.internals import bare, logs_now

@@ -24,7 +24,7 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.modules.labels import check_guidance, class_indices
 from diffusion_lit.report.images import png_bytes
-from diffusion_lit.report.receipt_page import plain_table
+from diffusion_lit.report.receipt_tables import plain_table
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.exports import WEIGHTS, is_export

@@ -9,7 +9,8 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.commands.evaluate_plan import Plan
 from diffusion_lit.commands.evaluate_run import run
 from diffusion_lit.diffusion.samplers import sampler_table
-from diffusion_lit.report.receipt_page import likelihood_sentence, plain_table, tables
+from diffusion_lit.report.receipt_page import likelihood_sentence
+from diffusion_lit.report.receipt_tables import plain_table, tables
 from diffusion_lit.runtime.ranks import fabric as ranks_of
 from diffusion_lit.runtime.ranks import one_process, several
 

@@ -1,7 +1,6 @@
 """One evaluation from end to end, on every rank: load, draw shards, wait; rank 0 measures and writes the report."""
 
 import shutil
-from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,33 +8,24 @@ from typing import Any
 
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from tqdm import tqdm
 
 import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
+from diffusion_lit.commands.evaluate_job import FORMAT, choose_labels, guide_of, make_job, prepare_data
 from diffusion_lit.commands.evaluate_plan import Plan
-from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
-from diffusion_lit.evaluation.generation import (
-    GenerationJob,
-    class_frequencies,
-    draw_labels,
-    gather_shards,
-    generate_shards,
-)
+from diffusion_lit.evaluation.generation import GenerationJob, gather_shards, generate_shards
 from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
 from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
 from diffusion_lit.evaluation.single_image import is_single
 from diffusion_lit.modules.given import as_given
-from diffusion_lit.modules.labels import parse_labels
-from diffusion_lit.modules.load import load_data
-from diffusion_lit.modules.protocols import DataSet, Model, Settings, is_data_set
+from diffusion_lit.modules.protocols import DataSet, Model, Settings
 from diffusion_lit.report.memorization import pairs_image
 from diffusion_lit.report.receipt import write_report
-from diffusion_lit.report.receipt_page import attributed, setting_name
+from diffusion_lit.report.receipt_page import attributed
+from diffusion_lit.report.receipt_tables import setting_name
 from diffusion_lit.report.reconstructions import differences_image
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.lock import Busy, Lock
@@ -45,16 +35,6 @@ from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.words import counted
-
-FORMAT = 1
-
-
-def guide_of(module: Model, settings: Sequence[Settings]) -> dict[str, str] | None:
-    """The file and the hash of the worse model that guides any of the settings, or None."""
-    if not isinstance(module, PixelModel):
-        return None
-    guides = [one.guide_of(module.denoiser) for one in settings if isinstance(one, Sampling)]
-    return next((guide.identity() for guide in guides if guide is not None), None)
 
 
 def run(fabric: Fabric, plan: Plan) -> list[str]:
@@ -91,12 +71,7 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     """Evaluates while the report's lock is held; see `run`."""
     started = datetime.now(UTC)
     module = plan.load_model()
-    for name in ("per_class", "likelihood"):
-        if getattr(plan, name) and module.prompts is not None:
-            raise ValueError(f"--{name} needs classes or none, but {plan.pretrained} is a text model; leave it out.")
-    settings = plan.settings(module.sampling)
-    plan.check_guidance(module, settings)
-    reconstructs(plan, module)  # or refuses
+    settings = checked_settings(plan, module)
 
     def prepare() -> tuple[DataSet, FeatureExtractor]:
         data = prepare_data(plan, module, fabric.is_global_zero)
@@ -105,21 +80,55 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
         return data, extractor
 
     data, extractor = rank_zero_first(prepare, "data and extractor")
-    given = as_given(module)
-    if given is not None:
-        if plan.likelihood:
-            raise ValueError(
-                "--likelihood is that of images alone, but the model is given an image of each; leave it out."
-            )
+    if (given := as_given(module)) is not None:
         given.give(data, "test")
     module.to(fabric.device)
     extractor.to(fabric.device)
-
     single = is_single(data.reference_images("train"))
     jobs = [make_job(plan, module, data, extractor, setting, len(settings), single) for setting in settings]
     references: dict[str, ReportedReference] = {}
     if fabric.is_global_zero and not single:
         references = read_references(plan, data, extractor, module.image_shape)
+    draw(fabric, plan, module, data, extractor, jobs)
+    if not fabric.is_global_zero:
+        return []
+    report = header(plan, module, data, extractor, references)
+    seconds = add_results(report, plan, jobs, module, data, extractor, references, fabric)
+    report["run"] = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
+        "sampling_seconds": round(seconds, 1),
+        "batch_size": plan.batch_size,
+        **hardware(fabric.device, fabric.world_size),
+    }
+    written = [str(path) for path in write_report(report, plan.path)]
+    if not plan.keep_shards:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+    return written
+
+
+def checked_settings(plan: Plan, module: Model) -> list[Settings]:
+    """The settings to measure, after all that can be refused without the data."""
+    for name in ("per_class", "likelihood"):
+        if getattr(plan, name) and module.prompts is not None:
+            raise ValueError(f"--{name} needs classes or none, but {plan.pretrained} is a text model; leave it out.")
+    settings = plan.settings(module.sampling)
+    plan.check_guidance(module, settings)
+    reconstructs(plan, module)  # or refuses
+    if plan.likelihood and as_given(module) is not None:
+        raise ValueError("--likelihood is that of images alone, but the model is given an image of each; leave it out.")
+    return settings
+
+
+def draw(
+    fabric: Fabric,
+    plan: Plan,
+    module: Model,
+    data: DataSet,
+    extractor: FeatureExtractor,
+    jobs: list[GenerationJob],
+) -> None:
+    """Makes this rank's shards of all samples and likelihoods, and waits for the other ranks."""
     share = sum(len(rows) for job in jobs for rows in job.shards()[fabric.global_rank :: fabric.world_size])
     with tqdm(total=share, desc="sampling", unit="img", disable=not fabric.is_global_zero) as bar:
         for job in jobs:
@@ -127,10 +136,23 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     if plan.likelihood:
         likelihood_shards(plan, module, data, fabric.global_rank, fabric.world_size)
     meet("the samples of other ranks")
-    if not fabric.is_global_zero:
-        return []
 
-    report = header(plan, module, data, extractor, references)
+
+def add_results(
+    report: dict[str, Any],
+    plan: Plan,
+    jobs: list[GenerationJob],
+    module: Model,
+    data: DataSet,
+    extractor: FeatureExtractor,
+    references: dict[str, ReportedReference],
+    fabric: Fabric,
+) -> float:
+    """Puts the figures of all settings into a report, and draws its images; on rank 0.
+
+    Returns:
+        Seconds that sampling took, all ranks together.
+    """
     seconds = 0.0
     said: dict[str, list[str]] = {}
     for job in jobs:
@@ -149,117 +171,7 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
         panel = add_reconstructions(report, plan, module, data, extractor, references)
         if panel is not None:
             differences_image(panel).save(plan.path.with_name(report["reconstruction"]["images"]))
-    report["run"] = {
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "sampling_seconds": round(seconds, 1),
-        "batch_size": plan.batch_size,
-        **hardware(fabric.device, fabric.world_size),
-    }
-    written = [str(path) for path in write_report(report, plan.path)]
-    if not plan.keep_shards:
-        shutil.rmtree(plan.folder, ignore_errors=True)
-    return written
-
-
-def prepare_data(plan: Plan, module: Model, first: bool) -> DataSet:
-    """The data that the checkpoint was trained on, or what the user gave instead, set up.
-
-    Args:
-        plan: The options.
-        module: The model.
-        first: Whether this process downloads.
-
-    Returns:
-        The data module.
-
-    Raises:
-        ValueError: If its images have another shape than the model's, or it is no data to compare with.
-    """
-    if plan.data is None and plan.ckpt_path is None:
-        raise ValueError(
-            f"{plan.pretrained} brings no data along; say what to compare it with, such as --data datamodules.CIFAR10."
-        )
-    data = plan.data if plan.data is not None else load_data(str(plan.ckpt_path), root=plan.data_root)
-    if not is_data_set(data):
-        raise ValueError(f"{type(data).__name__} has no reference images; use one of datamodules.")
-    if first:
-        data.prepare_data()
-    for stage in ("fit", "test"):
-        data.setup(stage)
-    if tuple(data.image_shape) != tuple(module.image_shape):
-        raise ValueError(
-            f"The data's images have shape {tuple(data.image_shape)} and the model's {tuple(module.image_shape)}; "
-            "evaluate against data of the same size."
-        )
-    return data
-
-
-def make_job(
-    plan: Plan,
-    module: Model,
-    data: DataSet,
-    extractor: FeatureExtractor,
-    setting: Settings,
-    settings: int,
-    single: bool,
-) -> GenerationJob:
-    """The samples of one setting.
-
-    Args:
-        plan: The options.
-        module: The model.
-        data: The data.
-        extractor: The loaded extractor.
-        setting: How samples are drawn.
-        settings: Number of settings.
-        single: Whether the model was trained on one image.
-
-    Returns:
-        The job.
-    """
-    labels, rule = choose_labels(plan, module, data)
-    record = {
-        "format": FORMAT,
-        "checkpoint": plan.model_hash(module),
-        "sampling": setting.record(),
-        "guide": guide_of(module, [setting]),
-        "labels": rule,
-        **({} if (given := as_given(module)) is None else {"given": given.told()}),
-        "image_shape": list(module.image_shape),
-        "extractor": extractor.identity(),
-    }
-    save_to = None
-    if plan.save_samples is not None:
-        name = f"{setting.sampler}_{setting.num_steps}_cfg{setting.cfg_scale:g}"
-        save_to = Path(plan.save_samples) / (name if settings > 1 else "")
-    keep = plan.memorization or single
-    return GenerationJob(setting, plan.total, plan.seed, labels, record, plan.folder, plan.batch_size, keep, save_to)
-
-
-def choose_labels(plan: Plan, module: Model, data: DataSet) -> tuple[Tensor | None, str]:
-    """The class of every sample, and a description of how it was chosen.
-
-    Args:
-        plan: The options.
-        module: The model.
-        data: The data.
-
-    Returns:
-        Classes int64 (total,) or None, and the rule.
-    """
-    given = "all" if plan.prompts else plan.labels
-    labels = parse_labels(given, plan.num_samples, module.num_classes, module.class_names)
-    if labels is not None:
-        return labels.repeat(plan.num_blocks), f"as given, {given}, in each block of {plan.num_samples}"
-    if module.prompts is not None:
-        return None, "none: the null prompt"
-    frequencies = class_frequencies(data, module.num_classes)
-    if frequencies is None:
-        return None, "none: the model is unconditional"
-    shares = ", ".join(f"{share:.6g}" for share in frequencies.tolist())
-    seeds = range(plan.seed, plan.seed + plan.total)
-    return draw_labels(seeds, frequencies), f"drawn by each sample's own generator from training frequencies {shares}"
+    return seconds
 
 
 def header(

@@ -7,14 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusion_lit.diffusion import (
-    Denoiser,
-    FlowPreconditioning,
-    LevelPairs,
-    MeanFlowLoss,
-    Preconditioning,
-    Sampling,
-)
+from diffusion_lit.diffusion import Denoiser, FlowPreconditioning, LevelPairs, MeanFlowLoss, Preconditioning, Sampling
 from diffusion_lit.modules.base import DiffusionModule
 
 

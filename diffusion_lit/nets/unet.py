@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lit.checks import check_count, check_counts, check_number, check_numbers
-from diffusion_lit.nets.checks import (
-    require_image,
-    require_image_size,
-    require_levels,
-    require_one_of,
-    with_condition,
-)
+from diffusion_lit.nets.checks import require_image, require_image_size, require_levels, require_one_of, with_condition
 from diffusion_lit.nets.layers import (
     Attention,
     Conditioning,

@@ -30,7 +30,8 @@ from diffusion_lit.report.facts import (
     step_of,
 )
 from diffusion_lit.report.page import Page
-from diffusion_lit.report.receipt_page import blocks_sentence, likelihood_sentence, tables
+from diffusion_lit.report.receipt_page import blocks_sentence, likelihood_sentence
+from diffusion_lit.report.receipt_tables import tables
 from diffusion_lit.storage.checkpoints import read_checkpoint
 
 GRIDS = 6  # grids shown over time, first and last among them

@@ -32,7 +32,7 @@ from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import kid_subset_size, short_count
 from diffusion_lit.evaluation.weights import read_state
 from diffusion_lit.modules.load import load_data
-from diffusion_lit.report.receipt_page import setting_name, shown
+from diffusion_lit.report.receipt_tables import setting_name, shown
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_last
 from experiments.harness.command import command

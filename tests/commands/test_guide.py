@@ -8,17 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import (
-    FIT,
-    LATENT_DIGITS,
-    NO_IMAGES,
-    TINY_LATENT,
-    TINY_VAE,
-    VAE_DIGITS,
-    read,
-    same_training,
-    stopped,
-)
+from helpers.runs import FIT, LATENT_DIGITS, NO_IMAGES, TINY_LATENT, TINY_VAE, VAE_DIGITS, read, same_training, stopped
 
 from diffusion_lit.diffusion import heun
 from diffusion_lit.diffusion.images import to_uint8

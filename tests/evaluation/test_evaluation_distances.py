@@ -16,7 +16,7 @@ from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.kernels import gaussian_mmd, kernel_distance_variance
 from diffusion_lit.evaluation.metrics import Statistics, compute_metrics, frechet_distance, summarise
 from diffusion_lit.evaluation.neighbours import density_coverage
-from diffusion_lit.report.receipt_page import shown
+from diffusion_lit.report.receipt_tables import shown
 
 
 def normal(seed, *shape, shift=0.0):
