@@ -32,10 +32,9 @@ from datamodules.decode import BadImageError, Transform, significant_bits
 from datamodules.decode_pool import decode_all
 from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.runtime.lock import Lock
-from diffusion_lit.storage.atomic import atomic
+from diffusion_lit.storage.arrays import open_array, write_index
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
-from diffusion_lit.storage.hashing import file_crc32, key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
 from diffusion_lit.words import counted
 
@@ -133,21 +132,8 @@ def prepare(
 
 def _open(place: Path) -> Cache | None:
     """The cache in a folder, or None if there is no complete and intact one."""
-    try:
-        index = json.loads((place / "index.json").read_text())
-        shape = tuple(index["shape"])
-        if index.pop("index_sha256") != key_of(index):
-            return None
-        if (place / "images.u8").stat().st_size != int(np.prod(shape)):
-            return None
-        if file_crc32(place / "images.u8") != index["crc32"]:
-            return None
-        images = np.memmap(place / "images.u8", np.uint8, "r", shape=shape)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):  # damaged after it was written
-        return None
-    return _cache(index, images)
+    found = open_array(place / "images.u8", np.uint8, lambda index: tuple(index["shape"]))
+    return None if found is None else _cache(*found)
 
 
 def _cache(index: dict[str, Any], images: np.ndarray) -> Cache:
@@ -192,8 +178,7 @@ class _Work:
             with (scratch / "images.u8").open("wb") as file:
                 reserve(file, self.size, scratch / "images.u8")
             index = self._decode(scratch / "images.u8")
-            with atomic(scratch / "index.json") as file:
-                file.write(json.dumps({**index, "index_sha256": key_of(index)}).encode())
+            write_index(scratch / "images.u8", index)
             publish(scratch, place, lambda: _open(place) is not None)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)

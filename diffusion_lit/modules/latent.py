@@ -25,10 +25,11 @@ from diffusion_lit.diffusion.models import LatentModel
 from diffusion_lit.diffusion.rng import run_seed
 from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.base import DiffusionModule
-from diffusion_lit.modules.latent_cache import LatentCache, all_sum, latent_cache
+from diffusion_lit.modules.latent_cache import LatentCache, latent_cache
 from diffusion_lit.modules.latent_space import LatentSpace, encode_all, interpolate, latent_shape, scale_of
 from diffusion_lit.modules.protocols import DataSet, is_data_set
 from diffusion_lit.runtime.internals import data_of
+from diffusion_lit.runtime.ranks import over_ranks
 
 
 class LatentDiffusion(LatentModel, DiffusionModule):
@@ -143,7 +144,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
                 sums = self._caches["train"].sums
             else:
                 sums = encode_all(self.space, images, mirrored, self.device, self.ranks)
-                sums = all_sum(self.trainer, sums, self.device)
+                sums = over_ranks(self.trainer, sums, "sum")
             _, height, width = self.space.shape
             self.space.set_scale(*scale_of(sums, len(images) * (2 if mirrored else 1), height * width))
         for cache in self._caches.values():

@@ -10,8 +10,6 @@ chunks into memory.
 """
 
 import contextlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,10 +29,11 @@ from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.lock import Lock
-from diffusion_lit.runtime.ranks import rank_zero_alone
+from diffusion_lit.runtime.ranks import over_ranks, rank_zero_alone
+from diffusion_lit.storage.arrays import open_array, write_index
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
-from diffusion_lit.storage.hashing import file_crc32, key_of
+from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.room import fits_in_memory, reserve
 from diffusion_lit.words import counted
 
@@ -161,18 +160,14 @@ def _keeper(moments: Any) -> Callable[[int, int, Posterior], None]:
 
 def _open(place: Path, record: dict[str, Any]) -> LatentCache | None:
     """The cache in a folder, or None if there is no complete one."""
-    try:
-        index = json.loads((place / "index.json").read_text())
-        if index.pop("index_sha256") != key_of(index) or index["record"] != record:
-            return None
-        if (place / "moments.f32").stat().st_size != 4 * int(np.prod(record["shape"])):
-            return None
-        if file_crc32(place / "moments.f32") != index["crc32"]:
-            return None
-        moments = np.memmap(place / "moments.f32", np.float32, "r", shape=tuple(record["shape"]))
-        return LatentCache(moments, torch.tensor(index["sums"], dtype=torch.float64))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
+
+    def shape_of(index: dict[str, Any]) -> tuple[int, ...] | None:
+        return tuple(record["shape"]) if index["record"] == record else None
+
+    found = open_array(place / "moments.f32", np.float32, shape_of)
+    if found is None:
         return None
+    return LatentCache(found[1], torch.tensor(found[0]["sums"], dtype=torch.float64))
 
 
 def _write(
@@ -191,11 +186,7 @@ def _write(
             reserve(file, 4 * int(np.prod(shape)), scratch / "moments.f32")
 
     def finish() -> None:
-        index = {"record": record, "sums": sums.tolist(), "crc32": file_crc32(scratch / "moments.f32")}
-        with (scratch / "index.json").open("w") as file:
-            json.dump({**index, "index_sha256": key_of(index)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_index(scratch / "moments.f32", {"record": record, "sums": sums.tolist()})
         publish(scratch, place, lambda: _open(place, record) is not None)
         size = 4 * int(np.prod(shape)) / 2**20
         rank_zero_info(
@@ -216,7 +207,7 @@ def _write(
             space, images, bool(record["mirrored"]), device, (world, trainer.global_rank), _keeper(moments), bar.update
         )
     moments.flush()
-    sums = all_sum(trainer, sums, device)
+    sums = over_ranks(trainer, sums, "sum")
     trainer.strategy.barrier()  # all have written
     problem = _on_rank_zero(trainer, finish, "the index of the latents")
     if problem:
@@ -235,24 +226,6 @@ def _on_rank_zero(trainer: Trainer, work: Callable[[], None], what: str) -> str:
         return ""
 
     return str(trainer.strategy.broadcast(rank_zero_alone(attempt, what)))
-
-
-def all_sum(trainer: Trainer, sums: Tensor, device: torch.device) -> Tensor:
-    """Adds tensors over ranks.
-
-    Args:
-        trainer: The trainer.
-        sums: This rank's, on the CPU.
-        device: The training device, through which ranks talk.
-
-    Returns:
-        The sum, on the CPU.
-    """
-    if trainer.world_size == 1:
-        return sums
-    total = trainer.strategy.reduce(sums.to(device), reduce_op="sum")
-    assert isinstance(total, Tensor)
-    return total.cpu()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.modules.quality import LatentUse, ssim
 from diffusion_lit.modules.reconstruction import DiscretisedLogistic, Reconstruction
 from diffusion_lit.runtime.internals import data_of, trainer_of
-from diffusion_lit.runtime.ranks import rank_zero_first
+from diffusion_lit.runtime.ranks import over_ranks, rank_zero_first
 
 
 class Terms(NamedTuple):
@@ -239,12 +239,7 @@ class VAE(BaseModule):
 
     def over_ranks(self, value: Tensor, how: str = "mean") -> Tensor:
         """The mean, or the sum, of a detached tensor over ranks."""
-        trainer = trainer_of(self)
-        if trainer is None or trainer.world_size == 1:
-            return value
-        reduced = trainer.strategy.reduce(value.clone(), reduce_op=how)
-        assert isinstance(reduced, Tensor)
-        return reduced
+        return over_ranks(trainer_of(self), value, how)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Leaves the adversary unchanged until its start."""

@@ -205,6 +205,15 @@ def gather(mine: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def over_ranks(trainer: Any, value: Tensor, how: str = "mean") -> Tensor:
+    """The mean, or the `sum`, of a detached tensor over the ranks of a trainer; the tensor itself without one."""
+    if trainer is None or trainer.world_size == 1:
+        return value
+    strategy = trainer.strategy
+    reduced: Tensor = strategy.reduce(value.to(strategy.root_device, copy=True), reduce_op=how)
+    return reduced.to(value.device)
+
+
 def images_of(batch: dict[str, Tensor], trainer: Trainer) -> int:
     """Images that a training step sees on all ranks together.
 
