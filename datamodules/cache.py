@@ -83,9 +83,6 @@ def prepare(
         processes: Number of processes that decode; by default one per core that this process may use, 16 at the most.
         by_content: Whether the images of each pool are put in the order of the hashes of their files' contents.
 
-    Returns:
-        The cache.
-
     Raises:
         ValueError: If no image can be used, or, with `strict`, if one cannot; or the cache can neither be written nor
             held in memory.

@@ -90,9 +90,6 @@ class Store:
             name: Its name below the root.
             size: Its bytes, of a chunk.
 
-        Returns:
-            Its path.
-
         Raises:
             OSError: If it cannot be fetched.
         """

@@ -257,9 +257,6 @@ def _centre(size: tuple[int, int], side: float) -> tuple[float, float, float, fl
 def significant_bits(file: IO[bytes]) -> int | None:
     """How many bits of an image with 16 bits per channel are used.
 
-    Args:
-        file: The opened file.
-
     Returns:
         The fewest of 8, 10, 12, 14 and 16 that hold its values; None for an image with fewer bits, or a broken one.
     """

@@ -104,11 +104,7 @@ class DecoderPool:
         self.pipes: list[Connection | None] = [None] * size
 
     def start(self, worker: int) -> None:
-        """Starts one process where its predecessor stopped.
-
-        Args:
-            worker: Its number.
-        """
+        """Starts one process where its predecessor stopped."""
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_run, args=(self, worker, theirs, os.getpid()), daemon=True)
         process.start()

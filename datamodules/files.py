@@ -18,9 +18,6 @@ def download(urls: Sequence[str], name: str, checksum: str, folder: Path) -> Pat
         checksum: Its MD5, in hexadecimal digits.
         folder: Where it goes; it appears there whole and verified or not at all.
 
-    Returns:
-        The file.
-
     Raises:
         RuntimeError: If no address has the file as it should be.
     """
@@ -41,9 +38,6 @@ def download(urls: Sequence[str], name: str, checksum: str, folder: Path) -> Pat
 def first_line(error: Exception) -> str:
     """What an exception says, in one line.
 
-    Args:
-        error: Any exception.
-
     Returns:
         The first line of its message, or the name of its class.
     """
@@ -51,12 +45,5 @@ def first_line(error: Exception) -> str:
 
 
 def may_not_read(path: Path) -> PermissionError:
-    """The error that tells that a file may not be read.
-
-    Args:
-        path: The file.
-
-    Returns:
-        An exception to raise.
-    """
+    """The error that tells that a file may not be read."""
     return PermissionError(f"{path} may not be read; ask its owner for permission to read it.")

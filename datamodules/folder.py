@@ -124,9 +124,6 @@ def lay_out(listing: Listing, use_labels: bool = True) -> Layout:
 def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
     """Sorts names as people do: numbers in them as numbers, "2" before "10".
 
-    Args:
-        name: A name.
-
     Returns:
         What to sort it by.
     """

@@ -107,9 +107,6 @@ def printable(name: str) -> str:
 
     Args:
         name: A name as the system gives it.
-
-    Returns:
-        The name to print.
     """
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 

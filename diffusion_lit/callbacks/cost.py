@@ -52,9 +52,6 @@ def network_cost(
         net: Called as `net(x, noise)`, or as `net(x)` where it takes one input.
         shape: Shape (C, H, W) of its input.
         context: The autocast that it trains under.
-
-    Returns:
-        Its cost.
     """
     probe = copy.deepcopy(net).train()
     parameter = next(probe.parameters())

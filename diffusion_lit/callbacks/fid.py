@@ -101,15 +101,7 @@ class FID(Callback):
             pl_module.log(name, torch.tensor(floor, device=pl_module.device), batch_size=1, sync_dist=True)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        """The distance, on every rank.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
-
-        Returns:
-            A scalar.
-        """
+        """The distance, on every rank."""
         made = self._generated(trainer, pl_module)
         value = torch.zeros((), device=pl_module.device)
         if self._reference is not None:
@@ -134,10 +126,6 @@ class FID(Callback):
 
     def problem(self, trainer: Any, pl_module: LightningModule) -> str | None:
         """Why the model cannot be measured on this data, or None.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The model.
 
         Returns:
             A sentence without its full stop, or None.

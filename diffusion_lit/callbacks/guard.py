@@ -166,10 +166,6 @@ class NonFiniteGuard(Callback):
     def read(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the record on the host, and stops or warns if a step was bad.
 
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-
         Raises:
             RunStopped: If a step was bad and the run is to stop.
         """

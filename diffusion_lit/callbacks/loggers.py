@@ -26,11 +26,7 @@ class TensorBoardLogger(LightningTensorBoardLogger):
     _warned = False
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Writes, and warns where that fails.
-
-        Args:
-            write: Does it.
-        """
+        """Writes, and warns where that fails."""
         try:
             write()
         except (OSError, ValueError) as error:
@@ -159,12 +155,6 @@ LOGGERS = {
 
 def with_logger_named(args: list[str]) -> list[str]:
     """Replaces a logger's short name by its class: `--trainer.logger wandb`, `csv` or `tensorboard`.
-
-    Args:
-        args: A command line.
-
-    Returns:
-        It.
 
     Raises:
         ValueError: If the package of that logger is missing, or no logger has this name.

@@ -17,10 +17,6 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
 
     A user's own models and callbacks may log anything: then nothing is refused.
 
-    Args:
-        trainer: Its callbacks are asked.
-        module: What is trained.
-
     Raises:
         ValueError: If there is no such figure.
     """

@@ -64,9 +64,6 @@ def gather(folder: Path) -> int:
 
     Args:
         folder: Holds them in `.parts`.
-
-    Returns:
-        The number of images.
     """
     parts = [dict(np.load(path, allow_pickle=False)) for path in sorted((folder / ".parts").glob("*.npz"))]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -176,9 +176,6 @@ def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
     Args:
         trainer: The trainer, its optimizers made.
         pl_module: The module.
-
-    Returns:
-        Two lines.
     """
     figures = (
         ""
@@ -253,9 +250,6 @@ def nothing_trained(trainer: Trainer) -> str:
 
     Args:
         trainer: The trainer, at the end.
-
-    Returns:
-        A sentence.
     """
     progress: Any = trainer.fit_loop.epoch_progress.current
     step, epochs = trainer.global_step, progress.processed

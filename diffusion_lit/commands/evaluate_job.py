@@ -30,14 +30,6 @@ def guide_of(module: Model, settings: Sequence[Settings]) -> dict[str, str] | No
 def prepare_data(plan: Plan, module: Model, first: bool) -> DataSet:
     """The data that the checkpoint was trained on, or what the user gave instead, set up.
 
-    Args:
-        plan: The options.
-        module: The model.
-        first: Whether this process downloads.
-
-    Returns:
-        The data module.
-
     Raises:
         ValueError: If its images have another shape than the model's, or it is no data to compare with.
     """
@@ -79,9 +71,6 @@ def make_job(
         setting: How samples are drawn.
         settings: Number of settings.
         single: Whether the model was trained on one image.
-
-    Returns:
-        The job.
     """
     labels, rule = choose_labels(plan, module, data)
     record = {
@@ -104,11 +93,6 @@ def make_job(
 
 def choose_labels(plan: Plan, module: Model, data: DataSet) -> tuple[Tensor | None, str]:
     """The class of every sample, and a description of how it was chosen.
-
-    Args:
-        plan: The options.
-        module: The model.
-        data: The data.
 
     Returns:
         Classes int64 (total,) or None, and the rule.

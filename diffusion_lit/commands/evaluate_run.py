@@ -40,10 +40,6 @@ from diffusion_lit.words import counted
 def run(fabric: Fabric, plan: Plan) -> list[str]:
     """Evaluates; called on every rank.
 
-    Args:
-        fabric: Devices and ranks.
-        plan: The options.
-
     Returns:
         The files written, on rank 0; nothing elsewhere.
 
@@ -178,13 +174,6 @@ def header(
     plan: Plan, module: Model, data: DataSet, extractor: FeatureExtractor, references: dict[str, ReportedReference]
 ) -> dict[str, Any]:
     """The report without its results.
-
-    Args:
-        plan: The options.
-        module: The model.
-        data: The data.
-        extractor: The loaded extractor.
-        references: The references by name.
 
     Returns:
         Plain values: all that would change a figure.

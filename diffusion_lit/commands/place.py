@@ -46,14 +46,7 @@ class Place:
 
     @classmethod
     def of(cls, config: Namespace) -> "Place":
-        """Names a run: by `--name`, by its logger, or after its last config file.
-
-        Args:
-            config: The command's configuration.
-
-        Returns:
-            Its place.
-        """
+        """Names a run: by `--name`, by its logger, or after its last config file."""
         said = [logger.init_args for logger in _loggers(config.trainer) if _makes_folders(logger)]
         name = config.get("name")
         if name is None:

@@ -58,9 +58,6 @@ def line(key: str, old: Any, new: Any, counts: str = "this run's") -> str:
         old: Its value in the checkpoint.
         new: Its value in this run.
         counts: Whose value holds.
-
-    Returns:
-        A line.
     """
     values = [value if value is ABSENT else repr(value).removesuffix(".0") for value in (old, new)]
     return f"{key}: {values[0]} in the checkpoint, {values[1]} in this run; {counts} counts."
@@ -135,10 +132,6 @@ def names_seed(typed: Sequence[str], configs: Iterable[Any]) -> bool:
 
 
 def say(*lines: str) -> None:
-    """Prints lines, on rank 0.
-
-    Args:
-        lines: The lines.
-    """
+    """Prints lines, on rank 0."""
     if getattr(rank_zero_only, "rank", None) in (None, 0) and lines:
         print("\n".join(lines))

@@ -143,10 +143,6 @@ class SampleJob:
     def draw(self, rows: range, recorder: StepRecorder | None) -> Tensor:
         """Draws one batch.
 
-        Args:
-            rows: The samples' indices.
-            recorder: Keeps their steps.
-
         Returns:
             Samples (B, C, H, W) in [-1, 1].
         """

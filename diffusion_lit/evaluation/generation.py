@@ -68,22 +68,12 @@ class GenerationJob:
         return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
 
     def shard_record(self, rows: range) -> dict[str, Any]:
-        """All that determines a shard.
-
-        Args:
-            rows: Its indices.
-
-        Returns:
-            Plain values.
-        """
+        """All that determines a shard."""
         more = {"images": self.keep_images, "saved": None if self.save_to is None else str(self.save_to)}
         return {**self.record, **more, "seed": self.seed, "start": rows.start, "stop": rows.stop}
 
     def path(self, rows: range) -> Path:
         """The file of a shard.
-
-        Args:
-            rows: Its indices.
 
         Returns:
             A path below the job's own folder.
@@ -148,12 +138,6 @@ def draw_samples(
 
 def gather_shards(job: GenerationJob) -> Samples:
     """Joins the shards of all ranks.
-
-    Args:
-        job: What was made.
-
-    Returns:
-        All samples.
 
     Raises:
         ValueError: If a shard is missing or belongs elsewhere, or the samples are not each there once.

@@ -58,9 +58,6 @@ def read_references(
         extractor: The loaded extractor.
         image_shape: Shape (C, H, W) of the samples.
 
-    Returns:
-        References by name.
-
     Raises:
         ValueError: If a file does not belong to the extractor or the samples, or there is no such split.
     """

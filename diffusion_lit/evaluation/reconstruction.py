@@ -35,10 +35,6 @@ SMALLEST_SSIM = 6  # pixels of a side
 def reconstructs(plan: Any, module: object) -> bool:
     """Whether an evaluation measures reconstructions.
 
-    Args:
-        plan: Its options.
-        module: The model.
-
     Returns:
         What --reconstruction says, or whether the model is a VAE.
 

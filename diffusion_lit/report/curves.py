@@ -46,9 +46,6 @@ class Panel:
 def panels(history: History) -> list[Panel]:
     """Groups what was logged into quantities: the splits of one together, the noise levels, a distance and its floor.
 
-    Args:
-        history: What was logged.
-
     Returns:
         The loss first, learning rate and speed last.
     """
@@ -80,10 +77,6 @@ def panels(history: History) -> list[Panel]:
 def scales(panel: Panel, history: History) -> list[str]:
     """The scales in which a quantity is drawn.
 
-    Args:
-        panel: The quantity.
-        history: What was logged.
-
     Returns:
         Of a loss "linear", and "log" where its values are positive; of a metric "log" where its values are positive and
         span a factor of ten; else "linear".
@@ -105,9 +98,6 @@ def draw(panel: Panel, history: History, scale: str = "linear") -> Figure:
         panel: The quantity.
         history: What was logged.
         scale: Scale of its axis, "linear" or "log".
-
-    Returns:
-        The figure.
     """
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -134,9 +124,6 @@ def title(name: str) -> str:
 
     Args:
         name: Its name in the log.
-
-    Returns:
-        Its title.
     """
     if name.startswith(("fid_", "fd_", "rfid_", "rfd_")):
         of = "reconstructions" if name.startswith("r") else "samples"

@@ -72,9 +72,6 @@ class History:
     def last(self, tag: str) -> float | None:
         """The last value of a tag that is finite.
 
-        Args:
-            tag: Its name.
-
         Returns:
             The value, or None where there is none.
         """
@@ -85,9 +82,6 @@ class History:
 
 def read_history(folder: Path) -> History:
     """Reads all event files of a run.
-
-    Args:
-        folder: The run's folder.
 
     Returns:
         What they hold; of a damaged or truncated file, or one that is being written, what comes before the damage.
@@ -111,14 +105,7 @@ def read_history(folder: Path) -> History:
 
 
 def read_session(path: Path) -> Session:
-    """Reads one event file up to where it ends or is damaged.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds.
-    """
+    """Reads one event file up to where it ends or is damaged."""
     session, count = Session(path.name), 0
     plugins: dict[str, str] = {}
     try:
@@ -142,9 +129,6 @@ def read_session(path: Path) -> Session:
 
 def count_records(path: Path) -> float:
     """The number of records of an event file, by their recorded lengths.
-
-    Args:
-        path: The file.
 
     Returns:
         Their number; infinity where the last one is cut off, or a length is damaged.

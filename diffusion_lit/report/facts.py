@@ -64,9 +64,6 @@ def is_run(folder: Path) -> bool:
 def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The configuration of a run, as far as it is one.
 
-    Args:
-        path: Its file, config.yaml.
-
     Returns:
         What can be used of it, and a sentence on each thing that cannot.
     """
@@ -158,9 +155,6 @@ def settings(config: dict[str, Any], module: LightningModule | None) -> list[lis
 def parameters(module: LightningModule) -> list[str]:
     """How large a model is.
 
-    Args:
-        module: The module.
-
     Returns:
         The number of parameters of its network; of all of it, where more is trained; of an autoencoder that it uses.
     """
@@ -194,9 +188,6 @@ def count_parameters(module: nn.Module) -> int:
 
 def receipts(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The reports of `diffusion-lit evaluate` on checkpoints of a run, in and beside it and in the current folder.
-
-    Args:
-        run: The run's folder.
 
     Returns:
         File and content of each report that lies in the run's folder or was made of one of its checkpoints.
@@ -233,9 +224,6 @@ def step_of(path: Path) -> int:
 def duration(seconds: float) -> str:
     """A time in words.
 
-    Args:
-        seconds: How long.
-
     Returns:
         Such as "42 s", "2 min 33 s" or "3 h 5 min".
     """
@@ -250,9 +238,6 @@ def duration(seconds: float) -> str:
 
 def magnitude(number: int) -> str:
     """A large number in words.
-
-    Args:
-        number: It.
 
     Returns:
         Such as "755 thousand" or "35.7 million".

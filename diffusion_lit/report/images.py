@@ -86,9 +86,6 @@ def wrapped(text: str, width: int, most: int = 3) -> str:
         text: The heading, perhaps of several lines.
         width: Characters of a line.
         most: Each of its lines becomes so many at most; what is left out is marked by dots.
-
-    Returns:
-        The lines.
     """
     lines = (textwrap.wrap(line, width, max_lines=most, placeholder=" ...") for line in text.split("\n"))
     return "\n".join("\n".join(line) for line in lines)
@@ -108,9 +105,6 @@ def labelled_grid(rows: Sequence[Sequence[Cell]], columns: Sequence[str], names:
         rows: The images, as many in each row as there are columns; they may differ in size.
         columns: What stands above each column.
         names: What stands left of each row.
-
-    Returns:
-        The figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -174,9 +168,6 @@ def animation(images: Sequence[Tensor], scale: int | None = None) -> bytes:
 
 def png_bytes(image: Image.Image) -> bytes:
     """Encodes an image as PNG.
-
-    Args:
-        image: Any image.
 
     Returns:
         The bytes of the file.

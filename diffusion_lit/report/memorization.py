@@ -12,9 +12,6 @@ def pairs_image(triples: Tensor) -> Image.Image:
 
     Args:
         triples: From `diffusion_lit.evaluation.memorization.worst_triples`, uint8 (n, 3, C, H, W).
-
-    Returns:
-        The image.
     """
     images = from_uint8(triples).flatten(0, 1)
     rows = [list(images[start : start + 6]) for start in range(0, len(images), 6)]

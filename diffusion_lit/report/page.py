@@ -72,11 +72,7 @@ class Page:
         self._add("heading", text=text, level=level, section=len(self._sections) if level == 2 else None)
 
     def text(self, paragraph: str) -> None:
-        """Adds a paragraph.
-
-        Args:
-            paragraph: Plain text.
-        """
+        """Adds a paragraph."""
         self._add("text", paragraph=paragraph)
 
     def command(self, line: str) -> None:

@@ -17,9 +17,6 @@ def write_report(report: dict[str, Any], path: Path) -> list[Path]:
     Args:
         report: The report.
         path: The JSON file; the others lie beside it.
-
-    Returns:
-        What was written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path, path.with_suffix(".md")]

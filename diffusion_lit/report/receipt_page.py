@@ -30,9 +30,6 @@ def attributed(warnings: dict[str, list[str]]) -> list[str]:
 def likelihood_sentence(report: dict[str, Any]) -> str | None:
     """The likelihood in words.
 
-    Args:
-        report: The report.
-
     Returns:
         A sentence, or None where it was not asked for.
     """
@@ -46,14 +43,7 @@ def likelihood_sentence(report: dict[str, Any]) -> str | None:
 
 
 def blocks_sentence(report: dict[str, Any]) -> str:
-    """How many samples the figures are taken over.
-
-    Args:
-        report: The report.
-
-    Returns:
-        A sentence.
-    """
+    """How many samples the figures are taken over."""
     extractor, samples = report["extractor"], report["samples"]
     return (
         f"{counted(samples['num_blocks'], 'block')} of {samples['num_samples']:,} samples "
@@ -63,14 +53,7 @@ def blocks_sentence(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page.
-
-    Args:
-        report: The report.
-
-    Returns:
-        Markdown.
-    """
+    """The report as a page."""
     lines = [f"# Evaluation of {report['checkpoint']['file']}", ""]
     if report["references"]:
         lines += [blocks_sentence(report), ""]
@@ -100,14 +83,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any]) -> Figure:
-    """Quality against NFE: one panel per reference, one line per sampler and guidance.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The figure.
-    """
+    """Quality against NFE: one panel per reference, one line per sampler and guidance."""
     metric = report["extractor"]["metric"]
     names = list(report["references"])
     figure = Figure(figsize=(5.5 * len(names), 4), layout="constrained")

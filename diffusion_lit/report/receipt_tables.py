@@ -14,9 +14,6 @@ def shown(value: dict[str, Any], name: str) -> str:
     Args:
         value: As from `receipt.summarise`.
         name: Name of the figure.
-
-    Returns:
-        Four significant digits.
     """
     bar = value["std"] if value.get("error") is None else value["error"]
     if bar is None:
@@ -67,11 +64,7 @@ class Table(NamedTuple):
     closing: int = 0
 
     def markdown(self) -> list[str]:
-        """The table in Markdown.
-
-        Returns:
-            Its lines.
-        """
+        """The table in Markdown."""
         figures = len(self.header) - self.words - self.closing
         rule = ["---"] * self.words + ["---:"] * figures + ["---"] * self.closing
         note = [self.note, ""] if self.note else []
@@ -87,9 +80,6 @@ def plain_table(rows: Sequence[Sequence[str]]) -> str:
 
     Args:
         rows: The cells, the header first.
-
-    Returns:
-        A line per row.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
@@ -98,9 +88,6 @@ def plain_table(rows: Sequence[Sequence[str]]) -> str:
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """All figures of a report.
-
-    Args:
-        report: The report.
 
     Returns:
         A table per reference, the floor as its last row, and those of what else was asked for.
@@ -116,9 +103,6 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def reference_tables(report: dict[str, Any]) -> list[Table]:
     """The figures against each reference.
-
-    Args:
-        report: The report.
 
     Returns:
         A table per reference, a row per setting and the floor as the last.
@@ -144,9 +128,6 @@ def reference_tables(report: dict[str, Any]) -> list[Table]:
 def single_image_table(report: dict[str, Any]) -> Table:
     """The figures of a model of one image.
 
-    Args:
-        report: The report.
-
     Returns:
         A row per setting; none for other models.
     """
@@ -161,9 +142,6 @@ def single_image_table(report: dict[str, Any]) -> Table:
 
 def per_class_table(report: dict[str, Any]) -> Table:
     """The Fréchet distance of each class.
-
-    Args:
-        report: The report.
 
     Returns:
         A row per setting and reference; none where it was not asked for.
@@ -184,9 +162,6 @@ def per_class_table(report: dict[str, Any]) -> Table:
 
 def memorization_table(report: dict[str, Any]) -> Table:
     """Whether training images are repeated.
-
-    Args:
-        report: The report.
 
     Returns:
         A row per setting and space; none where it was not asked for.
@@ -216,9 +191,6 @@ def memorization_table(report: dict[str, Any]) -> Table:
 
 def reconstruction_table(report: dict[str, Any]) -> Table:
     """Quality of reconstructions of held-out images.
-
-    Args:
-        report: The report.
 
     Returns:
         Rows of reconstructions, the floor and unrelated images; none where they were not measured.

@@ -27,9 +27,6 @@ def differences_image(pairs: Tensor) -> Image.Image:
 
     Args:
         pairs: Images beside their reconstructions (n, 2, C, H, W) in [-1, 1].
-
-    Returns:
-        The image.
     """
     images, made = pairs.unbind(1)
     rows: list[list[Tensor]] = [list(torch.unbind(row)) for row in (images, made, difference(made, images))]

@@ -88,11 +88,7 @@ class RunPage:
         return max(self.history.last_step, int(self.checkpoint.get("global_step", 0)))
 
     def build(self) -> Page:
-        """Lays the page out.
-
-        Returns:
-            The page.
-        """
+        """Lays the page out."""
         name = "/".join(self.folder.resolve().parts[-2:])
         page = Page(f"Run {name}", self._subtitle())
         for problem in self.problems:

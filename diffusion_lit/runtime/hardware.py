@@ -93,9 +93,6 @@ def use_threads() -> int:
 
     torch counts cores, which a quota does not hide; more threads than the quota wait for each other. `OMP_NUM_THREADS`
     is kept if it is set.
-
-    Returns:
-        The number of threads.
     """
     import torch
 
@@ -157,9 +154,6 @@ def pick_device(name: str) -> "torch.device":
 
     Args:
         name: `auto` (an accelerator where there is one), `cpu`, `cuda`, `cuda:1`, ...
-
-    Returns:
-        The device.
 
     Raises:
         ValueError: If this machine has no such device.

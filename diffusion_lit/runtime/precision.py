@@ -12,9 +12,6 @@ def use_tf32(allowed: bool) -> None:
     """Allows or forbids TF32 for float32 products and convolutions on NVIDIA GPUs.
 
     torch's default is no for products and yes for convolutions. Here it is no, except in training (`callbacks.TF32`).
-
-    Args:
-        allowed: Whether they may.
     """
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed

@@ -83,9 +83,6 @@ def one_process(device: str = "auto") -> Fabric:
     Args:
         device: `auto`, `cpu`, `cuda` (which may be called `gpu`), `cuda:1`, ...
 
-    Returns:
-        The Fabric.
-
     Raises:
         ValueError: If this machine has no such device.
     """
@@ -220,8 +217,5 @@ def images_of(batch: dict[str, Tensor], trainer: Trainer) -> int:
     Args:
         batch: This rank's batch; the first axis of each tensor is the images.
         trainer: The trainer, which knows the number of ranks.
-
-    Returns:
-        The number of images.
     """
     return next(iter(batch.values())).shape[0] * trainer.world_size

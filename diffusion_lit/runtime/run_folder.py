@@ -71,12 +71,6 @@ class RunFolder(WritesToRunFolder):
 def lock_run(folder: Path) -> Lock:
     """Locks a run's folder for training, until the lock is released or this process ends, however it ends.
 
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        The lock.
-
     Raises:
         ValueError: If another process trains there.
     """
@@ -94,9 +88,6 @@ def decide_run_folder(trainer: Trainer) -> Path:
 
     Args:
         trainer: The trainer, whose `RunFolder` or else its logger names the folder.
-
-    Returns:
-        The run's folder.
     """
     if trainer not in _FOLDERS:
         said = [one for one in trainer.callbacks if isinstance(one, RunFolder)]  # type: ignore[attr-defined]
@@ -107,12 +98,6 @@ def decide_run_folder(trainer: Trainer) -> Path:
 
 def run_folder(trainer: Trainer) -> Path:
     """Where the run writes. No collective: any rank may ask by itself.
-
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        The run's folder.
 
     Raises:
         RuntimeError: If no callback has decided it in `setup`, where all ranks are.

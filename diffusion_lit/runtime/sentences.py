@@ -41,9 +41,6 @@ def debugging() -> bool:
 def sentence(error: BaseException) -> str:
     """What an error says.
 
-    Args:
-        error: Any.
-
     Returns:
         At most 400 characters on one line. What was not written for a user begins with the error's kind and ends with
         how to see where it was raised.
@@ -90,9 +87,6 @@ def quiet_lightning() -> None:
 def too_deep(words: list[str]) -> ValueError | None:
     """What to say of the option or file whose value is nested deeper than YAML is read, if there is one.
 
-    Args:
-        words: A command line.
-
     Returns:
         The error that names it.
     """
@@ -116,9 +110,6 @@ def plain(text: str, longest: int = LONGEST) -> str:
     Args:
         text: What an error says, perhaps on many lines.
         longest: Most characters; what is longer loses its middle.
-
-    Returns:
-        One line.
     """
     keys = re.findall(r'(?m)^\s*(?:- )?Parser key "([^"]*)":', text)
     if keys or _NEST[0] in text:

@@ -40,11 +40,7 @@ def beat() -> None:
 
 @contextlib.contextmanager
 def waiting(reason: str) -> Iterator[None]:
-    """Within this context the main thread may wait for any time.
-
-    Args:
-        reason: What it waits for.
-    """
+    """Within this context the main thread may wait for any time."""
     _waiting.append(reason)
     try:
         yield

@@ -19,9 +19,6 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
     Args:
         path: Its name; the folder is made where it is missing.
 
-    Yields:
-        The temporary file.
-
     Raises:
         OSError: If it cannot be written; the old file of that name is as it was and nothing is left behind.
     """

@@ -56,9 +56,6 @@ class SafeCheckpointIO(CheckpointIO):
             path: The file.
             map_location: Ignored: the contents go to the CPU and from there where they belong.
             weights_only: Ignored: it is always so.
-
-        Returns:
-            Its contents.
         """
         from diffusion_lit.storage.checkpoints import read_training_state
 
@@ -67,11 +64,7 @@ class SafeCheckpointIO(CheckpointIO):
         return read_training_state(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint, unless the newer one that replaces it could not be written.
-
-        Args:
-            path: The file.
-        """
+        """Removes a checkpoint, unless the newer one that replaces it could not be written."""
         if self.failure is None:
             Path(path).unlink(missing_ok=True)
 

@@ -66,9 +66,6 @@ def read_training_state(path: str | Path, keep: bool = False) -> dict[str, Any]:
         path: The file.
         keep: Whether the next call gets what this one has read. That call's contents belong to the caller alone, since
             an optimizer goes on in the very tensors that it is given.
-
-    Returns:
-        Lightning's checkpoint dictionary.
     """
     content = dict(_STATES.get(Path(path), lambda: _read(Path(path))))
     if not keep:
@@ -132,10 +129,6 @@ def _unsound(checkpoint: dict[str, Any]) -> Iterator[str]:
 
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Checks that training can go on from a checkpoint.
-
-    Args:
-        checkpoint: Its contents.
-        path: Its file.
 
     Raises:
         ValueError: If it holds weights alone, as one saved with `save_weights_only` does.

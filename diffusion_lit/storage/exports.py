@@ -31,9 +31,6 @@ PARTS = ("latent_space", "autoencoder", "classifier", "teacher_sha256")  # what 
 def is_export(path: str | Path) -> bool:
     """Whether a path is a folder written by `diffusion-lit export`.
 
-    Args:
-        path: Any path.
-
     Returns:
         Whether both files are there.
     """
@@ -41,14 +38,7 @@ def is_export(path: str | Path) -> bool:
 
 
 def record_checksum(record: dict[str, Any]) -> str:
-    """The CRC-32 of a record's other values.
-
-    Args:
-        record: Plain values.
-
-    Returns:
-        Eight hexadecimal digits.
-    """
+    """The CRC-32 of a record's other values."""
     others = {name: value for name, value in record.items() if name != "record_crc32"}
     return f"{zlib.crc32(json.dumps(others, sort_keys=True).encode()):08x}"
 
@@ -81,9 +71,6 @@ def put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
         value: What it returned.
         tensors: By name; those that are used are taken out.
 
-    Returns:
-        Plain values and tensors.
-
     Raises:
         KeyError: If a tensor is missing.
     """
@@ -96,9 +83,6 @@ def put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def read_export(path: str | Path) -> dict[str, Any]:
     """Reads an exported model in the form of a checkpoint's contents.
-
-    Args:
-        path: The folder.
 
     Returns:
         A dictionary with `state_dict`, `hyper_parameters` and what else a checkpoint keeps beside the training's state;

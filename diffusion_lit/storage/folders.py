@@ -21,9 +21,6 @@ ABANDONED = 86400  # seconds without a write after which the scratch folder of a
 def scratch_of(place: Path) -> Path:
     """A name for a folder to write that shall appear at a place.
 
-    Args:
-        place: Where it shall appear.
-
     Returns:
         A name beside it that no other process of any host uses; the folder is not made.
     """
@@ -71,11 +68,7 @@ def sweep(place: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this host runs; in doubt it does.
-
-    Args:
-        process: Its number.
-    """
+    """Whether a process of this host runs; in doubt it does."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -18,9 +18,6 @@ _HASHES: Unchanged[str] = Unchanged(64)
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """A hash of weights that does not depend on how they were stored.
 
-    Args:
-        state: Names and tensors.
-
     Returns:
         Hexadecimal SHA-256 over names, types, shapes and bytes.
     """
@@ -35,9 +32,6 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 def key_of(record: dict[str, Any]) -> str:
     """The hash of a record.
 
-    Args:
-        record: Plain values.
-
     Returns:
         Hexadecimal SHA-256 of its canonical JSON.
     """
@@ -46,9 +40,6 @@ def key_of(record: dict[str, Any]) -> str:
 
 def canonical(record: dict[str, Any]) -> str:
     """The JSON of a record, the same for equal records.
-
-    Args:
-        record: Plain values.
 
     Returns:
         JSON with sorted keys.
@@ -79,9 +70,6 @@ def _hash(path: Path) -> str:
 
 def file_crc32(path: Path) -> int:
     """The CRC-32 of a file's bytes, which tells damage at more than 1 GB/s.
-
-    Args:
-        path: The file.
 
     Returns:
         A number below 2^32.

@@ -47,9 +47,6 @@ def own_files(folder: Path) -> Iterator[Path]:
 def recorded(folder: Path) -> set[str]:
     """The files that the last run in a folder wrote, by its record.
 
-    Args:
-        folder: The folder.
-
     Returns:
         Plain names; none where there is no record that can be read.
     """

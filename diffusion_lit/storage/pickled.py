@@ -44,9 +44,6 @@ def read_pickled(path: Path, verified: bool = True, without: Sequence[str] = ())
         verified: Whether the format from before torch 1.6, which has no checksums, is refused.
         without: Entries of the dictionary in the file that are left out; their tensors never reach the memory.
 
-    Returns:
-        What it holds.
-
     Raises:
         OSError: If the file cannot be opened.
         HoldsCode: If it holds more than tensors and plain values.
@@ -88,9 +85,6 @@ def _load_without(file: IO[bytes], path: Path, without: Sequence[str]) -> Any:
 
 def is_whole(file: IO[bytes]) -> bool:
     """Whether each entry of a zip of stored entries matches its CRC-32.
-
-    Args:
-        file: The opened file.
 
     Returns:
         False also for what is no such zip.

@@ -29,9 +29,6 @@ def reserve(file: IO[bytes], size: int, path: Path) -> None:
 def try_folder(folder: Path) -> None:
     """Makes a folder and writes a test file, so that missing permissions are reported before any work.
 
-    Args:
-        folder: The folder.
-
     Raises:
         OSError: If it cannot be made or written to; the message names it and the way out.
     """
@@ -50,11 +47,7 @@ def try_folder(folder: Path) -> None:
 
 
 def fits_in_memory(size: int) -> bool:
-    """Whether so many bytes fit: at most half of the machine's memory, if that is known.
-
-    Args:
-        size: Bytes.
-    """
+    """Whether so many bytes fit: at most half of the machine's memory, if that is known."""
     try:
         return size <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     except (AttributeError, ValueError, OSError):  # Windows, or a system that does not say

@@ -14,9 +14,6 @@ def check_name(name: str) -> str:
     Args:
         name: The name, such as `edm_digits` or `study/variant`.
 
-    Returns:
-        It.
-
     Raises:
         ValueError: If it leads elsewhere, or no folder can be called so.
     """
@@ -115,9 +112,6 @@ def find_checkpoint(given: str | Path, run: Path | None = None) -> Path:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that a checkpoint lies in.
-
-    Args:
-        checkpoint: The file.
 
     Returns:
         Its `version_N`, or None where it lies elsewhere.

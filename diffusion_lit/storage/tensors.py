@@ -70,9 +70,6 @@ def kept_tensors(path: Path, record: dict[str, Any], make: Callable[[], dict[str
         path: The .safetensors file in the cache.
         record: What determines them.
         make: Makes them.
-
-    Returns:
-        The tensors by name.
     """
     found = read_tensors(path, record) or _IN_MEMORY.get(canonical(record))
     if found is None:
@@ -87,12 +84,6 @@ def kept_tensors(path: Path, record: dict[str, Any], make: Callable[[], dict[str
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record that a file was written under.
-
-    Args:
-        path: The .safetensors file.
-
-    Returns:
-        The record.
 
     Raises:
         ValueError: If the file is no such file.

@@ -57,11 +57,7 @@ def trust(modules: Iterable[str]) -> None:
 
 @contextmanager
 def trusting(modules: Iterable[str]) -> Iterator[None]:
-    """Trusts further modules within this context.
-
-    Args:
-        modules: Their names.
-    """
+    """Trusts further modules within this context."""
     before = os.environ.get(VARIABLE)
     try:
         trust(modules)
@@ -77,9 +73,6 @@ def find_class(path: Any) -> type:
 
     Args:
         path: Its path, `package.module.Class`.
-
-    Returns:
-        The class.
 
     Raises:
         Untrusted: If it is not one that a file may name, or there is none; no foreign module is imported then.

@@ -19,14 +19,7 @@ KEY = "crc32"
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """The CRC-32 of tensors on the CPU: names, types, shapes and bytes.
-
-    Args:
-        tensors: Tensors by name.
-
-    Returns:
-        Eight hexadecimal digits.
-    """
+    """The CRC-32 of tensors on the CPU: names, types, shapes and bytes."""
     total = 0
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -62,9 +55,6 @@ def _ordered(encoded: bytes) -> bytes:
 
 def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a file.
-
-    Args:
-        path: The file.
 
     Returns:
         The tensors by name, on the CPU, and the texts that go with them.
