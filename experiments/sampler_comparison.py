@@ -133,7 +133,9 @@ def write(points: list[Point], evaluator: Evaluator, count: int, folder: Path) -
         count: Samples of each point.
         folder: Where the files go.
     """
-    keep_table(folder / "table", [point._asdict() for point in points])
+    floor = evaluator.floor
+    real = [] if floor is None else [{"sampler": f"{floor[1]:,} real images", "distance": floor[0]}]
+    keep_table(folder / "table", [point._asdict() for point in points], real)
     figure, (quality, cost) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for index, name in enumerate(dict.fromkeys(point.sampler for point in points)):
         own = sorted((point for point in points if point.sampler == name), key=lambda point: point.nfe)

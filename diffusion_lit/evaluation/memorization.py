@@ -22,11 +22,12 @@ images of the former kind with probability N / (N + M).
 All is asked in feature space, where meaning is close, and in pixel space, where copies are.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import betabinom
 from torch import Tensor
 
 from diffusion_lit.diffusion.images import take
@@ -207,15 +208,8 @@ def chance_of(below: int, count: int, rank: int, held_out: int) -> float:
     Returns:
         P(K >= below) of the beta-binomial distribution BetaBin(n; rank, m + 1 - rank).
     """
-    alpha, beta = rank, held_out + 1 - rank
-    hits = torch.arange(below, count + 1, dtype=torch.float64)
-
-    def log_beta(a: Tensor, b: Tensor) -> Tensor:
-        return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
-
-    choose = -math.log(count + 1) - log_beta(hits + 1, count - hits + 1)
-    whole = log_beta(torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
-    return float((choose + log_beta(hits + alpha, count - hits + beta) - whole).exp().sum().clamp(max=1))
+    hits = betabinom.pmf(np.arange(below, count + 1), count, rank, held_out + 1 - rank)  # its own `sf` is 1 - cdf
+    return float(min(1.0, hits.sum()))
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -107,12 +107,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *cells))
 
 
-def keep_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a table as CSV and Markdown, and prints it."""
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
-    path.with_suffix(".md").write_text(markdown(rows))
-    print(markdown(rows), end="", flush=True)
+def keep_table(path: Path, rows: list[dict[str, Any]], more: Sequence[dict[str, Any]] = ()) -> None:
+    """Writes a table as CSV and Markdown, and prints it.
+
+    Args:
+        path: Its files' name without ending.
+        rows: Values by column; all of the same columns.
+        more: Further rows of the Markdown, such as that of real images, which may lack columns.
+    """
+    header, told = list(rows[0]), markdown([*rows, *more])
+    with path.with_name(f"{path.name}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *([row[column] for column in header] for row in rows)])
+    path.with_name(f"{path.name}.md").write_text(told)
+    print(told, end="", flush=True)
 
 
 def keep_json(path: Path, value: Any) -> None:
