@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from diffusion_lit.diffusion.conversions import sigma_to_log_snr
-from diffusion_lit.diffusion.noise import (
+from diffusion_lit.diffusion.schedules import (
     ContinuousVP,
     CosineSchedule,
     LinearSchedule,

@@ -33,20 +33,7 @@ from diffusion_lit.diffusion.loss import (
     UnitWeight,
 )
 from diffusion_lit.diffusion.meanflow_loss import AdaptiveWeight, LevelPairs, MeanFlowLoss, TrainingGuidance
-from diffusion_lit.diffusion.noise import (
-    Constant,
-    ContinuousVP,
-    CosineSchedule,
-    DiscreteUniform,
-    LinearSchedule,
-    LogitNormal,
-    LogNormal,
-    NoiseLevels,
-    ScaledLinearSchedule,
-    Schedule,
-    SigmoidSchedule,
-    UniformT,
-)
+from diffusion_lit.diffusion.noise import Constant, DiscreteUniform, LogitNormal, LogNormal, NoiseLevels, UniformT
 from diffusion_lit.diffusion.occlusions import Box, Grey
 from diffusion_lit.diffusion.posterior import DPS, MMPS, PiGDM, PosteriorDenoiser
 from diffusion_lit.diffusion.preconditioning import (
@@ -76,6 +63,14 @@ from diffusion_lit.diffusion.samplers import (
     unipc,
 )
 from diffusion_lit.diffusion.scaling import EDMScaling, EpsScaling, FlowScaling, Scaling, VScaling, X0Scaling
+from diffusion_lit.diffusion.schedules import (
+    ContinuousVP,
+    CosineSchedule,
+    LinearSchedule,
+    ScaledLinearSchedule,
+    Schedule,
+    SigmoidSchedule,
+)
 from diffusion_lit.diffusion.views import as_eps, as_score, as_v, as_velocity, as_x0
 from diffusion_lit.diffusion.wrappers import ClipX0, Conditioned, DenoiserWrapper
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from diffusion_lit.checks import check_count, check_number, check_numbers
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
-from diffusion_lit.diffusion.noise import LinearSchedule, Schedule
 from diffusion_lit.diffusion.preconditioning import FlowPreconditioning, Preconditioning, X0Preconditioning
+from diffusion_lit.diffusion.schedules import LinearSchedule, Schedule
 
 FLOW_STEPS = 1000
 ROUNDING = 1e-6  # of a step, when an end of the range is meant to be a whole one

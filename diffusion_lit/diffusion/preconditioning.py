@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.conversions import FLOW_TIME_MAX, FLOW_TIME_MIN, sigma_to_flow_time, widen
-from diffusion_lit.diffusion.noise import Schedule
+from diffusion_lit.diffusion.schedules import Schedule
 
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 

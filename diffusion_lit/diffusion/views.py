@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma, widen
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
-from diffusion_lit.diffusion.noise import Schedule
+from diffusion_lit.diffusion.schedules import Schedule
 from diffusion_lit.diffusion.wrappers import Evaluate
 
 PATHS = ("ve", "vp", "flow")

@@ -26,7 +26,8 @@ from diffusion_lit.diffusion.rng import run_seed
 from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.latent_cache import LatentCache, latent_cache
-from diffusion_lit.modules.latent_space import LatentSpace, encode_all, interpolate, latent_shape, scale_of
+from diffusion_lit.modules.latent_scale import encode_all, scale_of
+from diffusion_lit.modules.latent_space import LatentSpace, interpolate, latent_shape
 from diffusion_lit.modules.protocols import DataSet, is_data_set
 from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import over_ranks

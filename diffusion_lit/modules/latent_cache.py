@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.diffusion.rng import send
-from diffusion_lit.modules.latent_space import LatentSpace, encode_all
+from diffusion_lit.modules.latent_scale import encode_all
+from diffusion_lit.modules.latent_space import LatentSpace
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.autoencoder import Posterior
 from diffusion_lit.runtime import watchdog

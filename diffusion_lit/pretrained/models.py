@@ -10,8 +10,8 @@ from diffusion_lit.checks import check_number
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
 from diffusion_lit.diffusion.generate import Sampling, StepCallback, check_labels
 from diffusion_lit.diffusion.models import LatentModel, PixelModel
-from diffusion_lit.diffusion.noise import Schedule
 from diffusion_lit.diffusion.rng import SeededNoise, keyed_seed
+from diffusion_lit.diffusion.schedules import Schedule
 from diffusion_lit.pretrained.autoencoders import PretrainedAutoencoder
 from diffusion_lit.pretrained.networks import UpsamplingNet, enlarge
 

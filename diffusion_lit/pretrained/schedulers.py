@@ -11,13 +11,13 @@ from typing import Any
 
 from diffusion_lit.diffusion.conversions import alpha_bar_to_betas
 from diffusion_lit.diffusion.generate import Sampling
-from diffusion_lit.diffusion.noise import Schedule
 from diffusion_lit.diffusion.preconditioning import (
     EpsPreconditioning,
     Preconditioning,
     VPreconditioning,
     X0Preconditioning,
 )
+from diffusion_lit.diffusion.schedules import Schedule
 from diffusion_lit.pretrained.files import library, part_of, read_json
 
 BETAS = (

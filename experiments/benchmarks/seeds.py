@@ -23,7 +23,7 @@ from experiments.benchmarks.fit_training import train_by_fit
 from experiments.benchmarks.peer_training import train_peer
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import Training
-from experiments.harness.runs import ended_with_this
+from experiments.harness.children import ended_with_this
 
 
 def train(place: Path, training: Training) -> dict[str, Any]:

@@ -11,14 +11,11 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -33,6 +30,7 @@ from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.report.events import read_history
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.runs import find_last
+from experiments.harness.children import Children, ended_with_this
 from experiments.harness.configs import read_config
 from experiments.harness.show import keep_json
 
@@ -189,7 +187,7 @@ def fit(
         for visible in [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus or []] or [{}]:
             places.put({**os.environ, "OMP_NUM_THREADS": threads, **visible})
     pool = ThreadPoolExecutor(places.qsize())
-    children = _Children()
+    children = Children()
     with ended_with_this(children.stop):
         try:
             futures = [pool.submit(_train, run, out, places, children, tell) for run in waiting]
@@ -202,7 +200,7 @@ def fit(
 
 
 def _train(
-    run: Run, out: Path, places: "SimpleQueue[dict[str, str]]", children: "_Children", tell: Callable[[str], object]
+    run: Run, out: Path, places: "SimpleQueue[dict[str, str]]", children: "Children", tell: Callable[[str], object]
 ) -> Trained | Failed:
     """One run from its beginning, or from its last checkpoint, to its end."""
     environment, folder = places.get(), run.folder(out)
@@ -242,57 +240,6 @@ def _done(run: Run, out: Path) -> Trained | None:
     except (OSError, ValueError):
         return None
     return Trained(run, checkpoint.parent.parent, record["seconds"]) if record["status"] == 0 else None
-
-
-class _Children:
-    """The running processes, so that they can be stopped."""
-
-    def __init__(self) -> None:
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.stopped = False
-        self._lock = threading.Lock()
-
-    def run(self, command: list[str], **options: Any) -> int:
-        """Runs a command to its end and gives its exit status."""
-        with self._lock:
-            if self.stopped:
-                return 143
-            child = subprocess.Popen(command, start_new_session=True, **options)  # Ctrl-C reaches them by `stop` alone
-            self.running.add(child)
-        try:
-            return child.wait()
-        finally:
-            self.running.discard(child)
-
-    def stop(self) -> None:
-        """Asks all to save and end, and waits for them."""
-        with self._lock:
-            self.stopped = True
-            running = list(self.running)
-        for child in running:
-            child.terminate()
-        for child in running:
-            child.wait()
-
-
-@contextmanager
-def ended_with_this(stop: Callable[[], None]) -> Iterator[None]:
-    """Within this context, processes are stopped when this one is interrupted or terminated.
-
-    Args:
-        stop: Stops them.
-    """
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    except BaseException:
-        stop()
-        raise
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _last_words(log: Path) -> str:

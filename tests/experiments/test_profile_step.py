@@ -10,8 +10,9 @@ from helpers.runs import DIGITS, FIT
 
 from diffusion_lit.callbacks import EMA
 from diffusion_lit.modules import EDM
-from experiments.benchmarks import profile_step as study
-from experiments.benchmarks.profile_step import Recorder, profile_step, shares, text
+from experiments.benchmarks import turns
+from experiments.benchmarks.profile_step import profile_step, shares, text
+from experiments.benchmarks.turns import Recorder
 
 OPTIONS = [word for word in FIT if word.startswith("--") and "callbacks" not in word and "steps" not in word]
 OPTIONS = [word for word in OPTIONS if not word.startswith(("--config", "--name"))]
@@ -50,7 +51,7 @@ def test_the_bare_loop_is_the_same_step(tmp_path, monkeypatch, capsys):
     bare = [shape for shape, key in seen if key == "bare"]
     ours = [shape for shape, key in seen if key == "train"]
     assert set(bare) == set(ours) == {torch.Size((16, 1, 8, 8))}
-    assert len(bare) == study.WARM_UP + 4 and len(ours) == study.WARM_UP + 4
+    assert len(bare) == turns.WARM_UP + 4 and len(ours) == turns.WARM_UP + 4
     low, high = report["over_bare"]["quartiles"]
     assert low <= report["over_bare"]["median"] <= high
 

@@ -89,7 +89,7 @@ def here(monkeypatch, tmp_path):
             return stopped.code
         return 0
 
-    monkeypatch.setattr(runs._Children, "run", run)
+    monkeypatch.setattr(runs.Children, "run", run)
     monkeypatch.setattr("experiments.harness.study.DPI", 40)
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,7 @@ def study(tmp_path, monkeypatch):
         lightning([str(word) for word in command[len(runs.COMMAND) :]])
         return 0
 
-    monkeypatch.setattr(runs._Children, "run", here)
+    monkeypatch.setattr(runs.Children, "run", here)
 
     def run(function, *args, config="configs/edm_digits.yaml", options=TINY):
         made = main(

@@ -14,7 +14,8 @@ import datamodules
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.modules import LatentDiffusion
 from diffusion_lit.modules.autoencoders import load_autoencoder
-from diffusion_lit.modules.latent_space import LatentSpace, encode_all, scale_of
+from diffusion_lit.modules.latent_scale import encode_all, scale_of
+from diffusion_lit.modules.latent_space import LatentSpace
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets import Autoencoder, UNet
 from diffusion_lit.report.images import StepRecorder

@@ -297,7 +297,7 @@ def test_a_study_of_ones_own(own, tmp_path, monkeypatch):
         cli.main(command[len(runs.COMMAND) :])
         return 0
 
-    monkeypatch.setattr(runs._Children, "run", run)  # in this process
+    monkeypatch.setattr(runs.Children, "run", run)  # in this process
     small = ["--sizes=[8, 16]", "--images=32", "--num_samples=20", "--extractor=pixels", "--device=cpu", *QUIET]
     monkeypatch.setattr(sys, "argv", ["batch_sizes.py", *small, "--model.init_args.sampling.num_steps=2"])
     runpy.run_module("experiments.batch_sizes", run_name="__main__")

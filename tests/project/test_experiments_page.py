@@ -99,7 +99,7 @@ def test_every_command_of_the_page_runs(folder, monkeypatch):
     """In the page's order, in this process; each run that a row needs is trained by the row of its config."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(folder / "cache"))
-    here = runs._Children
+    here = runs.Children
     monkeypatch.setattr(here, "run", lambda self, command, stdout, **_: cli.main(command[len(runs.COMMAND) :]) or 0)
     failed = {}
     for command in [*(f"diffusion-lit fit --config {name}" for name in NEEDED), *COMMANDS]:
