@@ -6,6 +6,7 @@ device, the last only where there are classes. Images stay uint8 until their bat
 
 import hashlib
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -427,12 +428,9 @@ class ImageDataModule(LightningDataModule, ABC):
         self._moved.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_splits": {},
-            "_moved": {},
-            "_identities": {},
-        }  # a process that this is sent to reads them itself
+        computed = [name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)]
+        read = {"_splits": {}, "_moved": {}, "_identities": {}}  # a process that this is sent to reads them itself
+        return {name: value for name, value in self.__dict__.items() if name not in computed} | read
 
 
 def held_out(count: int, val_size: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from datamodules.base import ImageDataModule
 from datamodules.cache import Cache, prepare
 from datamodules.decode import Transform
 from datamodules.files import may_not_read
-from datamodules.folder import describe_classes
+from datamodules.layout import describe_classes
 from datamodules.loaders import Split
 from datamodules.sources import Listing, Skip, list_images
 from diffusion_lit.checks import check_count
@@ -205,9 +205,6 @@ class CelebA(ImageDataModule):
                 f"{path} has no line for {unlabelled[0]} and {counted(len(unlabelled) - 1, 'other image')}."
             )
         return torch.tensor([classes[name] for name in names], dtype=torch.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "cache"}
 
 
 def _rows(path: Path) -> Iterator[list[str]]:

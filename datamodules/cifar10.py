@@ -17,7 +17,8 @@ from torchvision import datasets
 
 from datamodules.base import NOT_THERE, ImageDataModule, held_out
 from datamodules.files import download, first_line, may_not_read
-from datamodules.folder import ImageFolder, hash_at
+from datamodules.folder import ImageFolder
+from datamodules.layout import hash_at
 from datamodules.loaders import Split
 from datamodules.pickles import read_pickle
 from diffusion_lit.checks import check_count
@@ -196,9 +197,6 @@ class CIFAR10(ImageDataModule):
             f"{self.root / 'train' / CLASSES[0]}, and {why}; put {SOURCE.url} into {self.root}, point root at an "
             "unpacked copy, or run once with internet access and download: true."
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_folder"}
 
 
 def read_batch(path: Path) -> tuple[Tensor, Tensor]:

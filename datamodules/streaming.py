@@ -23,7 +23,7 @@ from torch import Tensor
 from datamodules.base import READERS, ImageDataModule
 from datamodules.chunk_store import SCHEMES, Store
 from datamodules.chunks import Chunked
-from datamodules.folder import describe_classes
+from datamodules.layout import describe_classes
 from datamodules.loaders import Array, Split, TrainLoader
 from diffusion_lit.checks import check_count, check_number
 

@@ -26,7 +26,7 @@ from jsonargparse import CLI
 from datamodules.cache import bits_of, content_hashes
 from datamodules.catalogue import ITEM, Catalogue, hash_of
 from datamodules.decode import BadImageError, Transform, decode
-from datamodules.folder import describe_classes, held_out_of, lay_out
+from datamodules.layout import describe_classes, held_out_of, lay_out
 from datamodules.sources import Listing, list_images, printable
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.words import counted
