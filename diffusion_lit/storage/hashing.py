@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Mapping
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,8 @@ def file_hash(path: Path) -> str:
 
 
 def _hash(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, sha256).hexdigest()
 
 
 def file_crc32(path: Path) -> int:

@@ -5,7 +5,6 @@ The format is safetensors, which cannot hold code.
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import safe_open
 from torch import Tensor
 
-from diffusion_lit.storage.folders import scratch_of
+from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.hashing import canonical
 from diffusion_lit.storage.verified import decode, encode
 
@@ -31,14 +30,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]
     Raises:
         OSError: If the file cannot be written.
     """
-    part = scratch_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(encode(tensors, {"record": canonical(record)}))
-        part.replace(path)
+        with atomic(path) as file:
+            file.write(encode(tensors, {"record": canonical(record)}))
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 

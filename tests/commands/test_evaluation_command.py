@@ -361,14 +361,14 @@ def test_a_cache_that_cannot_be_written_changes_no_figure(evaluate, tmp_path, mo
     expected = evaluate(*options)
     from diffusion_lit.storage import tensors as store
 
-    original = Path.write_bytes
+    original = store.atomic
 
-    def full(path, data):
+    def full(path):
         if path.is_relative_to(tmp_path / "full"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(path, data)
+        return original(path)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(store, "atomic", full)
     monkeypatch.setattr(store, "_IN_MEMORY", {})
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "full"))
     with pytest.warns(UserWarning, match="goes on from memory.*No space left"):
