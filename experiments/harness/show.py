@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullLocator, ScalarFormatter
 from torch import Tensor
 
 from diffusion_lit.diffusion.images import from_uint8
@@ -80,6 +80,8 @@ def lines(
         axes.set(xlabel=xlabel or x, ylabel=label)
         if label == evaluator.metric:
             axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(ScalarFormatter())
             evaluator.draw_floor(axes)
         elif {"precision", "recall"}.issuperset(columns):
             axes.set_ylim(0, 1.02)
