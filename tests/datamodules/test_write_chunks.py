@@ -22,7 +22,7 @@ from datamodules.write_chunks import Encode, write_chunks
         ({"output": "ftp://host/set"}, "ftp://host/set"),
         ({"output": "."}, "not empty"),
         ({"root": "nothing"}, "nothing"),
-        ({"root": "first"}, "1 images.*val_fraction"),
+        ({"root": "first"}, "1 image, .*val_fraction"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path, monkeypatch, options, word):

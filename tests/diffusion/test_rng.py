@@ -61,5 +61,5 @@ def test_noise_is_standard_normal():
 def test_noise_follows_dtype_and_counts_rows():
     assert SeededNoise([1])(torch.empty(1, 2, dtype=torch.float64)).dtype == torch.float64
     assert SeededNoise([1])(torch.empty(1, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="2 samples was asked of 1 seeds"):
+    with pytest.raises(ValueError, match="2 samples was asked of 1 seed"):
         SeededNoise([1])(torch.empty(2, 2))
