@@ -33,6 +33,10 @@ RENAMED = {  # class paths of version 0.1.0
         f"diffusion_lit.modules.{module}Trapezoid": f"diffusion_lit.modules.{module}WarmupStableDecay"
         for module in ("", "optim.")
     },
+    **{
+        f"diffusion_lit.diffusion.noise.{kind}": f"diffusion_lit.diffusion.schedules.{kind}"
+        for kind in ("ContinuousVP", *(f"{kind}Schedule" for kind in ("Cosine", "Linear", "ScaledLinear", "Sigmoid")))
+    },
     "diffusion_lit.diffusion.PaperWeight": "diffusion_lit.diffusion.PredictionWeight",
     "diffusion_lit.diffusion.loss.PaperWeight": "diffusion_lit.diffusion.loss.PredictionWeight",
 }

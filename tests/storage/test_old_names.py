@@ -15,6 +15,7 @@ OLD = {
     "diffusion_lit.diffusion.VScaling": diffusion.VPreconditioning,
     "diffusion_lit.diffusion.X0Scaling": diffusion.X0Preconditioning,
     "diffusion_lit.diffusion.scaling.FlowScaling": diffusion.FlowPreconditioning,
+    "diffusion_lit.diffusion.noise.LinearSchedule": diffusion.LinearSchedule,
     "diffusion_lit.diffusion.PaperWeight": diffusion.PredictionWeight,
     "diffusion_lit.diffusion.loss.PaperWeight": diffusion.PredictionWeight,
     "diffusion_lit.modules.Trapezoid": modules.WarmupStableDecay,
@@ -31,6 +32,7 @@ def test_a_run_of_the_old_name_goes_on_under_the_new_one_without_a_difference():
     for old, new in (
         ("diffusion_lit.modules.Trapezoid", "diffusion_lit.modules.WarmupStableDecay"),
         ("diffusion_lit.diffusion.scaling.X0Scaling", "diffusion_lit.diffusion.preconditioning.X0Preconditioning"),
+        ("diffusion_lit.diffusion.noise.ContinuousVP", "diffusion_lit.diffusion.schedules.ContinuousVP"),
         ("diffusion_lit.diffusion.FlowScaling", "diffusion_lit.diffusion.FlowPreconditioning"),
     ):
         before, now = ({"part": {"class_path": path, "init_args": {"steps": 1}}} for path in (old, new))
