@@ -194,5 +194,8 @@ def equal(one: Any, two: Any) -> bool:
 
 def figures(folder: Path) -> dict[str, dict[int, float]]:
     """All logged figures by tag and step, without those of the clock; of a repeated step, the later."""
-    curves = read_history(folder).scalars
-    return {tag: dict(zip(*curves[tag], strict=True)) for tag in curves if not any(word in tag for word in CLOCK)}
+    return {
+        tag: dict(zip(steps.tolist(), values.tolist(), strict=True))
+        for tag, (steps, values) in read_history(folder).scalars.items()
+        if not any(word in tag for word in CLOCK)
+    }
