@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.nets.checks import require_image, require_image_size, with_condition
 from diffusion_lit.nets.layers import Conditioning, NoiseEmbeddingName, attention, recomputed
-from diffusion_lit.nets.tokens import SwiGLU, rotary_angles, rotate, token_norm
+from diffusion_lit.nets.tokens import SwiGLU, place_angles, rotary_angles, rotate, token_norm
 
 MOST_PLACES = 1024  # patches a side, of a table that is kept in memory
 
@@ -34,10 +34,7 @@ def position_code(height: int, width: int, channels: int) -> Tensor:
 
     Source: Peebles & Xie 2023, arXiv 2212.09748, section 3.2, after Vaswani 2017, arXiv 1706.03762, section 3.5.
     """
-    quarter = channels // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    columns = torch.arange(width).repeat(height)[:, None] * frequency
-    rows = torch.arange(height).repeat_interleave(width)[:, None] * frequency
+    columns, rows = place_angles(height, width, channels // 4, 10000.0)
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1).float()
 
 

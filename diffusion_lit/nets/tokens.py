@@ -5,6 +5,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def place_angles(height: int, width: int, count: int, base: float) -> tuple[Tensor, Tensor]:
+    """Columns and rows of a grid times the frequencies base^(-i / count): two float64 (height * width, count)."""
+    frequency = base ** (-torch.arange(count, dtype=torch.float64) / count)
+    columns = torch.arange(width).repeat(height)[:, None] * frequency
+    rows = torch.arange(height).repeat_interleave(width)[:, None] * frequency
+    return columns, rows
+
+
 def rotary_angles(height: int, width: int, channels: int) -> Tensor:
     """Angles of the places of a grid for `rotate`, shape (height * width, channels / 2), row by row.
 
@@ -12,11 +20,7 @@ def rotary_angles(height: int, width: int, channels: int) -> Tensor:
 
     Source: Su 2021, arXiv 2104.09864; along two axes Heo 2024, arXiv 2403.13298, section 3.2.
     """
-    quarter = channels // 4
-    frequency = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    columns = torch.arange(width).repeat(height)[:, None] * frequency
-    rows = torch.arange(height).repeat_interleave(width)[:, None] * frequency
-    return torch.cat([columns, rows], dim=1).float()
+    return torch.cat(place_angles(height, width, channels // 4, 100.0), dim=1).float()
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
