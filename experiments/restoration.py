@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion import editing
-from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
+from diffusion_lit.diffusion.images import psnr, to_uint8
 from diffusion_lit.diffusion.posterior import POSTERIORS
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
@@ -36,6 +36,7 @@ from diffusion_lit.runtime.versions import versions
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_checkpoint
 from experiments.harness.command import command
+from experiments.harness.evaluator import first_images
 from experiments.harness.show import keep_json
 
 SHOWN = 10
@@ -98,7 +99,8 @@ def restoration(
     measure = extractor or ClassifierFeatures()
     measure.load(data)
     reference = reference_of(data, "test", measure, batch_size)
-    images = from_uint8(take(data.reference_images("test"), torch.arange(num_images)))
+    images = first_images(data, "test", num_images)
+    num_images = len(images)
     measurement = (
         editing.small_of(factor) if task == "super_resolve" else editing.blurred(blur_sigma, *images.shape[2:])
     )

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.modules.load import load_data, load_module
+from experiments.harness.evaluator import first_images
 from experiments.harness.runs import Trained
 from experiments.harness.study import Study, image_rows, main
 
@@ -72,8 +72,7 @@ def single_step_denoiser(
         DDPM,
     )
 
-    images = data.reference_images("val")
-    clean = from_uint8(take(images, torch.arange(min(held_out, len(images)))))
+    clean = first_images(data, "val", held_out)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(study.setup.seed))
     denoisers = {
         f"one noise level, {count} epochs": Denoise(at_epoch(single, count), constant=True) for count in (first, last)

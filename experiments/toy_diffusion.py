@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.conversions import flow_time_to_sigma
-from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
+from experiments.harness.evaluator import first_images
 from experiments.harness.show import lines
-from experiments.harness.study import Evaluator, Study, image_rows, main
+from experiments.harness.study import Study, image_rows, main
 
 AMOUNTS = torch.linspace(0, 1, 9).clamp(0.001, 0.999)  # the core keeps t in [1e-3, 1 - 1e-3]
 
@@ -44,7 +44,7 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
     trained = study.fit({"toy": {}})["toy"]
     module: Any = load_module(trained.ckpt_path)
     evaluator = study.evaluator(trained.ckpt_path)
-    real = held_out(evaluator, 9)
+    real = first_images(evaluator.data, "val", 9)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(study.setup.seed))
 
     names = [f"{amount:.2f}" for amount in AMOUNTS.tolist()]
@@ -90,16 +90,6 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
         f"{asked['steps']} steps and at best {best[evaluator.metric]:.3g}, in {best['steps']}{floor}; its squared "
         f"error is {errors[0]:.2g} on a clean image and {errors[-1]:.2g} on pure noise."
     )
-
-
-def held_out(evaluator: Evaluator, count: int) -> Tensor:
-    """Images that were not trained on.
-
-    Returns:
-        The first of the validation split, (count, C, H, W) in [-1, 1].
-    """
-    images = evaluator.data.reference_images("val")
-    return from_uint8(take(images, torch.arange(min(count, len(images)))))
 
 
 def mix(x0: Tensor, noise: Tensor, amount: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import Samples
@@ -17,6 +18,12 @@ from diffusion_lit.evaluation.reference import Reference, real_against_real, ref
 from diffusion_lit.modules.data_classifier import training_labels
 
 MOST_NEIGHBOURS = 5000  # the distances between all images of a large set would take minutes, for each figure
+
+
+def first_images(data: Any, split: str, count: int) -> Tensor:
+    """The first images of a split, at most `count` of them, (N, C, H, W) in [-1, 1]."""
+    images = data.reference_images(split)
+    return from_uint8(take(images, torch.arange(min(count, len(images)))))
 
 
 class Thumbnails(FeatureExtractor):

@@ -17,6 +17,7 @@ from diffusion_lit.diffusion.images import from_uint8, to_uint8
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash, key_of
+from experiments.harness.evaluator import first_images
 from experiments.harness.show import keep_json
 
 HYBRID_BLUR = 2.0
@@ -87,7 +88,7 @@ class Reader:
 
     def _seen(self, split: str) -> np.ndarray:
         """The first images of a split after the change, a row each."""
-        return self._rows(from_uint8(torch.as_tensor(self.data.reference_images(split)[:LEARNT])))
+        return self._rows(first_images(self.data, split, LEARNT))
 
     def _rows(self, images: Tensor) -> np.ndarray:
         eight_bit = from_uint8(to_uint8(images))
@@ -152,20 +153,15 @@ def shares(right: Tensor) -> list[float]:
     return [*right.float().mean(0).tolist(), float(right.all(1).float().mean())]
 
 
-def images_of(data: Any, count: int) -> Tensor:
-    """The first test images, (count, C, H, W) in [-1, 1]."""
-    return from_uint8(torch.as_tensor(data.reference_images("test")[:count]))
-
-
 def fallen(model: Any, data: Any, starts: Sequence[int] = (1, 3, 5, 7, 10, 20), count: int = 8) -> dict[str, float]:
     """Mean PSNR of image-to-image against the input, by start level."""
-    images = images_of(data, count)
+    images = first_images(data, "test", count)
     return {str(start): mean_db(editing.img2img(model, images, start).cpu(), images)[0] for start in starts}
 
 
 def inverted(model: Any, data: Any, count: int = 4) -> dict[str, tuple[float, float]]:
     """Mean and least PSNR after 100 steps up and 100 back, by sampler."""
-    images = images_of(data, count)
+    images = first_images(data, "test", count)
     found = {}
     for name in ("heun", "ddim"):
         sampling = model.sampling.replace(sampler=name, num_steps=100)
@@ -177,7 +173,7 @@ def inverted(model: Any, data: Any, count: int = 4) -> dict[str, tuple[float, fl
 
 def filled(model: Any, data: Any, count: int = 4) -> dict[str, bool]:
     """Whether the known pixels of inpainted images are the image's bit for bit, by sampler."""
-    images = images_of(data, count)
+    images = first_images(data, "test", count)
     known = torch.ones(1, 1, *images.shape[2:])
     known[..., images.shape[2] // 2 :, :] = 0
     found = {}
