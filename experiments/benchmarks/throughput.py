@@ -2,12 +2,12 @@
 
     python -m experiments.benchmarks.throughput
 
-Each contender (see contenders.py) lives in a process of its own and takes its turn, slice after slice, so that what
-else the machine does strikes all alike; what counts is the ratio of the slices of one round, its median and its spread
-over the rounds; Ctrl-C ends it with the rounds that are done. Widths are chosen for equal floating-point operations per
-image of a training step; what a library's groups of channels leave of a difference is divided out. The shares refer
-to the peaks of a matrix product and of a convolution that torch reaches on this machine in the same precision, measured
-in the same rounds.
+Each contender (`contenders`) lives in a process of its own (`processes`) and takes its turn, slice after slice, so
+that what else the machine does strikes all alike; what counts is the ratio of the slices of one round, its median and
+its spread over the rounds; Ctrl-C ends it with the rounds that are done. Widths are chosen for equal floating-point
+operations per image of a training step; what a library's groups of channels leave of a difference is divided out. The
+shares refer to the peaks of a matrix product and of a convolution that torch reaches on this machine in the same
+precision, measured in the same rounds.
 """
 
 import gc
