@@ -37,7 +37,7 @@ class ImageDataModule(LightningDataModule, ABC):
         num_workers: Threads that read ahead from an array on disk; by default 4 where it lies on a network file system,
             0 elsewhere. Sets in memory need none.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        random_flip: Whether half of the training images are mirrored, redrawn at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
     """
@@ -179,7 +179,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return digest.hexdigest()
 
     def number_classes(self, names: list[str]) -> bool:
-        """Numbers the classes anew, where a data set can.
+        """Renumbers the classes, where a data set can.
 
         Args:
             names: The names of its own classes, in the order of their numbers from now on.

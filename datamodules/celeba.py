@@ -51,7 +51,7 @@ class CelebA(ImageDataModule):
         num_workers: Threads that read ahead from the cache; by default 4 where it lies on a network file system, 0
             elsewhere.
         use_labels: Whether batches carry the classes that `attributes` makes.
-        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        random_flip: Whether half of the training images are mirrored, redrawn at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
     """

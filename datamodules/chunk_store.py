@@ -57,7 +57,7 @@ class Store:
 
     @cached_property
     def catalogue(self) -> Catalogue:
-        """What the set holds, read anew by each process."""
+        """What the set holds; each process reads it itself."""
         return Catalogue.parse(self._catalogue, f"{self.root}/catalogue.json")
 
     @cached_property
@@ -78,7 +78,7 @@ class Store:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the files lie on this machine: a set that was written anew has a new cache."""
+        """Where the files lie on this machine: a rewritten set has a new cache."""
         if not self.remote:
             return Path(self.root)
         return self._caches / hashlib.sha256(self.root.encode() + b"\0" + self._catalogue).hexdigest()[:32]

@@ -47,7 +47,7 @@ class CIFAR10(ImageDataModule):
         split_by: How images of class folders are held out: by the hash of each file's "content", so that one that is
             added moves no other, `val_size` of 50,000, or by their "order", as before version 2 of the caches.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        random_flip: Whether half of the training images are mirrored, redrawn at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 

@@ -19,7 +19,7 @@ class Digits(ImageDataModule):
     Args:
         batch_size: Images per training step over all ranks.
         use_labels: Whether batches carry the digit, and the model is made conditional.
-        random_flip: Whether half of the training images are mirrored; a mirrored digit is none.
+        random_flip: Whether half of the training images are mirrored; mirrored digits are no digits.
         on_device: Whether the images live on the training device; by default they do on a GPU.
     """
 

@@ -61,7 +61,7 @@ class ImageFolder(ImageDataModule):
         num_workers: Threads that read ahead from the cache; by default 4 where it lies on a network file system, 0
             elsewhere.
         use_labels: Whether folders are classes, which batches carry and the model is conditioned on.
-        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        random_flip: Whether half of the training images are mirrored, redrawn at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
         crops: Number of further squares that are cut out of each training image, at random places and sizes, for small
@@ -141,7 +141,7 @@ class ImageFolder(ImageDataModule):
         return self._numbered or self.layout.classes
 
     def number_classes(self, names: list[str]) -> bool:
-        """Numbers the classes anew; see `ImageDataModule.number_classes`."""
+        """Renumbers the classes; see `ImageDataModule.number_classes`."""
         self._numbered = names
         rank_zero_info(f"The classes are numbered as the model knows them: {describe_classes(names)}.")
         return True

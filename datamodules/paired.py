@@ -38,7 +38,7 @@ class PairedFolder(ImageFolder):
         strict: Whether an image that cannot be used stops the run instead of being left out.
         cache_dir: Folder of the caches; `images` in the folder of all caches by default.
         cache_processes: Processes that decode; by default one per core.
-        random_flip: Whether half of the training pairs are mirrored, drawn anew at each epoch.
+        random_flip: Whether half of the training pairs are mirrored, redrawn at each epoch.
         on_device: Whether the images live on the training device; by default they do on a GPU when they take less
             than a quarter of its free memory.
     """

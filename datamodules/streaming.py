@@ -80,7 +80,7 @@ class Streamed(ImageDataModule):
         cache_gb: Gigabytes (2^30 bytes) of chunks that are kept on each machine.
         num_workers: Threads that read ahead; 4 by default.
         use_labels: Whether batches carry the class, and the model is made conditional.
-        random_flip: Whether half of the training images are mirrored, drawn anew at each epoch.
+        random_flip: Whether half of the training images are mirrored, redrawn at each epoch.
     """
 
     train_loader = WindowLoader
@@ -138,7 +138,7 @@ class Streamed(ImageDataModule):
         return (self._numbered or self.store.catalogue.classes) if self.use_labels else []
 
     def number_classes(self, names: list[str]) -> bool:
-        """Numbers the classes anew; see `ImageDataModule.number_classes`."""
+        """Renumbers the classes; see `ImageDataModule.number_classes`."""
         self._numbered = names
         rank_zero_info(f"The classes are numbered as the model knows them: {describe_classes(names)}.")
         return True

@@ -1,7 +1,7 @@
 """Checks of the numbers that a user gives, for every room: each raises a ValueError of one sentence.
 
 A range that is tested by `<` lets NaN pass, and a count that is not tested takes 2.5 or True. Here a number is finite
-unless it is said otherwise, and a count is whole. None is nobody's number: it means a default and passes.
+unless stated otherwise, and a count is whole. None stands for a default and passes.
 """
 
 import math
@@ -57,7 +57,7 @@ def check_share(*, hint: str = "", **values: Any) -> None:
 
 
 def check_counts(name: str, values: Any, least: int = 1, empty: bool = True) -> None:
-    """Refuses a list of which one does not count; see `check_count`.
+    """Refuses a list with an entry that is no count; see `check_count`.
 
     Args:
         name: What the list is called.
@@ -66,13 +66,13 @@ def check_counts(name: str, values: Any, least: int = 1, empty: bool = True) -> 
         empty: Whether there may be none.
 
     Raises:
-        ValueError: If one is not whole or too small, or there is none.
+        ValueError: If an entry is not whole or too small, or the list is empty and must not be.
     """
     check_numbers(name, values, empty=empty, least=least, whole=True)
 
 
 def check_numbers(name: str, values: Any, *, empty: bool = True, **range_: Any) -> None:
-    """Refuses a list of which one is no number inside a range.
+    """Refuses a list with an entry outside a range.
 
     Args:
         name: What the list is called.
@@ -81,7 +81,7 @@ def check_numbers(name: str, values: Any, *, empty: bool = True, **range_: Any) 
         range_: The range, as for `check_number`.
 
     Raises:
-        ValueError: If one is outside, or there is none.
+        ValueError: If an entry is outside, or the list is empty and must not be.
     """
     if values is None:
         return

@@ -115,7 +115,7 @@ def losses(trained: dict[str, Trained]) -> plt.Figure:
 
 
 def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> plt.Figure:
-    """Every so many steps of a few samples, with the noise level of each.
+    """Some steps of a few samples, evenly spread, with the noise level of each.
 
     Returns:
         The figure: for each sample a row of x, at unit variance, above one of x0_hat.

@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
 
 class TimeBudget(Callback):
-    """Stops training after so many seconds, the learning rate falling to 0 over the last part of them.
+    """Stops training after a time, over whose last part the learning rate falls to 0.
 
     Args:
         seconds: Time for training steps, the preparations of the module included.

@@ -110,7 +110,7 @@ def sampler_comparison(
 
 
 def settings_of(default: Sampling, name: str, nfe: list[int], rtol: list[float]) -> list[Sampling]:
-    """The settings of one sampler that spend at most so many denoiser calls.
+    """The settings of one sampler for given numbers of denoiser calls.
 
     Returns:
         One setting per number of calls (or per tolerance), without those of no step.

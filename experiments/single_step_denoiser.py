@@ -128,7 +128,7 @@ class Denoise:
 
 
 def keep(every: int, last: int) -> dict[str, Any]:
-    """Options of a training that keeps a checkpoint after every so many epochs.
+    """Options of a training that keeps checkpoints at an interval of epochs.
 
     Returns:
         Options of `diffusion-lit fit`.
@@ -146,7 +146,7 @@ def keep(every: int, last: int) -> dict[str, Any]:
 
 
 def at_epoch(run: Trained, count: int) -> Path:
-    """The checkpoint of a training after so many epochs.
+    """The checkpoint of a training after a number of epochs.
 
     Args:
         run: A training with `keep`.

@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
         The config, the options that all variants share, and those of each variant by its name.
 
     Raises:
-        ValueError: If the file is none, or names something that a sweep has not.
+        ValueError: If the file is not a sweep, or has a key that sweeps do not have.
     """
     try:
         content = yaml.safe_load(path.read_text())

@@ -47,8 +47,8 @@ class LastCheckpoint(ModelCheckpoint):
     `lightning.pytorch.callbacks.ModelCheckpoint` with `monitor`, in `trainer.callbacks`.
 
     Args:
-        every_n_train_steps: Also saves every so many training steps.
-        every_n_minutes: Also saves when so many minutes have passed since the last save; `null` for never.
+        every_n_train_steps: Also saves every this many training steps.
+        every_n_minutes: Also saves this many minutes after the last save; `null` for never.
     """
 
     def __init__(self, every_n_train_steps: int | None = None, every_n_minutes: float | None = 10) -> None:

@@ -44,7 +44,7 @@ class EMA(WritesToRunFolder, WeightAveraging):
         decay: A fixed beta in [0, 1) per step instead of a half-life.
         sigma_rel: Widths of power-function averages relative to the training time, such as [0.05, 0.1], instead of a
             half-life; samples and metrics come from the first.
-        snapshot_every: Writes the power-function averages to `averages/` every so many steps; 0 for never.
+        snapshot_every: Writes the power-function averages to `averages/` every this many steps; 0 for never.
 
     Raises:
         ValueError: If a number is out of range or two kinds of average are asked for.

@@ -38,7 +38,7 @@ class FID(Callback):
     Args:
         extractor: What images are compared by.
         num_samples: Number of samples; part of the metric's name, since figures at other numbers do not compare.
-        every_n_epochs: Measures at the first validation and then when so many epochs have passed, and at the end.
+        every_n_epochs: Measures at the first validation, then this many epochs apart, and at the end.
         batch_size: Samples drawn at a time on each rank; does not change them.
         seed: Seed of the first sample.
         split: Split of the data that samples are compared with.

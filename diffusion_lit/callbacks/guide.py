@@ -17,7 +17,7 @@ class KeepGuide(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the guide, unless the checkpoint that the run goes on from has brought it."""
+        """Reads the guide, unless the resumed checkpoint holds it."""
         given = pl_module.sampling.guide_ckpt if is_model(pl_module) else None
         guide = guide_beside(pl_module)
         if given is not None and (guide is None or guide.file != given):

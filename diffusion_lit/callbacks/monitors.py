@@ -13,7 +13,7 @@ HELD_OUT_OF_A_VAE = ("psnr", "ssim", "kl", "kl_bits_per_dim", "bits_per_dim", "a
 
 
 def check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """Refuses a callback that watches a figure that no one logs, before the first step.
+    """Refuses a callback that monitors a figure that nothing logs, before the first step.
 
     A user's own models and callbacks may log anything: then nothing is refused.
 

@@ -39,7 +39,7 @@ class Throughput(Callback):
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock anew."""
+        """Restarts the clock."""
         self._restart()
 
     def _restart(self) -> None:

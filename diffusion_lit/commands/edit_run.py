@@ -134,7 +134,7 @@ class Edit:
         return range(self.options.seed, self.options.seed + count)
 
     def draw(self, count: int) -> Draw:
-        """What a function of `editing` is told of a number of results: their one condition, their seeds, the settings.
+        """Arguments of a function of `editing` for a number of results: their one condition, their seeds, the settings.
 
         Raises:
             ValueError: As `conditions` and `seeds`, or if several conditions are given.
@@ -199,7 +199,7 @@ class Edit:
         return [known[i] if i < len(known) else str(i) for i in labels.tolist()]
 
     def write(self, task: str, made: Edited) -> None:
-        """Writes what a task has made, in the place of the files of an earlier run, and says so.
+        """Writes the results of a task in place of those of an earlier run, and prints where.
 
         Args:
             task: The task's name.

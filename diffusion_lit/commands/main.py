@@ -109,7 +109,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _speak_utf8() -> None:
-    """Starts the process anew in UTF-8 where the locale is another: files are read and written in it everywhere."""
+    """Restarts the process in UTF-8 if the locale is another one: files are read and written in UTF-8 everywhere."""
     if locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8") and os.name == "posix":
         os.environ["PYTHONUTF8"] = "1"  # of further ranks too
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -211,7 +211,7 @@ def spread_arguments(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _run_function(function: Callable[..., Any], names: list[str], args: list[str], notes: str) -> None:
-    """Parses a function's arguments from the command line and calls it; what it refuses is told in one sentence.
+    """Parses a function's arguments from the command line and calls it; an error is reported in one sentence.
 
     An argument that is a dataclass is given by its fields, each an option of the command. One that is a list of texts
     is given one by one, `--prompt "a" --prompt "b"`, each as it stands.
@@ -253,7 +253,7 @@ def _renamed(arg: str, known: Mapping[str, Any]) -> str:
 
 
 def _find(given: str, told_to: TextIO) -> str:
-    """The checkpoint that `last`, `best` or a run's folder means, which is told."""
+    """The checkpoint that `last`, `best` or a run's folder means, which is printed."""
     from diffusion_lit.storage.runs import find_checkpoint
 
     found = str(find_checkpoint(given))

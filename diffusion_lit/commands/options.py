@@ -193,7 +193,7 @@ class ListOptions(DrawOptions):
             At least one.
 
         Raises:
-            ValueError: If a list is none, or settings do not fit together.
+            ValueError: If a list cannot be read, or settings do not fit together.
         """
         fixed = {one.name: getattr(self, one.name) for one in fields(SamplingOptions) if one.name not in self.lists}
         values = [dict.fromkeys(_words(name, getattr(self, name), kind)) for name, kind in self.lists.items()]

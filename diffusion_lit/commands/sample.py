@@ -109,7 +109,7 @@ def take_size(module: Model, size: str) -> None:
         size: Height and width, such as `128x192`.
 
     Raises:
-        ValueError: If it is none, or the model draws but one size.
+        ValueError: If it is not a size, or the model draws one size only.
     """
     sides = size.lower().split("x")
     if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):

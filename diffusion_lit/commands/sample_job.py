@@ -75,7 +75,7 @@ class SampleJob:
         """Draws all samples, each batch written as it comes; on rank 0 alone where there are several.
 
         Args:
-            ranks: The processes that share the work, which draw batches in turn: who draws a sample is all the same.
+            ranks: The processes that share the work; they draw batches in turn, whichever draws which sample.
 
         Returns:
             Some of the samples; nothing on other ranks than 0.
@@ -228,7 +228,7 @@ class Preview:
 
         Args:
             seed: Seed of sample 0.
-            most: At most so many where there are no classes.
+            most: At most this many if there are no classes.
 
         Returns:
             Names, and the samples' indices.

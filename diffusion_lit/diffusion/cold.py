@@ -110,7 +110,7 @@ class ColdSampling:
 
     @property
     def nfe(self) -> int | None:
-        """Calls of the restorer for an image; None where it is as many as the degradation has steps."""
+        """Calls of the restorer for an image; None if there is one per step of the degradation."""
         return self.num_steps
 
     def replace(self, **changes: Any) -> "ColdSampling":

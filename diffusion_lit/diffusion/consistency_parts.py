@@ -239,7 +239,7 @@ class TeacherStep(PathPoint):
 
     Args:
         teacher: A trained denoiser.
-        cfg_scale: Classifier-free guidance of the teacher, which the student so learns; 1 is none.
+        cfg_scale: Classifier-free guidance of the teacher, which the student learns; 1 is none.
 
     Raises:
         ValueError: If the scale is no number.

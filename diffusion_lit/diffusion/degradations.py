@@ -79,7 +79,7 @@ class Degradation(nn.Module, ABC):
         """x_t for t of shape (B,); rows with t = 0 are ignored; see `forward`."""
 
     def known(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Which pixels a degraded image still tells of.
+        """Which pixels of the image a degraded image still shows.
 
         Args:
             x0: Images (B, C, H, W).

@@ -151,7 +151,7 @@ class Sampling:
 
     @property
     def nfe(self) -> int | None:
-        """Denoiser calls per sample; None for an adaptive sampler, which makes as many as it needs."""
+        """Denoiser calls per sample; None for an adaptive sampler, whose number is not fixed."""
         return SAMPLERS[self.sampler].nfe(self.num_steps)
 
     def record(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Sampling:
         return asdict(self)
 
     def wrap(self, denoiser: Denoiser, labels: Tensor | None, condition: Tensor | None = None) -> Conditioned:
-        """The callable for the sampler: clipped, guided and bound to what it is told.
+        """The callable for the sampler: clipped, guided and bound to its inputs.
 
         Args:
             denoiser: The model.
@@ -368,7 +368,7 @@ def check_follows_ode(sampling: Sampling, what: str) -> None:
 
     Args:
         sampling: The model's own settings.
-        what: What is not to be had, as the end of a sentence.
+        what: What is not possible, as the end of a sentence.
 
     Raises:
         ValueError: If the model's estimate is the end of a path, and so gives no slope.

@@ -1,4 +1,4 @@
-"""MeanFlow: a denoiser that is told where a step ends learns to make it in one call, from data alone.
+"""MeanFlow: a denoiser that is given the end of a step learns to take it in one call, from data alone.
 
 On the straight path z_t = (1 - t) x0 + t n the average of the velocity v over the way from t down to r,
 

@@ -215,7 +215,7 @@ class ContinuousVP(Schedule):
     Args:
         beta_min: Rate at tau = 0, positive.
         beta_max: Rate at tau = 1, at least `beta_min`.
-        num_steps: T, at least 2: the unit in which networks are told the time.
+        num_steps: T, at least 2: the unit of the time that networks are given.
         tau_min: Smallest time of training, in (0, 1).
         tau_sampling: Smallest time of sampling by default, in [tau_min, 1).
 

@@ -39,7 +39,7 @@ class Evaluate:
             sigma: Shape () or (N,).
             label: Shape (N,), or none.
             rows: The sample of the batch, shape (N,), that each of x belongs to, where they are not the batch itself.
-            told: What else the denoiser is told, a row for each of x, by its keywords.
+            told: Further inputs of the denoiser by its keywords, a row for each of x.
 
         Returns:
             (x0_hat,) or (x0_hat, v).

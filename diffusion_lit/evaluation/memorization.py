@@ -197,7 +197,7 @@ def tail_probability(ratio: Tensor, real: Tensor) -> Tensor:
 
 
 def chance_of(below: int, count: int, rank: int, held_out: int) -> float:
-    """Probability that samples of the same distribution as held-out images have so many below a quantile.
+    """Probability that samples of the same distribution as held-out images have at least this many below a quantile.
 
     Args:
         below: Number of samples at or below the threshold.

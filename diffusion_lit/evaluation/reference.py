@@ -135,7 +135,7 @@ def real_pairs(reference: Reference, held_out: Features | None, count: int, bloc
         reference: The reference.
         held_out: Features of real images that are not in it, or None.
         count: Number of generated images.
-        blocks: At most so many pairs, whose drawn sets are disjoint.
+        blocks: Most pairs; their drawn sets are disjoint.
 
     Returns:
         The pairs; empty where there are too few real images for any.

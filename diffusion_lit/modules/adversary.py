@@ -77,7 +77,7 @@ class Adversary(nn.Module):
         self._size = (model_channels, levels)
 
     def attach(self, channels: int) -> None:
-        """Makes the discriminator of images of so many channels; the module that it belongs to calls it once."""
+        """Makes the discriminator for images with this many channels; the module that owns it calls it once."""
         self.net = PatchDiscriminator(channels, *self._size)
 
     def forward(

@@ -19,7 +19,7 @@ class Classifier(BaseModule):
     Args:
         net: The network.
         label_smoothing: Share in [0, 1) of the target that is spread over all classes.
-        shift: Training images are moved by up to so many pixels in each direction, the border filled with -1.
+        shift: Training images are moved by up to this many pixels in each direction, the border filled with -1.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer, stepped each training step.
 

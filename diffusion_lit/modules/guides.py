@@ -24,7 +24,7 @@ from diffusion_lit.words import article, counted, few
 
 
 def guide_beside(model: object) -> Guide | None:
-    """The worse model that was put beside a model, None where there is none."""
+    """The worse model that guides a model, None if there is none."""
     guide = model.denoiser.guide if isinstance(model, PixelModel) else None
     return guide if isinstance(guide, Guide) else None
 

@@ -114,7 +114,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
             stage: "fit", "validate", "test" or "predict".
 
         Raises:
-            ValueError: If it is not to be had, or does not fit the data or the network.
+            ValueError: If it is not available, or does not fit the data or the network.
         """
         if self._space is None:
             self._space = LatentSpace(load_autoencoder(self.vae_ckpt), self._data().image_shape, self.vae_precision)

@@ -1,6 +1,6 @@
 """MeanFlow: a denoiser that learns to take noise to images in one step, from data alone (Geng 2025, arXiv 2505.13447).
 
-The network is told where a step ends. Not told, it is a flow-matching model, which every other sampler works with.
+The network is given the end of a step. Without it, it is a flow-matching model, which every other sampler works with.
 """
 
 from typing import Any

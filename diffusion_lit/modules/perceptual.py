@@ -51,7 +51,7 @@ class Perceptual(ABC):
             data: The data module, set up.
 
         Raises:
-            ValueError: If it is not to be had.
+            ValueError: If it is not available.
         """
         if self.frozen is None:
             self.frozen = Frozen(self.network(data))

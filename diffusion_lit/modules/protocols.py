@@ -23,7 +23,7 @@ class Settings(Protocol):
 
     @property
     def num_steps(self) -> int | None:
-        """Number of steps, None where it is as many as the model has."""
+        """Number of steps, None for as many as the model has."""
 
     @property
     def cfg_scale(self) -> float:
@@ -193,7 +193,7 @@ class DataSet(ImageSource, Protocol):
 
     @property
     def random_flip(self) -> bool:
-        """Whether half of the training images are mirrored, drawn anew at each epoch."""
+        """Whether half of the training images are mirrored, redrawn at each epoch."""
 
     def mirrored(self, epoch: int, batch: int) -> Tensor | None:
         """Which images of a training batch are mirrored, bool (B,); None where none ever is."""

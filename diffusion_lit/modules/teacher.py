@@ -40,7 +40,7 @@ class Teacher(PathPoint):
         ckpt_path: Its checkpoint, or the folder of its runs, `runs/NAME`, for the newest one there; by default the one
             that training begins from, `fit --init_from`. A training from nothing has none then, which a warning says:
             its pairs are of the same draw.
-        cfg_scale: Classifier-free guidance of the teacher, which the student so learns; 1 is none.
+        cfg_scale: Classifier-free guidance of the teacher, which the student learns; 1 is none.
 
     Raises:
         ValueError: If the scale is no number.

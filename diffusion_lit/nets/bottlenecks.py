@@ -162,7 +162,7 @@ class FSQ(Bottleneck):
             per position.
 
     Raises:
-        ValueError: If a number of levels is none.
+        ValueError: If a number of levels is out of range.
 
     Source: Mentzer 2023, arXiv 2309.15505, section 3 and appendix A.1.
     """

@@ -103,7 +103,7 @@ class DiT(nn.Module):
         augment_dim: Length of the augmentation labels, 0 for none.
         activation_checkpointing: Keep only the tokens between blocks for the backward pass and compute what lies within
             a block again: less than half the memory, for about a third more time.
-        takes_until: Whether the network is told a second noise level, the one that a step ends at (MeanFlow).
+        takes_until: Whether the network is given a second noise level, the one that a step ends at (MeanFlow).
         rms_norm: Normalise tokens by their root mean square alone (Zhang & Sennrich 2019, arXiv 1910.07467).
         qk_norm: Normalise queries and keys by their root mean square, with gains (Dehghani 2023, arXiv 2302.05442).
         rope: Turn queries and keys by their place instead of adding a code to the tokens; a head needs a multiple of 4

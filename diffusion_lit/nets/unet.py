@@ -46,7 +46,7 @@ class ResBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        emb_channels: Length of the embedding, 0 for a block that is told nothing.
+        emb_channels: Length of the embedding, 0 for an unconditional block.
         dropout: Probability of dropping an activation before the second convolution.
         adaptive_scale: Modulate the normalised map by a scale and a shift (ADM), or add a shift before it (DDPM).
         skip_scale: Factor on the sum of the two branches.
@@ -142,7 +142,7 @@ class UNet(nn.Module):
         decoder_attention: On the way up, attention behind "all" blocks of a level (DDPM) or its "last" (DDPM++).
         activation_checkpointing: Keep only the feature maps between blocks for the backward pass and compute what lies
             within a block again: less than half the memory, for about a third more time.
-        takes_until: Whether the network is told a second noise level, the one that a step ends at (MeanFlow).
+        takes_until: Whether the network is given a second noise level, the one that a step ends at (MeanFlow).
         condition_channels: Channels of a condition image, which is concatenated to the input; 0 for none.
 
     Raises:

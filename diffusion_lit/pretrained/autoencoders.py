@@ -102,7 +102,7 @@ def load_pretrained_autoencoder(source: str) -> PretrainedAutoencoder:
         The autoencoder.
 
     Raises:
-        ValueError: If diffusers or the model is not to be had, or is neither AutoencoderKL nor AutoencoderTiny.
+        ValueError: If diffusers or the model is not available, or is neither AutoencoderKL nor AutoencoderTiny.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():

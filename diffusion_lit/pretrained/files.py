@@ -53,7 +53,7 @@ def find_model(source: str, parts: tuple[str, ...]) -> Path:
         The folder.
 
     Raises:
-        ValueError: If there is no such folder or name, or it is not to be had.
+        ValueError: If there is no such folder or name, or it is not available.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -34,7 +34,7 @@ NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
 
 
 class Defaults(NamedTuple):
-    """How a pipeline samples unless it is told otherwise."""
+    """How a pipeline samples by default."""
 
     num_steps: int
     cfg_scale: float
@@ -75,7 +75,7 @@ def load_pretrained(
         The model, in eval mode, in float32, on the CPU.
 
     Raises:
-        ValueError: If the model is not to be had, is of another kind, or prompts are given to one that reads none.
+        ValueError: If the model is not available, is of another kind, or prompts are given to one that reads none.
     """
     model = find_model(name, PARTS)
     refuse_foreign_parts(model, PARTS)
@@ -123,7 +123,7 @@ def load_upsampler(name: str, embeddings: Tensor, noise_level: int = 250, **chan
         The upsampler.
 
     Raises:
-        ValueError: If the model is not to be had or is no such upsampler, or an option is none.
+        ValueError: If the model is not available or is no such upsampler, or an option is none.
     """
     model = find_model(name, UPSAMPLER_PARTS)
     refuse_foreign_parts(model, UPSAMPLER_PARTS)

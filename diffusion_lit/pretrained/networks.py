@@ -52,7 +52,7 @@ class PlainNet(nn.Module):
         return (x,)
 
     def condition(self, x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
-        """What the U-Net is told beside image and step."""
+        """What the U-Net is given beside image and step."""
         return {}
 
 
@@ -84,7 +84,7 @@ class ClassNet(PlainNet):
 
 
 class TextNet(PlainNet):
-    """A U-Net that is told prompts.
+    """A U-Net conditioned on prompts.
 
     Args:
         unet: diffusers' UNet2DConditionModel.
@@ -106,7 +106,7 @@ class TextNet(PlainNet):
 
 
 class UpsamplingNet(TextNet):
-    """A U-Net that is told prompts, and a small image to make a large one of.
+    """A U-Net conditioned on prompts and on the small image that it enlarges.
 
     Args:
         unet: diffusers' UNet2DConditionModel with 2 C input channels and class_embed_type "timestep".

@@ -75,7 +75,7 @@ def _place(identity: str, text: str) -> Path:
 
 
 def _read(place: Path) -> Tensor | None:
-    """A kept embedding; None where there is none, or a damaged one, which is then made anew."""
+    """A kept embedding; None where there is none, or a damaged one, which is then recomputed."""
     try:
         return decode(place)[0].get("embedding")
     except (OSError, ValueError):

@@ -85,7 +85,7 @@ def wrapped(text: str, width: int, most: int = 3) -> str:
     Args:
         text: The heading, perhaps of several lines.
         width: Characters of a line.
-        most: Each of its lines becomes so many at most; what is left out is marked by dots.
+        most: Most lines that each of its lines becomes; dots mark what is left out.
     """
     lines = (textwrap.wrap(line, width, max_lines=most, placeholder=" ...") for line in text.split("\n"))
     return "\n".join("\n".join(line) for line in lines)
@@ -207,8 +207,8 @@ class StepRecorder:
         """For some of the images, a row of x above a row of x0_hat, from noise to image.
 
         Args:
-            columns: At most so many steps are shown, evenly spread, first and last among them.
-            count: At most so many images are shown.
+            columns: Most steps to show; they are evenly spread, first and last among them.
+            count: Most images to show.
             spread: Whether these are evenly spread too, and not the first ones.
 
         Returns:
@@ -229,7 +229,7 @@ class StepRecorder:
 
         Args:
             columns: Images per row.
-            most: At most so many steps are shown.
+            most: Most steps to show.
 
         Returns:
             The frames, the last of them the finished predictions.
@@ -242,7 +242,7 @@ class StepRecorder:
 
         Args:
             scale: Whole factor by which pixels are enlarged; by default small images grow to about 256 pixels a side.
-            most: At most so many steps are shown.
+            most: Most steps to show.
 
         Returns:
             The GIF's bytes, image by image.

@@ -139,7 +139,7 @@ class Page:
 
         Args:
             images: Source and caption of each, as for `image`.
-            columns: Large images shrink until so many of them stand side by side; of small ones there may be more.
+            columns: Images side by side: large ones shrink to fit, and of small ones there may be more.
         """
         self._add("images", figures=[_figure(*pair) for pair in images], columns=columns)
 

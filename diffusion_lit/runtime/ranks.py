@@ -53,7 +53,7 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
         The Fabric; call its `launch`.
 
     Raises:
-        ValueError: If a choice is unknown, or there are not so many devices.
+        ValueError: If a choice is unknown, or there are fewer devices.
     """
     accelerators = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
     if device not in accelerators:

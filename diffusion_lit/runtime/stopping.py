@@ -43,7 +43,7 @@ class RunStopped(Exception):
 def told(
     error: BaseException, started: bool = False, batch_size: int | None = None, fits: bool = False
 ) -> RunStopped | None:
-    """What the user is told of an error that ends a command; every command asks here.
+    """The message for an error that ends a command; every command uses it.
 
     Args:
         error: What was raised.
@@ -90,7 +90,7 @@ def end(error: Exception, name: str = PROGRAM, silent: bool = False) -> NoReturn
 
 
 def explain(error: BaseException, batch_size: int | None = None, fits: bool = True) -> RunStopped | None:
-    """Words for what goes wrong while a command is going and is nobody's bug.
+    """The message for a failure of a running command that is not a bug.
 
     Args:
         error: What was raised.

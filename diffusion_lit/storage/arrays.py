@@ -1,7 +1,7 @@
 """A folder that holds one array and its index, which notices damage: the form of the caches of images and latents.
 
 `index.json` is written last and holds its own hash and the array's CRC-32, so that a folder which a killed process or a
-failing disk left is told from a whole one. Reading compares both, at more than 1 GB/s.
+failing disk left is recognised. Reading compares both, at more than 1 GB/s.
 """
 
 import json
@@ -38,7 +38,7 @@ def open_array(
         shape_of: Its shape by the index; None for an index of another array.
 
     Returns:
-        Both, the array memory-mapped for reading; None where there is none that is whole.
+        Both, the array memory-mapped for reading; None if there is no intact one.
 
     Raises:
         OSError: If it is there and may not be read.

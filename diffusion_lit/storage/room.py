@@ -47,7 +47,7 @@ def try_folder(folder: Path) -> None:
 
 
 def fits_in_memory(size: int) -> bool:
-    """Whether so many bytes fit: at most half of the machine's memory, if that is known."""
+    """Whether this many bytes fit: at most half of the machine's memory, if that is known."""
     try:
         return size <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     except (AttributeError, ValueError, OSError):  # Windows, or a system that does not say

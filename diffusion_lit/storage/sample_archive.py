@@ -65,7 +65,7 @@ class SampleArchive:
             images: uint8 (B, H, W, C).
 
         Raises:
-            OSError: If the disk is full all the same.
+            OSError: If the disk is full after all.
         """
         self.member.write(np.ascontiguousarray(images).tobytes())
         self.rows += len(images)

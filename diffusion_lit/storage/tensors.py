@@ -81,7 +81,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record that a file was written under.
 
     Raises:
-        ValueError: If the file is no such file.
+        ValueError: If it is another kind of file.
     """
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]

@@ -78,7 +78,7 @@ class Estimate:
     Args:
         hardware: Which.
         rate: Images per second.
-        basis: How the rate was come by.
+        basis: How the rate was obtained.
     """
 
     hardware: str

@@ -11,7 +11,7 @@ from diffusion_lit.runtime.stopping import end
 
 
 def command(function: Callable[..., Any], args: Sequence[str] | None = None) -> None:
-    """Runs a function from the command line; what it refuses is told in one sentence.
+    """Runs a function from the command line; an error is reported in one sentence.
 
     Args:
         function: Its arguments are the options, its docstring is their help. A list named `config` may be given one by

@@ -115,7 +115,7 @@ class Failed:
 
     Args:
         run: What was to be trained.
-        reason: What the command said at last.
+        reason: The last message of the command.
         log: Where all that it said lies.
     """
 

@@ -143,7 +143,7 @@ class Study:
             config: Another experiment than the study's.
 
         Returns:
-            The trained ones by name, in order; those that failed are told and left out.
+            The trained ones by name, in order; those that failed are reported and left out.
 
         Raises:
             StudyFailed: If all of them failed.

@@ -137,7 +137,7 @@ def blurred(sigma: float, height: int, width: int, cutoff: float = 1e-3) -> Meas
 
 
 def _left(size: int, sigma: float) -> Tensor:
-    """Share of each cosine that a blur of so many pixels leaves, float64 (size,)."""
+    """Share of each cosine that a blur of this width in pixels leaves, float64 (size,)."""
     return torch.exp(-0.5 * (math.pi * torch.arange(size, dtype=torch.float64) * sigma / size) ** 2)
 
 

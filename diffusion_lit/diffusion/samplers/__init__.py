@@ -46,7 +46,7 @@ class Sampler:
         stochastic: Whether it draws noise with its default options.
         calls_per_step: Its denoiser calls per step; None where step control decides. The step to level 0 takes one.
         summary: What it is, in a line.
-        takes_until: Whether it needs a denoiser that is told the noise level at which a step ends.
+        takes_until: Whether it needs a denoiser that is given the noise level at which a step ends.
     """
 
     function: Callable[..., Tensor]
