@@ -36,7 +36,7 @@ UPRIGHT = {
 }
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of 16
 HUGE = 2**23  # pixels to decode, from which on the gate is asked
-DRAFT = 4  # a reduced JPEG keeps at least so many times the target's pixels per side
+DRAFT = 4  # a reduced JPEG keeps at least this many times the target's pixels per side
 
 
 class BadImageError(Exception):

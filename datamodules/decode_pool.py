@@ -25,7 +25,7 @@ from datamodules.decode import BadImageError, Transform, decode
 from datamodules.sources import Listing
 from diffusion_lit.runtime.lock import Lock
 
-FEW = 64  # up to so many images, processes do not pay
+FEW = 64  # up to this many images, processes do not pay
 MOST_PROCESSES = 16
 PATIENCE = 0.2  # seconds between two looks at the progress
 

@@ -55,7 +55,7 @@ class WindowLoader(TrainLoader):
                 for fetch in coming:
                     fetch.cancel()  # it was read before it was fetched, or is asked for again
                 wanted = torch.cat(windows[number : number + 2]).tolist()
-                coming = [fetchers.submit(images.fetch, chunk) for chunk in wanted]  # an error is told in reading
+                coming = [fetchers.submit(images.fetch, chunk) for chunk in wanted]  # reading reports the error
                 rows = torch.cat([images.rows(chunk) for chunk in window.tolist()])
                 order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
                 left, skip = torch.cat([left, rows[order[skip:]]]), 0

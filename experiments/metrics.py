@@ -25,7 +25,7 @@ from experiments.harness.show import image_rows
 from experiments.harness.study import QUIET, Study, main
 
 MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "isc")
-RIGHT = 0.95  # share of right answers that counts as told apart
+RIGHT = 0.95  # share of right answers from which two sets count as distinguished
 
 
 def metrics(

@@ -148,7 +148,7 @@ class CLI(LightningCLI):
         if folder is not None and (subcommand != "fit" or str(path) != str(given)):
             self.place.continues(folder)
             if subcommand == "fit" and is_rank_zero():
-                lock_run(folder).release()  # so that it is told now; the trainer takes it again for the whole run
+                lock_run(folder).release()  # to report it now; the trainer takes it again for the whole run
         self.resumed = Resumed.of(checkpoint, path)
         self._take_seed(config, self.resumed.seed)
 

@@ -28,7 +28,7 @@ from diffusion_lit.words import counted
 
 CLIP_OPTIONS = {"none": set[str](), "static": {"limit"}, "dynamic": {"limit", "percentile", "ceiling"}}
 
-NUM_STEPS, GRID = 18, "karras"  # unless told otherwise
+NUM_STEPS, GRID = 18, "karras"  # by default
 
 StepCallback = Callable[[int, Tensor, Tensor, Tensor], None]
 

@@ -303,7 +303,7 @@ class DiffusionModule(GivenImages, BaseModule):
         total = shape[0] * world
         rows = slice(rank, None, world)
         sigma = self.denoiser.scaling.clamp(self.noise_levels.sample(total, generator))
-        self.sigma_range = torch.stack(sigma.aminmax())  # named where a step goes wrong
+        self.sigma_range = torch.stack(sigma.aminmax())  # for the message if a step fails
         sigma = sigma[rows]
         noise = torch.randn(total, *shape[1:], generator=generator, device=self.device)[rows]
         if label is None or self.num_classes == 0:

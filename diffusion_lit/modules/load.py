@@ -174,7 +174,7 @@ def _build(base: Any, checkpoint: dict[str, Any], path: str | Path, **overrides:
     try:
         with guarded(), no_larger_than(checkpoint["state_dict"]), contextlib.redirect_stderr(io.StringIO()):
             built = instantiate_module(base, record)
-    except (Exception, SystemExit) as error:  # whatever the arguments in a file bring a class to
+    except (Exception, SystemExit) as error:  # arguments from a file may raise anything
         raise ValueError(f"The checkpoint {path} names something that cannot be built: {_reason(error)}") from error
     try:
         if isinstance(built, LightningModule):

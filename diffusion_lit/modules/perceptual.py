@@ -134,7 +134,7 @@ class LPIPS(Perceptual):
 
         try:
             metric = LearnedPerceptualImagePatchSimilarity(net_type=self.net)  # type: ignore[arg-type]
-        except Exception as error:  # the download raises whatever the network does
+        except Exception as error:  # a download may raise anything
             raise ValueError(
                 f"The weights of LPIPS ({self.net}) are neither in torch's cache nor could be downloaded; take "
                 "perceptual: diffusion_lit.modules.ClassifierPerceptual, set lpips_weight to 0, or run once with "

@@ -72,7 +72,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
         json.dumps(content, default=str, skipkeys=True)  # raises if a part contains itself
     except FileNotFoundError:
         return {}, [f"The run has no {path.name}."]
-    except Exception:  # whatever a tag of YAML brings its reader to
+    except Exception:  # a tag of YAML may raise anything
         return {}, [f"{path.name} cannot be read."]
     if not isinstance(content, dict):
         return {}, [f"{path.name} holds no configuration."]

@@ -23,7 +23,7 @@ from diffusion_lit.runtime.installation import PROGRAM
 
 PERIOD = 2.0  # seconds between two looks
 GRACE = 5.0  # seconds that a second signal's own handler has
-SAME = 1.0  # signals so many seconds apart are one: a launcher passes on what a terminal gives to all by itself
+SAME = 1.0  # signals this many seconds apart are one: a launcher passes on what a terminal sends to all by itself
 HERE = Path(__file__).resolve().parents[2]
 STOPPING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -54,7 +54,7 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
             if (file.metadata() or {}).get("record") != canonical(record):
                 return None
         return decode(path)[0]
-    except Exception:  # a truncated or foreign file is a miss, whatever the reader calls it
+    except Exception:  # a truncated or foreign file is a miss, whatever the reader raises
         return None
 
 
