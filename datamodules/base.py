@@ -429,7 +429,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         computed = [name for name in self.__dict__ if isinstance(getattr(type(self), name, None), cached_property)]
-        read = {"_splits": {}, "_moved": {}, "_identities": {}}  # a process that this is sent to reads them itself
+        # a process that this is sent to reads them itself
+        read: dict[str, Any] = {"_splits": {}, "_moved": {}, "_identities": {}}
         return {name: value for name, value in self.__dict__.items() if name not in computed} | read
 
 
