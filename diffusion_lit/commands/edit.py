@@ -169,7 +169,7 @@ def img2img(
 def invert(edit: ImageEdit) -> Edited:
     """Takes an image up the probability-flow ODE to its noise and back, and says how near it comes (PSNR).
 
-    Takes 100 steps, with heun where the model's own sampler draws noise, unless told otherwise.
+    Takes 100 steps, with heun where the model's own sampler draws noise or takes its own map, unless told otherwise.
 
     Args:
         edit: Model, image, condition, sampling and output.
@@ -192,7 +192,7 @@ def _along_the_ode(model: PixelModel) -> Sampling:
     """100 steps without noise."""
     own = model.sampling
     check_follows_ode(own, "no image can be taken back to its noise")
-    if SAMPLERS[own.sampler].stochastic:
+    if SAMPLERS[own.sampler].stochastic or SAMPLERS[own.sampler].takes_until:
         own = own.replace(sampler="heun")
     return own.replace(sampler_options={}, num_steps=100)
 

@@ -2,7 +2,7 @@
 
 A measurement of the image is made, with noise where it is asked for, and images are drawn that agree with it. How:
 
-    a model that was trained to be given such an image is given it (configs superres_*, colorize_*, inpaint_*);
+    a model that was trained to be given such an image is given it, without noise (configs superres_*, inpaint_*...);
     without noise every estimate is projected on what agrees with the measurement (DDNM, RePaint);
     with noise the estimates are those of the posterior (MMPS, PiGDM or DPS), which nothing is forced on.
 """
@@ -131,7 +131,7 @@ class Restoration(ImageEdit):
         y = y + self.options.noise * noise
         self.y = measurement.apply(y) if measurement.known is not None else y
         self.measurement = measurement
-        self.is_given = measurement.condition_for(self.model, self.y) is not None
+        self.is_given = self.posterior is None and measurement.condition_for(self.model, self.y) is not None
 
     def restore(self, function: Callable[..., Tensor], **arguments: Any) -> Tensor:
         """Draws the results.

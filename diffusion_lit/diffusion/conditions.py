@@ -170,4 +170,11 @@ class PairedImage(ImageCondition):
                 "The model is given the image that the data pairs with each one, and the data has none; use "
                 "datamodules.PairedFolder."
             )
+        wanted = (self.given_channels, *images.shape[2:])
+        if other.shape[1:] != wanted:
+            raise ValueError(
+                f"The data pairs each image with one of shape {tuple(other.shape[1:])}, and the model is given "
+                f"{wanted}; make the condition's channels the data's given_channels, and the network's "
+                "condition_channels one more."
+            )
         return join(other, other.new_ones(1))

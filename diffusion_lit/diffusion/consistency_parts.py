@@ -15,6 +15,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.preconditioning import Preconditioning
+from diffusion_lit.diffusion.wrappers import Evaluate
 
 
 class Gap(ABC):
@@ -220,13 +221,20 @@ class PathPoint:
         """
         return noise
 
-    def open(self, x_shape: tuple[int, int, int], num_classes: int, begun_from: str | None = None) -> str | None:
+    def open(
+        self,
+        x_shape: tuple[int, int, int],
+        num_classes: int,
+        begun_from: str | None = None,
+        encoder_sha256: str | None = None,
+    ) -> str | None:
         """Prepares the source of the points for training.
 
         Args:
             x_shape: Shape (C, H, W) of what is denoised.
             num_classes: Number of the model's classes.
             begun_from: The checkpoint that the model's first weights are from; None where it drew them.
+            encoder_sha256: Hash of the encoder whose latents are denoised; None where images are.
 
         Returns:
             The hash of the weights of a teacher; None where nothing is read.
@@ -242,34 +250,51 @@ class TeacherStep(PathPoint):
         cfg_scale: Classifier-free guidance of the teacher, which the student learns; 1 is none.
 
     Raises:
-        ValueError: If the scale is no number.
+        ValueError: If the scale is no number, or not 1 for a teacher without classes.
 
     Source: Song et al. 2023 (arXiv 2303.01469), algorithm 2.
     """
 
     def __init__(self, teacher: DenoiserLike, cfg_scale: float = 1.0) -> None:
         check_number(cfg_scale=cfg_scale)
-        self.teacher, self.cfg_scale = teacher, cfg_scale
+        self.teacher = ClassifierFreeGuidance(teacher, cfg_scale)
 
     def __call__(
         self, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor, r: Tensor, label: Tensor | None, augment: Tensor | None
     ) -> Tensor:
         """The point; see `PathPoint.__call__`."""
         upper, step = per_sample(t, x), per_sample(r - t, x)
-        x0_hat = self._guided(x, t, label)
+        x0_hat = self._estimate(x, t, label, augment)
         slope = (x - x0_hat) / upper
         inside = torch.where(r > 0, r, t)  # a row that ends at 0 takes x0_hat, as no network is called there
         reached = torch.where(per_sample(r > 0, x), x + step * slope, x)
-        slope_there = (reached - self._guided(reached, inside, label)) / per_sample(inside, x)
+        slope_there = (reached - self._estimate(reached, inside, label, augment)) / per_sample(inside, x)
         return torch.where(per_sample(r > 0, x), x + step * (slope + slope_there) / 2, x0_hat)
 
     def slope(
         self, x: Tensor, x0: Tensor, noise: Tensor, t: Tensor, label: Tensor | None, augment: Tensor | None
     ) -> Tensor:
         """The slope of the teacher's ODE; see `PathPoint.slope`."""
-        return (x - self._guided(x, t, label)) / per_sample(t, x)
+        return (x - self._estimate(x, t, label, augment)) / per_sample(t, x)
 
-    def _guided(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
-        """The teacher's estimate, under guidance where there are labels."""
-        teacher = self.teacher if label is None else ClassifierFreeGuidance(self.teacher, self.cfg_scale)
-        return teacher(x, sigma, label)
+    def _estimate(self, x: Tensor, sigma: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+        """The teacher's estimate, guided where there are labels, and told of the augmentation if it knows such."""
+        known = augment is not None and getattr(self.teacher.denoiser, "augment_dim", 0) == augment.shape[1]
+        evaluate = _Augmented(self.teacher.denoiser, augment if known else None)
+        return self.teacher.transform(evaluate, x, sigma, label)[0]
+
+
+class _Augmented(Evaluate):
+    """One evaluation of a denoiser that is told how its images are augmented."""
+
+    def __init__(self, denoiser: DenoiserLike, augment: Tensor | None) -> None:
+        super().__init__(denoiser)
+        self.augment = augment
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor | float, label: Tensor | None, rows: Tensor | None = None, **told: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Evaluates; see `Evaluate.__call__`."""
+        if self.augment is not None:
+            told["augment"] = self.augment if rows is None else self.augment[rows.to(self.augment.device)]
+        return super().__call__(x, sigma, label, rows, **told)

@@ -100,7 +100,7 @@ class Sampling:
 
     def _take_levels(self) -> None:
         """Explicit noise levels are the grid, and their number that of the steps, where nothing else was said."""
-        given = self.grid_options.get("levels", () if self.grid == "levels" else None)
+        given = self.grid_options.get("levels", () if self.grid == "levels" and not self.grid_options else None)
         if given is None or self.grid not in (GRID, "levels"):
             return
         check_levels(given)
@@ -124,6 +124,8 @@ class Sampling:
         changes = {name: value for name, value in changes.items() if value is not None}
         if "levels" in changes.get("grid_options", {}):
             check_levels(changes["grid_options"]["levels"])
+            if changes.get("grid", "levels") != "levels":
+                raise ValueError(f"The grid {changes['grid']!r} has no option 'levels', which are a grid of their own.")
             changes = {"grid": "levels", "num_steps": len(changes["grid_options"]["levels"]), **changes}
         for name, options in (("sampler", "sampler_options"), ("grid", "grid_options"), ("clip_x0", "clip_options")):
             if changes.get(name, getattr(self, name)) != getattr(self, name):
@@ -364,7 +366,7 @@ def refuse_clipping(sampling: Sampling) -> None:
 
 
 def check_follows_ode(sampling: Sampling, what: str) -> None:
-    """Refuses a model of few steps where the probability-flow ODE is needed.
+    """Refuses a consistency model where the probability-flow ODE is needed.
 
     Args:
         sampling: The model's own settings.
@@ -373,7 +375,8 @@ def check_follows_ode(sampling: Sampling, what: str) -> None:
     Raises:
         ValueError: If the model's estimate is the end of a path, and so gives no slope.
     """
-    if SAMPLERS[sampling.sampler].order == 0:
+    sampler = SAMPLERS[sampling.sampler]
+    if sampler.order == 0 and not sampler.takes_until:  # told no end, a MeanFlow is a flow
         raise ValueError(
             f"The model draws by {sampling.sampler}: it maps noise to an image at once and follows no ODE, so that "
             f"{what}; take the diffusion model that it was tuned from."

@@ -265,7 +265,7 @@ def levels(
 
     Args:
         num_steps: The number of steps N, from 1 to the number of levels.
-        scaling: The model's scaling; the denoiser refuses levels outside its support.
+        scaling: The model's scaling, which knows the levels that it is trained on.
         sigma_min: None; the levels say where the grid ends.
         sigma_max: None; the levels say where it begins.
         levels: Noise levels above 0, falling.
@@ -274,7 +274,8 @@ def levels(
         Float64 levels of shape (N+1,), falling, the last 0.
 
     Raises:
-        ValueError: If the levels do not fall to a positive one, are fewer than num_steps, or a range is given as well.
+        ValueError: If the levels do not fall to a positive one, lie outside those that the model is trained on, are
+            fewer than num_steps, or a range is given as well.
     """
     check_count(num_steps=num_steps)
     check_levels(levels)
@@ -283,7 +284,14 @@ def levels(
         raise ValueError(f"{given} was given beside levels {list(levels)}, which say the range; leave it out.")
     if num_steps > len(levels):
         raise ValueError(f"num_steps is {num_steps}, but levels {list(levels)} are {len(levels)}; give as many levels.")
-    return _to_zero(torch.tensor(levels[:num_steps], dtype=torch.float64))
+    made = torch.tensor(levels[:num_steps], dtype=torch.float64)
+    outside = made[~scaling.knows(made)]
+    if len(outside):
+        raise ValueError(
+            f"levels {list(levels)} hold {outside[0].item():g}, which is outside the noise levels that the model is "
+            f"trained on, {scaling.sigma_min:.6g} to {scaling.sigma_max:.6g}; give levels inside."
+        )
+    return _to_zero(made)
 
 
 def check_levels(levels: Sequence[float]) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
-from diffusion_lit.evaluation.weights import fetch, hub_folder, read_state
 from diffusion_lit.modules.protocols import ImageSource
+from diffusion_lit.modules.weights import fetch, hub_folder, read_state
 
 OPTION = "--extractor_weights FILE (feature_extractor_weights_path in a config)"
 

@@ -5,8 +5,8 @@ Disjoint blocks of held-out images are encoded to the means of their latents and
     floor        what a perfect autoencoder gets: the images themselves, after rounding to 8 bits
     unrelated    the same figures for another image of the block: the scale of the figure
 
-The perceptual distance is `modules.perceptual.StageDistance` in the extractor's own classifier, or another of the data,
-where there are labels to train one on.
+The perceptual distance is that of `modules.perceptual` in the extractor's own classifier, or another of the data, where
+there are labels to train one on; without labels in EfficientNet-Lite0, where that is the extractor.
 """
 
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
+from diffusion_lit.evaluation.efficientnet import EfficientNetLite0
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
 from diffusion_lit.evaluation.measure import ReportedReference, other_split
 from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_distance, summarise
 from diffusion_lit.evaluation.reference import Reference
 from diffusion_lit.modules.data_classifier import classifier_of, training_labels
-from diffusion_lit.modules.perceptual import StageDistance
+from diffusion_lit.modules.perceptual import EfficientNetDistance, FeatureDistance, StageDistance
 from diffusion_lit.modules.protocols import ImageSource, Model, Reconstructs
 from diffusion_lit.modules.quality import ssim
 from diffusion_lit.modules.vae import VAE
@@ -135,7 +136,7 @@ def measure_reconstructions(
     return entry, shown
 
 
-def nearness(made: Tensor, real: Tensor, distance: StageDistance | None, device: torch.device) -> dict[str, float]:
+def nearness(made: Tensor, real: Tensor, distance: FeatureDistance | None, device: torch.device) -> dict[str, float]:
     """Mean PSNR, SSIM and perceptual distance of uint8 images to others.
 
     Args:
@@ -155,18 +156,22 @@ def nearness(made: Tensor, real: Tensor, distance: StageDistance | None, device:
             figures["ssim"] = ssim(*pair) * len(mine)
         if distance is not None:
             with full_precision(), torch.no_grad():
-                figures["perceptual_classifier"] = distance(*pair).sum()
+                figures[f"perceptual_{distance.name}"] = distance(*pair).sum()
         for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return {name: value / len(real) for name, value in sums.items()}
 
 
-def perceptual_distance(data: ImageSource, extractor: FeatureExtractor, device: torch.device) -> StageDistance | None:
-    """The perceptual distance that receipts give, or None where the data has no labels."""
+def perceptual_distance(data: ImageSource, extractor: FeatureExtractor, device: torch.device) -> FeatureDistance | None:
+    """The perceptual distance that receipts give, or None where the data has no labels and the extractor no such."""
     network = extractor.network if isinstance(extractor.network, ConvClassifier) else None
     if network is None and training_labels(data) is not None:
         network = classifier_of(data)
-    return None if network is None else StageDistance(network).to(device).eval()
+    if network is not None:
+        return StageDistance(network).to(device).eval()
+    if isinstance(extractor, EfficientNetLite0) and extractor.network is not None:
+        return EfficientNetDistance(extractor.network).to(device).eval()
+    return None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.meanflow import MeanFlow
 from diffusion_lit.modules.muon import MuonAdamW
 from diffusion_lit.modules.optim import Trapezoid, WarmupStableDecay
-from diffusion_lit.modules.perceptual import LPIPS, ClassifierPerceptual
+from diffusion_lit.modules.perceptual import LPIPS, ClassifierPerceptual, EfficientNetPerceptual
 from diffusion_lit.modules.reconstruction import L1, L2, DiscretisedGaussian, DiscretisedLogistic
 from diffusion_lit.modules.teacher import Teacher
 from diffusion_lit.modules.vae import VAE
@@ -31,6 +31,7 @@ __all__ = [
     "DiffusionModule",
     "DiscretisedGaussian",
     "DiscretisedLogistic",
+    "EfficientNetPerceptual",
     "LatentConsistency",
     "LatentDiffusion",
     "MeanFlow",

@@ -61,7 +61,8 @@ class _FewSteps(DiffusionModule):
         """Reads the teacher, and refuses a run without an end."""
         super().on_fit_start()
         begun_from = None if self.init_from is None else str(self.init_from["file"])
-        found = self.loss.point.open(self.x_shape, self.num_classes, begun_from)
+        encoder = self.space.encoder_sha256 if isinstance(self, LatentDiffusion) else None
+        found = self.loss.point.open(self.x_shape, self.num_classes, begun_from, encoder)
         if found is not None and self._teacher_sha256 not in (None, found):
             raise ValueError(
                 f"The teacher has other weights (hash {found[:12]}) than the one that this run began with "

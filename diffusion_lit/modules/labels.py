@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.modules.given import GivenImages, as_given
 from diffusion_lit.modules.protocols import Model, Settings
 
@@ -102,7 +104,7 @@ def check_guidance(
     guidance_rescale: float | None = None,
     guide_scale: Any = None,
 ) -> None:
-    """Refuses guidance that does nothing, and samples through a class that was never trained.
+    """Refuses guidance that does nothing and samples through a class that was never trained; warns of mixed maps.
 
     Args:
         module: The model.
@@ -162,4 +164,10 @@ def check_guidance(
         raise ValueError(
             "The model was trained with label_dropout 1, so that its classes are untrained; draw without classes, or "
             "train with --model.init_args.label_dropout 0.1."
+        )
+    if labelled and scale not in (0, 1) and sampling.sampler in SAMPLERS and SAMPLERS[sampling.sampler].order == 0:
+        rank_zero_warn(
+            f"cfg_scale {scale:g} mixes two images at the ends of two paths under the sampler {sampling.sampler}, and "
+            "not two slopes of one: only 0 and 1 are maps that were trained. Guidance is trained into such a model, by "
+            "a guided teacher or TrainingGuidance."
         )

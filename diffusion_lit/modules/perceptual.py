@@ -4,8 +4,9 @@ With f_l(x) the features of layer l at each position, scaled to unit length,
 
     d(x_hat, x) = sum over l of the mean over positions of |f_l(x_hat) - f_l(x)|^2        (Zhang 2018)
 
-`ClassifierPerceptual` takes them from a classifier of the data set at hand, which needs no download. `LPIPS` takes them
-from a network trained on ImageNet and weights each channel as people judge.
+`ClassifierPerceptual` takes them from a classifier of the data set at hand, which needs no download, and
+`EfficientNetPerceptual` from a network trained on ImageNet in a package of the registry, for photographs without
+classes. `LPIPS` takes them from a larger one and weights each channel as people judge.
 
 Source: Zhang 2018, arXiv 1801.03924, equation 1.
 """
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from diffusion_lit.checks import check_number
 from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
+from diffusion_lit.modules.efficientnet import efficientnet_lite0, stages
 from diffusion_lit.modules.latent_space import Frozen
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.classifier import ConvClassifier
@@ -105,6 +107,27 @@ class ClassifierPerceptual(Perceptual):
         return StageDistance(classifier_of(data, OWN_KEY))
 
 
+class EfficientNetPerceptual(Perceptual):
+    """The distance of the features of EfficientNet-Lite0, trained on ImageNet, from the extra `features`.
+
+    Args:
+        weight: Weight of the distance in the loss, positive.
+    """
+
+    def network(self, data: ImageSource) -> nn.Module:
+        """The resolutions of the network.
+
+        Raises:
+            ValueError: If the extra is not installed, or the images are neither grey nor in colour.
+        """
+        if data.image_shape[0] not in (1, 3):
+            raise ValueError(
+                f"EfficientNetPerceptual takes grey or RGB images, not {data.image_shape[0]} channels; take "
+                "ClassifierPerceptual."
+            )
+        return EfficientNetDistance(efficientnet_lite0(None, "the perceptual distance EfficientNetPerceptual"))
+
+
 class LPIPS(Perceptual):
     """LPIPS by torchmetrics; torchvision downloads its backbone's weights once.
 
@@ -143,32 +166,70 @@ class LPIPS(Perceptual):
         return OfColour(metric.net)
 
 
-class StageDistance(nn.Module):
-    """The distance above, with the stages of a classifier as layers.
+class FeatureDistance(nn.Module, ABC):
+    """The distance above; a subclass has the network.
+
+    Attributes:
+        name: Of the network, for receipts.
+    """
+
+    name: str
+
+    @abstractmethod
+    def layers(self, x: Tensor) -> Sequence[Tensor]:
+        """What each layer makes of images (B, C, H, W) in [-1, 1]."""
+
+    def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Distances (B,) of images (B, C, H, W)."""
+        with torch.no_grad():
+            targets = self._unit(x)
+        pairs = zip(self._unit(x_hat), targets, strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
+
+    def _unit(self, x: Tensor) -> list[Tensor]:
+        """The layers' features, scaled to unit length at each position."""
+        return [F.normalize(made, dim=1, eps=1e-6) for made in self.layers(x)]
+
+
+class StageDistance(FeatureDistance):
+    """With the stages of a classifier as layers.
 
     Args:
         classifier: The classifier.
     """
 
+    name = "classifier"
+
     def __init__(self, classifier: ConvClassifier) -> None:
         super().__init__()
         self.stages = classifier.stages
 
-    def features(self, x: Tensor) -> Sequence[Tensor]:
-        """What each stage makes of images, scaled to unit length at each position."""
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """What each stage makes of images."""
         made = []
         for stage in self.stages:
             x = stage(x)
             if not isinstance(stage, nn.MaxPool2d):
-                made.append(F.normalize(x, dim=1, eps=1e-6))
+                made.append(x)
         return made
 
-    def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Distances (B,) of images (B, C, H, W)."""
-        with torch.no_grad():
-            targets = self.features(x)
-        pairs = zip(self.features(x_hat), targets, strict=True)
-        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
+
+class EfficientNetDistance(FeatureDistance):
+    """With the resolutions of EfficientNet-Lite0 as layers.
+
+    Args:
+        network: The network.
+    """
+
+    name = "efficientnet_lite0"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """What the network makes of images at each resolution."""
+        return stages(self.network, x.clamp(-1, 1))
 
 
 class OfColour(nn.Module):

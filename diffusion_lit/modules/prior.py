@@ -12,6 +12,7 @@ is what latent diffusion does.)
 Source: Ghosh 2020, arXiv 1903.12436, section 4.1 (ex-post density estimation, with 10 components).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator
+from diffusion_lit.modules.latent_space import latent_shape
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.bottlenecks import GaussianBottleneck
 from diffusion_lit.storage.cache import cache_folder
@@ -30,6 +32,7 @@ from diffusion_lit.storage.tensors import kept_tensors
 
 COMPONENTS = 10
 MOST_FITTED = 20_000  # images; expectation-maximisation takes minutes on more
+MOST_ENTRIES = 2048  # of a latent, whose covariances have their square
 ITERATIONS = 30
 RIDGE = 1e-4  # added to the variances, which are about 1
 
@@ -195,8 +198,14 @@ def mixture_of(
         The mixture.
 
     Raises:
-        ValueError: If there are too few images.
+        ValueError: If there are too few images, or latents are too large.
     """
+    entries = math.prod(latent_shape(net, data.image_shape))
+    if entries > MOST_ENTRIES:
+        raise ValueError(
+            f"--prior gmm fits covariances of whole latents, and these have {entries} entries, which would take hours; "
+            f"it is for latents of up to {MOST_ENTRIES}: leave --prior out, or train latent diffusion."
+        )
     images = data.reference_images("train")
     count = min(MOST_FITTED, len(images))
     fitted = {

@@ -103,6 +103,9 @@ def test_a_pair_is_given_as_it_is_and_must_be_there():
     assert torch.equal(condition(make_images(channels=1), other, draws()), join(other, torch.ones(1)))
     with pytest.raises(ValueError, match=r"use datamodules\.PairedFolder"):
         condition(make_images(), None, draws())
+    for wrong in (make_images(4, 3), make_images(4, 2)[:, :, :, :8]):
+        with pytest.raises(ValueError, match=r"pairs each image with one of shape .*make the condition's channels"):
+            condition(make_images(channels=1), wrong, draws())
 
 
 # Guidance

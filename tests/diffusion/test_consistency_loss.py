@@ -168,6 +168,33 @@ def test_pseudo_huber_moves_the_minimum_where_the_velocity_is_skewed():
     assert 0.03 < float(share) < 0.5, share
 
 
+def test_a_teacher_is_guided_and_told_of_the_augmentation_row_by_row():
+    """Its point is Heun's step along D(null) + 3 (D(label) - D(null)), each with the augmentation of its image."""
+    torch.manual_seed(0)
+    net = UNet(1, 8, 3, model_channels=16, channel_mult=(1,), num_blocks=1, augment_dim=9)
+    for parameter in net.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    denoiser = Denoiser(net, EDMPreconditioning())
+    x, t, r = torch.randn(4, 1, 8, 8), torch.tensor([2.0, 1.0, 1.0, 0.5]), torch.tensor([1.0, 0.5, 0.0, 0.4])
+    label, augment = torch.tensor([0, 2, 1, 3]), torch.randn(4, 9)  # 3 is the null class
+
+    def slope(x, t):
+        null = denoiser(x, t, torch.full_like(label, 3), augment=augment)
+        guided = null + 3 * (denoiser(x, t, label, augment=augment) - null)
+        return (x - guided) / t.view(-1, 1, 1, 1)
+
+    with torch.no_grad():
+        first, step = slope(x, t), (r - t).view(-1, 1, 1, 1)
+        later = slope(x + step * first, r.clamp(min=0.1))
+        expected = torch.where((r > 0).view(-1, 1, 1, 1), x + step * (first + later) / 2, x + step * first)
+        teacher = TeacherStep(denoiser, 3.0)
+        torch.testing.assert_close(teacher(x, x, x, t, r, label, augment), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(teacher.slope(x, x, x, t, label, augment), first, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(teacher.slope(x, x, x, t, label, None), first, atol=1e-2)
+    with pytest.raises(ValueError, match="no classes to guide by; leave cfg_scale at 1"):
+        TeacherStep(GaussianDenoiser(torch.zeros(1, 8, 8), 0.25), 3.0)
+
+
 def small_net(dropout=0.0, seed=0):
     torch.manual_seed(seed)
     net = UNet(1, 8, 3, model_channels=16, channel_mult=(1,), num_blocks=1, dropout=dropout)
@@ -208,7 +235,7 @@ def test_where_r_is_0_the_target_is_the_image_itself_and_no_network_is_called_at
     teacher = TeacherStep(GaussianDenoiser(torch.zeros(1, 8, 8), 0.25))
     x = x0 + t.view(-1, 1, 1, 1) * noise
     made = teacher(x, x0, noise, t, torch.zeros(3), None, None)
-    torch.testing.assert_close(made, teacher.teacher(x, t))
+    torch.testing.assert_close(made, GaussianDenoiser(torch.zeros(1, 8, 8), 0.25)(x, t))
 
 
 def test_dropout_is_the_same_in_both_estimates_and_later_draws_are_not_moved():

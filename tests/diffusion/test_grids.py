@@ -203,6 +203,11 @@ def test_explicit_levels_are_the_grid_as_they_stand():
         ({"levels": [2.0, 2.0]}, "do not fall from 2.0 to 2.0"),
         ({"num_steps": 3, "levels": [80, 0.8]}, r"num_steps is 3, but levels \[80, 0.8\] are 2"),
         ({"num_steps": 0, "levels": [80, 0.8]}, "num_steps is 0; give a whole number from 1"),
+        (
+            {"num_steps": 2, "levels": [2000, 1], "scaling": FlowPreconditioning()},
+            "hold 2000, which is outside .* to 999",
+        ),
+        ({"num_steps": 2, "levels": [9, 1e-4], "scaling": FlowPreconditioning()}, "hold 0.0001, which is outside"),
         ({"levels": [80, 0.8], "sigma_max": 40.0}, "sigma_max 40.0 was given beside levels"),
         ({"levels": [80, 0.8], "sigma_min": 0.1}, "sigma_min 0.1 was given beside levels"),
     ],
@@ -227,6 +232,8 @@ def test_settings_take_levels_as_grid_and_number_of_steps():
         ({"num_steps": 18}, "num_steps is 18, but there are 3 levels"),
         ({"grid_options": {"levels": 5}}, "levels is 5; give the noise levels"),
         ({"grid": "trailing", "grid_options": levels}, "'trailing' has no option 'levels'"),
+        ({"grid": "karras", "grid_options": levels}, "'karras' has no option 'levels'"),
+        ({"grid_options": {"level": [80]}}, "'levels' has no option 'level'; it takes levels"),
         ({"grid": "karras", "grid_options": {"roh": 5}}, "'karras' has no option 'roh'; it takes rho"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,17 +1,23 @@
 """EfficientNet-Lite0 from the package registry: what it sees, and what it is known by."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch.nn.functional import avg_pool2d, cosine_similarity
 
-from diffusion_lit.evaluation import efficientnet
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.evaluation.efficientnet import EfficientNetLite0, prepared
-from diffusion_lit.evaluation.features import MissingWeights
+from diffusion_lit.evaluation.features import MissingWeights, Pixels
 from diffusion_lit.evaluation.fidelity import Inception
+from diffusion_lit.evaluation.reconstruction import perceptual_distance
+from diffusion_lit.modules import EfficientNetPerceptual, efficientnet
+from diffusion_lit.modules.efficientnet import stages
+from diffusion_lit.modules.perceptual import EfficientNetDistance
 
 installed = pytest.mark.skipif(not EfficientNetLite0.is_installed(), reason="needs the extra features")
 
@@ -82,3 +88,43 @@ def test_auto_takes_it_where_inceptions_weights_are_not_here(monkeypatch):
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
     with pytest.raises(MissingWeights, match=r"diffusion-lit\[features\]"):
         EfficientNetLite0().load()
+
+
+@installed
+def test_a_perceptual_loss_looks_through_its_resolutions():
+    """The deepest is what its classifier reads; the distance grows with blur, and its gradient takes the blur back."""
+    torch.manual_seed(0)
+    loss, images = EfficientNetPerceptual(2.0), torch.cat([photograph("china.jpg"), photograph("flower.jpg")])
+    loss.load(SimpleNamespace(image_shape=(3, 128, 128)))
+    network, sharp = loss.frozen.net.network, (prepared(images) * 128 + 127) / 127.5 - 1
+    layers = stages(network, sharp)
+    sides = [len(layer[0, 0]) for layer in layers]
+    assert sides == [64, 32, 16, 8, 4]
+    head = network._swish(network._bn1(network._conv_head(layers[-1])))
+    torch.testing.assert_close(head, network.extract_features(prepared(images)), rtol=1e-3, atol=1e-3)
+    blurred = [avg_pool2d(sharp, side, 1, side // 2) for side in (1, 3, 7)]
+    near, nearer, far = (loss(image, sharp) for image in blurred)
+    assert torch.equal(near, torch.zeros(2)) and bool((nearer > 0.05).all()) and bool((far > 1.2 * nearer).all())
+    # by hand: squared distances of unit vectors, averaged over positions, summed over layers
+    pairs = zip(stages(network, blurred[2].clamp(-1, 1)), layers, strict=True)
+    torch.testing.assert_close(
+        far, sum((2 - 2 * cosine_similarity(a, b)).mean((1, 2)) for a, b in pairs), rtol=1e-3, atol=1e-3
+    )
+    x = blurred[1].clone().requires_grad_()
+    loss(x, sharp).sum().backward()
+    step = 0.01 * x.grad / x.grad.abs().amax()
+    assert bool((loss(x.detach() - step, sharp) < nearer).all())
+    assert loss(sharp[:, :1, ::4, ::4], sharp[:, :1, ::4, ::4]).shape == (2,), "grey, of 32 pixels"
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(ValueError, match="EfficientNetPerceptual takes grey or RGB images, not 2 channels"):
+        EfficientNetPerceptual().load(SimpleNamespace(image_shape=(2, 128, 128)))
+
+
+@installed
+def test_receipts_of_data_without_labels_measure_reconstructions_by_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path))
+    extractor = EfficientNetLite0()
+    extractor.load()
+    unlabelled = SimpleNamespace(reference_labels=lambda split: None)
+    assert isinstance(perceptual_distance(unlabelled, extractor, torch.device("cpu")), EfficientNetDistance)
+    assert perceptual_distance(unlabelled, Pixels(), torch.device("cpu")) is None

@@ -8,10 +8,17 @@ import pytest
 import torch
 from helpers.runs import read, same_training
 
-from diffusion_lit.diffusion import EDMPreconditioning, FlowPreconditioning, LinearSchedule, VPreconditioning
+from diffusion_lit.diffusion import (
+    Denoiser,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    LinearSchedule,
+    VPreconditioning,
+)
 from diffusion_lit.diffusion import X0Preconditioning as X0
 from diffusion_lit.modules import Consistency, LatentConsistency
 from diffusion_lit.modules.load import load_module
+from diffusion_lit.modules.teacher import FrozenDenoiser
 from diffusion_lit.nets import UNet
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -88,6 +95,16 @@ def test_it_goes_on_as_if_it_had_not_stopped(lightning):
     assert same_training(read(LAST), read("runs/whole/version_0/checkpoints/last.ckpt"))
 
 
+def test_a_teacher_is_asked_at_the_levels_that_it_was_trained_on():
+    """A DDPM's begin at 0.01, and its student's lower ones are moved there instead of ending the run."""
+    scaling, x = VPreconditioning(LinearSchedule(100)), torch.randn(3, 1, 8, 8)
+    denoiser, low = Denoiser(net(), scaling), torch.tensor([1e-4, 1.0, 1e6])
+    with pytest.raises(ValueError, match="outside the noise levels"):
+        denoiser(x, low)
+    expected = denoiser(x, torch.tensor([scaling.sigma_min, 1.0, scaling.sigma_max]))
+    torch.testing.assert_close(FrozenDenoiser(denoiser)(x, low), expected)
+
+
 def test_a_run_without_an_end_is_refused(lightning, capsys):
     with pytest.raises(SystemExit):
         lightning(*FIT, "--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--model.init_args.lr_scheduler=null")
@@ -122,6 +139,8 @@ def test_a_teacher_is_read_when_training_begins_and_nowhere_else(lightning, caps
     assert "There is no teacher runs/none" in refused(f"{path}=runs/none", "--trainer.max_steps=1")
     said = refused(f"{path}=runs/teacher", "--data.init_args.use_labels=false", "--trainer.max_steps=1")
     assert "with 10 classes, and this model" in said
+    said = refused(f"{path}=runs/consistency_digits", "--trainer.max_steps=1")
+    assert "follows no ODE, so that it is no teacher" in said
     with pytest.warns(UserWarning, match="There is no teacher, as training begins from nothing"):
         lightning(*FIT, *point, "--name=alone", "--trainer.max_steps=2")
     lightning(*FIT, LOSS, "--name=same_draw", "--trainer.max_steps=2")
@@ -145,6 +164,7 @@ def test_what_needs_an_ode_is_refused(lightning, capsys):
     lightning(*FIT, "--trainer.max_steps=1")
     for command in (
         ["edit", "invert", f"--ckpt_path={LAST}", "--image=test:3", "--labels=3"],
+        ["edit", "deblur", f"--ckpt_path={LAST}", "--image=test:3", "--labels=3", "--noise=0.1"],
         ["evaluate", f"--ckpt_path={LAST}", "--num_samples=8", "--extractor=pixels", "--likelihood=true"],
     ):
         capsys.readouterr()

@@ -142,6 +142,8 @@ def test_every_command_works_on_such_a_model(lightning, capsys):
     lightning("edit", "super_resolve", *edit, "--factor=2")
     record = json.loads(Path("out/record.json").read_text())
     assert record["model_is_given_the_image"] and record["resamplings"] == 1 and record["mean_error"] < 1e-5
+    lightning("edit", "super_resolve", *edit, "--factor=2", "--noise=0.1")
+    assert not json.loads(Path("out/record.json").read_text())["model_is_given_the_image"], "it knows none with noise"
     lightning("edit", "inpaint", *edit, "--resamplings=1")
     assert not json.loads(Path("out/record.json").read_text())["model_is_given_the_image"]
     said = stopped(capsys, lightning, "evaluate", "--ckpt_path", LAST, "--likelihood", "--extractor=pixels")

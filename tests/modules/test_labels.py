@@ -63,6 +63,17 @@ def test_guidance_that_acts_passes(module, scale, labelled, given):
     check_guidance(module, Sampling(cfg_scale=scale), labelled, **given)
 
 
+@pytest.mark.parametrize("sampler", ["consistency", "meanflow"])
+def test_a_scale_that_leaves_the_maps_of_a_model_of_few_steps_is_said(sampler, recwarn):
+    own = Sampling(sampler=sampler, num_steps=1)
+    for scale, labelled in ((0, True), (1, True), (3, False)):
+        check_guidance(model(), own.replace(cfg_scale=scale), labelled)
+    check_guidance(model(), Sampling(cfg_scale=3), True)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"cfg_scale 3 mixes two images .* {sampler}.*only 0 and 1 are maps"):
+        check_guidance(model(), own.replace(cfg_scale=3), True, cfg_scale=3)
+
+
 @pytest.mark.parametrize("kind", [DDPM, EDM])
 def test_guidance_by_a_class_that_training_leaves_out_is_refused_when_it_begins(kind):
     def begin(num_classes, cfg_scale, label_dropout):

@@ -1,13 +1,21 @@
 """The mixture that a VAE may draw from: it is the one that its latents come from, and a sample is its seed's own."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.runs import NO_IMAGES, TINY_VAE, VAE_DIGITS, stopped
 
-from diffusion_lit.modules.prior import RIDGE, GaussianMixturePrior, Prior, PriorSampling, fit_mixture
+from diffusion_lit.modules.prior import (
+    RIDGE,
+    GaussianMixturePrior,
+    Prior,
+    PriorSampling,
+    fit_mixture,
+    mixture_of,
+)
 from diffusion_lit.nets import FSQ, Autoencoder
 
 
@@ -68,6 +76,12 @@ def test_too_few_latents_are_refused():
         fit_mixture(draw(19, 2), 10)
     with pytest.raises(ValueError, match="components is 0"):
         fit_mixture(draw(19, 2), 0)
+
+
+def test_latents_too_large_for_their_covariances_are_refused():
+    net = Autoencoder(1, 64, 4, 8, (1, 2))
+    with pytest.raises(ValueError, match="have 4096 entries.*of up to 2048: leave --prior out"):
+        mixture_of(net, SimpleNamespace(image_shape=(1, 64, 64)))
 
 
 @pytest.mark.medium

@@ -20,10 +20,10 @@ from diffusion_lit.commands import main as cli
 from diffusion_lit.commands.export import export
 from diffusion_lit.evaluation.external import reference_from_file
 from diffusion_lit.evaluation.features import Pixels
-from diffusion_lit.evaluation.weights import read_state
 from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.data_classifier import classifier_from_checkpoint
 from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.weights import read_state
 from diffusion_lit.pretrained.files import load_part, refuse_code, refuse_foreign_parts
 from diffusion_lit.pretrained.prompts import _read
 from diffusion_lit.storage.checkpoints import read_checkpoint

@@ -47,7 +47,7 @@ from diffusion_lit.diffusion.editing.measurements import (
     known_pixels,
     small_of,
 )
-from diffusion_lit.diffusion.generate import Sampling, StepCallback
+from diffusion_lit.diffusion.generate import NUM_STEPS, Sampling, StepCallback, check_follows_ode
 from diffusion_lit.diffusion.models import LatentModel, PixelModel
 from diffusion_lit.diffusion.posterior import Linear, PosteriorDenoiser
 from diffusion_lit.diffusion.rng import SeededNoise
@@ -100,6 +100,8 @@ class Consistent(DenoiserWrapper):
 def revising(sampling: Sampling) -> Sampling:
     """The given settings if their sampler draws noise, otherwise the same with `ddpm`.
 
+    A MeanFlow's own few steps are too few for it, and give way to the usual number.
+
     Args:
         sampling: How images are drawn from the model.
 
@@ -108,7 +110,10 @@ def revising(sampling: Sampling) -> Sampling:
     """
     options = sampling.sampler_options
     draws = SAMPLERS[sampling.sampler].stochastic or options.get("eta", 0) or options.get("S_churn", 0)
-    return sampling if draws else sampling.replace(sampler="ddpm")
+    if draws:
+        return sampling
+    few = SAMPLERS[sampling.sampler].takes_until and sampling.num_steps < NUM_STEPS
+    return sampling.replace(sampler="ddpm", num_steps=NUM_STEPS if few else None)
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -195,28 +200,23 @@ def from_measurement(
         model: The model; one that is given an image is given y, where it was trained on such a measurement.
         measurement: What was measured.
         y: The measurements, a row for each image.
-        posterior: For noisy measurements; None for ones that the images must agree with.
+        posterior: For noisy measurements, on which no model that is given an image was trained; None for ones that
+            the images must agree with.
         options: As for `restore`.
 
     Returns:
         Images (B, C, H, W).
 
     Raises:
-        ValueError: As `restore`, or if a posterior is asked of a model of latents.
+        ValueError: As `restore`, or if a posterior is asked of a model of latents or a consistency model.
     """
     y = y.to(device_of(model))
-    condition = measurement.condition_for(model, y)
     if posterior is not None:
         need_pixels(model, "Posterior sampling")
-        return restore(
-            model,
-            None,
-            len(y),
-            wrap=lambda denoiser: posterior(denoiser, measurement.apply, y),
-            condition=condition,
-            **options,
-        )
+        check_follows_ode(model.sampling, "its estimate is no mean to restore by")
+        return restore(model, None, len(y), wrap=lambda denoiser: posterior(denoiser, measurement.apply, y), **options)
     pixels = measurement.project(y)
+    condition = measurement.condition_for(model, y)
     x = restore(model, through_autoencoder(model, pixels), len(y), condition=condition, **options)
     return pixels(model.decode(x))
 

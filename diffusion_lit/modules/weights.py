@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.evaluation.features import MissingWeights
+from diffusion_lit.modules.data_classifier import MissingWeights
 from diffusion_lit.storage.folders import scratch_of
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.pickled import HoldsCode, read_pickled
