@@ -13,7 +13,7 @@ from tqdm import tqdm
 import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
 from diffusion_lit.commands.evaluate_job import FORMAT, choose_labels, guide_of, make_job, prepare_data
 from diffusion_lit.commands.evaluate_plan import Plan
-from diffusion_lit.evaluation.bits_per_dim import gather_bits, likelihood_shards
+from diffusion_lit.evaluation.bits_per_dim import check_likelihood, gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import GenerationJob, gather_shards, generate_shards
@@ -111,8 +111,8 @@ def checked_settings(plan: Plan, module: Model) -> list[Settings]:
     settings = plan.settings(module.sampling)
     plan.check_guidance(module, settings)
     reconstructs(plan, module)  # or refuses
-    if plan.likelihood and as_given(module) is not None:
-        raise ValueError("--likelihood is that of images alone, but the model is given an image of each; leave it out.")
+    if plan.likelihood:
+        check_likelihood(module)
     return settings
 
 

@@ -50,6 +50,28 @@ def _path(plan: Any, record: dict[str, Any], rows: range) -> Path:
     return Path(plan.folder) / f"likelihood_{key_of(record)[:16]}" / f"part_{rows.start:08d}.safetensors"
 
 
+def check_likelihood(module: Model) -> PixelModel:
+    """Refuses a model that gives images no likelihood.
+
+    Args:
+        module: The model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it does not denoise images themselves, is given an image of each, or follows no ODE.
+    """
+    if not isinstance(module, PixelModel):
+        raise ValueError(f"The model is {article(module)}, which denoises nothing and gives no likelihood.")
+    if module.image_shape != module.x_shape:
+        raise ValueError("The model denoises a code and not images, so that it gives them no likelihood.")
+    if module.condition is not None:
+        raise ValueError("--likelihood is that of images alone, but the model is given an image of each; leave it out.")
+    check_follows_ode(module.sampling, "it gives no likelihood")
+    return module
+
+
 def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, world: int) -> None:
     """Computes this rank's parts; existing ones are reused.
 
@@ -61,13 +83,9 @@ def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, wo
         world: Number of processes.
 
     Raises:
-        ValueError: If the model does not denoise images themselves, such as a latent one.
+        ValueError: As `check_likelihood`.
     """
-    if not isinstance(module, PixelModel):
-        raise ValueError(f"The model is {article(module)}, which denoises nothing and gives no likelihood.")
-    if module.image_shape != module.x_shape:
-        raise ValueError("The model denoises a code and not images, so that it gives them no likelihood.")
-    check_follows_ode(module.sampling, "it gives no likelihood")
+    module = check_likelihood(module)
     record, device = _record(plan, module, data), next(module.parameters()).device
     images, labels = data.reference_images(SPLIT), data.reference_labels(SPLIT)
     mine = _parts(plan, data)[rank::world]

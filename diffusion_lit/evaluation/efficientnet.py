@@ -4,8 +4,6 @@ An image is resized as `transform` says, since the network was trained on 224 pi
 features are the 1,280 channels before its classifier, averaged over positions.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.nets.checks import require_image_size
 from diffusion_lit.nets.discriminator import PatchDiscriminator
 
 EPSILON, MOST = 1e-4, 1e4  # of lambda, as in VQGAN
@@ -76,9 +77,17 @@ class Adversary(nn.Module):
         self.lr_ratio = lr_ratio
         self._size = (model_channels, levels)
 
-    def attach(self, channels: int) -> None:
-        """Makes the discriminator for images with this many channels; the module that owns it calls it once."""
-        self.net = PatchDiscriminator(channels, *self._size)
+    def attach(self, image_shape: tuple[int, int, int]) -> None:
+        """Makes the discriminator; the module that it belongs to calls it once, so that no late start fails.
+
+        Args:
+            image_shape: Shape (C, H, W) of the images, H = W.
+
+        Raises:
+            ValueError: If its levels do not divide them.
+        """
+        self.net = PatchDiscriminator(image_shape[0], *self._size)
+        require_image_size(image_shape[1], self.net.factor, f"the adversary's levels are {self._size[1]}")
 
     def forward(
         self,

@@ -9,6 +9,7 @@ holds the autoencoder, its hash and the scale of the latents, which is all that 
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion import (
@@ -127,6 +128,11 @@ class LatentDiffusion(LatentModel, DiffusionModule):
     def on_fit_start(self) -> None:
         """Opens or makes the cache of latents, and computes their scale over all ranks."""
         super().on_fit_start()
+        if (self.init_from or {}).get("encoder_sha256") not in (None, self.space.encoder_sha256):
+            rank_zero_warn(
+                "The weights that training begins from denoised latents of another encoder than vae_ckpt "
+                f"{self.vae_ckpt} has, and know little of these; give theirs, with the same vae_precision."
+            )
         data = self._data()
         mirrored = data.mirrored(0, 0) is not None if self.cache_latents else bool(data.random_flip)
         brief = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ The diffusion model sees only u, of mean 0 and variance 1. The autoencoder is no
 so that optimizer, average and precision leave it alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class LatentSpace(Frozen):
         self.shape = latent_shape(net, image_shape)
         self.precision = precision
         self.sha256 = weights_hash(self.net.state_dict())
-        self.encoder_sha256 = encoder_hash(self.net)
+        self.encoder_sha256 = encoder_hash(self.net.state_dict())
         self.mean: Tensor | None = None
         self.std: Tensor | None = None
 
@@ -82,7 +82,7 @@ class LatentSpace(Frozen):
         Raises:
             ValueError: If its encoder is another one.
         """
-        if encoder_hash(net.to(DTYPES[self.precision])) != self.encoder_sha256:
+        if encoder_hash(net.to(DTYPES[self.precision]).state_dict()) != self.encoder_sha256:
             raise ValueError(
                 f"{name} has another encoder than the autoencoder with the hash {self.sha256[:12]}, on whose latents "
                 "the model was trained, so that its decoder does not know them; give one that was trained with "
@@ -209,17 +209,17 @@ class LatentSpace(Frozen):
         return space
 
 
-def encoder_hash(net: nn.Module) -> str:
+def encoder_hash(weights: Mapping[str, Tensor]) -> str:
     """The hash of the weights that latents depend on: all but the decoder's.
 
     Args:
-        net: The autoencoder.
+        weights: Those of the autoencoder by name.
 
     Returns:
         A SHA-256.
     """
     apart = {"decoder", "post_quant_conv"}  # as diffusers' autoencoders name them too
-    return weights_hash({name: value for name, value in net.state_dict().items() if not apart & set(name.split("."))})
+    return weights_hash({name: value for name, value in weights.items() if not apart & set(name.split("."))})
 
 
 def latent_shape(net: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -117,7 +117,7 @@ class Teacher(PathPoint):
         if theirs != encoder_sha256:
             raise ValueError(
                 f"The teacher {path} denoises {_what(theirs)}, and this model {_what(encoder_sha256)}; give both the "
-                "same vae_ckpt, or take a teacher of this kind."
+                "same vae_ckpt and vae_precision, or take a teacher of this kind."
             )
         self._path = TeacherStep(FrozenDenoiser(teacher.denoiser), self.cfg_scale)
         return weights_hash(teacher.denoiser.state_dict())

@@ -118,7 +118,7 @@ class VAE(BaseModule):
         self.adversary = adversary
         if adversary is not None:
             _require(net, "last_layer", "an adversary")
-            adversary.attach(self.image_shape[0])
+            adversary.attach(self.image_shape)
         self.frozen_encoder = frozen_encoder
         self._is_restored = False
         if frozen_encoder is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.diffusion.rng import keyed_generator
+from diffusion_lit.modules.latent_space import encoder_hash
 from diffusion_lit.storage.checkpoints import choose_weights, read_checkpoint
 from diffusion_lit.storage.exports import WEIGHTS, is_export
 from diffusion_lit.storage.hashing import file_hash
@@ -69,6 +70,7 @@ class Source:
             "step": checkpoint.get("global_step"),
             "module": checkpoint.get("hyper_parameters", {}).get("_class_path"),
             "init_from": known.get("init_from"),
+            "encoder_sha256": _encoder_of(checkpoint.get("latent_space")),
         }
         names = [str(name) for name in known.get("class_names") or []]
         return cls(path, file_hash(path), _tensors(state, path), which, names, _given(record))
@@ -132,6 +134,14 @@ class Start:
             some = ", ".join(self.left[:SHOWN]) + (", ..." if len(self.left) > SHOWN else "")
             lines.append(f"  Not in this network, and left: {some}")
         return [*lines, "Optimizer, schedule, average and step begin anew."]
+
+
+def _encoder_of(space: Any) -> str | None:
+    """The hash of the encoder whose latents a checkpoint's model denoises, or None."""
+    weights = space.get("state_dict") if isinstance(space, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        return None
+    return encoder_hash(weights)
 
 
 def sentence(record: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from diffusion_lit.commands.evaluate import evaluate
 from diffusion_lit.commands.evaluate_plan import Plan
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import kid_subset_size
-from diffusion_lit.evaluation.weights import read_state
 from diffusion_lit.modules.load import load_data
+from diffusion_lit.modules.weights import read_state
 from experiments.harness.show import keep_json, markdown
 
 PARITY = {

@@ -7,7 +7,7 @@ import torch
 from helpers.runs import NO_IMAGES, TINY_VAE, VAE_DIGITS, logged, read, same_training, stopped
 from torch.nn import functional as F
 
-from diffusion_lit.modules import VAE, Adversary, ClassifierPerceptual
+from diffusion_lit.modules import VAE, Adversary, ClassifierPerceptual, EfficientNetPerceptual
 from diffusion_lit.modules.perceptual import StageDistance
 from diffusion_lit.nets import Autoencoder, ConvClassifier
 
@@ -214,6 +214,11 @@ def test_the_classifier_that_a_loss_looks_through_is_not_the_one_that_measures(t
         (lambda: Adversary(lr_ratio=float("nan")), "lr_ratio is nan"),
         (lambda: Adversary(levels=0), "levels is 0"),
         (lambda: ClassifierPerceptual(weight=0), "weight is 0"),
+        (lambda: EfficientNetPerceptual(weight=-1), "weight is -1"),
+        (
+            lambda: VAE(Autoencoder(1, 8, 2, 8, (1, 2)), adversary=Adversary(levels=4, start_step=9000)),
+            "image_size=8 is not a multiple of 16 .the adversary's levels are 4",
+        ),
     ],
 )
 def test_what_it_cannot_be_is_named(make, message):

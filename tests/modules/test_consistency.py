@@ -164,7 +164,7 @@ def test_what_needs_an_ode_is_refused(lightning, capsys):
     lightning(*FIT, "--trainer.max_steps=1")
     for command in (
         ["edit", "invert", f"--ckpt_path={LAST}", "--image=test:3", "--labels=3"],
-        ["edit", "deblur", f"--ckpt_path={LAST}", "--image=test:3", "--labels=3", "--noise=0.1"],
+        ["edit", "deblur", f"--ckpt_path={LAST}", "--labels=3", "--noise=0.1"],
         ["evaluate", f"--ckpt_path={LAST}", "--num_samples=8", "--extractor=pixels", "--likelihood=true"],
     ):
         capsys.readouterr()

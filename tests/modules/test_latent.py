@@ -384,7 +384,9 @@ def test_on_a_full_disk_latents_stay_in_memory_and_train_the_same(here, monkeypa
 
 
 @pytest.mark.medium
-def test_a_consistency_model_of_latents_starts_from_a_latent_model_and_draws_by_its_own_settings(here, lightning):
+def test_a_consistency_model_of_latents_starts_from_a_latent_model_and_draws_by_its_own_settings(
+    here, lightning, capsys
+):
     config = yaml.safe_load(LATENT_DIGITS.read_text())
     config["model"]["class_path"] = "diffusion_lit.modules.LatentConsistency"
     config["model"]["init_args"]["sampling"] = {"sampler": "consistency", "grid_options": {"levels": [80, 1.6]}}
@@ -400,3 +402,15 @@ def test_a_consistency_model_of_latents_starts_from_a_latent_model_and_draws_by_
     assert module.space.sha256 == before.space.sha256
     first, now = (next(iter(one.net.parameters())) for one in (before, module))
     assert 0 < float((first - now).detach().abs().max()) < 0.02, "from its weights, and two steps on"
+
+    lightning(
+        "fit", f"--config={VAE_DIGITS}", *TINY_VAE, "--trainer.max_steps=1", "--name=other", "--seed_everything=3"
+    )
+    begin = ["fit", f"--config={here}/consistency.yaml", *TINY_LATENT, "--trainer.max_steps=1", "--name=again"]
+    begin += ["--init_from=runs/latent_digits", "--model.init_args.vae_ckpt=runs/other"]
+    with pytest.warns(UserWarning, match="denoised latents of another encoder than vae_ckpt runs/other"):
+        lightning(*begin)
+    point = "--model.init_args.loss.init_args.point=diffusion_lit.modules.Teacher"
+    with pytest.raises(SystemExit):
+        lightning(*begin, "--model.init_args.loss=diffusion_lit.diffusion.ConsistencyLoss", point)
+    assert "denoises latents of the encoder with the hash" in capsys.readouterr().err

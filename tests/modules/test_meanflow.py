@@ -68,7 +68,7 @@ def test_an_interruption_changes_nothing_in_bf16_with_dropout_and_what_was_learn
         ("ode", ["--sampler=heun", "--grid=uniform_t", "--num_steps=4"]),
     ):
         assert abs(drawn(name, "--num_samples=2", *more) - whole[:2]).max() > 1
-    edit = ["edit", "invert", "--ckpt_path", LAST, "--labels=3", "--device=cpu", "--image=test:3", "--out=edit"]
+    edit = ["edit", "invert", "--ckpt_path", LAST, "--labels=3", "--device=cpu", "--data_index=3", "--out=edit"]
     lightning(*edit, "--num_steps=20")  # told no end of a step it is a flow, which goes up and comes back
     assert json.loads(Path("edit/record.json").read_text())["psnr"] > 20
     lightning("edit", "inpaint", *edit[2:], "--num_samples=1")
