@@ -22,8 +22,8 @@ class PairedFolder(ImageFolder):
     """Images of a folder, each with the image of another folder that a model is given beside it.
 
     Batches have the latter as "given"; a model takes it by `condition: diffusion_lit.diffusion.PairedImage`. Both are
-    cut, resized and mirrored alike. Splits are those of the first folder; an image without a partner is refused. The
-    pairs are held in memory.
+    cut, resized and mirrored alike, and given images may be smaller: they are enlarged. Splits are those of the first
+    folder; an image without a partner is refused. The pairs are held in memory.
 
     Args:
         root: The images that a model shall make: a folder, a zip, a glob, or a list of globs; see `ImageFolder`.
@@ -86,6 +86,7 @@ class PairedFolder(ImageFolder):
             image_size=self.transform.shape[1],
             channels=self.given_channels,
             resize=self.resize,
+            upscale=True,
             strict=self.strict,
             cache_dir=None if self.cache_dir is None else str(self.cache_dir),
             cache_processes=self.cache_processes,
@@ -111,11 +112,13 @@ class PairedFolder(ImageFolder):
                 f"{self.partners.layout.listing.label} has images of one name and several endings; name each once."
             )
         names = [_key(name, self.layout.prefix) for name in self.cache.names[start:end]]
+        unfit = {_key(skip.name, self.partners.layout.prefix): f"{skip.name} {skip.reason}" for skip in there.skipped}
         for name in names:
             if name not in places:
+                why = f" that can be used ({unfit[name]})" if name in unfit else ""
                 raise ValueError(
-                    f"The image {name} has no partner in {self.partners.layout.listing.label}; give it one of the same "
-                    "name, whatever its ending, or take it out."
+                    f"The image {name} has no partner in {self.partners.layout.listing.label}{why}; give it one of the "
+                    "same name, whatever its ending, or take it out."
                 )
         rows = np.array([places[name] for name in names], dtype=np.int64)
         pairs = np.concatenate([np.asarray(self.cache.images[start:end]), np.asarray(there.images[rows])], axis=1)

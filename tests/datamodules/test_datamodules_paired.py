@@ -70,3 +70,21 @@ def test_an_image_without_a_partner_is_named(tmp_path):
         lonely.split("train"), lonely.split("val"), lonely.split("test")
     with pytest.raises(ValueError, match="given_channels is 0"):
         PairedFolder("a", "b", given_channels=0)
+
+
+def test_a_smaller_partner_is_enlarged_and_a_broken_one_named(tmp_path):
+    write(tmp_path / "photos", 24)
+    write(tmp_path / "small", 24, offset=100)
+    for path in (tmp_path / "small").iterdir():
+        Image.open(path).resize((4, 4), Image.Resampling.BOX).save(path)
+    options = {"image_size": 8, "cache_dir": str(tmp_path / "cache"), "cache_processes": 1}
+    given = PairedFolder(str(tmp_path / "photos"), str(tmp_path / "small"), **options)
+    images, pairs = given.reference_images("train"), given.reference_pairs("train")
+    assert pairs.shape[2:] == (8, 8) and (pairs[:, :, :, 0].astype(int) - images[:, :, :, 0] == 100).all()
+    (tmp_path / "small" / "007.png").write_bytes(b"none")
+    broken = PairedFolder(str(tmp_path / "photos"), str(tmp_path / "small"), **options)
+    with (
+        pytest.warns(UserWarning, match="007"),
+        pytest.raises(ValueError, match=r"image 007 has no partner .*\(007\.png "),
+    ):
+        broken.split("train"), broken.split("val"), broken.split("test")
