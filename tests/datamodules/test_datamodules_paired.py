@@ -79,8 +79,8 @@ def test_a_smaller_partner_is_enlarged_and_a_broken_one_named(tmp_path):
         Image.open(path).resize((4, 4), Image.Resampling.BOX).save(path)
     options = {"image_size": 8, "cache_dir": str(tmp_path / "cache"), "cache_processes": 1}
     given = PairedFolder(str(tmp_path / "photos"), str(tmp_path / "small"), **options)
-    images, pairs = given.reference_images("train"), given.reference_pairs("train")
-    assert pairs.shape[2:] == (8, 8) and (pairs[:, :, :, 0].astype(int) - images[:, :, :, 0] == 100).all()
+    images, pairs = (torch.as_tensor(made("train")).int() for made in (given.reference_images, given.reference_pairs))
+    assert pairs.shape[2:] == (8, 8) and bool((pairs[..., 0] - images[..., 0] == 100).all())
     (tmp_path / "small" / "007.png").write_bytes(b"none")
     broken = PairedFolder(str(tmp_path / "photos"), str(tmp_path / "small"), **options)
     with (
