@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lit.checks import check_number
-from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of
+from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of, training_labels
 from diffusion_lit.modules.efficientnet import efficientnet_lite0, stages
 from diffusion_lit.modules.latent_space import Frozen
 from diffusion_lit.modules.protocols import ImageSource
@@ -101,9 +101,19 @@ class ClassifierPerceptual(Perceptual):
         self.ckpt_path = ckpt_path
 
     def network(self, data: ImageSource) -> nn.Module:
-        """The stages of the classifier."""
+        """The stages of the classifier.
+
+        Raises:
+            ValueError: If there is no checkpoint and the data has no classes to learn from.
+        """
         if self.ckpt_path is not None:
             return StageDistance(classifier_from_checkpoint(Path(self.ckpt_path)))
+        labels = training_labels(data)
+        if labels is None or len(labels.unique()) < 2:
+            raise ValueError(
+                "ClassifierPerceptual looks through a classifier of the data, which has no classes to tell apart; take "
+                "EfficientNetPerceptual or LPIPS, or give a classifier's ckpt_path."
+            )
         return StageDistance(classifier_of(data, OWN_KEY))
 
 
@@ -160,7 +170,7 @@ class LPIPS(Perceptual):
         except Exception as error:  # a download may raise anything
             raise ValueError(
                 f"The weights of LPIPS ({self.net}) are neither in torch's cache nor could be downloaded; take "
-                "perceptual: diffusion_lit.modules.ClassifierPerceptual, set lpips_weight to 0, or run once with "
+                "ClassifierPerceptual or EfficientNetPerceptual as perceptual, set lpips_weight to 0, or run once with "
                 "internet access."
             ) from error
         return OfColour(metric.net)

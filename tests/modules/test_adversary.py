@@ -1,6 +1,7 @@
 """The adversary of a VAE: the two losses of the textbook in one, its rest until its start, and a run's promises."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,13 @@ def test_the_classifier_that_a_loss_looks_through_is_not_the_one_that_measures(t
     torch.testing.assert_close(terms.perceptual, 2 * loss(terms.x_hat, image))
     plain = VAE.loss(module, terms._replace(perceptual=0 * terms.perceptual), 64, 1.0)
     torch.testing.assert_close(module.loss(terms, 64, 1.0), plain + terms.perceptual.mean())
+
+
+def test_a_classifier_of_data_without_classes_is_refused_with_another_way():
+    for labels in (None, torch.zeros(4, dtype=torch.int64)):
+        data = SimpleNamespace(reference_labels=lambda split, labels=labels: labels)
+        with pytest.raises(ValueError, match="no classes to tell apart; take EfficientNetPerceptual"):
+            ClassifierPerceptual().load(data)
 
 
 @pytest.mark.parametrize(
