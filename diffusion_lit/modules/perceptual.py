@@ -109,7 +109,7 @@ class ClassifierPerceptual(Perceptual):
         if self.ckpt_path is not None:
             return StageDistance(classifier_from_checkpoint(Path(self.ckpt_path)))
         labels = training_labels(data)
-        if labels is None or len(labels.unique()) < 2:
+        if labels is None or bool((labels == labels[0]).all()):
             raise ValueError(
                 "ClassifierPerceptual looks through a classifier of the data, which has no classes to tell apart; take "
                 "EfficientNetPerceptual or LPIPS, or give a classifier's ckpt_path."

@@ -74,9 +74,9 @@ def test_an_image_without_a_partner_is_named(tmp_path):
 
 def test_a_smaller_partner_is_enlarged_and_a_broken_one_named(tmp_path):
     write(tmp_path / "photos", 24)
-    write(tmp_path / "small", 24, offset=100)
-    for path in (tmp_path / "small").iterdir():
-        Image.open(path).resize((4, 4), Image.Resampling.BOX).save(path)
+    (tmp_path / "small").mkdir()
+    for index in range(24):
+        Image.new("RGB", (4, 4), (index + 100,) * 3).save(tmp_path / "small" / f"{index:03d}.png")
     options = {"image_size": 8, "cache_dir": str(tmp_path / "cache"), "cache_processes": 1}
     given = PairedFolder(str(tmp_path / "photos"), str(tmp_path / "small"), **options)
     images, pairs = (torch.as_tensor(made("train")).int() for made in (given.reference_images, given.reference_pairs))
