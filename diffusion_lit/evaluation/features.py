@@ -8,6 +8,7 @@ uint8 images (N, C, H, W) in [0, 255] and give float32 features (N, d), computed
 `fidelity`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,11 +196,28 @@ class FeatureExtractor(ABC):
         return {"name": self.name, "weights_sha256": weights, "transform": self.transform}
 
 
+MOST_PIXELS = 2**14  # features of `Pixels`, whose covariance takes 2 GiB
+
+
 class Pixels(FeatureExtractor):
     """The raw pixels in [0, 1], flattened: a distance that needs no network and sees no content."""
 
     name = "pixels"
     transform = "uint8 / 255, flattened"
+
+    def load(self, data: ImageSource | None = None) -> None:
+        """Refuses images whose pixels are too many for their covariance.
+
+        Raises:
+            ValueError: If there are more than 16,384.
+        """
+        count = 0 if data is None else math.prod(data.image_shape)
+        if count > MOST_PIXELS:
+            raise ValueError(
+                f"The extractor pixels would make {count:,} features of an image, whose covariance takes "
+                f"{8 * count**2 / 2**30:.0f} GiB; it is for up to {MOST_PIXELS:,}: choose efficientnet_lite0, "
+                "inception or classifier."
+            )
 
     def compute(self, images: Tensor) -> Features:
         """The pixels, C * H * W features."""

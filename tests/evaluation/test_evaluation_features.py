@@ -3,6 +3,7 @@
 import pickle
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from helpers.evaluation_tools import Source, Tiny, make_images, tiny_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_lit.evaluation import fidelity, weights
+from diffusion_lit.evaluation import fidelity
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.evaluation.features import MissingWeights, Pixels, full_precision
 from diffusion_lit.evaluation.fidelity import CLIP, VGG, DINOv2, Inception
+from diffusion_lit.modules import weights
 from diffusion_lit.modules.data_classifier import IMAGES_SEEN, classifier_of
 from diffusion_lit.storage.hashing import weights_hash
 
@@ -295,3 +297,9 @@ def test_a_classifier_is_trained_where_gradients_are_off(tmp_path, monkeypatch):
     with torch.inference_mode():
         network = classifiers.classifier_of(data)
     assert not next(network.parameters()).is_inference()
+
+
+def test_pixels_that_are_too_many_for_a_covariance_are_refused():
+    Pixels().load(SimpleNamespace(image_shape=(3, 64, 64)))
+    with pytest.raises(ValueError, match="49,152 features .* takes 18 GiB.*choose efficientnet_lite0"):
+        Pixels().load(SimpleNamespace(image_shape=(3, 128, 128)))
