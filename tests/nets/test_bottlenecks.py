@@ -13,6 +13,10 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=1)
+
+
 def vq(codes=7, channels=3):
     torch.manual_seed(0)
     made = VQ(codes)
@@ -127,3 +131,15 @@ def test_a_logit_sees_its_patch_and_its_own_image_alone():
     net(seen)[0, 0, 4, 4].backward()
     rows = (seen.grad[0, 0].abs().sum(1) > 0).nonzero().flatten()
     assert int(rows.max() - rows.min()) + 1 == 26
+
+
+def test_vq_draws_codes_to_latents_and_by_its_share_latents_to_codes():
+    """The source's equation 3: |e - stop(h)|^2 + beta |stop(e) - h|^2, each with its own weight."""
+    made, h = vq(), draw(2, 3, 4, 4).requires_grad_()
+    mine = torch.autograd.grad(made(h).penalty().sum(), [h, made.codebook])
+    index = made.index(unit(h))
+    codes = unit(made.codebook)[index].permute(0, 3, 1, 2)
+    apart = (codes - unit(h)).square().flatten(1).mean(1).sum()  # its gradient by one end is that of the other held
+    theirs = torch.autograd.grad(apart, [h, made.codebook])
+    torch.testing.assert_close(mine[0], 0.25 * theirs[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-4, atol=1e-7)
