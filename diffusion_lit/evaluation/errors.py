@@ -4,9 +4,10 @@ The scatter over blocks of samples leaves out that the reference is a draw too, 
 The kernel distance has a known variance (`kernels`). That of other figures is found by subsampling: with a share f =
 0.8 of each side, drawn without replacement, a mean over n images scatters by (1 / f - 1) / n times their variance, so
 that the variance over subsamples divided by 1 / f - 1 is that of the whole. (A bootstrap's repeated images would spoil
-figures of nearest neighbours.) Where both sides are of one distribution, a Fréchet distance is a quadratic form of what
-scatters, and its error comes out up to 1.5 times too large; that of its extrapolation, whose own subsets scatter too
-so that it is taken of halves (f = 0.5), two to three times.
+figures of nearest neighbours.) Where both sides are of one distribution, a Fréchet distance and MIND are quadratic
+forms of what scatters, and their errors come out up to 1.5 times too large. The extrapolation and the Inception score
+scatter by their own subsets too, so that they are taken of halves (f = 0.5); the former's error comes out two to three
+times too large.
 
 Source: Politis, Romano and Wolf 1999, Subsampling, section 2.
 """
@@ -27,8 +28,9 @@ from diffusion_lit.evaluation.metrics import (
     inception_score,
     kernel_name,
     kid_subset_size,
-    neighbour_figures,
 )
+from diffusion_lit.evaluation.monge import equal_parts, monge_distance
+from diffusion_lit.evaluation.neighbours import neighbour_figures
 
 SHARE, HALF, DRAWS = 0.8, 0.5, 12
 MOST = 5000  # images of a side that subsamples are drawn from: the variance of more is smaller in proportion
@@ -71,12 +73,16 @@ def standard_errors(
     if reference is not None:
         variance = kernel_distance_variance(x, y, kid_subset_size(len(x), len(y)), KID_SUBSETS)
         found[kernel_name(name)] = math.sqrt(max(0.0, variance))
-        found |= _subsampled(lambda a, b: neighbour_figures(name, a, Features(b)), x, y, MOST_NEIGHBOURS)
+        near = _subsampled(neighbour_figures, x, y, MOST_NEIGHBOURS)
+        found |= {f"{figure}_{name}": value for figure, value in near.items()}
+        found |= _subsampled(
+            lambda a, b: {f"mind_{name}": monge_distance(a, b)}, *equal_parts(x, y), most=MOST_NEIGHBOURS
+        )
         sigma = extractor.mmd_sigma
         if sigma is not None:
             found |= _subsampled(lambda a, b: {f"mmd_{name}": gaussian_mmd(a, b, sigma)}, x, y, MOST)
     if generated.logits is not None:
-        found |= _subsampled(lambda a, b: {f"isc_{name}": inception_score(a)}, generated.logits, x[:0], MOST)
+        found |= _subsampled(lambda a, b: {f"isc_{name}": inception_score(a)}, generated.logits, x[:0], MOST, HALF)
     return found
 
 

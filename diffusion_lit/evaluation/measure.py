@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_lit.evaluation import neighbours
 from diffusion_lit.evaluation.errors import DRAWS, HALF, SHARE, standard_errors
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.extrapolation import POINTS
@@ -25,6 +24,8 @@ from diffusion_lit.evaluation.metrics import (
     summarise,
     too_few,
 )
+from diffusion_lit.evaluation.monge import DIRECTIONS
+from diffusion_lit.evaluation.neighbours import NEIGHBOURS, PRECISION_NEIGHBOURS
 from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
 from diffusion_lit.modules.protocols import DataSet, ImageSource, Interpolates, Model
@@ -102,11 +103,12 @@ def _reported(
     size = None if reference.features is None else kid_subset_size(plan.num_samples, len(reference.features))
     summary["metrics"] = {
         "kernel_distance": None if size is None else {"subsets": KID_SUBSETS, "subset_size": size},
-        "precision_recall_neighbours": None if size is None else neighbours.PRECISION_NEIGHBOURS,
-        "density_coverage_neighbours": None if size is None else neighbours.NEIGHBOURS,
+        "precision_recall_neighbours": None if size is None else PRECISION_NEIGHBOURS,
+        "density_coverage_neighbours": None if size is None else NEIGHBOURS,
+        "mind_directions": None if size is None else DIRECTIONS,
         "extrapolation_points": POINTS,
-        "errors": f"of a block over draws of both sides: by {DRAWS} samples of {SHARE:.0%} (extrapolated: {HALF:.0%}); "
-        "of the kernel distance by its known variance",
+        "errors": f"of a block over draws of both sides: by {DRAWS} samples of {SHARE:.0%} (extrapolation "
+        f"and Inception score: {HALF:.0%}); of the kernel distance by its known variance",
         "inception_score_splits": min(ISC_SPLITS, plan.num_samples),
     }
     warnings = []

@@ -3,7 +3,8 @@
 Fréchet distance (Heusel 2017, arXiv 1706.08500): `|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))` of the Gaussians with
 the features' means and covariances. Kernel distance (Bińkowski 2018, arXiv 1801.01401): the unbiased squared MMD under
 the kernel `(x.y / d + 1)^3`, averaged over random subsets. Precision, recall, density and coverage: see `neighbours`.
-Inception score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statistics are taken in float64.
+MIND: see `monge`. Inception score (Salimans 2016, arXiv 1606.03498): `exp E KL(p(y|x) || p(y))`. All statistics are
+taken in float64.
 """
 
 import math
@@ -18,10 +19,11 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from diffusion_lit.evaluation import neighbours
 from diffusion_lit.evaluation.extrapolation import LEAST, FrechetTo
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.kernels import gaussian_mmd
+from diffusion_lit.evaluation.monge import monge_distance
+from diffusion_lit.evaluation.neighbours import neighbour_figures
 from diffusion_lit.words import counted
 
 KID_SUBSETS = 100
@@ -149,8 +151,8 @@ def compute_metrics(
 
     Returns:
         Figures by name: the Fréchet distance, and as far as there is what they need its extrapolation to infinitely
-        many samples, the kernel distance, precision, recall, density, coverage, the distance under a Gaussian kernel
-        and the Inception score.
+        many samples, the kernel distance, precision, recall, density, coverage, MIND, the distance under a Gaussian
+        kernel and the Inception score.
 
     Raises:
         ValueError: If neither the reference's features nor its statistics are given, or a figure is not finite.
@@ -166,7 +168,9 @@ def compute_metrics(
         figures[f"{extractor.metric}_infinity"] = to_reference.infinity(generated.features)
     if reference is not None:
         figures[kernel_name(name)] = kernel_distance(generated.features, reference.features)
-        figures |= neighbour_figures(name, generated.features, reference)
+        near = neighbour_figures(generated.features, reference.features, reference.radii)
+        figures |= {f"{figure}_{name}": value for figure, value in near.items()}
+        figures[f"mind_{name}"] = monge_distance(generated.features, reference.features)
         if extractor.mmd_sigma is not None:
             figures[f"mmd_{name}"] = gaussian_mmd(generated.features, reference.features, extractor.mmd_sigma)
     if generated.logits is not None:
@@ -177,28 +181,6 @@ def compute_metrics(
 def kernel_name(name: str) -> str:
     """Name of the kernel distance on an extractor's features: KID is Inception's alone."""
     return f"{'kid' if name == 'inception' else 'kd'}_{name}"
-
-
-def neighbour_figures(name: str, generated: Tensor, reference: Features) -> dict[str, float]:
-    """The figures of nearest neighbours, as far as there are enough images.
-
-    Args:
-        name: The extractor's name.
-        generated: Features (N, d).
-        reference: The reference, which keeps its radii.
-
-    Returns:
-        Precision, recall, density and coverage by name.
-    """
-    if len(reference) <= neighbours.NEIGHBOURS:
-        return {}
-    near, far = reference.radii.unbind(1)
-    figures: dict[str, float] = {}
-    if len(generated) > neighbours.PRECISION_NEIGHBOURS:
-        precision, recall = neighbours.precision_recall(generated, reference.features, near)
-        figures |= {f"precision_{name}": precision, f"recall_{name}": recall}
-    density, coverage = neighbours.density_coverage(generated, reference.features, reference_radii=far)
-    return figures | {f"density_{name}": density, f"coverage_{name}": coverage}
 
 
 def check_figures(figures: dict[str, float]) -> dict[str, float]:

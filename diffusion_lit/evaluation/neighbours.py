@@ -18,6 +18,7 @@ Sources: Kynkäänniemi et al. 2019 (arXiv 1904.06991), k = 3; Naeem et al. 2020
 lemmas 1 and 2, k = 5.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,21 +35,17 @@ def radii(features: Tensor, neighbours: Sequence[int] = (PRECISION_NEIGHBOURS, N
 
     Args:
         features: Features (N, d).
-        neighbours: The k, each below N.
+        neighbours: The k, in rising order.
 
     Returns:
-        Float64 (N, number of k).
-
-    Raises:
-        ValueError: If there are no more than k images.
+        Float64 (N, number of k), NaN where there are no more than k images.
     """
-    if len(features) <= max(neighbours):
-        raise ValueError(f"{max(neighbours)} neighbours need more images than that, not {len(features)}.")
-    found = []
-    for rows, distances in _distances(features, features):
+    known = [k for k in neighbours if k < len(features)]
+    found = torch.full((len(features), len(neighbours)), math.nan, dtype=torch.float64, device=features.device)
+    for rows, distances in _distances(features, features) if known else ():
         distances[torch.arange(len(rows)), rows] = 0  # which the product of matrices leaves at the size of its rounding
-        found.append(distances.topk(max(neighbours) + 1, largest=False).values[:, list(neighbours)])
-    return torch.cat(found)
+        found[rows, : len(known)] = distances.topk(known[-1] + 1, largest=False).values[:, known]
+    return found
 
 
 def _distances(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,60 +55,31 @@ def _distances(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, torch.cdist(one[rows], other)
 
 
-def precision_recall(
-    generated: Tensor, reference: Tensor, reference_radii: Tensor | None = None
-) -> tuple[float, float]:
-    """Precision and recall of samples, k = 3.
+def neighbour_figures(generated: Tensor, reference: Tensor, reference_radii: Tensor | None = None) -> dict[str, float]:
+    """Precision, recall, density and coverage of samples, from one pass over the distances.
 
     Args:
         generated: Features (M, d).
         reference: Features (N, d).
-        reference_radii: The reference's `radii` for k = 3, (N,), where they are known.
+        reference_radii: The reference's `radii`, (N, 2), where they are known.
 
     Returns:
-        Precision and recall, each in [0, 1].
-
-    Raises:
-        ValueError: If either has no more than k images.
+        `precision` and `recall` where there are more than 3 images on each side, `density` and `coverage` where there
+        are more than 5 real images and a sample.
     """
-    k = PRECISION_NEIGHBOURS
-    if min(len(generated), len(reference)) <= k:
-        raise ValueError(f"Precision and recall need more than {k} images on each side.")
-    real = radii(reference, [k])[:, 0] if reference_radii is None else reference_radii
-    made = radii(generated, [k])[:, 0]
-    precise, recalled = torch.zeros_like(made, dtype=torch.bool), 0
+    near, far = (radii(reference) if reference_radii is None else reference_radii).unbind(1)
+    made = radii(generated, [PRECISION_NEIGHBOURS])[:, 0]
+    precise, recalled, inside, covered = torch.zeros_like(made, dtype=torch.bool), 0, 0, 0
     for rows, distances in _distances(reference, generated):
-        precise |= (distances <= real[rows, None]).any(0)
+        precise |= (distances <= near[rows, None]).any(0)
         recalled += int((distances <= made).any(1).sum())
-    return float(precise.double().mean()), recalled / len(reference)
-
-
-def density_coverage(
-    generated: Tensor, reference: Tensor, neighbours: int = NEIGHBOURS, reference_radii: Tensor | None = None
-) -> tuple[float, float]:
-    """Density and coverage of samples.
-
-    Args:
-        generated: Features (M, d).
-        reference: Features (N, d).
-        neighbours: k.
-        reference_radii: The reference's `radii` for that k, (N,), where they are known.
-
-    Returns:
-        Density, at least 0, and coverage, in [0, 1].
-
-    Raises:
-        ValueError: If there are no more than k real images, or no sample.
-    """
-    if len(reference) <= neighbours or len(generated) == 0:
-        raise ValueError(
-            f"Density and coverage need more than {neighbours} real images and a sample, not {len(reference)} and "
-            f"{len(generated)}."
-        )
-    real = radii(reference, [neighbours])[:, 0] if reference_radii is None else reference_radii
-    inside, covered = 0, 0
-    for rows, distances in _distances(reference, generated):
-        hits = distances < real[rows, None] * (1 - SAME)
+        hits = distances < far[rows, None] * (1 - SAME)
         inside += int(hits.sum())
         covered += int(hits.any(1).sum())
-    return inside / (neighbours * len(generated)), covered / len(reference)
+    n, m = len(reference), len(generated)
+    figures: dict[str, float] = {}
+    if min(n, m) > PRECISION_NEIGHBOURS:
+        figures |= {"precision": float(precise.double().mean()), "recall": recalled / n}
+    if n > NEIGHBOURS and m:
+        figures |= {"density": inside / (NEIGHBOURS * m), "coverage": covered / n}
+    return figures

@@ -13,9 +13,10 @@ from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
-from diffusion_lit.evaluation.neighbours import precision_recall
+from diffusion_lit.evaluation.neighbours import PRECISION_NEIGHBOURS, neighbour_figures
 from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
 from diffusion_lit.modules.data_classifier import training_labels
+from diffusion_lit.words import counted
 
 MOST_NEIGHBOURS = 5000  # the distances between all images of a large set would take minutes, for each figure
 
@@ -76,6 +77,9 @@ class Evaluator:
         Returns:
             The Fréchet distance to the training images under the name of `metric`, and `precision` and `recall` among
             at most `MOST_NEIGHBOURS` of them, evenly spread.
+
+        Raises:
+            ValueError: If there are 3 samples or training images at the most.
         """
         if isinstance(samples, Tensor):
             samples = self.extractor.extract(samples, 250)
@@ -83,8 +87,13 @@ class Evaluator:
         assert self.reference.features is not None
         real = self.reference.features.features
         count = min(MOST_NEIGHBOURS, len(real))
-        precision, recall = precision_recall(features.features, real[torch.arange(count) * len(real) // count])
-        return {self.metric: self.distance(features), "precision": precision, "recall": recall}
+        if min(len(features), count) <= PRECISION_NEIGHBOURS:
+            raise ValueError(
+                f"{counted(len(features), 'sample')} and {counted(count, 'training image')} are too few for precision "
+                "and recall; raise --num_samples."
+            )
+        found = neighbour_figures(features.features, real[torch.arange(count) * len(real) // count])
+        return {self.metric: self.distance(features), "precision": found["precision"], "recall": found["recall"]}
 
     def distance(self, features: Features) -> float:
         """The Fréchet distance of samples to the training images."""

@@ -99,7 +99,7 @@ def test_the_receipt_holds_what_would_change_a_figure(evaluate, trained, tmp_pat
     assert {"torch", "torch-fidelity", "lightning", "diffusion-lit", "python"} <= report["versions"].keys()
     found = result["references"]["train"]["figures"]
     assert set(found) == {
-        f"{name}_classifier" for name in ("fd", "kd", "precision", "recall", "density", "coverage", "isc")
+        f"{name}_classifier" for name in ("fd", "kd", "precision", "recall", "density", "coverage", "mind", "isc")
     }
     for value in found.values():
         assert len(value["blocks"]) == 3

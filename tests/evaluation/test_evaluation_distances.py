@@ -1,21 +1,24 @@
-"""Density, coverage, extrapolated and Gaussian-kernel distances, and how much figures scatter."""
+"""Density, coverage, MIND, extrapolated and Gaussian-kernel distances, and how much figures scatter."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 from sklearn.neighbors import NearestNeighbors
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusion_lit.diffusion.rng import keyed_generator
-from diffusion_lit.evaluation import neighbours
+from diffusion_lit.evaluation import monge, neighbours
 from diffusion_lit.evaluation.errors import standard_errors
 from diffusion_lit.evaluation.extrapolation import POINTS, FrechetTo
 from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.kernels import gaussian_mmd, kernel_distance_variance
 from diffusion_lit.evaluation.metrics import Statistics, compute_metrics, frechet_distance, summarise
-from diffusion_lit.evaluation.neighbours import density_coverage
+from diffusion_lit.evaluation.monge import monge_distance
+from diffusion_lit.evaluation.neighbours import neighbour_figures
 from diffusion_lit.report.receipt_tables import shown
 
 
@@ -23,30 +26,70 @@ def normal(seed, *shape, shift=0.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-@pytest.mark.parametrize("k", [1, 5])
-def test_density_and_coverage_are_those_of_a_tree_of_neighbours(monkeypatch, k):
+def test_density_and_coverage_are_those_of_a_tree_of_neighbours(monkeypatch):
     monkeypatch.setattr(neighbours, "DISTANCES", 300)  # in several parts
+    k = 5
     real, made = normal(0, 120, 6), torch.cat([normal(1, 50, 6, shift=0.5), normal(0, 120, 6)[:7]])
     radii = NearestNeighbors(n_neighbors=k + 1).fit(real).kneighbors(real)[0][:, -1]
     distances = np.linalg.norm(real.double().numpy()[:, None] - made.double().numpy()[None], axis=-1)
     inside = distances < radii[:, None] * (1 - 1e-9)  # a copy of the k-th neighbour lies on the edge, which is outside
-    density, coverage = density_coverage(made, real, k)
-    assert density == pytest.approx(inside.sum(0).mean() / k, abs=1e-6)
-    assert coverage == pytest.approx(inside.any(1).mean(), abs=1e-6)
+    figures = neighbour_figures(made, real)
+    assert figures["density"] == pytest.approx(inside.sum(0).mean() / k, abs=1e-6)
+    assert figures["coverage"] == pytest.approx(inside.any(1).mean(), abs=1e-6)
 
 
 def test_density_and_coverage_of_one_distribution_are_as_the_lemmas_say():
     """Naeem 2020, lemmas 1 and 2; and a generator of one mode has little coverage, whatever its density."""
     k, n, m = 5, 150, 100
-    draws = [density_coverage(normal(2 * seed, m, 4), normal(2 * seed + 1, n, 4)) for seed in range(40)]
-    density, coverage = (float(np.mean(one)) for one in zip(*draws, strict=True))
+    draws = [neighbour_figures(normal(2 * seed, m, 4), normal(2 * seed + 1, n, 4)) for seed in range(40)]
+    density, coverage = (np.mean([draw[name] for draw in draws]) for name in ("density", "coverage"))
     expected = 1 - math.prod((n - i) / (m + n - i) for i in range(1, k + 1))
     assert density == pytest.approx(1, abs=0.05) and coverage == pytest.approx(expected, abs=0.02)
     real = torch.cat([normal(0, 75, 4), normal(1, 75, 4, shift=9.0)])
-    density, coverage = density_coverage(normal(2, 100, 4), real)
-    assert density > 0.8 and coverage < 0.55
-    with pytest.raises(ValueError, match="more than 5 real images"):
-        density_coverage(real, real[:5])
+    figures = neighbour_figures(normal(2, 100, 4), real)
+    assert figures["density"] > 0.8 and figures["coverage"] < 0.55
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 6])
+def test_few_images_have_the_figures_for_which_they_suffice(n):
+    """Precision and recall look at 3 neighbours, density and coverage at 5."""
+    real, made = normal(0, n, 2), normal(1, 40, 2)
+    figures = compute_metrics(Pixels(), Features(made), Features(real))
+    near = {name.removesuffix("_pixels") for name in figures} & {"precision", "recall", "density", "coverage"}
+    assert near == {*(("precision", "recall") if n > 3 else ()), *(("density", "coverage") if n > 5 else ())}
+    if n > 3:
+        expected = prc_features_to_metric(
+            made.double(), real.double(), prc_neighborhood=3, prc_batch_size=10, save_cpu_ram=True, verbose=False
+        )
+        assert figures["precision_pixels"] == pytest.approx(expected["precision"], abs=1e-6)
+        assert figures["recall_pixels"] == pytest.approx(expected["recall"], abs=1e-6)
+    alone = neighbour_figures(made[:1], normal(0, 9, 2))
+    assert alone.keys() == {"density", "coverage"}
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (12, 30), (30, 7), (1, 5)])
+def test_mind_is_the_transport_along_random_directions(monkeypatch, n, m):
+    """Direction by direction, and by scipy's solution of the assignment."""
+    monkeypatch.setattr(monge, "HELD", 200)  # in several parts
+    made, real = normal(0, n, 6, shift=0.3).double(), normal(1, m, 6).double()
+    ways = torch.randn(50, 6, generator=keyed_generator("monge"), dtype=torch.float64).numpy()
+    a, b = (part.numpy() for part in monge.equal_parts(made, real))
+    assert len(a) == len(b) == min(n, m) and {*map(tuple, b)} <= {*map(tuple, real.numpy())}
+    squares = []
+    for way in ways / np.linalg.norm(ways, axis=1, keepdims=True):
+        costs = (np.subtract.outer(a @ way, b @ way)) ** 2
+        squares.append(costs[linear_sum_assignment(costs)].mean())
+    assert monge_distance(made, real, 50) == pytest.approx(18 * np.mean(squares), abs=1e-6)
+
+
+def test_mind_of_a_shift_and_of_a_scale_is_the_closed_form():
+    """3 |mean|^2 and 3 (s - 1)^2 d, as the average over directions has it."""
+    x = normal(0, 4000, 8).double()
+    shift = torch.arange(8.0) / 8
+    assert monge_distance(x + shift, x) == pytest.approx(3 * float(shift.square().sum()), rel=0.08)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    assert monge_distance(1.5 * x, x) == pytest.approx(3 * 0.25 * 8, rel=1e-3)
+    assert monge_distance(x, x[torch.randperm(4000)]) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "m"), [(200, 300), (9, 300), (200, 9), (9, 8)])
@@ -109,7 +152,7 @@ def test_errors_are_the_scatter_over_draws_of_both_sides():
         == figures[0].keys()
         == {
             *("fd_pixels", "fd_pixels_infinity", "kd_pixels", "precision_pixels", "recall_pixels"),
-            *("density_pixels", "coverage_pixels", "mmd_pixels"),
+            *("density_pixels", "coverage_pixels", "mmd_pixels", "mind_pixels"),
         }
     )
     for name in errors[0]:

@@ -22,7 +22,7 @@ from diffusion_lit.evaluation.metrics import (
     short_count,
     too_few,
 )
-from diffusion_lit.evaluation.neighbours import precision_recall
+from diffusion_lit.evaluation.neighbours import neighbour_figures
 
 NAMES = {
     "fid": "frechet_inception_distance",
@@ -77,9 +77,9 @@ def test_precision_is_of_the_generated_and_recall_of_the_reference():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(300, 2, generator=generator)
     narrow = reference[:100] * 0.01  # within the reference, covering little of it
-    precision, recall = precision_recall(narrow, reference)
-    assert precision == 1
-    assert recall < 0.2
+    figures = neighbour_figures(narrow, reference)
+    assert figures["precision"] == 1
+    assert figures["recall"] < 0.2
 
 
 @pytest.mark.parametrize(("count", "scale"), [(60, 0.5), (200, 1.0), (300, 1.5)])
@@ -90,8 +90,9 @@ def test_precision_and_recall_are_torch_fidelitys(count, scale):
     expected = prc_features_to_metric(
         generated.double(), reference.double(), prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
     )
-    assert precision_recall(generated, reference) == pytest.approx(
-        (expected["precision"], expected["recall"]), abs=1e-6
+    figures = neighbour_figures(generated, reference)
+    assert {name: figures[name] for name in ("precision", "recall")} == pytest.approx(
+        {name: expected[name] for name in ("precision", "recall")}, abs=1e-6
     )
 
 
@@ -103,14 +104,15 @@ def test_the_neighbours_of_a_reference_are_looked_for_once(monkeypatch):
     monkeypatch.setattr(torch, "cdist", lambda *sides: pairs.append(tuple(map(len, sides))) or cdist(*sides))
     assert [compute_metrics(Pixels(), Features(block), real) for block in blocks] == alone
     assert pairs.count((300, 300)) == 1
+    assert pairs.count((300, 50)) == 3  # all four figures from the same distances
 
 
-def test_precision_and_recall_hold_few_distances_at_a_time(monkeypatch):
+def test_figures_of_neighbours_hold_few_distances_at_a_time(monkeypatch):
     """All distances of 55,000 reference images at once are 24 GB; in parts the figures are the same."""
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(700, 3, generator=generator)
     generated = torch.randn(40, 3, generator=generator) * 0.8
-    whole = precision_recall(generated, reference)
+    whole = neighbour_figures(generated, reference)
     held, cdist = [], torch.cdist
 
     def watched(*sides):
@@ -119,7 +121,7 @@ def test_precision_and_recall_hold_few_distances_at_a_time(monkeypatch):
 
     monkeypatch.setattr(neighbours, "DISTANCES", 5000)
     monkeypatch.setattr(torch, "cdist", watched)
-    assert precision_recall(generated, reference) == pytest.approx(whole, abs=1e-6)
+    assert neighbour_figures(generated, reference) == pytest.approx(whole, abs=1e-6)
     assert len(held) > 100 and max(held) <= 5000
 
 
@@ -178,8 +180,8 @@ def test_figures_carry_the_name_of_the_extractor_and_only_what_there_is():
     images = make_images(20)[0]
     features = Pixels().extract(images)
     full = compute_metrics(Pixels(), features, features)
-    neighbours = {f"{name}_pixels" for name in ("precision", "recall", "density", "coverage")}
-    assert set(full) == {"fd_pixels", "kd_pixels", *neighbours}
+    others = {f"{name}_pixels" for name in ("precision", "recall", "density", "coverage", "mind")}
+    assert set(full) == {"fd_pixels", "kd_pixels", *others}
     assert abs(full["fd_pixels"]) < 1e-4
     statistics = Statistics.of(features.features)
     assert set(compute_metrics(Pixels(), features, None, statistics)) == {"fd_pixels"}

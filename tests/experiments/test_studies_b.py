@@ -241,7 +241,7 @@ def test_a_subset_repeats_its_images_and_leaves_the_rest_alone():
 def test_metrics(study):
     made = study(metrics, "--counts=[10, 20]", "--draws=2", "--few_steps=1", "--noise=1.5")
     rows = {row["figure"]: row for row in table(made, "samples")}
-    assert {"fd_pixels", "kd_pixels", "density_pixels", "coverage_pixels"} <= rows.keys()
+    assert {"fd_pixels", "kd_pixels", "density_pixels", "coverage_pixels", "mind_pixels"} <= rows.keys()
     kinds = {"a quarter of the training", "1 steps", "noise of 1.5", "without class 0"}
     assert kinds < rows["fd_pixels"].keys() and made.count == 2
     assert {row[kind] for row in rows.values() for kind in kinds} <= {"10", "20", "more than 20"}
