@@ -18,6 +18,7 @@ from diffusion_lit.diffusion.consistency_parts import (
 )
 from diffusion_lit.diffusion.degradations import Blur, Degradation, Mask, Pixelate, Snow
 from diffusion_lit.diffusion.denoiser import Denoiser, LearnedVarianceDenoiser
+from diffusion_lit.diffusion.dispersive_loss import DispersiveLoss
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.grids import GRIDS
 from diffusion_lit.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance, GivenImage
@@ -99,6 +100,7 @@ __all__ = [
     "DenoiserWrapper",
     "DenoisingLoss",
     "DiscreteUniform",
+    "DispersiveLoss",
     "Distance",
     "EDMPreconditioning",
     "EDMScaling",
