@@ -15,12 +15,14 @@ or it names another library, whose own network, training step and sampler take p
 With `code` beside `contender` that file's `peer(job)` is taken instead of a known one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from diffusion_lit.checks import check_count
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.storage.hashing import key_of
 from experiments.benchmarks.contenders import OURS, installed
@@ -76,9 +78,12 @@ def read_entry(name: str, track: str) -> Entry:
     if path is None:
         known = sorted({place.stem for folder in (track, ".") for place in (SPEEDRUNS / folder).glob("*.yaml")})
         raise ValueError(f"There is no entry {name}; give a YAML, or one of {', '.join(known)}.")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no entry, since it is no YAML: {' '.join(str(error).split())}") from error
     if isinstance(content, dict) and "model" in content:
-        return _checked(Entry(path.stem, read_config(path)), path)
+        return check_entry(Entry(path.stem, read_config(path)), path)
     if not isinstance(content, dict) or not ("config" in content) ^ ("contender" in content):
         raise ValueError(
             f"{path} is no entry: it is a config of diffusion-lit fit, or has a line config: or contender:."
@@ -93,26 +98,50 @@ def read_entry(name: str, track: str) -> Entry:
     if "config" in content:
         config = path.parent / content["config"]
         config = config if config.is_file() else find_config(content["config"])
-        return _checked(Entry(path.stem, read_config(config), content.get("options") or {}, **told), path)
+        return check_entry(Entry(path.stem, read_config(config), content.get("options") or {}, **told), path)
     contender = str(content["contender"])
     if code is None and (contender not in installed() or contender == OURS):
         raise ValueError(f"{contender} is no library that is known and installed here; pip install it, or give code.")
-    sizes: dict[str, Any] = {key: int(content[key]) for key in ("width", "batch_size") if key in content}
-    return Entry(path.stem, None, {}, contender, **sizes, **told)
+    sizes: dict[str, Any] = {key: content[key] for key in ("width", "batch_size") if key in content}
+    return check_entry(Entry(path.stem, None, {}, contender, **sizes, **told), path)
 
 
-def _checked(entry: Entry, path: Path) -> Entry:
+def check_entry(entry: Entry, path: Path) -> Entry:
     """Checks that an entry trains from scratch.
 
+    Args:
+        entry: The entry.
+        path: Where it stands.
+
     Raises:
-        ValueError: If it starts from a checkpoint, or has no data.
+        ValueError: If it starts from a checkpoint, its model names a file of another training, such as an autoencoder,
+            a teacher or a guide, or a size is missing or no count.
     """
-    config = entry.config or {}
-    for name in (*config, *entry.options):
-        if name in DECIDED and (config.get(name) or entry.options.get(name)):
+    check_count(width=entry.width, batch_size=entry.batch_size)
+    if entry.config is None:
+        return entry
+    config, options = entry.config, entry.options
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} has the options {options}; give names and values, such as trainer.max_steps: 100.")
+    for name in (*config, *options):
+        if name in DECIDED and (config.get(name) or options.get(name)):
             raise ValueError(
                 f"{path} sets {name}, but an entry trains from scratch and lets the track decide the rest."
             )
-    if "batch_size" not in ((config.get("data") or {}).get("init_args") or {}):
+    model = {name: value for name, value in options.items() if name.startswith("model")}
+    for name in _files([config.get("model"), model]):
+        raise ValueError(f"{path} names {name} in its model, but an entry trains from scratch; leave it out.")
+    data = config.get("data")
+    arguments = data.get("init_args") if isinstance(data, dict) else None
+    if "batch_size" not in (arguments or {}):
         raise ValueError(f"{path} has no data.init_args.batch_size, which the track leaves to the entry.")
     return entry
+
+
+def _files(value: Any) -> Iterator[str]:
+    """The values in nested settings that are files or folders here."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _files(part)
+    elif isinstance(value, str) and value and len(value) < 200 and Path(value).exists():
+        yield value

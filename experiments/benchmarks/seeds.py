@@ -26,6 +26,10 @@ from experiments.benchmarks.trainings import Training
 from experiments.harness.children import ended_with_this
 
 
+class TrainingFailed(ValueError):
+    """A training whose process ended with an error, which it told."""
+
+
 def train(place: Path, training: Training) -> dict[str, Any]:
     """Trains in a process of its own.
 
@@ -38,7 +42,7 @@ def train(place: Path, training: Training) -> dict[str, Any]:
         the whole state at the end, `before` (the step of the state before), `evaluations` by kind of samples.
 
     Raises:
-        RuntimeError: If the process failed.
+        TrainingFailed: If the process failed.
         ValueError: If another timed training is at work on this machine.
     """
     place.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,7 @@ def train(place: Path, training: Training) -> dict[str, Any]:
         process.start()
         process.join()
     if process.exitcode or not record.exists():
-        raise RuntimeError(f"{training.entry.name} ended with status {process.exitcode}; its message stands above.")
+        raise TrainingFailed(f"{training.entry.name} ended with status {process.exitcode}; its message stands above.")
     found: dict[str, Any] = json.loads(record.read_text())
     return found
 

@@ -10,12 +10,12 @@ time: the length of the schedule is set from the pace of the first steps, whose 
 timed, from the first step on; saving a state every so many steps is in it. Interrupted, the command goes on with the
 seed that was not finished.
 
-`receipt.json` holds the entry in full, the track and its hash, commit, versions, hardware, and for each seed the images
-seen, the hashes of its weights and its figures. Beside it lie the states at the end and `replayed` steps before, and
-the samples. `--verify` does the first and the last of these steps again and compares the weights bit for bit, draws the
-samples again and measures them. Where the states are missing, as of a receipt in a repository, `--retrain` makes them
-again, which takes as long as the trainings did. Bits are compared on like hardware only (processor, instruction set,
-threads, version of torch); elsewhere the figures may differ by 2%.
+`receipt.json` holds the entry in full, the track and its hash, commit, versions, hardware, for each seed the images
+seen, the hashes of its weights and its figures, and a hash of all this. Beside it lie the states at the end and
+`replayed` steps before, and the samples. `--verify` does the first and the last of these steps again and compares the
+weights bit for bit, draws the samples again and measures them. Where the states are missing, as of a receipt in a
+repository, `--retrain` makes them again, which takes as long as the trainings did. Bits are compared on like hardware
+only (processor, instruction set, threads, version of torch); elsewhere the figures may differ by 2%.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from experiments.benchmarks.entries import Entry, read_entry
 from experiments.benchmarks.seeds import machine_of, seed_of, summary_of
 from experiments.benchmarks.tracks import TRACKS, Judge
 from experiments.benchmarks.trainings import GUIDED, Training
-from experiments.benchmarks.verification import verify_receipt
+from experiments.benchmarks.verification import seal, verify_receipt
 from experiments.harness.command import command
 from experiments.harness.show import keep_json, markdown
 
@@ -88,7 +88,7 @@ def run(name: str, entry: Entry, root: str | None, weights: str | None, out: Pat
         {"seed": seed, **seed_of(out / f"seed_{seed}", Training(entry, track, seed, root, track.minutes), judge)}
         for seed in track.seeds
     ]
-    receipt = {
+    receipt: dict[str, Any] = {
         "track": {"name": name, "key": track.key, **asdict(track)},
         "entry": asdict(entry),
         "versions": versions(),
@@ -100,6 +100,7 @@ def run(name: str, entry: Entry, root: str | None, weights: str | None, out: Pat
         "runs": runs,
         "summary": summary_of(runs),
     }
+    receipt["sha256"] = seal(receipt)
     keep_json(out / "receipt.json", receipt)
     print(f"{table([receipt])}\nThe receipt is {out / 'receipt.json'}.")
     return receipt

@@ -3,12 +3,14 @@
 import json
 import math
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.trust import check, naming
-from experiments.benchmarks.entries import Entry, read_entry
+from experiments.benchmarks.entries import Entry, check_entry, read_entry
 from experiments.benchmarks.fit_training import own_part
 from experiments.benchmarks.seeds import figures_of, machine_of, summary_of, train
 from experiments.benchmarks.tracks import TRACKS, Judge, Track
@@ -16,7 +18,19 @@ from experiments.benchmarks.trainings import BEFORE, Training
 
 ELSEWHERE = 0.02  # of a figure, on other hardware
 ROUNDING = 1e-6
-RECORDED = ("seed", "steps", "images", "batch_size", "planned", "seconds", "hashes", "before", "evaluations", "figures")
+NUMBER = (int, float)
+RECEIPT: dict[str, Any] = {
+    **dict.fromkeys(("track", "entry", "versions", "hardware", "extractor", "summary"), dict),
+    **{"images": str, "real_against_real": (dict, NoneType), "runs": list, "sha256": str},
+}
+RUN: dict[str, Any] = {
+    **dict.fromkeys(("seed", "steps", "images", "batch_size", "planned"), int),
+    **{"seconds": NUMBER, "before": (int, NoneType), "hashes": dict, "evaluations": dict, "figures": dict},
+}
+ENTRY: dict[str, Any] = {
+    **dict.fromkeys(("name", "contender", "module"), str),
+    **{"config": (dict, NoneType), "options": dict, "width": int, "batch_size": int, "code": (str, NoneType)},
+}
 
 
 def verify_receipt(
@@ -41,20 +55,18 @@ def verify_receipt(
         ValueError: If it does not hold, with all that differs.
     """
     try:
-        receipt = json.loads(path.read_text())
-        track = Track(**{key: value for key, value in receipt["track"].items() if key not in ("name", "key")})
-        track = replace(track, seeds=tuple(track.seeds))
-        told = Entry(**receipt["entry"])
-        seeds = [{key: one[key] for key in RECORDED}["seed"] for one in receipt["runs"]]
-        name, _ = receipt["track"]["name"], [receipt[key] for key in ("hardware", "images", "summary", "extractor")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no receipt of a speedrun: {error}") from error
-    if name not in TRACKS or {TRACKS[name].key, receipt["track"]["key"]} != {track.key}:
+        receipt = read_receipt(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no receipt of a speedrun of this version: {error}.") from error
+    name, track, told = receipt["track"].get("name"), known_track(receipt), Entry(**receipt["entry"])
+    if track is None:
         raise ValueError(f"{path} is of a track {name} other than this version's, so that its figures do not compare.")
     if entry is not None and read_entry(entry, name).key != told.key:
         raise ValueError(f"{path} is the receipt of another config than {entry}.")
     if not trust:
         check_code(path, told)
+    check_entry(told, path)
+    seeds = [one["seed"] for one in receipt["runs"]]
     if seeds != list(track.seeds):
         raise ValueError(f"{path} has the seeds {seeds}, and the track {name} has {list(track.seeds)}.")
     alike = machine_of(track) == receipt["hardware"]
@@ -62,10 +74,12 @@ def verify_receipt(
         print(f"{path} is of other hardware or another torch: figures may differ by {ELSEWHERE:.0%}, bits do.")
     data = track.make_data(root, 1)
     found = Verification(path.parent, Judge(track, data, weights), alike)
+    if receipt["sha256"] != seal(receipt):
+        found.wrong.append("it was changed after it was written, as its own hash says")
     found.same("the hash of the training images", receipt["images"], data.fingerprint("train"))
     found.same("the extractor", receipt["extractor"], found.judge.extractor.identity())
     floor = None if found.judge.floor is None else found.judge.floor[0]
-    found.same_figure("real images", (receipt.get("real_against_real") or {}).get("figure"), floor)
+    found.same_figure("real images", (receipt["real_against_real"] or {}).get("figure"), floor)
     for one in receipt["runs"]:
         found.seed(one, Training(told, track, one["seed"], root), retrain)
     for kind, values in summary_of(receipt["runs"]).items():
@@ -75,6 +89,54 @@ def verify_receipt(
         raise ValueError(f"{path} does not hold: {'; '.join(found.wrong)}.")
     print(f"{path} holds{'' if alike else ', as far as other hardware can tell'}.")
     return dict(receipt)
+
+
+def seal(receipt: dict[str, Any]) -> str:
+    """The hash that a receipt holds of all else in it."""
+    return key_of({key: value for key, value in receipt.items() if key != "sha256"})
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Reads a receipt, whose values have the right types then.
+
+    Args:
+        path: The receipt.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not JSON, or a value is missing or of another type.
+    """
+    receipt: dict[str, Any] = json.loads(path.read_text())
+    _check_types(receipt, RECEIPT, "it")
+    _check_types(receipt["entry"], ENTRY, "its entry")
+    for one in receipt["runs"]:
+        _check_types(one, RUN, "a run")
+        _check_types(one["figures"], dict.fromkeys(one["figures"], NUMBER), "the figures of a run")
+    summary = receipt["summary"]
+    _check_types(summary, dict.fromkeys(summary, dict), "its summary")
+    for kind, values in (*summary.items(), ("real_against_real", receipt["real_against_real"] or {})):
+        _check_types(values, dict.fromkeys(values, (*NUMBER, NoneType)), f"its {kind}")
+    if not receipt["runs"]:
+        raise ValueError("it has no runs")
+    return receipt
+
+
+def _check_types(value: Any, types: dict[str, Any], what: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is a {type(value).__name__} instead of a set of names and values")
+    for name, kind in types.items():
+        if name not in value:
+            raise ValueError(f"{what} has no {name!r}")
+        if not isinstance(value[name], kind) or isinstance(value[name], bool):
+            raise ValueError(f"{what} has a {name!r} that is {value[name]!r:.40}")
+
+
+def known_track(receipt: dict[str, Any]) -> Track | None:
+    """The track of a receipt, None where this version has no such one."""
+    told = receipt["track"]
+    track = TRACKS.get(str(told.get("name")))
+    same = track is not None and json.loads(json.dumps({**asdict(track), "key": track.key}))
+    return track if same == {key: value for key, value in told.items() if key != "name"} else None
 
 
 def check_code(path: Path, entry: Entry) -> None:

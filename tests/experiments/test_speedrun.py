@@ -128,6 +128,7 @@ def test_each_part_of_a_receipt_is_compared(track, tmp_path, monkeypatch, capsys
     edits["seed 0's images"] = lambda told: told["runs"][0].update(images=160)
     edits["the track has less"] = lambda told: told["runs"][0].update(seconds=100.0)
     edits["the training images"] = lambda told: told.update(images="0")
+    edits["changed after it was written"] = lambda told: told["versions"].update(commit="0123456789ab")
     edits["the extractor"] = lambda told: told["extractor"].update(transform="none")
     for words, edit in edits.items():
         told = json.loads(path.read_text())
@@ -138,9 +139,54 @@ def test_each_part_of_a_receipt_is_compared(track, tmp_path, monkeypatch, capsys
     told = json.loads(path.read_text())
     told["hardware"]["processor"] = "abacus"
     told["runs"][0]["hashes"]["end"] = "of other bits"
+    told["sha256"] = verification.seal(told)
     (path.parent / "edited.json").write_text(json.dumps(told))
     verify_receipt(path.parent / "edited.json", None, None)
     assert "as far as other hardware can tell" in capsys.readouterr().out
+
+
+def odd(change):
+    """A receipt of the right form but for one thing."""
+    run = dict.fromkeys(("seed", "steps", "images", "batch_size", "planned"), 1)
+    run |= {"seconds": 1.0, "before": None, "hashes": {}, "evaluations": {}, "figures": {GUIDED: 1.0}}
+    told = {key: {} for key in ("track", "versions", "hardware", "extractor")}
+    told |= {"entry": vars(Entry("a")), "images": "", "real_against_real": None, "runs": [run], "sha256": ""}
+    told["summary"] = {GUIDED: {"mean": 1.0, "deviation": None}}
+    told = json.loads(json.dumps(told))
+    change(told)
+    return json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "Expecting value"),
+        ("\x00\xff", "receipt"),
+        ("[]", "it is a list"),
+        ("3", "it is a int"),
+        ("{}", "it has no 'track'"),
+        (odd(lambda told: told.pop("sha256")), "it has no 'sha256'"),
+        (odd(lambda told: told.update(runs={})), "it has a 'runs' that is {}"),
+        (odd(lambda told: told.update(runs=[])), "it has no runs"),
+        (odd(lambda told: told["runs"].append(3)), "a run is a int"),
+        (odd(lambda told: told["runs"][0].pop("hashes")), "a run has no 'hashes'"),
+        (odd(lambda told: told["runs"][0].update(seed="0")), "a run has a 'seed' that is '0'"),
+        (odd(lambda told: told["runs"][0].update(steps=True)), "a run has a 'steps' that is True"),
+        (odd(lambda told: told["runs"][0]["figures"].update({GUIDED: "low"})), "the figures of a run ha"),
+        (odd(lambda told: told["summary"].update({GUIDED: [1.0]})), "its summary has a"),
+        (odd(lambda told: told["summary"][GUIDED].update(mean="1")), "its as configured has a 'mean'"),
+        (odd(lambda told: told["entry"].update(options=[])), "its entry has a 'options'"),
+        (odd(lambda told: told["entry"].pop("width")), "its entry has no 'width'"),
+        (odd(lambda told: None), "of a track None other than"),
+    ],
+)
+def test_what_is_no_receipt_is_told(tmp_path, content, words):
+    (tmp_path / "receipt.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"receipt.json is .*{words}") as told:
+        speedrun.speedrun(verify=str(tmp_path / "receipt.json"))
+    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match=r"none.json is no receipt.*No such file"):
+        speedrun.speedrun(verify=str(tmp_path / "none.json"))
 
 
 PEERS = [name for name in ("smalldiffusion", "denoising-diffusion-pytorch", "diffusers") if name in installed()]
@@ -218,6 +264,11 @@ def test_what_takes_no_part_is_told(track, tmp_path, capsys):
         "contender: nobody": "nobody is no library",
         "[]": "is no entry",
         "config: configs/edm_digits.yaml\ncode: missing.py": "missing.py, which is not there",
+        "config: configs/edm_digits.yaml\noptions: {model.init_args.sampling: {guide_ckpt: bad.yaml}}": "names bad",
+        "config: configs/edm_digits.yaml\noptions: {model.init_args.vae_ckpt: bad.yaml}": "bad.yaml in its model",
+        "config: configs/edm_digits.yaml\noptions: [fast]": "the options",
+        "contender: smalldiffusion\nwidth: wide": "width is 'wide'|no library",
+        "a: b: c": "no YAML",
     }.items():
         bad.write_text(content)
         with pytest.raises(ValueError, match=words):
@@ -226,11 +277,8 @@ def test_what_takes_no_part_is_told(track, tmp_path, capsys):
         read_entry("nobody", NAME)
     with pytest.raises(ValueError, match="no track 'mars'"):
         speedrun.speedrun("mars")
-    (tmp_path / "receipt.json").write_text("{}")
-    with pytest.raises(ValueError, match="no receipt"):
-        speedrun.speedrun(verify=str(tmp_path / "receipt.json"))
     mine = entry_file(tmp_path, **{"model.init_args.sampling": {"sampler": "euler", "num_steps": 5}})
-    with pytest.raises(RuntimeError, match="status 2"):
+    with pytest.raises(seeds.TrainingFailed, match="status 2"):
         speedrun.speedrun(NAME, mine, out=str(tmp_path / "many"))
     assert "speedrun: mine evaluates its network 5 times per image" in capsys.readouterr().err
     if not torch.cuda.is_available():
