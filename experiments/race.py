@@ -32,7 +32,7 @@ from diffusion_lit.commands.configs import find_config
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.storage.atomic import atomic
 from experiments.benchmarks.entries import Entry
-from experiments.benchmarks.seeds import train_once
+from experiments.benchmarks.seeds import TrainingFailed, train_once
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.harness.configs import merge, read_config
@@ -91,9 +91,12 @@ def race(
         if results is None:
             study.text(f"The {hours:g} hours were over in round {number + 1} of {len(rounds)}, which does not count.")
             break
-        history.append(results)
         if BASE not in results:
-            raise ValueError("The config itself cannot be trained, so that there is nothing to compare with.")
+            if not history:
+                raise ValueError("The config itself cannot be trained, so that there is nothing to compare with.")
+            study.text(f"The config itself failed in round {number + 1}, which does not count.")
+            break
+        history.append(results)
     if not history:
         raise ValueError(f"{hours:g} hours do not hold a single round of {len(field)} variants; give more.")
     report(runner, history)
@@ -183,9 +186,10 @@ class Runner:
         begun = time.perf_counter()
         try:
             facts = train_once(place, training)
-        except RuntimeError as error:
+        except TrainingFailed as error:
             self.study.text(f"{name} failed and left the race: {error}")
             self.study.tell(f"{name} failed and left the race; its message stands above.")
+            self.spent += time.perf_counter() - begun
             return {}
         with np.load(place / "samples.npz") as kept:
             images = torch.from_numpy(kept[GUIDED]).permute(0, 3, 1, 2)

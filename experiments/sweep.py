@@ -93,6 +93,13 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
     for name in content:
         if name not in KNOWN:
             raise ValueError(f"{path} says {name}, but a sweep has {', '.join(KNOWN)}.")
+    for name in ("options", "grid", "runs"):
+        _check_mapping(name, content.get(name), path)
+    for name, options in (content.get("runs") or {}).items():
+        _check_mapping(f"runs: {name}", options, path)
+    for name, values in (content.get("grid") or {}).items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path} says grid: {name}: {values}, but a list of values stands there, such as [1, 2].")
     named = content.get("runs") or {"": {}}
     variants = {}
     for name, options in named.items():
@@ -100,6 +107,11 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
             label = ",".join(part for part in (name, label_of(values) if values else "") if part) or path.stem
             variants[label] = {**(options or {}), **values}
     return content["config"], content.get("options") or {}, variants
+
+
+def _check_mapping(name: str, value: Any, path: Path) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{path} says {name}: {value}, but options stand there, such as trainer.max_steps: 100.")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_the_better_half_goes_on_and_the_best_is_found(run, tmp_path, monkeypatc
     def made_up(place, training):
         ran.append((training.entry.name, training.seed, training.minutes))
         if training.entry.name == "broken":
-            raise RuntimeError("broken ended with status 2")
+            raise seeds.TrainingFailed("broken ended with status 2")
         share = {"good": 0.0, "wide": 0.6}.get(training.entry.name, 0.2)
         generator = torch.Generator().manual_seed(len(ran))
         images = real[torch.randperm(len(real), generator=generator)[:40]].float()

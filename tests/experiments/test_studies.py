@@ -217,6 +217,9 @@ def test_a_sweep_is_one_yaml(here, capsys):
     "text, told",
     [
         ("grid: {a: [1]}", "is no sweep; it needs a line such as config:"),
+        ("config: a.yaml\nruns: [fast, slow]", "says runs: .*but options stand there"),
+        ("config: a.yaml\nruns: {fast: 3}", "says runs: fast: 3"),
+        ("config: a.yaml\ngrid: {a: 3}", "says grid: a: 3, but a list"),
         ("config: a.yaml\ngird: {a: [1]}", "says gird, but a sweep has config, options, grid, runs"),
         ("a: [", "cannot be read as a sweep"),
     ],
