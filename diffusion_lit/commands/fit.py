@@ -55,6 +55,7 @@ from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length
 from diffusion_lit.commands.resuming import Resumed, differing_lines, line, names_seed, say
 from diffusion_lit.commands.trainer_settings import check_numbers, refuse_precision, refuse_sharding
 from diffusion_lit.modules.base import BaseModule
+from diffusion_lit.modules.guides import expect_guide
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.hardware import bf16_pays, channels_last_pays, device_type, use_threads
 from diffusion_lit.runtime.installation import PROGRAM
@@ -256,6 +257,8 @@ class CLI(LightningCLI):
         self._refuse_what_the_data_decides()
         if self.source is not None:
             say(*begin(self.model, self.datamodule, self.source))
+        if self.subcommand == "fit" and self.recorded is None:
+            expect_guide(self.model, self.datamodule)
         if self.subcommand == "fit":
             check_monitors(self.trainer, self.model)
         chosen = self.config[self.subcommand].get("channels_last")

@@ -23,6 +23,7 @@ from diffusion_lit.runtime.run_folder import decide_run_folder
 from diffusion_lit.storage.runs import RUNS, check_name, claim_version
 
 UNNAMED = (None, "", "lightning_logs")
+BEGUN = ("config.yaml", "hparams.yaml", "events.out.tfevents.*")  # what is written before the first step
 OURS = f"{ours.TensorBoardLogger.__module__}.{ours.TensorBoardLogger.__name__}"
 
 
@@ -124,10 +125,14 @@ class Place:
 
     @classmethod
     def leave_empty(cls) -> None:
-        """Removes the folders of runs that wrote nothing."""
+        """Removes the folders of runs that ended before their first step, with nothing but their configuration."""
         while cls._made:
             folder = cls._made.pop()
             with contextlib.suppress(OSError):  # most are not empty
+                begun = [path for pattern in BEGUN for path in folder.glob(pattern)]
+                if set(begun) == set(folder.iterdir()):
+                    for path in begun:
+                        path.unlink()
                 folder.rmdir()
                 folder.parent.rmdir()
 

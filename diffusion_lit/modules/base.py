@@ -123,6 +123,10 @@ class BaseModule(LightningModule):
         count, (world, rank) = len(next(iter(batch.values()))), self.ranks
         return (batch_idx * count + torch.arange(count, device=self.device)) * world + rank
 
+    def setup(self, stage: str) -> None:
+        """Takes the classes' names from the data."""
+        self.class_names = class_names_of(data_of(trainer_of(self)), self)
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Checks the first batch of the process, and seeds torch's default generators for the network's own draws."""
         if not self._has_checked:

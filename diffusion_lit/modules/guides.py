@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.guidance import Guide
 from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.modules.labels import class_names_of
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.load import HELD, load_module
 from diffusion_lit.modules.warm_start import Source
@@ -27,6 +28,27 @@ def guide_beside(model: object) -> Guide | None:
     """The worse model that guides a model, None if there is none."""
     guide = model.denoiser.guide if isinstance(model, PixelModel) else None
     return guide if isinstance(guide, Guide) else None
+
+
+def expect_guide(model: object, data: object) -> None:
+    """Reads the guide that a run's settings name, so that it is told before the run begins if there is none that fits.
+
+    That of latents waits for their scale, which is known when training starts.
+
+    Args:
+        model: The model.
+        data: Its data, which knows the classes' names.
+
+    Raises:
+        ValueError: As `take_guide`.
+    """
+    if not isinstance(model, PixelModel) or model.sampling.guide_ckpt is None:
+        return
+    if isinstance(model, LatentDiffusion):
+        Source.read(find_checkpoint(model.sampling.guide_ckpt))
+        return
+    model.class_names = class_names_of(data, model)
+    take_guide(model, model.sampling.guide_ckpt)
 
 
 def take_guide(model: object, given: str) -> Guide:

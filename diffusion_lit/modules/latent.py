@@ -117,6 +117,7 @@ class LatentDiffusion(LatentModel, DiffusionModule):
         Raises:
             ValueError: If it is not available, or does not fit the data or the network.
         """
+        super().setup(stage)
         if self._space is None:
             self._space = LatentSpace(load_autoencoder(self.vae_ckpt), self._data().image_shape, self.vae_precision)
         if self.space.shape != self.x_shape:

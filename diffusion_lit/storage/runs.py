@@ -80,8 +80,8 @@ def find_last(run: Path, name: str = "last") -> Path:
         if found.is_file():
             return found
     raise ValueError(
-        f"There is nothing to continue: no version under {run} holds checkpoints/{name}.ckpt. Start the run without "
-        "--ckpt_path, or name a file."
+        f"There is nothing to continue: no version under {run} holds checkpoints/{name}.ckpt; name a file or another "
+        f"run instead of {name}, or start without a checkpoint."
     )
 
 
@@ -135,7 +135,7 @@ def _newest(name: str) -> Path:
     found = list(RUNS.rglob("version_*/checkpoints/last.ckpt"))
     if not found:
         raise ValueError(
-            f"There is no run below {RUNS}/ for --ckpt_path {name}; train one (`diffusion-lit fit`) or give a file."
+            f"There is no run below {RUNS}/ with a {name} checkpoint; train one (`diffusion-lit fit`) or give a file."
         )
     newest = max(found, key=lambda path: path.stat().st_mtime)
     return _of_folder(newest.parent.parent, name)

@@ -150,6 +150,25 @@ def test_what_does_not_fit_is_told_in_a_sentence(here, capsys):
     assert "code.ckpt holds objects" in told("--guide_ckpt=code.ckpt")
 
 
+@pytest.mark.medium
+def test_a_runs_guide_is_of_the_classes_of_its_data_and_looked_at_before_the_run_begins(here, capsys):
+    def told(*options):
+        return stopped(capsys, here, *SMALL, "--name=told", *options)
+
+    guided = "--model.init_args.sampling.guide_ckpt"
+    assert "none.ckpt" in told(f"{guided}=none.ckpt")
+    digits = {"class_path": "datamodules.Digits", "init_args": {"batch_size": 16}}
+    subset = {"class_path": "datamodules.Subset", "init_args": {"data": digits, "without": ["3"]}}
+    without = f"--data={json.dumps(subset)}"
+    here(*SMALL, "--name=nine", without, "--trainer.max_steps=1")
+    assert "10 classes" in told(without, f"{guided}={GUIDE}")
+    assert "9 classes" in told(f"{guided}=runs/nine")
+    assert not Path("runs/told").exists()  # nothing is left of them
+    here(*SMALL, "--name=held_nine", without, f"{guided}=runs/nine", "--trainer.max_steps=1")
+    held = read("runs/held_nine/version_0/checkpoints/last.ckpt")
+    assert held["guide"]["diffusion_lit"]["class_names"] == held["diffusion_lit"]["class_names"] == list("012456789")
+
+
 def test_a_file_that_a_checkpoint_names_is_never_opened(here, capsys):
     content = read(HELD)
     os.mkfifo("pipe")  # whoever opens it waits for ever

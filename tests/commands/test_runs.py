@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.runs import LATENT_DIGITS, TINY_LATENT
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
@@ -169,6 +170,8 @@ def test_a_version_is_claimed_once(tmp_path):
 
 def test_a_run_that_does_not_start_leaves_no_folder(lightning, capsys):
     told(capsys, lightning, "fit", *FIT, "--ema.decay=2")
+    latent = ["--config", str(LATENT_DIGITS), *TINY_LATENT, "--model.init_args.vae_ckpt=none.ckpt"]
+    assert "none.ckpt" in told(capsys, lightning, "fit", *latent)  # which is looked for where its config is written
     assert not Path("runs").exists() or not list(Path("runs").rglob("version_*"))
 
 
