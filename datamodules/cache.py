@@ -32,7 +32,7 @@ from datamodules.decode import BadImageError, Transform, significant_bits
 from datamodules.decode_pool import decode_all
 from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.runtime.lock import Lock
-from diffusion_lit.storage.arrays import open_array, write_index
+from diffusion_lit.storage.arrays import PRIVATE, open_array, write_index
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.folders import publish, scratch_of, sweep
 from diffusion_lit.storage.room import fits_in_memory, reserve
@@ -47,7 +47,8 @@ class Cache:
     """Decoded images.
 
     Args:
-        images: Memory-mapped uint8 array (N, C, H, W), read-only; (N, squares, C, H, W) of several squares of each.
+        images: Memory-mapped uint8 array (N, C, H, W), whose file stays as it is; (N, squares, C, H, W) of several
+            squares of each.
         names: The N names.
         hashes: Of each file's contents, 16 hexadecimal digits; empty where they were not asked for.
         pools: For each pool of images, its first row and the row after its last.
@@ -198,7 +199,7 @@ class _Work:
                 with path.open("wb") as file:
                     reserve(file, self.size, path)
             index = self._decode(path)
-            return _cache(index, np.memmap(path, np.uint8, "r", shape=tuple(index["shape"])))
+            return _cache(index, np.memmap(path, np.uint8, PRIVATE, shape=tuple(index["shape"])))
 
     def _decode(self, path: Path) -> dict[str, Any]:
         """Decodes all images into a file that has their size, leaves the broken ones out, and returns the index."""

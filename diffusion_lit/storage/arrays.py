@@ -7,12 +7,14 @@ failing disk left is recognised. Reading compares both, at more than 1 GB/s.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.hashing import file_crc32, key_of
+
+PRIVATE: Literal["c"] = "c"  # of memory maps: a write stays in this process; of arrays that take none torch warns
 
 
 def write_index(array: Path, index: dict[str, Any]) -> None:
@@ -38,7 +40,7 @@ def open_array(
         shape_of: Its shape by the index; None for an index of another array.
 
     Returns:
-        Both, the array memory-mapped for reading; None if there is no intact one.
+        Both, the array memory-mapped, its file left as it is; None if there is no intact one.
 
     Raises:
         OSError: If it is there and may not be read.
@@ -51,6 +53,6 @@ def open_array(
             return None
         if file_crc32(array) != index["crc32"]:
             return None
-        return index, np.memmap(array, dtype, "r", shape=shape)
+        return index, np.memmap(array, dtype, PRIVATE, shape=shape)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
         return None

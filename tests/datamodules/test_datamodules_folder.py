@@ -54,7 +54,11 @@ def test_flat_folder_is_split_and_has_no_classes(tmp_path):
     assert [len(data.reference_images(split)) for split in ("train", "val", "test")] == [54, 3, 3]
     together = [image for split in ("train", "val", "test") for image in contents(data, split)]
     assert sorted(together) == sorted(map(expected, paths))
-    assert isinstance(data.reference_images("train"), np.memmap)
+    images = data.reference_images("train")
+    assert isinstance(images, np.memmap) and images.flags.writeable  # of others torch warns
+    before = images[0].copy()
+    images[0] = 0  # in this process alone
+    assert (make(tmp_path / "data", tmp_path, split_by="order").reference_images("train")[0] == before).all()
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape == (2, 3, 16, 16) and "label" not in batch
 
