@@ -8,6 +8,7 @@ from renew_docs import ROOT
 
 PAGE = ROOT / "docs/results.md"
 LINK = re.compile(r"\((receipts/[\w./]+\.json)\)")
+COMMAND = re.compile(r"`diffusion-lit evaluate ([^`]*)`")
 ITEMS = re.findall(r"^\d+\. .*(?:\n {3,}.*)*", PAGE.read_text(), re.MULTILINE)
 ROWS = [item for item in ITEMS if LINK.search(item)]
 
@@ -25,6 +26,22 @@ def test_a_row_gives_the_figures_of_its_receipts(row):
     for path in LINK.findall(row):
         for figure in figures(json.loads((PAGE.parent / path).read_text())):
             assert f"{figure:.2f}" in row, (path, figure)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if COMMAND.search(row)], ids=lambda row: row.partition(".")[0])
+def test_a_receipt_is_of_the_command_of_its_row(row):
+    words = COMMAND.search(row).group(1).split()
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    for path in LINK.findall(row):
+        receipt = json.loads((PAGE.parent / path).read_text())
+        samples = receipt["samples"]
+        assert samples["num_samples"] == int(options["--num_samples"]), path
+        assert samples["num_blocks"] == int(options.get("--num_blocks", 3)), path
+        assert receipt["extractor"]["name"] == options["--extractor"], path
+        for option, name in {"--num_steps": "num_steps", "--cfg_scale": "cfg_scale"}.items():
+            if option in options:
+                told = [result["sampling"][name] for result in receipt["results"]]
+                assert told == [float(value) for value in options[option].split(",")], (path, option)
 
 
 def test_every_receipt_belongs_to_a_row():
