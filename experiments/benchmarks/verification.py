@@ -27,6 +27,7 @@ RUN: dict[str, Any] = {
     **dict.fromkeys(("seed", "steps", "images", "batch_size", "planned"), int),
     **{"seconds": NUMBER, "before": (int, NoneType), "hashes": dict, "evaluations": dict, "figures": dict},
 }
+HASHES: dict[str, Any] = {"first": (str, NoneType), "end": str}
 ENTRY: dict[str, Any] = {
     **dict.fromkeys(("name", "contender", "module"), str),
     **{"config": (dict, NoneType), "options": dict, "width": int, "batch_size": int, "code": (str, NoneType)},
@@ -54,10 +55,7 @@ def verify_receipt(
     Raises:
         ValueError: If it does not hold, with all that differs.
     """
-    try:
-        receipt = read_receipt(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no receipt of a speedrun of this version: {error}.") from error
+    receipt = read_receipt(path)
     name, track, told = receipt["track"].get("name"), known_track(receipt), Entry(**receipt["entry"])
     if track is None:
         raise ValueError(f"{path} is of a track {name} other than this version's, so that its figures do not compare.")
@@ -74,17 +72,10 @@ def verify_receipt(
         print(f"{path} is of other hardware or another torch: figures may differ by {ELSEWHERE:.0%}, bits do.")
     data = track.make_data(root, 1)
     found = Verification(path.parent, Judge(track, data, weights), alike)
-    if receipt["sha256"] != seal(receipt):
-        found.wrong.append("it was changed after it was written, as its own hash says")
-    found.same("the hash of the training images", receipt["images"], data.fingerprint("train"))
-    found.same("the extractor", receipt["extractor"], found.judge.extractor.identity())
-    floor = None if found.judge.floor is None else found.judge.floor[0]
-    found.same_figure("real images", (receipt["real_against_real"] or {}).get("figure"), floor)
+    found.conditions(receipt, data.fingerprint("train"))
     for one in receipt["runs"]:
         found.seed(one, Training(told, track, one["seed"], root), retrain)
-    for kind, values in summary_of(receipt["runs"]).items():
-        for what, value in values.items():
-            found.same_figure(f"{what} {kind}", receipt["summary"].get(kind, {}).get(what), value)
+    found.summary(receipt)
     if found.wrong:
         raise ValueError(f"{path} does not hold: {'; '.join(found.wrong)}.")
     print(f"{path} holds{'' if alike else ', as far as other hardware can tell'}.")
@@ -103,27 +94,37 @@ def read_receipt(path: Path) -> dict[str, Any]:
         path: The receipt.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is not JSON, or a value is missing or of another type.
+        ValueError: If it cannot be read, is not JSON, or a value is missing or of another type.
     """
-    receipt: dict[str, Any] = json.loads(path.read_text())
+    try:
+        receipt: dict[str, Any] = json.loads(path.read_text())
+        _check_receipt(receipt)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no receipt of a speedrun of this version: {error}.") from error
+    return receipt
+
+
+def _check_receipt(receipt: Any) -> None:
+    """Refuses values that are missing or of another type."""
     _check_types(receipt, RECEIPT, "it")
-    _check_types(receipt["entry"], ENTRY, "its entry")
+    entry, summary = receipt["entry"], receipt["summary"]
+    _check_types(entry, ENTRY, "its entry")
+    if odd := entry.keys() - ENTRY.keys():
+        raise ValueError(f"its entry has a {min(odd)!r}")
+    if not receipt["runs"]:
+        raise ValueError("it has no runs")
     for one in receipt["runs"]:
         _check_types(one, RUN, "a run")
+        _check_types(one["hashes"], HASHES, "the hashes of a run")
         _check_types(one["figures"], dict.fromkeys(one["figures"], NUMBER), "the figures of a run")
-    summary = receipt["summary"]
     _check_types(summary, dict.fromkeys(summary, dict), "its summary")
     for kind, values in (*summary.items(), ("real_against_real", receipt["real_against_real"] or {})):
         _check_types(values, dict.fromkeys(values, (*NUMBER, NoneType)), f"its {kind}")
-    if not receipt["runs"]:
-        raise ValueError("it has no runs")
-    return receipt
 
 
 def _check_types(value: Any, types: dict[str, Any], what: str) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is a {type(value).__name__} instead of a set of names and values")
+        raise ValueError(f"{what} is of type {type(value).__name__}, where names and values are needed")
     for name, kind in types.items():
         if name not in value:
             raise ValueError(f"{what} has no {name!r}")
@@ -180,6 +181,26 @@ class Verification:
             self.same(what, told, found)
         elif not math.isclose(told, found, rel_tol=ROUNDING if self.alike else ELSEWHERE, abs_tol=ROUNDING):
             self.wrong.append(f"the figure of {what} is {told:.6g} in the receipt and {found:.6g} when measured again")
+
+    def conditions(self, receipt: dict[str, Any], images: str) -> None:
+        """Compares what needs no training.
+
+        Args:
+            receipt: The receipt.
+            images: Hash of the training images.
+        """
+        if receipt["sha256"] != seal(receipt):
+            self.wrong.append("it was changed after it was written, as its own hash says")
+        self.same("the hash of the training images", receipt["images"], images)
+        self.same("the extractor", receipt["extractor"], self.judge.extractor.identity())
+        floor = None if self.judge.floor is None else self.judge.floor[0]
+        self.same_figure("real images", (receipt["real_against_real"] or {}).get("figure"), floor)
+
+    def summary(self, receipt: dict[str, Any]) -> None:
+        """Compares the means and deviations with the figures that they are of."""
+        for kind, values in summary_of(receipt["runs"]).items():
+            for what, value in values.items():
+                self.same_figure(f"{what} {kind}", receipt["summary"].get(kind, {}).get(what), value)
 
     def seed(self, told: dict[str, Any], training: Training, retrain: bool) -> None:
         """Repeats a training's first and last steps, and its samples.

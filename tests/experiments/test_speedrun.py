@@ -148,7 +148,13 @@ def test_each_part_of_a_receipt_is_compared(track, tmp_path, monkeypatch, capsys
 def odd(change):
     """A receipt of the right form but for one thing."""
     run = dict.fromkeys(("seed", "steps", "images", "batch_size", "planned"), 1)
-    run |= {"seconds": 1.0, "before": None, "hashes": {}, "evaluations": {}, "figures": {GUIDED: 1.0}}
+    run |= {
+        "seconds": 1.0,
+        "before": None,
+        "hashes": {"first": None, "end": ""},
+        "evaluations": {},
+        "figures": {GUIDED: 1.0},
+    }
     told = {key: {} for key in ("track", "versions", "hardware", "extractor")}
     told |= {"entry": vars(Entry("a")), "images": "", "real_against_real": None, "runs": [run], "sha256": ""}
     told["summary"] = {GUIDED: {"mean": 1.0, "deviation": None}}
@@ -162,13 +168,13 @@ def odd(change):
     [
         ("", "Expecting value"),
         ("\x00\xff", "receipt"),
-        ("[]", "it is a list"),
-        ("3", "it is a int"),
+        ("[]", "it is of type list"),
+        ("3", "it is of type int"),
         ("{}", "it has no 'track'"),
         (odd(lambda told: told.pop("sha256")), "it has no 'sha256'"),
         (odd(lambda told: told.update(runs={})), "it has a 'runs' that is {}"),
         (odd(lambda told: told.update(runs=[])), "it has no runs"),
-        (odd(lambda told: told["runs"].append(3)), "a run is a int"),
+        (odd(lambda told: told["runs"].append(3)), "a run is of type int"),
         (odd(lambda told: told["runs"][0].pop("hashes")), "a run has no 'hashes'"),
         (odd(lambda told: told["runs"][0].update(seed="0")), "a run has a 'seed' that is '0'"),
         (odd(lambda told: told["runs"][0].update(steps=True)), "a run has a 'steps' that is True"),
@@ -177,6 +183,8 @@ def odd(change):
         (odd(lambda told: told["summary"][GUIDED].update(mean="1")), "its as configured has a 'mean'"),
         (odd(lambda told: told["entry"].update(options=[])), "its entry has a 'options'"),
         (odd(lambda told: told["entry"].pop("width")), "its entry has no 'width'"),
+        (odd(lambda told: told["entry"].update(colour=3)), "its entry has a 'colour'"),
+        (odd(lambda told: told["runs"][0]["hashes"].pop("end")), "the hashes of a run has no 'end'"),
         (odd(lambda told: None), "of a track None other than"),
     ],
 )
