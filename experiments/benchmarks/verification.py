@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.trust import check, naming
+from diffusion_lit.words import article
 from experiments.benchmarks.entries import Entry, check_entry, read_entry
 from experiments.benchmarks.fit_training import own_part
 from experiments.benchmarks.seeds import figures_of, machine_of, summary_of, train
@@ -124,7 +125,7 @@ def _check_receipt(receipt: Any) -> None:
 
 def _check_types(value: Any, types: dict[str, Any], what: str) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is of type {type(value).__name__}, where names and values are needed")
+        raise ValueError(f"{what} is {article(value)}, where names and values are needed")
     for name, kind in types.items():
         if name not in value:
             raise ValueError(f"{what} has no {name!r}")
