@@ -257,7 +257,7 @@ class CLI(LightningCLI):
         self._refuse_what_the_data_decides()
         if self.source is not None:
             say(*begin(self.model, self.datamodule, self.source))
-        if self.subcommand == "fit" and self.recorded is None:
+        if self.subcommand == "fit" and self.resumed is None:
             expect_guide(self.model, self.datamodule)
         if self.subcommand == "fit":
             check_monitors(self.trainer, self.model)
