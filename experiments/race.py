@@ -163,13 +163,16 @@ class Runner:
         """Trains and measures all that take part.
 
         Returns:
-            The results by variant, without those that failed; None where the hours are over.
+            The results by variant, without those that failed; none where the config itself failed, with which all
+            others are compared; None where the hours are over.
         """
         found = {}
         for name, options in field.items():
             made = [self.trained(name, options, current.minutes, seed) for seed in range(current.seeds)]
             if any(one is None for one in made):
                 return None
+            if name == BASE and not all(made):
+                return {}
             if all(made):
                 found[name] = self.result(name, options, current, [one for one in made if one])
         return found

@@ -143,6 +143,21 @@ def test_a_race_is_run_and_goes_on_after_an_interruption(run, tmp_path, monkeypa
     capsys.readouterr()
 
 
+def test_a_config_that_cannot_be_trained_ends_the_race_at_once(run, monkeypatch, capsys):
+    _, start = run
+    ran = []
+
+    def fails(place, training):
+        ran.append(training.entry.name)
+        raise seeds.TrainingFailed("as configured ended with status 2")
+
+    monkeypatch.setattr(study, "train_once", fails)
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert ended.value.code == 2 and ran == [BASE]
+    assert "The config itself cannot be trained" in capsys.readouterr().err
+
+
 def test_hours_that_are_over_end_the_race(run, tmp_path):
     _, start = run
     with pytest.raises(SystemExit):
