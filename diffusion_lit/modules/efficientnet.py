@@ -8,7 +8,6 @@ Source: Tan and Le 2019 (arXiv 1905.11946), in the form without squeeze-and-exci
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -64,7 +63,7 @@ def efficientnet_lite0(given: str | None, what: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def stages(network: Any, images: Tensor) -> list[Tensor]:
+def stages(network: nn.Module, images: Tensor) -> list[Tensor]:
     """What the network makes of images at each of its resolutions, the last of each.
 
     Args:
@@ -78,8 +77,9 @@ def stages(network: Any, images: Tensor) -> list[Tensor]:
     x = images.expand(-1, 3, -1, -1)
     if min(x.shape[-2:]) < SIDE:
         x = interpolate(x, scale_factor=SIDE / min(x.shape[-2:]), mode="bilinear", align_corners=False)
-    made = [network._swish(network._bn0(network._conv_stem(((x + 1) / 2 - MEAN) / DEVIATION)))]
-    for block in network._blocks:
+    part = dict(network.named_children())  # by the names of the weights, whose file is one and the same
+    made = [part["_swish"](part["_bn0"](part["_conv_stem"](((x + 1) / 2 - MEAN) / DEVIATION)))]
+    for block in part["_blocks"].children():
         x = block(made[-1])
         made[len(made) - (x.shape[-2:] == made[-1].shape[-2:]) :] = [x]
     return made
