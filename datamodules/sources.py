@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
@@ -197,11 +198,14 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
 
 def _unreadable(folder: str, names: Sequence[str]) -> list[Skip]:
     """Messages about images of unsupported formats in a folder: one line per format."""
-    endings = [os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")]
+    found = Counter(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
     return [
-        Skip(folder or "the folder itself", f"holds {counted(count, f'{ending} file')}, which {verb} not read")
+        Skip(
+            folder or "the folder itself",
+            f"holds {counted(found[ending], f'{ending} file')}, which {'is' if found[ending] == 1 else 'are'} not read",
+        )
         for ending in OTHERS
-        if (count := endings.count(ending)) and (verb := "is" if count == 1 else "are")
+        if found[ending]
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion import editing
-from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
+from diffusion_lit.diffusion.images import from_uint8, psnr, to_uint8
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.modules.load import load_data
@@ -99,7 +99,7 @@ class ImageOptions(Options):
         images = data.reference_images("test")
         if not 0 <= self.data_index < len(images):
             raise ValueError(f"data_index is {self.data_index}; the test split has images 0 to {len(images) - 1}.")
-        return take(images, torch.tensor([self.data_index]))[0]
+        return torch.as_tensor(images[self.data_index])
 
 
 def inverted(model: PixelModel, image: Tensor) -> str:

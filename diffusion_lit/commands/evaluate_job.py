@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
 from diffusion_lit.commands.evaluate_plan import Plan
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.models import PixelModel

@@ -7,6 +7,7 @@ Each of the four choices is an object. How r follows t is a `Gap`, where x_r com
 
 import math
 from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.denoiser import DenoiserLike, per_sample
 from diffusion_lit.diffusion.guidance import ClassifierFreeGuidance
 from diffusion_lit.diffusion.preconditioning import Preconditioning
-from diffusion_lit.diffusion.wrappers import Evaluate
+from diffusion_lit.diffusion.wrappers import Evaluate, at_rows
 
 
 class Gap(ABC):
@@ -296,5 +297,5 @@ class _Augmented(Evaluate):
     ) -> tuple[Tensor, ...]:
         """Evaluates; see `Evaluate.__call__`."""
         if self.augment is not None:
-            told["augment"] = self.augment if rows is None else self.augment[rows.to(self.augment.device)]
+            told["augment"] = self.augment if rows is None else cast(Tensor, at_rows(self.augment, rows))
         return super().__call__(x, sigma, label, rows, **told)

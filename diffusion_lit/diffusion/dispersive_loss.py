@@ -11,6 +11,7 @@ Source: Wang and He 2025 (arXiv 2506.09027), algorithm 1 with equation 6.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,25 +44,16 @@ class DispersiveLoss(DenoisingLoss):
         check_number(above=0, temperature=temperature, hint="; 0.5 is the usual one")
         self.layer, self.share, self.temperature = layer, share, temperature
 
-    def forward(
-        self,
-        denoiser: Denoiser,
-        x0: Tensor,
-        sigma: Tensor,
-        noise: Tensor,
-        label: Tensor | None = None,
-        augment: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, denoiser: Denoiser, *batch: Any, **told: Any) -> Tensor:
         """The loss of each sample; see `DenoisingLoss.forward`.
 
         Raises:
             ValueError: If the network has no such layer, or it gives no tensor.
         """
         if not self.training:
-            return super().forward(denoiser, x0, sigma, noise, label, augment, condition)
+            return super().forward(denoiser, *batch, **told)
         with self._features(denoiser.net) as found:
-            losses = super().forward(denoiser, x0, sigma, noise, label, augment, condition)
+            losses = super().forward(denoiser, *batch, **told)
         if not found or not isinstance(found[0], Tensor):
             raise ValueError(
                 f"The layer {self.layer} of DispersiveLoss gives no features here; choose a block, and train without "

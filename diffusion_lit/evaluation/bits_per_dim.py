@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_lit.diffusion.generate import check_follows_ode
-from diffusion_lit.diffusion.images import take
 from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
@@ -93,7 +92,7 @@ def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, wo
     for rows in tqdm(mine, desc="likelihood", unit=f"{CHUNK} images", disable=rank > 0):
         path, own = _path(plan, record, rows), {**record, "start": rows.start, "stop": rows.stop}
         if read_tensors(path, own) is None:
-            batch = take(images, torch.tensor(rows)).to(device)
+            batch = torch.as_tensor(images[rows.start : rows.stop]).to(device)
             label = None
             if module.num_classes and labels is not None:
                 label = labels[rows.start : rows.stop].to(device)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count
-from diffusion_lit.diffusion.images import take
 from diffusion_lit.evaluation.neighbours import radii
 from diffusion_lit.modules.data_classifier import MissingWeights as MissingWeights
 from diffusion_lit.modules.protocols import ImageSource
@@ -181,7 +180,7 @@ class FeatureExtractor(ABC):
             raise ValueError("There are no images to compute features of; check the split and the folder.")
         parts = []
         for start in range(0, len(images), batch_size):
-            batch = take(images, torch.arange(start, min(start + batch_size, len(images))))
+            batch = torch.as_tensor(images[start : start + batch_size])
             parts.append(self.features(batch))
             if progress is not None:
                 progress(len(batch))

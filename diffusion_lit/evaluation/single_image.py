@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import psnr, take
+from diffusion_lit.diffusion.images import psnr
 from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 
@@ -28,8 +28,8 @@ def is_single(images: Any) -> bool:
     Returns:
         True where all are equal.
     """
-    first = take(images, torch.tensor([0]))
-    return all(torch.equal(take(images, torch.tensor([index])), first) for index in range(1, len(images)))
+    first = torch.as_tensor(images[0])
+    return all(torch.equal(torch.as_tensor(images[index]), first) for index in range(1, len(images)))
 
 
 def patches(images: Tensor, size: int = PATCH) -> Tensor:

@@ -81,7 +81,9 @@ def stages(network: nn.Module, images: Tensor) -> list[Tensor]:
     made = [part["_swish"](part["_bn0"](part["_conv_stem"](((x + 1) / 2 - MEAN) / DEVIATION)))]
     for block in part["_blocks"].children():
         x = block(made[-1])
-        made[len(made) - (x.shape[-2:] == made[-1].shape[-2:]) :] = [x]
+        if x.shape[-2:] == made[-1].shape[-2:]:
+            made.pop()
+        made.append(x)
     return made
 
 

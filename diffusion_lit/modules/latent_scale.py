@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.diffusion.images import from_uint8, take
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.modules.latent_space import LatentSpace
 from diffusion_lit.nets.autoencoder import Posterior
 
@@ -42,7 +42,7 @@ def encode_all(
     world, rank = ranks
     for number in range(rank, len(jobs), world):
         copy, start = jobs[number]
-        chunk = from_uint8(take(images, torch.arange(start, min(start + CHUNK, len(images)))).to(device))
+        chunk = from_uint8(torch.as_tensor(images[start : start + CHUNK]).to(device))
         posterior = space.encode(chunk.flip(-1) if copy else chunk)
         mean, std = posterior.mean.double().cpu(), posterior.std.double().cpu()
         sums[number, 0] = mean.sum(dim=(0, 2, 3))

@@ -33,8 +33,6 @@ from typing import Any
 
 import matplotlib
 
-from diffusion_lit.diffusion.images import from_uint8
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
@@ -45,6 +43,7 @@ from torch import Tensor
 
 from diffusion_lit.commands.configs import configs_folder, find_config
 from diffusion_lit.diffusion.generate import Sampling
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.evaluation.generation import GenerationJob, Samples, class_frequencies, draw_labels, draw_samples
 from diffusion_lit.modules.load import load_data, load_module
 from diffusion_lit.report import Page

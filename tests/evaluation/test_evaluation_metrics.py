@@ -23,6 +23,7 @@ from diffusion_lit.evaluation.metrics import (
     too_few,
 )
 from diffusion_lit.evaluation.neighbours import neighbour_figures
+from experiments.benchmarks.parity import random_inception
 
 NAMES = {
     "fid": "frechet_inception_distance",
@@ -207,7 +208,7 @@ def test_inception_parity_with_torch_fidelity_and_torchmetrics(tmp_path):
 
     from diffusion_lit.evaluation.fidelity import Inception
 
-    path = inception_weights(tmp_path / "inception.pth")
+    path = random_inception(tmp_path / "inception.pth")
     generated, real = make_images(16, (3, 32, 32), seed=5)[0], (make_images(16, (3, 32, 32), seed=6)[0] * 0.97).byte()
     for name, images in (("generated", generated), ("real", real)):
         save_pngs(images, range(len(images)), tmp_path / name)
@@ -228,20 +229,3 @@ def test_inception_parity_with_torch_fidelity_and_torchmetrics(tmp_path):
     metric.update(real, real=True)
     metric.update(generated, real=False)
     assert ours["fid_inception"] == pytest.approx(float(metric.compute()), rel=1e-4)
-
-
-def inception_weights(path):
-    """Seeded random weights of torch-fidelity's Inception in a file, scaled so that its features vary."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    nn.init.normal_(network.fc.weight, std=0.3)
-    torch.save(network.state_dict(), path)
-    return path
