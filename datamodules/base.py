@@ -362,7 +362,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if count < world:
             raise ValueError(
                 f"The {name} split has {counted(count, 'image')} for {world} ranks; use at most "
-                f"{counted(count, 'rank')}."
+                f"{counted(count, 'rank')}, or hold out more images."
             )
         return EvalLoader(**self._loader_arguments(name))
 

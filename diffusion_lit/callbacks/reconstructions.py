@@ -18,6 +18,7 @@ from diffusion_lit.report.images import grid_image
 from diffusion_lit.report.reconstructions import difference
 from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import rank_zero_alone
+from diffusion_lit.words import counted
 
 
 class Reconstructions(DrawingCallback):
@@ -50,7 +51,7 @@ class Reconstructions(DrawingCallback):
 
 
 class Interpolations(DrawingCallback):
-    """Decoded linear interpolations between the latents of pairs of held-out images.
+    """Decoded linear interpolations between the latents of pairs of images: held-out ones where there are two.
 
     Args:
         rows: Number of pairs.
@@ -71,8 +72,10 @@ class Interpolations(DrawingCallback):
         """Draws a row for each pair."""
         if not isinstance(module, Interpolates):
             return
-        images = real_images(trainer, 2 * self.rows).to(module.device)
+        images = real_images(trainer, 2 * self.rows, least=2).to(module.device)
         half = len(images) // 2
+        if not half:
+            return  # the only image there is has no other to go to
         shares = torch.linspace(0, 1, self.columns, device=module.device)
         pairs = (images[:half], images[half : 2 * half])
         made = rank_zero_alone(lambda: module.interpolate(*pairs, shares), "interpolations")
@@ -133,26 +136,27 @@ class ReconstructionFID(FID):
             return f"{type(module).__name__} on {type(data).__name__} reconstructs no images"
         there = len(data.reference_images(self.held_out))
         if there < 2:
-            return f"the split {self.held_out} has {there} images"
+            return f"the split {self.held_out} has {counted(there, 'image')}"
         self.num_samples = min(self.num_samples, there)
         return None
 
 
-def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | None = None) -> Tensor:
+def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | None = None, least: int = 1) -> Tensor:
     """Images of a split, spread evenly over it.
 
     Args:
-        trainer: The trainer, whose data has them; the training split stands in for an empty one.
+        trainer: The trainer, whose data has them.
         count: Number of images; all there are where there are fewer.
         split: "train", "val" or "test".
         rows: Which of the `count`; all by default.
+        least: The training split stands in for a split of fewer images.
 
     Returns:
         Images (B, C, H, W) in [-1, 1] on the CPU.
     """
     data = trainer.datamodule
     images = data.reference_images(split)
-    images = images if len(images) else data.reference_images("train")
+    images = images if len(images) >= least else data.reference_images("train")
     count = min(count, len(images))
     chosen = torch.arange(count) * len(images) // count
     return from_uint8(take(images, chosen if rows is None else chosen[rows]))
