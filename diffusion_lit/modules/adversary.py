@@ -2,13 +2,17 @@
 
 With D the discriminator, x_hat the reconstruction and `stop` where no gradient passes,
 
-    autoencoder      - w lambda mean D_stop(x_hat),    lambda = |grad of fidelity| / (|grad of mean D(x_hat)| + 1e-4)
-    discriminator    (mean relu(1 - D(x)) + mean relu(1 + D(stop(x_hat)))) / 2
+    autoencoder      - w lambda mean D_stop(x_hat)
+    discriminator    hinge = (mean relu(1 - D(x)) + mean relu(1 + D(stop(x_hat)))) / 2
+    lambda           max(0, 1 - hinge) |grad of fidelity| / (|grad of mean D(x_hat)| + 1e-4)
 
 are added to the loss. The first passes through D to x_hat but leaves D's weights alone, the second the other way round,
 so that one backward pass and one optimizer train both: Lightning's automatic optimisation, with accumulation, clipping
 and exact resuming, goes on to hold. Both gradients of lambda are with respect to the decoder's last layer and averaged
 over ranks before their norms are taken, so that lambda is that of the global batch.
+
+The hinge is 1 while D cannot tell images from reconstructions. Its gradient is noise then, which the ratio alone, as in
+VQGAN, would blow up to the size of the fidelity's: here D counts by how well it tells them apart.
 
 Source: Esser 2021 (VQGAN), arXiv 2012.09841, equations 6 and 7; Lim & Ye 2017, arXiv 1705.02894 (the hinge).
 """
@@ -47,8 +51,8 @@ class Adversary(nn.Module):
         weight: Weight w of its judgement in the autoencoder's loss, positive.
         start_step: Training step from which it plays; until then neither is touched by the other. Reconstructions
             that are still blurred are told apart at once and teach nothing.
-        adaptive: Whether w is multiplied by lambda, the ratio of gradients.
-        lr_ratio: Its learning rate relative to the autoencoder's, positive.
+        adaptive: Whether w is multiplied by lambda.
+        lr_ratio: Its learning rate relative to the autoencoder's, positive; with a rate of 1e-3 it may stay at chance.
         model_channels: Channels of its first level.
         levels: Its levels; see `diffusion_lit.nets.PatchDiscriminator`.
 
@@ -63,7 +67,7 @@ class Adversary(nn.Module):
         weight: float = 0.5,
         start_step: int = 0,
         adaptive: bool = True,
-        lr_ratio: float = 1.0,
+        lr_ratio: float = 0.2,
         model_channels: int = 32,
         levels: int = 2,
     ) -> None:
@@ -115,12 +119,12 @@ class Adversary(nn.Module):
             idle = torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
             return Contest(0 * idle, {})
         judged = -self.judge(x_hat).mean()
+        real, made = self.net(torch.cat([image, x_hat.detach().to(image)])).chunk(2)
+        told = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
         scale = judged.new_ones(())
         if self.adaptive:
             grads = [torch.autograd.grad(one, last, retain_graph=True)[0].float() for one in (fidelity, judged)]
-            scale = ratio(*mean_over_ranks(torch.stack(grads)))
-        real, made = self.net(torch.cat([image, x_hat.detach().to(image)])).chunk(2)
-        told = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+            scale = ratio(*mean_over_ranks(torch.stack(grads))) * (1 - mean_over_ranks(told.detach())).clamp(min=0)
         figures = {"adversarial": judged, "discriminator": told, "lambda": scale}
         return Contest(self.weight * scale * judged + told, {name: value.detach() for name, value in figures.items()})
 
@@ -149,6 +153,6 @@ class Adversary(nn.Module):
 
 
 def ratio(fidelity: Tensor, judged: Tensor) -> Tensor:
-    """The lambda of two gradients of one shape, in [0, 10^4]."""
+    """The ratio of the norms of two gradients of one shape, in [0, 10^4]."""
     scale: Tensor = fidelity.norm() / (judged.norm() + EPSILON)
     return scale.clamp(0, MOST).detach()

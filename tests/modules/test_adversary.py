@@ -32,10 +32,44 @@ def tiny(**options):
     return VAE(Autoencoder(1, 8, 2, 8, (1, 2)), adversary=Adversary(model_channels=8, levels=1, **options))
 
 
+def learn_to_tell(module, image):
+    """Trains the discriminator alone until it tells the images from their reconstructions."""
+    optimizer = torch.optim.Adam(module.adversary.parameters(), 2e-3)
+    for _ in range(200):
+        terms = module.terms(image, "k")
+        contest = module.adversary(image, terms.x_hat, terms.fidelity(), module.net.last_layer, 0)
+        if contest.figures["discriminator"] < 0.8:
+            break
+        optimizer.zero_grad()
+        contest.loss.backward()
+        optimizer.step()
+    module.zero_grad()
+
+
+def test_an_adversary_that_cannot_tell_leaves_the_autoencoder_alone():
+    module = tiny(weight=0.7)
+    final = module.adversary.net.layers[-1]
+    torch.nn.init.normal_(final.weight, std=1e-2)  # logits near 0: the ratio of gradients is large
+    torch.nn.init.zeros_(final.bias)
+    image = draw(5, 1, 8, 8).clamp(-1, 1)
+    terms = module.terms(image, "k")
+    fidelity, x_hat = terms.fidelity(), terms.x_hat
+    contest = module.adversary(image, x_hat, fidelity, module.net.last_layer, 0)
+    felt, own = (
+        torch.autograd.grad(one, module.net.last_layer, retain_graph=True)[0].norm() for one in (contest.loss, fidelity)
+    )
+    assert float(felt) < 1e-3 * float(own)
+    learn_to_tell(module, image)
+    terms = module.terms(image, "k")
+    contest = module.adversary(image, terms.x_hat, terms.fidelity(), module.net.last_layer, 0)
+    assert float(contest.figures["lambda"]) > 0
+
+
 def test_one_backward_pass_is_the_two_of_the_textbook():
     """The decoder's gradient is that of loss + w lambda adversarial, D's that of the hinge loss, each taken alone."""
     module = tiny(weight=0.7)
     image = draw(5, 1, 8, 8).clamp(-1, 1)
+    learn_to_tell(module, image)
 
     def parts():
         terms = module.terms(image, "k")
@@ -55,15 +89,16 @@ def test_one_backward_pass_is_the_two_of_the_textbook():
     judged = -module.adversary.net(terms.x_hat).mean()
     layer = next(name for name, one in module.named_parameters() if one is module.net.last_layer)
     fidelity, judgement = (gradients(value)[layer].norm().item() for value in (terms.fidelity(), judged))
-    scale = fidelity / (judgement + 1e-4)
+    real, made = module.adversary.net(image), module.adversary.net(terms.x_hat.detach())
+    hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
+    assert hinge.item() < 0.9
+    scale = (1 - hinge.item()) * fidelity / (judgement + 1e-4)
     assert float(contest.figures["lambda"]) == pytest.approx(scale, rel=1e-4)
     alone = {name: grad.clone() for name, grad in gradients(loss + 0.7 * scale * judged).items()}
     for name, grad in alone.items():
         if not name.startswith("adversary"):
             torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=1e-6)
-    real, made = module.adversary.net(image), module.adversary.net(terms.x_hat.detach())
-    hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
-    assert float(contest.figures["discriminator"]) == pytest.approx(float(hinge), rel=1e-5)
+    assert float(contest.figures["discriminator"]) == pytest.approx(hinge.item(), rel=1e-5)
     for name, grad in gradients(hinge).items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-7)
 
