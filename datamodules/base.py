@@ -285,13 +285,29 @@ class ImageDataModule(LightningDataModule, ABC):
         arguments = self._loader_arguments("train")
         count = len(arguments["split"].images)
         if count < self.batch_size:
+            world, _ = self._ranks()
+            most = count // world * world  # a batch divides over the ranks
+            way = f"choose at most {most}" if most else f"start {counted(count, 'rank')} at most"
             raise ValueError(
                 f"batch_size is {self.batch_size}, but the training split has {counted(count, 'image')}, so that no "
-                f"whole batch fits; choose at most {count}."
+                f"whole batch fits; {way}."
             )
+        self._tell_missing_classes(arguments["split"].labels)
         loader = self.train_loader(augment=self._augment, **arguments)
         loader.trainer = self.trainer
         return loader
+
+    def _tell_missing_classes(self, labels: Tensor | None) -> None:
+        """Warns of classes that have no training image, all of which may be held out of a small set."""
+        if labels is None:
+            return
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        missing = [name for name, count in zip(self.class_names, counts.tolist(), strict=False) if count == 0]
+        if missing:
+            rank_zero_warn(
+                f"{counted(len(missing), 'class', 'has', 'have')} no training image: {few(missing)}. Samples of such a "
+                "class will be noise; add images, hold fewer out, or set use_labels to false."
+            )
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """The validation split in order; an empty list where nothing is held out."""
@@ -362,7 +378,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if count < world:
             raise ValueError(
                 f"The {name} split has {counted(count, 'image')} for {world} ranks; use at most "
-                f"{counted(count, 'rank')}, or hold out more images."
+                f"{counted(count, 'rank')}, or hold out more images, or none."
             )
         return EvalLoader(**self._loader_arguments(name))
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.decode import BadImageError, Transform, significant_bits
+from datamodules.decode import BadImageError, Transform, significant_bits, way_in
 from datamodules.decode_pool import decode_all
 from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.runtime.lock import Lock
@@ -292,7 +292,9 @@ def _summary(skipped: Sequence[Skip], place: Path | None) -> str:
     shown = "; ".join(f"{printable(skip.name)} {skip.reason}" for skip in skipped[:NAMED])
     more = "" if len(skipped) <= NAMED else f"; and {len(skipped) - NAMED} more"
     where = "" if place is None or not more else f", all listed in {place / 'index.json'}"
-    return f"{counted(len(skipped), 'image', 'was', 'were')} skipped: {shown}{more}{where}."
+    told = f"{counted(len(skipped), 'image', 'was', 'were')} skipped: {shown}{more}{where}."
+    ways = dict.fromkeys(filter(None, (way_in(skip.reason) for skip in skipped)))
+    return told + "".join(f" Those that are too small are taken in by {way}." for way in ways)
 
 
 def _refusal(listing: Listing, skipped: Sequence[Skip]) -> str:

@@ -43,6 +43,22 @@ class BadImageError(Exception):
     """Why an image cannot be used, as the end of a sentence that begins with its name."""
 
 
+TOO_SMALL = {  # what such an end says of an image that is too small, and what takes it in
+    "smaller than the crop of ": "a smaller crop",
+    "its smallest crop ": "upscale true, a smaller image_size or a larger smallest_crop",
+    "smaller than ": "upscale true or a smaller image_size",
+}
+
+
+def way_in(reason: str) -> str:
+    """The options that take in an image which is too small; nothing where it is not.
+
+    Args:
+        reason: What a `BadImageError` says.
+    """
+    return next((options for words, options in TOO_SMALL.items() if words in reason), "")
+
+
 @dataclass(frozen=True)
 class Transform:
     """How an image becomes a square of pixels.

@@ -21,11 +21,12 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
-from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.evaluation.reference import Reference, features_of, real_against_real, reference_of
 from diffusion_lit.modules.protocols import Generates, HasImages, ImageSource, is_model
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.internals import average_of, data_of
 from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
+from diffusion_lit.words import counted
 
 
 class FID(Callback):
@@ -133,7 +134,7 @@ class FID(Callback):
         data = data_of(trainer)
         if not isinstance(pl_module, Generates) or not isinstance(data, HasImages):
             return f"{type(pl_module).__name__} on {type(data).__name__} has no images to compare"
-        return None
+        return too_few_images(trainer, data, self.split)
 
     def state_dict(self) -> dict[str, Any]:
         """When it was last measured."""
@@ -155,9 +156,9 @@ class FID(Callback):
         self._prepared = True
         if trainer.fast_dev_run:
             self.num_samples = min(self.num_samples, max(4, trainer.world_size))
-        if trainer.world_size > self.num_samples:
-            raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
         data, problem = _data(trainer), self.problem(trainer, pl_module)
+        if problem is None and trainer.world_size > self.num_samples:
+            raise ValueError(f"{trainer.world_size} ranks cannot share {self.num_samples} samples; raise num_samples.")
         if problem is None:  # rank 0 fills the caches that the others then read
             problem = rank_zero_first(partial(self._load, data), "the weights of the extractor")
         self._available = trainer.strategy.reduce_boolean_decision(problem is None)
@@ -199,7 +200,7 @@ class FID(Callback):
             other: Features | None = None
             if len(data.reference_images(held_out)) > 0:
                 most = limit or self.num_samples
-                other = reference_of(data, held_out, self.extractor, self.batch_size, most, bar.update).features
+                other = features_of(data, held_out, self.extractor, self.batch_size, most, bar.update)
         self._floor = real_against_real(self._reference, other, self.num_samples)
         if self._floor is None:
             rank_zero_info(f"Measuring {self.tag}; there are too few images for its real-against-real floor.")
@@ -225,6 +226,12 @@ class FID(Callback):
         whole = torch.zeros(-(-self.num_samples // world), features.shape[1], device=pl_module.device)
         whole[: len(mine)] = features.to(whole)
         return Features(gather(whole).transpose(0, 1).flatten(0, 1)[: self.num_samples].cpu())
+
+
+def too_few_images(trainer: Trainer, data: HasImages, split: str) -> str | None:
+    """Why a split is too small for a distance whose images are shared by the ranks, or None; see `FID.problem`."""
+    count, least = len(data.reference_images(split)), max(2, trainer.world_size)
+    return None if count >= least else f"the split {split} has {counted(count, 'image')}, and it takes {least}"
 
 
 def _data(trainer: Trainer) -> ImageSource:

@@ -129,7 +129,7 @@ class RunSummary(WritesToRunFolder):
         if self._started_at in (None, trainer.global_step):
             lines.insert(1, nothing_trained(trainer))
         for label, value in self._figures(trainer):
-            lines.append(f"  {label + ':':<22}{value}")
+            lines.append(f"  {label + ':':<21} {value}")
         for label, pattern in (
             ("sample grid", "samples/*.png"),
             ("trajectory", "trajectory/*.png"),
@@ -141,11 +141,11 @@ class RunSummary(WritesToRunFolder):
         ):
             found = sorted(folder.glob(pattern))
             if found:
-                lines.append(f"  {label + ':':<22}{_short(found[-1])}")
-        lines.append(f"  {'everything else:':<22}{_short(folder)}")
-        lines.append(f"  {'on one page:':<22}{PROGRAM} report --run {quote(_short(folder))}")
+                lines.append(f"  {label + ':':<21} {_short(found[-1])}")
+        lines.append(f"  {'everything else:':<21} {_short(folder)}")
+        lines.append(f"  {'on one page:':<21} {PROGRAM} report --run {quote(_short(folder))}")
         if any(isinstance(logger, LightningTensorBoardLogger) for logger in trainer.loggers):
-            lines.append(f"  {'its curves:':<22}tensorboard --logdir {quote(_short(folder.parent))}")
+            lines.append(f"  {'its curves:':<21} tensorboard --logdir {quote(_short(folder.parent))}")
         print("\n".join([*lines, ""]))
 
     def _figures(self, trainer: Trainer) -> list[tuple[str, str]]:

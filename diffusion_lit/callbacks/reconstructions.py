@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from diffusion_lit.callbacks.fid import FID
+from diffusion_lit.callbacks.fid import FID, too_few_images
 from diffusion_lit.callbacks.samples import MOST, DrawingCallback
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.images import from_uint8, take
@@ -18,7 +18,6 @@ from diffusion_lit.report.images import grid_image
 from diffusion_lit.report.reconstructions import difference
 from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import rank_zero_alone
-from diffusion_lit.words import counted
 
 
 class Reconstructions(DrawingCallback):
@@ -134,11 +133,10 @@ class ReconstructionFID(FID):
         data = data_of(trainer)
         if not isinstance(module, Reconstructs) or not isinstance(data, HasImages):
             return f"{type(module).__name__} on {type(data).__name__} reconstructs no images"
-        there = len(data.reference_images(self.held_out))
-        if there < 2:
-            return f"the split {self.held_out} has {counted(there, 'image')}"
-        self.num_samples = min(self.num_samples, there)
-        return None
+        problem = too_few_images(trainer, data, self.held_out) or too_few_images(trainer, data, self.split)
+        if problem is None:
+            self.num_samples = min(self.num_samples, len(data.reference_images(self.held_out)))
+        return problem
 
 
 def real_images(trainer: Any, count: int, split: str = "val", rows: Tensor | None = None, least: int = 1) -> Tensor:

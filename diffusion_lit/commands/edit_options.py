@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_lit.checks import check_number
 from diffusion_lit.commands.options import DrawOptions
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.images import from_uint8, psnr, to_uint8
@@ -97,8 +98,9 @@ class ImageOptions(Options):
         data = load_data(self.ckpt_path, root=self.data_root)
         data.prepare_data()
         images = data.reference_images("test")
-        if not 0 <= self.data_index < len(images):
-            raise ValueError(f"data_index is {self.data_index}; the test split has images 0 to {len(images) - 1}.")
+        if len(images) == 0:
+            raise ValueError("The checkpoint's data has no test image; give --image FILE, or flower or china.")
+        check_number(least=0, most=len(images) - 1, whole=True, hint=", the test images", data_index=self.data_index)
         return torch.as_tensor(images[self.data_index])
 
 

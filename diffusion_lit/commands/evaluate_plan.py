@@ -13,6 +13,7 @@ from diffusion_lit.modules.labels import check_guidance
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.protocols import Model, Settings
 from diffusion_lit.storage.hashing import file_hash, weights_hash
+from diffusion_lit.words import few
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ class Plan(SweepOptions):
     def total(self) -> int:
         """Number of samples of one setting, all blocks together."""
         return self.num_samples * self.num_blocks
+
+    def idle_with_one_image(self) -> list[str]:
+        """What to warn of where all training images are the same, so that nothing is compared with sets of images."""
+        names = ("reference", "per_class", "memorization", "reconstruction")
+        idle = [f"--{name}" for name in names if getattr(self, name) != getattr(Plan, name)]
+        if not idle:
+            return []
+        does = "does" if len(idle) == 1 else "do"
+        return [f"All training images are the same one, which samples are compared with; {few(idle)} {does} nothing."]
 
     def model_hash(self, module: Model) -> str:
         """The hash that identifies the model's weights: of the checkpoint's file, or of pretrained weights."""

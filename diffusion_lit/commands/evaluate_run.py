@@ -13,11 +13,12 @@ from tqdm import tqdm
 import diffusion_lit.pretrained  # noqa: F401 (reads autoencoders of other libraries)
 from diffusion_lit.commands.evaluate_job import FORMAT, choose_labels, guide_of, make_job, prepare_data
 from diffusion_lit.commands.evaluate_plan import Plan
-from diffusion_lit.evaluation.bits_per_dim import check_likelihood, gather_bits, likelihood_shards
+from diffusion_lit.evaluation.bits_per_dim import check_likelihood, check_test_images, gather_bits, likelihood_shards
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import GenerationJob, gather_shards, generate_shards
 from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
+from diffusion_lit.evaluation.memorization import held_out_split
 from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
 from diffusion_lit.evaluation.single_image import is_single
 from diffusion_lit.modules.given import as_given
@@ -81,6 +82,10 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     module.to(fabric.device)
     extractor.to(fabric.device)
     single = is_single(data.reference_images("train"))
+    if plan.memorization and not single:
+        held_out_split(data)  # or refuses
+    if plan.likelihood:
+        check_test_images(data)
     jobs = [make_job(plan, module, data, extractor, setting, len(settings), single) for setting in settings]
     references: dict[str, ReportedReference] = {}
     if fabric.is_global_zero and not single:
@@ -185,6 +190,7 @@ def header(
     elif "weights" in checkpoint:
         weights = f"{checkpoint['weights']}, as exported"
     warnings = attributed({f"reference {name}": reference.warnings for name, reference in references.items()})
+    warnings += [] if references else plan.idle_with_one_image()
     if plan.num_blocks < 3:
         warnings.append(f"{counted(plan.num_blocks, 'block')} of samples: their scatter needs at least 3.")
     arguments = dict(data.hparams) if isinstance(data, LightningDataModule) else {}

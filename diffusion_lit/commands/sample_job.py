@@ -41,7 +41,7 @@ def draw_all(jobs: "Sequence[SampleJob]", folder: Path, ranks: Fabric | None = N
     if len(shown) > 1:
         names, first = shown[0].examples(jobs[0].seed)
         rows = [[preview.samples[index] for preview in shown] for index in first]
-        titled_grid(rows, names, [f"{job.settings.num_steps} steps" for job in jobs]).save(table)
+        titled_grid(rows, names, [counted(job.settings.num_steps or 0, "step") for job in jobs]).save(table)
         print(f"The same samples by each number of steps, side by side: {table}")
 
 
@@ -176,7 +176,7 @@ class SampleJob:
             sheet.save(self.folder / "given.png")
             print(f"Each {given.told()}; {self.folder}/given.png shows some.")
         nfe = self.settings.nfe
-        calls = "as many denoiser calls as each needs" if nfe is None else f"{nfe} denoiser calls each"
+        calls = "as many denoiser calls as each needs" if nfe is None else f"{counted(nfe, 'denoiser call')} each"
         some = "" if preview.shown == self.count else f" (with {preview.shown} of them)"
         verb = "is" if self.count == 1 else "are"
         print(f"{counted(self.count, 'sample')}, {calls}, {verb} in {self.folder}/: grid.png{some}, samples.npz")

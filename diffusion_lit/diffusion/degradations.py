@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lit.checks import check_number
+from diffusion_lit.words import counted
 
 
 def cosines(size: int) -> Tensor:
@@ -245,8 +246,8 @@ class Pixelate(Degradation):
         """
         if x0.shape[-1] % 2**self.num_steps:
             raise ValueError(
-                f"{self.num_steps} steps of pixelation make squares of {2**self.num_steps} pixels, which do not divide "
-                f"images of {x0.shape[-1]}; lower num_steps."
+                f"Pixelation in {counted(self.num_steps, 'step')} makes squares of {2**self.num_steps} pixels, which "
+                f"do not divide images of {x0.shape[-1]}; lower num_steps."
             )
         x = made = x0
         for step in range(1, self.num_steps + 1):

@@ -72,6 +72,19 @@ def check_likelihood(module: Model) -> PixelModel:
     return module
 
 
+def check_test_images(data: ImageSource) -> None:
+    """Refuses data without an image to take the likelihood of.
+
+    Raises:
+        ValueError: If the test split is empty.
+    """
+    if len(data.reference_images(SPLIT)) == 0:
+        raise ValueError(
+            f"--likelihood is that of the images of {SPLIT}, and the data has none; leave it out, or train with a "
+            "test_fraction above 0."
+        )
+
+
 def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, world: int) -> None:
     """Computes this rank's parts; existing ones are reused.
 
@@ -110,7 +123,7 @@ def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
         data: The data, set up.
 
     Returns:
-        Mean and standard error of the bits per dimension with their record.
+        Mean and standard error (None for one image) of the bits per dimension with their record.
 
     Raises:
         ValueError: If a part is missing.
@@ -128,7 +141,7 @@ def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
     check_figures({"bits_per_dim": mean})
     return {
         "bits_per_dim": mean,
-        "standard_error": (deviation or 0.0) / len(bits) ** 0.5,
+        "standard_error": None if deviation is None else deviation / len(bits) ** 0.5,
         "count": len(bits),
         **record,
     }

@@ -13,7 +13,7 @@ from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.extrapolation import POINTS
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.generation import GenerationJob, Samples
-from diffusion_lit.evaluation.memorization import compare, worst_triples
+from diffusion_lit.evaluation.memorization import compare, held_out_split, worst_triples
 from diffusion_lit.evaluation.metrics import (
     ISC_SPLITS,
     KID_SUBSETS,
@@ -26,7 +26,7 @@ from diffusion_lit.evaluation.metrics import (
 )
 from diffusion_lit.evaluation.monge import DIRECTIONS
 from diffusion_lit.evaluation.neighbours import NEIGHBOURS, PRECISION_NEIGHBOURS
-from diffusion_lit.evaluation.reference import Reference, real_pairs, reference_of
+from diffusion_lit.evaluation.reference import Reference, features_of, real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
 from diffusion_lit.modules.protocols import DataSet, ImageSource, Interpolates, Model
 
@@ -72,7 +72,7 @@ def read_references(
             other = other_split(data, name)
             held_out = None
             if other is not None:
-                held_out = reference_of(data, other, extractor, plan.batch_size, plan.total, bar.update).features
+                held_out = features_of(data, other, extractor, plan.batch_size, plan.total, bar.update)
             found[name] = _reported(plan, extractor, reference, held_out, other)
     return found
 
@@ -89,10 +89,9 @@ def other_split(data: ImageSource, name: str) -> str | None:
     """
     parts = [] if is_file(name) else name.split("+")
     prints = {data.fingerprint(part) for part in parts}
-    for other in ("test", "train"):
-        if other not in parts and data.fingerprint(other) not in prints and len(data.reference_images(other)) > 1:
-            return other
-    return None
+    others = [one for one in ("test", "train") if one not in parts and data.fingerprint(one) not in prints]
+    sizes = {one: min(2, len(data.reference_images(one))) for one in others}  # 2 are a set
+    return max((one for one in others if sizes[one]), key=lambda one: sizes[one], default=None)
 
 
 def _reported(
@@ -199,7 +198,7 @@ def measure(
     images: dict[str, Tensor] = {}
     if not references:
         image = torch.as_tensor(data.reference_images("train")[0])
-        result["single_image"] = single_image_metrics(samples.images, image)
+        result["single_image"] = single_image_metrics(samples.images, image, data.random_flip)
     elif plan.memorization:
         result["memorization"], images = memorization(plan, job, samples, data, extractor, device)
     return result, warnings, images
@@ -263,14 +262,15 @@ def memorization(
     Returns:
         Figures in feature and in pixel space, and the worst triples of each by file name.
     """
-    training, held_out = data.reference_images("train"), data.reference_images("test")
+    split = held_out_split(data)
+    training, held_out = data.reference_images("train"), data.reference_images(split)
     count = min(MOST_COMPARED, len(samples.images))
     images = samples.images[:count]
     spaces = {
         extractor.name: compare(
             samples.features.features[:count],
-            reference_of(data, "train", extractor, plan.batch_size).features.features,  # type: ignore[union-attr]
-            reference_of(data, "test", extractor, plan.batch_size).features.features,  # type: ignore[union-attr]
+            features_of(data, "train", extractor, plan.batch_size).features,
+            features_of(data, split, extractor, plan.batch_size).features,
             device=device,
         )
     }
@@ -286,6 +286,7 @@ def memorization(
         "samples": count,
         "training": len(training),
         "held_out": len(held_out),
+        "held_out_split": split,
         "spaces": {space: found.record for space, found in spaces.items()},
         "images": "sample | nearest training image | nearest held-out image, worst first: " + ", ".join(triples),
     }

@@ -22,6 +22,7 @@ images of the former kind with probability N / (N + M).
 All is asked in feature space, where meaning is close, and in pixel space, where copies are.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from scipy.stats import betabinom
 from torch import Tensor
 
 from diffusion_lit.diffusion.images import take
+from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.words import counted
 
 QUANTILE = 0.01
@@ -50,7 +52,7 @@ class Neighbours:
         training: Index of its nearest training image, int64 (n,).
         held_out: Index of its nearest held-out image, int64 (n,).
         copies: Indices of the samples that are copies, worst first.
-        record: Shares, chances and the worst pairs as plain values.
+        record: Shares, chances and the worst pairs as plain values; an infinite ratio is None.
     """
 
     ratio: Tensor
@@ -63,6 +65,31 @@ class Neighbours:
     def memorised(self) -> bool:
         """Whether there are copies, or more samples lean to training images than chance allows."""
         return bool(self.record["memorised"])
+
+
+def held_out_split(data: ImageSource) -> str:
+    """The split of held-out images that memorisation is told by.
+
+    Args:
+        data: The data, set up.
+
+    Returns:
+        "test", or "val+test" where that one has a single image or none.
+
+    Raises:
+        ValueError: If fewer than 2 images are held out.
+    """
+    splits = ["test"]
+    if len(data.reference_images("test")) < 2 and data.fingerprint("val") != data.fingerprint("test"):
+        splits.append("val+test")
+    there = {split: len(data.reference_images(split)) for split in splits}
+    if there[splits[-1]] < 2:
+        raise ValueError(
+            "--memorization takes at least 2 images that the model was not trained on, and "
+            f"{counted(there[splits[-1]], 'image', 'is', 'are')} held out; leave it out, or train with a larger "
+            "val_fraction and test_fraction."
+        )
+    return splits[-1]
 
 
 def nearest(
@@ -156,9 +183,10 @@ def compare(
         "share_below_quantile": below / len(ratio),
         "share_below_quantile_by_chance": rank / (len(real) + 1),
         "p_value": chance,
-        "quantile": threshold,
-        "median_ratio": float(ratio.median()),
-        "median_ratio_of_held_out": float(real.median()),
+        "smallest_p_value": chance_of(len(ratio), len(ratio), rank, len(real)),
+        "quantile": _finite(threshold),
+        "median_ratio": _finite(ratio.median()),
+        "median_ratio_of_held_out": _finite(real.median()),
         "nearest_is_training": float((to_training < to_held_out).double().mean()),
         "nearest_is_training_by_chance": len(training) / (len(training) + len(held_out)),
         "worst": [
@@ -166,7 +194,7 @@ def compare(
                 "sample": int(index),
                 "training": int(which_training[index]),
                 "held_out": int(which_held_out[index]),
-                "ratio": float(ratio[index]),
+                "ratio": _finite(ratio[index]),
             }
             for index in worst[:SHOWN]
         ],
@@ -210,6 +238,11 @@ def chance_of(below: int, count: int, rank: int, held_out: int) -> float:
     """
     hits = betabinom.pmf(np.arange(below, count + 1), count, rank, held_out + 1 - rank)  # its own `sf` is 1 - cdf
     return float(min(1.0, hits.sum()))
+
+
+def _finite(value: Tensor | float) -> float | None:
+    """A ratio for a record; None for an infinite one, as of a held-out image with a copy among the others."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

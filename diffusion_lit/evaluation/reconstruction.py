@@ -78,7 +78,8 @@ def add_reconstructions(
     if split is None or there < least:
         problem = (
             f"Reconstructions are not measured: {counted(there, 'image', 'is', 'are')} held out beside the "
-            f"reference {name}, and {plan.num_blocks} block(s) take at least {least}."
+            f"reference {name}, and {counted(plan.num_blocks, 'block', 'takes', 'take')} at least {least}; give fewer "
+            "--num_blocks, or hold out more images."
         )
         if plan.reconstruction:
             raise ValueError(problem)

@@ -21,6 +21,7 @@ from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import kept_tensors
+from diffusion_lit.words import counted
 
 FORMAT = 1
 
@@ -66,12 +67,51 @@ def reference_of(
         The reference.
 
     Raises:
-        ValueError: If the images do not have the shape that the data set says, or look scaled to 0 to 1.
+        ValueError: As `features_of`, or if there are fewer than 2 images.
     """
+    features, labels, record = _read(data, split, extractor, batch_size, limit, progress, least=2)
+    return Reference(Statistics.of(features.features), features, len(features), labels, record)
+
+
+def features_of(
+    data: ImageSource,
+    split: str,
+    extractor: FeatureExtractor,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Features:
+    """Features of a split, from the cache or computed now; arguments as of `reference_of`.
+
+    Returns:
+        The features of its images, be it a single one.
+
+    Raises:
+        ValueError: If there is no image, or images do not have the shape that the data set says or look scaled to 0
+            to 1.
+    """
+    return _read(data, split, extractor, batch_size, limit, progress, least=1)[0]
+
+
+def _read(
+    data: ImageSource,
+    split: str,
+    extractor: FeatureExtractor,
+    batch_size: int,
+    limit: int | None,
+    progress: Callable[[int], object] | None,
+    least: int,
+) -> tuple[Features, Tensor | None, dict[str, Any]]:
+    """Features, classes and record of a split of at least so many images."""
     images = data.reference_images(split)
     labels = data.reference_labels(split)
     total = len(images)
-    if total and tuple(images.shape[1:]) != tuple(data.image_shape):
+    if total < least:
+        raise ValueError(
+            f"The split {split} has {counted(total, 'image')}, too few to compare with; take another split, or hold "
+            "out more images."
+        )
+    if tuple(images.shape[1:]) != tuple(data.image_shape):
         raise ValueError(
             f"The images of {split} have shape {tuple(images.shape[1:])}, but the data set says "
             f"{tuple(data.image_shape)}; the reference must be resized as the training images are."
@@ -82,8 +122,7 @@ def reference_of(
     record = reference_record(data, split, extractor, len(images))
     path = cache_folder() / "references" / f"{key_of(record)[:32]}.safetensors"
     kept = kept_tensors(path, record, lambda: extractor.extract(images, batch_size, progress).tensors())
-    features = Features(kept["features"], kept.get("logits"))
-    return Reference(Statistics.of(features.features), features, len(features), labels, record)
+    return Features(kept["features"], kept.get("logits")), labels, record
 
 
 def reference_record(data: ImageSource, split: str, extractor: FeatureExtractor, count: int) -> dict[str, Any]:

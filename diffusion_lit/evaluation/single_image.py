@@ -53,24 +53,28 @@ def patches(images: Tensor, size: int = PATCH) -> Tensor:
     return windows[image, :, place // columns, place % columns].flatten(1).double() / 255
 
 
-def single_image_metrics(samples: Tensor, image: Tensor) -> dict[str, float]:
+def single_image_metrics(samples: Tensor, image: Tensor, flips: bool = False) -> dict[str, float]:
     """Figures of samples of a model of one image.
 
     Args:
         samples: Images uint8 (N, C, H, W).
         image: The image, uint8 (C, H, W).
+        flips: Whether training mirrored half of its copies: a sample is then compared with the nearer of the two.
 
     Returns:
-        Mean PSNR, patch distance at full and at half size, and diversity.
+        Mean PSNR, patch distance at full and at half size, and diversity, unless the image is of one grey level.
     """
-    figures = {"psnr": float(psnr(samples, image).mean())}
+    targets = torch.stack([image, image.flip(-1)] if flips else [image])
+    nearer = torch.stack([psnr(samples, target) for target in targets]).amax(0)
+    figures = {"psnr": float(nearer.mean())}
     for scale in (1, 2):
-        made, real = (_shrink(images, scale) for images in (samples, image[None]))
+        made, real = (_shrink(images, scale) for images in (samples, targets))
         if min(made.shape[-2:]) >= PATCH:
             distance = frechet_distance(Statistics.of(patches(made)), Statistics.of(patches(real)))
             figures[f"fd_patches{PATCH}" + ("" if scale == 1 else "_half_size")] = distance
-    spread = samples.double().std(0, correction=0).mean() / image.double().std(correction=0).clamp(min=1e-12)
-    figures["diversity"] = float(spread)
+    spread = image.double().std(correction=0)
+    if spread > 0:
+        figures["diversity"] = float(samples.double().std(0, correction=0).mean() / spread)
     return figures
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,12 +23,14 @@ from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.size import no_larger_than
 from diffusion_lit.storage.tensors import kept_tensors
+from diffusion_lit.words import counted
 
 IMAGES_SEEN = 50_000  # at the most; less for data sets below 2,500 images
 MOST_EPOCHS = 20
 BATCH_SIZE = 128
 LEARNING_RATE = 4e-3
 RECIPE = f"v1: {IMAGES_SEEN} images or {MOST_EPOCHS} epochs, batch {BATCH_SIZE}, AdamW {LEARNING_RATE}, one cycle"
+FEW = 100  # images, of which a classifier learns little
 MEASURING = "classifier"  # the key of the classifier that measures
 
 
@@ -79,13 +82,23 @@ def classifier_of(data: ImageSource, key: str = MEASURING) -> ConvClassifier:
         The network in eval mode, on the CPU.
 
     Raises:
-        MissingWeights: If the data set has no labels to learn from.
+        MissingWeights: If the data set has no labels, or training images of one class alone.
     """
     labels = training_labels(data)
     if labels is None:
         raise MissingWeights(
             "The data set has no labels to train a classifier on; choose the extractor pixels or inception, or give a "
             "classifier's ckpt_path."
+        )
+    if len(labels) == 0 or bool((labels == labels[0]).all()):
+        raise MissingWeights(
+            f"A classifier learns from 2 classes or more, and all of the {counted(len(labels), 'training image')} are "
+            "of one; choose the extractor efficientnet_lite0, inception or pixels, or give a classifier's ckpt_path."
+        )
+    if len(labels) < FEW:
+        rank_zero_warn(
+            f"The classifier that images are compared by has {counted(len(labels), 'image')} to learn from, so that "
+            "its features mean little; the extractors efficientnet_lite0 and inception are trained already."
         )
     channels, size, _ = data.image_shape
     network = _fresh(channels, size, int(labels.max()) + 1, key)

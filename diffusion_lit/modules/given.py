@@ -64,11 +64,15 @@ class GivenImages(PixelModel):
 
         Args:
             data: A data module, set up.
-            split: Its split.
+            split: Its split; where that has no image, those of validation stand in, and then those of training.
         """
-        self._source = lambda: Source(
-            data.reference_images(split), data.reference_pairs(split) if isinstance(data, HasPairs) else None, split
-        )
+
+        def source() -> Source:
+            chosen = next((one for one in (split, "val", "train") if len(data.reference_images(one))), split)
+            pairs = data.reference_pairs(chosen) if isinstance(data, HasPairs) else None
+            return Source(data.reference_images(chosen), pairs, chosen)
+
+        self._source = source
 
     def source(self) -> Source:
         """The held-out images that samples are given.
@@ -82,7 +86,7 @@ class GivenImages(PixelModel):
         given = self._source()
         data = data_of(trainer_of(cast(LightningModule, self)))
         if given is None and isinstance(data, HasImages):
-            self.give(data, "val" if len(data.reference_images("val")) else "train")
+            self.give(data, "val")
             given = self._source()
         if given is None or len(given.images) == 0:
             raise ValueError(

@@ -29,6 +29,7 @@ from diffusion_lit.nets.bottlenecks import GaussianBottleneck
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.hashing import key_of, weights_hash
 from diffusion_lit.storage.tensors import kept_tensors
+from diffusion_lit.words import counted
 
 COMPONENTS = 10
 MOST_FITTED = 20_000  # images; expectation-maximisation takes minutes on more
@@ -163,7 +164,9 @@ def fit_mixture(latents: Tensor, components: int = COMPONENTS, seed: int = 0) ->
     check_count(components=components)
     if len(latents) < 2 * components:
         raise ValueError(
-            f"A mixture of {components} Gaussians takes at least {2 * components} images, and there are {len(latents)}."
+            f"A mixture of {components} Gaussians is fitted to at least {2 * components} training images, and "
+            f"{counted(len(latents), 'image', 'is', 'are')} there; leave --prior out, for the prior that the VAE was "
+            "trained with."
         )
     import warnings
 

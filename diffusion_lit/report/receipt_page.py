@@ -36,8 +36,9 @@ def likelihood_sentence(report: dict[str, Any]) -> str | None:
     if "likelihood" not in report:
         return None
     likelihood = report["likelihood"]
+    error = "" if likelihood["standard_error"] is None else f" ± {likelihood['standard_error']:.4f}"
     return (
-        f"Likelihood: {likelihood['bits_per_dim']:.4f} ± {likelihood['standard_error']:.4f} bits per dimension over "
+        f"Likelihood: {likelihood['bits_per_dim']:.4f}{error} bits per dimension over "
         f"{counted(likelihood['count'], 'image')} of {likelihood['split']}."
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from diffusion_lit.evaluation.memorization import SIGNIFICANT
 from diffusion_lit.words import counted
 
 LOWER_IS_BETTER = ("fid_", "fd_", "kid_", "kd_", "mmd_", "rfid_", "rfd_")
@@ -33,7 +34,8 @@ def setting_name(result: dict[str, Any]) -> str:
         Such as `heun, 18 steps, cfg 1.5`.
     """
     sampling = result["sampling"]
-    name = f"{sampling['sampler']}, {sampling['num_steps']} steps"
+    steps = sampling["num_steps"]
+    name = f"{sampling['sampler']}, {steps} {'step' if steps == 1 else 'steps'}"
     return name + guidance_name(result)
 
 
@@ -160,6 +162,13 @@ def per_class_table(report: dict[str, Any]) -> Table:
     return Table(f"{metric} of each class", "", 2, ["setting", "against", *names], rows)
 
 
+def verdict(figures: dict[str, Any]) -> str:
+    """What figures of memorisation say, where the images are enough for them to say anything."""
+    if figures["memorised"]:
+        return "memorised"
+    return "not memorised" if figures.get("smallest_p_value", 0) < SIGNIFICANT else "too few images to tell"
+
+
 def memorization_table(report: dict[str, Any]) -> Table:
     """Whether training images are repeated.
 
@@ -178,7 +187,7 @@ def memorization_table(report: dict[str, Any]) -> Table:
                 f"{figures['p_value']:.2g}",
                 f"{figures['nearest_is_training']:.1%}",
                 f"{figures['nearest_is_training_by_chance']:.1%}",
-                "memorised" if figures["memorised"] else "not memorised",
+                verdict(figures),
             ]
             rows.append(cells)
     note = (

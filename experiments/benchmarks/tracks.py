@@ -23,7 +23,7 @@ from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.evaluation.features import FeatureExtractor, MissingWeights
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, kernel_distance
-from diffusion_lit.evaluation.reference import real_pairs, reference_of
+from diffusion_lit.evaluation.reference import features_of, real_pairs, reference_of
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.runtime.hardware import use_threads
 from diffusion_lit.storage.hashing import key_of
@@ -196,7 +196,7 @@ class Judge:
         self.track = track
         self.extractor = track.make_extractor(data, weights)
         self.reference = reference_of(data, "train", self.extractor, BATCH)
-        held_out = reference_of(data, "val", self.extractor, BATCH).features if len(data.split("val").images) else None
+        held_out = features_of(data, "val", self.extractor, BATCH) if len(data.split("val").images) else None
         pairs = real_pairs(self.reference, held_out, track.num_samples)
         self.floor: tuple[float, int] | None = None  # figure of real images, and their number
         if pairs:

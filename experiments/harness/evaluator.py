@@ -14,7 +14,7 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, Missin
 from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.neighbours import PRECISION_NEIGHBOURS, neighbour_figures
-from diffusion_lit.evaluation.reference import Reference, real_against_real, reference_of
+from diffusion_lit.evaluation.reference import Reference, features_of, real_against_real, reference_of
 from diffusion_lit.modules.data_classifier import training_labels
 from diffusion_lit.words import counted
 
@@ -60,7 +60,7 @@ class Evaluator:
         """The evaluator of a data set, from the cache or computed now."""
         reference = reference_of(data, "train", extractor, 250)
         spare = len(data.reference_images("val"))
-        held_out = reference_of(data, "val", extractor, 250, count).features if spare else None
+        held_out = features_of(data, "val", extractor, 250, count) if spare else None
         return Evaluator(data, extractor, reference, real_against_real(reference, held_out, count))
 
     @property

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,13 @@ def test_small_images_are_left_out_or_enlarged(tmp_path):
     with pytest.warns(UserWarning, match=r"1 image was skipped: tiny.png is 8x8 pixels, smaller than 16x16"):
         assert len(make(tmp_path / "data", tmp_path).cache.names) == 20
     assert len(make(tmp_path / "data", tmp_path, upscale=True).cache.names) == 21
+    for size, options, way in (
+        (64, {}, "24x20 pixels, smaller than 64x64.* are taken in by upscale true or a smaller image_size"),
+        (20, {"crops": 1}, "smallest crop 10, less than 20.* or a larger smallest_crop"),
+        (16, {"crop": 40}, "smaller than the crop of 40.* by a smaller crop"),
+    ):
+        with pytest.raises(ValueError, match=rf"No image of .*{way}"):
+            _ = make(tmp_path / "data", tmp_path, image_size=size, **options).cache
 
 
 def test_too_few_images_to_hold_some_out(tmp_path):
@@ -413,3 +421,13 @@ def test_hundred_thousand_images_stay_within_two_gigabytes(tmp_path):
     (index,) = (tmp_path / "cache").glob("*/index.json")
     assert json.loads(index.read_text())["shape"] == [100_000, 3, 32, 32]
     shutil.rmtree(tmp_path / "data")
+
+
+def test_a_class_without_a_training_image_is_told(tmp_path):
+    write_class_folders(tmp_path / "data", ("a", "b", "c"), per_class=1, size=(20, 20), parts=())
+    data = make(tmp_path / "data", tmp_path, batch_size=1)  # one image each to train on, validate and test
+    with pytest.warns(UserWarning, match=r"2 classes have no training image: ., .\..*use_labels to false"):
+        data.train_dataloader()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path / "data", tmp_path, batch_size=1, use_labels=False).train_dataloader()

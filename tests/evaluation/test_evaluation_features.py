@@ -273,6 +273,12 @@ def test_a_classifier_needs_labels_and_its_own_shape():
     extractor.load(Source(train=20))
     with pytest.raises(ValueError, match=r"trained on images of shape \(3, 8, 8\)"):
         extractor.features(make_images(2, (3, 16, 16))[0])
+    alike = Source(train=5)
+    alike.labels["train"] = torch.ones(5, dtype=torch.int64)  # all of the other class are held out
+    with pytest.raises(MissingWeights, match="all of the 5 training images are of one"):
+        ClassifierFeatures().load(alike)
+    with pytest.warns(UserWarning, match="has 4 images to learn from"):
+        ClassifierFeatures().load(Source(train=4))
 
 
 def test_unlabelled_training_can_still_be_measured_by_the_labels_of_the_data():

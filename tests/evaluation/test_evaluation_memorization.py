@@ -1,14 +1,24 @@
 """Copies of training images are found, and nothing is where there are none; what is said of models of one image."""
 
+import json
 import math
 
 import pytest
 import torch
+from helpers.evaluation_tools import Source
 
 from diffusion_lit.diffusion.images import psnr
-from diffusion_lit.evaluation.memorization import chance_of, compare, nearest, tail_probability, worst_triples
+from diffusion_lit.evaluation.memorization import (
+    chance_of,
+    compare,
+    held_out_split,
+    nearest,
+    tail_probability,
+    worst_triples,
+)
 from diffusion_lit.evaluation.single_image import is_single, patches, single_image_metrics
 from diffusion_lit.report.memorization import pairs_image
+from diffusion_lit.report.receipt_tables import verdict
 
 
 def real(count, seed):
@@ -163,3 +173,54 @@ def test_patches_are_all_windows():
 def test_a_single_image_is_known_even_many_times():
     assert is_single(IMAGE[None].expand(5, -1, -1, -1))
     assert not is_single(TRAINING)
+
+
+@pytest.mark.parametrize(("val", "test", "split"), [(5, 2, "test"), (1, 1, "val+test"), (3, 0, "val+test")])
+def test_few_held_out_images_are_taken_from_both_splits(val, test, split):
+    source = Source(labels=False)
+    source.images = {"train": source.images["train"], "val": real(val, 5), "test": real(test, 6)}
+    assert held_out_split(source) == split
+
+
+@pytest.mark.parametrize(("val", "test", "words"), [(0, 1, "1 image is held out"), (0, 0, "0 images are held out")])
+def test_one_held_out_image_says_nothing_of_memorisation(val, test, words):
+    source = Source(labels=False)
+    source.images = {"train": source.images["train"], "val": real(val, 5), "test": real(test, 6)}
+    with pytest.raises(ValueError, match=words):
+        held_out_split(source)
+    source.images["val"] = source.images["test"]  # as with test_fraction 0, where both are the same images
+    with pytest.raises(ValueError, match=words):
+        held_out_split(source)
+
+
+def test_two_held_out_images_do_not_acquit_a_few_samples():
+    training, held_out = real(40, 1), real(2, 2)
+    near = (training.float() + 6 * torch.randn(training.shape, generator=torch.Generator().manual_seed(7))).clamp(
+        0, 255
+    )
+    few = compare(near[:8].byte(), training, held_out)  # all of them lean to training images
+    assert not few.memorised and verdict(few.record) == "too few images to tell"
+    many = compare(near.repeat(3, 1, 1, 1).byte(), training, held_out)
+    assert many.memorised and verdict(many.record) == "memorised"
+    enough = compare(real(200, 3), training, real(40, 4))
+    assert verdict(enough.record) == "not memorised"
+
+
+def test_a_record_is_json_where_held_out_images_have_copies():
+    held_out = real(1, 2).repeat(3, 1, 1, 1)  # each has a neighbour at distance 0
+    found = compare(torch.cat([held_out[:1], real(3, 4)]), real(5, 1), held_out)
+    assert json.loads(json.dumps(found.record, allow_nan=False)) == found.record
+    assert found.record["quantile"] is None
+
+
+def test_a_mirrored_copy_of_the_one_image_counts_where_training_mirrored():
+    image = real(1, 5)[0]
+    samples = torch.stack([image, image.flip(-1)])
+    assert single_image_metrics(samples, image, flips=True)["psnr"] == single_image_metrics(samples[:1], image)["psnr"]
+    assert single_image_metrics(samples, image)["psnr"] < single_image_metrics(samples[:1], image)["psnr"] - 1
+
+
+def test_one_grey_level_has_no_diversity_to_compare_with():
+    flat = torch.full((3, 16, 16), 128, dtype=torch.uint8)
+    figures = single_image_metrics(torch.randint(0, 256, (3, 3, 16, 16)).byte(), flat)
+    assert "diversity" not in figures and all(value < 1000 for value in figures.values())

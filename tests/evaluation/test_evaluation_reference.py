@@ -7,8 +7,9 @@ from helpers.evaluation_tools import Source, Tiny, make_images, tiny_weights
 
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import Features, Pixels
+from diffusion_lit.evaluation.measure import other_split
 from diffusion_lit.evaluation.metrics import Statistics
-from diffusion_lit.evaluation.reference import Reference, real_against_real, real_pairs, reference_of
+from diffusion_lit.evaluation.reference import Reference, features_of, real_against_real, real_pairs, reference_of
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
@@ -209,3 +210,16 @@ def test_the_floor_falls_with_the_number_and_is_far_below_another_distribution()
     (low, low_count), (high, high_count) = (real_against_real(real, held_out, count) for count in (5000, 50))
     assert (low_count, high_count) == (5000, 50)
     assert 0 < low < 0.01 < high
+
+
+def test_a_split_of_one_image_has_features_and_is_no_reference():
+    source = Source(train=60, test=1)
+    assert len(features_of(source, "test", Pixels())) == 1
+    with pytest.raises(ValueError, match=r"split test has 1 image.*another split"):
+        reference_of(source, "test", Pixels())
+    source.images["test"] = source.images["test"][:0]
+    with pytest.raises(ValueError, match=r"split test has 0 images"):
+        features_of(source, "test", Pixels())
+    assert other_split(source, "train") is None
+    assert other_split(Source(train=60, test=1), "train") == "test"
+    assert other_split(Source(train=60, test=1), "val") == "train"  # rather than a single image

@@ -82,6 +82,16 @@ def test_held_out_images_and_samples_have_conditions_of_their_own_whatever_their
     assert one.told() == "sample with seed s is given it degraded by Box, image s of the test split"
 
 
+def test_an_empty_test_split_gives_the_images_there_are():
+    images = {"train": torch.full((2, 1, 8, 8), 9, dtype=torch.uint8), "val": torch.zeros(1, 1, 8, 8).byte()}
+    images["test"] = images["val"][:0]
+    data, one = SimpleNamespace(reference_images=images.get), module()
+    one.give(data)
+    assert one.source().split == "val" and one.generate([0, 1]).shape == (2, 1, 8, 8)
+    images["val"] = images["test"]
+    assert one.told().endswith("of the train split")
+
+
 def test_the_loss_is_that_of_the_condition_and_of_the_pair():
     pair, image = make_images(4, seed=2), make_images(4)
     one = module(PairedImage(channels=1, dropout=0.0))

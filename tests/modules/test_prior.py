@@ -72,7 +72,7 @@ def test_the_prior_of_codes_draws_codes():
 
 
 def test_too_few_latents_are_refused():
-    with pytest.raises(ValueError, match="takes at least 20 images, and there are 19"):
+    with pytest.raises(ValueError, match="at least 20 training images, and 19 images are there; leave --prior out"):
         fit_mixture(draw(19, 2), 10)
     with pytest.raises(ValueError, match="components is 0"):
         fit_mixture(draw(19, 2), 0)
