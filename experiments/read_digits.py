@@ -4,7 +4,7 @@ Draws the same number of each class without guidance and asks a support vector m
 digits, what it reads. Variety is the recall of Kynkäänniemi 2019 (arXiv 1904.06991) on raw pixels: the share of
 held-out digits that lie among the samples, beside the share that lie among as many training digits.
 
-    python -m experiments.read_digits --ckpt_path runs/edm_digits/version_0/checkpoints/last.ckpt
+    python -m experiments.read_digits --ckpt_path runs/edm_digits
 """
 
 from pathlib import Path
@@ -20,6 +20,10 @@ from datamodules.loaders import Array
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import titled_grid
+from diffusion_lit.runtime.hardware import hardware
+from diffusion_lit.runtime.versions import versions
+from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.runs import find_checkpoint
 from experiments.harness.command import command
 from experiments.harness.show import keep_json
 
@@ -34,16 +38,17 @@ def read_digits(
     """Draws digits, reads them, and measures their variety.
 
     Args:
-        ckpt_path: Checkpoint of a class-conditional model of `datamodules.Digits`.
+        ckpt_path: Checkpoint of a class-conditional model of `datamodules.Digits`, or the folder of its runs.
         per_class: Samples per class.
         seed: Seed of the first sample.
         num_steps: Sampling steps; those of the model by default.
-        out: Folder for grid.png and figures.json.
+        out: Folder for grid.png and figures.json, which also holds what they depend on.
 
     Returns:
         The figures that it prints.
     """
-    module: Any = load_module(ckpt_path)
+    path = find_checkpoint(ckpt_path)
+    module: Any = load_module(path)
     data = Digits(batch_size=1)
     data.prepare_data()
     data.setup()
@@ -68,7 +73,13 @@ def read_digits(
     folder.mkdir(parents=True, exist_ok=True)
     rows = [samples[start : start + min(per_class, 20)] for start in range(0, 10 * per_class, per_class)]
     titled_grid([list(row) for row in rows], [str(digit) for digit in range(10)]).save(folder / "grid.png")
-    keep_json(folder / "figures.json", figures)
+    record = {
+        "checkpoint": {"file": str(path), "sha256": file_hash(path)},
+        "samples": {"per_class": per_class, "seeds": [seed, seed + 10 * per_class - 1], "sampling": sampling.record()},
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu"), 1),
+    }
+    keep_json(folder / "figures.json", figures | record)
     for name, value in figures.items():
         print(f"{name:<46}{value:.3f}")
     return figures
