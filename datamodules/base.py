@@ -310,7 +310,7 @@ class ImageDataModule(LightningDataModule, ABC):
             )
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
-        """The validation split in order; an empty list where nothing is held out."""
+        """The validation split in order; in training an empty list where nothing is held out."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader | list[EvalLoader]:
@@ -374,6 +374,12 @@ class ImageDataModule(LightningDataModule, ABC):
     def _eval_loader(self, name: str) -> EvalLoader | list[EvalLoader]:
         count, (world, _) = len(self.split(name).images), self._ranks()
         if count == 0:
+            asked = None if self.trainer is None else self.trainer.state.fn
+            if asked in ("validate", "test", "predict"):
+                raise ValueError(
+                    f"The {name} split has no image, so that there is nothing to {asked.value}; hold images out, or "
+                    "give data that has some."
+                )
             return []
         if count < world:
             raise ValueError(

@@ -80,6 +80,11 @@ class FID(Callback):
         """Name of the metric, such as `fid_inception_5k`."""
         return f"{self.extractor.metric}_{short_count(self.num_samples)}"
 
+    @property
+    def available(self) -> bool:
+        """Whether it is measured, known from the start of training on."""
+        return self._available
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads the extractor and the reference, or says why there is no such metric."""
         self._prepare(trainer, pl_module)

@@ -108,6 +108,10 @@ class ReconstructionFID(FID):
         """Name of the metric, such as `rfid_inception_5k`."""
         return f"r{self.extractor.metric}_{short_count(self.num_samples)}"
 
+    def may_log(self, name: str) -> bool:
+        """Whether a figure is this one at some number of images: at fewer than asked for, where there are fewer."""
+        return name.startswith(f"r{self.extractor.metric}_")
+
     def draw(self, trainer: Trainer, module: LightningModule, rows: Tensor) -> Tensor:
         """Reconstructs some of the held-out images.
 

@@ -45,7 +45,7 @@ from diffusion_lit.callbacks import (
 from diffusion_lit.callbacks.guide import KeepGuide
 from diffusion_lit.callbacks.loggers import quiet_writer_threads, with_logger_named
 from diffusion_lit.callbacks.loop import RunLoop
-from diffusion_lit.callbacks.monitors import check_monitors
+from diffusion_lit.callbacks.monitors import MonitorCheck, check_monitors
 from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.commands.beginning import begin, source_of
 from diffusion_lit.commands.configs import configs_folder, with_configs_found
@@ -181,7 +181,14 @@ class CLI(LightningCLI):
         """Adds the callbacks that have no options, and how checkpoints are written."""
         check_numbers(config)
         refuse_sharding(config.get("strategy"))
-        always: list[Callback] = [Resume(self._settings()), KeepGuide(), Throughput(), RunSummary(), Cost()]
+        always: list[Callback] = [
+            Resume(self._settings()),
+            KeepGuide(),
+            Throughput(),
+            RunSummary(),
+            Cost(),
+            MonitorCheck(),
+        ]
         if config.get("logger") is not False and not config.get("fast_dev_run"):
             always.append(LearningRateMonitor(logging_interval="step"))
         for key in ("callbacks", "plugins"):

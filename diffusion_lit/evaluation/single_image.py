@@ -53,6 +53,20 @@ def patches(images: Tensor, size: int = PATCH) -> Tensor:
     return windows[image, :, place // columns, place % columns].flatten(1).double() / 255
 
 
+def psnr_to(samples: Tensor, image: Tensor, flips: bool = False) -> Tensor:
+    """PSNR of samples to the one training image; arguments as of `single_image_metrics`.
+
+    Returns:
+        Decibels (N,).
+    """
+    return torch.stack([psnr(samples, target) for target in _targets(image, flips)]).amax(0)
+
+
+def _targets(image: Tensor, flips: bool) -> Tensor:
+    """What samples may be, (1 or 2, C, H, W)."""
+    return torch.stack([image, image.flip(-1)] if flips else [image])
+
+
 def single_image_metrics(samples: Tensor, image: Tensor, flips: bool = False) -> dict[str, float]:
     """Figures of samples of a model of one image.
 
@@ -64,9 +78,8 @@ def single_image_metrics(samples: Tensor, image: Tensor, flips: bool = False) ->
     Returns:
         Mean PSNR, patch distance at full and at half size, and diversity, unless the image is of one grey level.
     """
-    targets = torch.stack([image, image.flip(-1)] if flips else [image])
-    nearer = torch.stack([psnr(samples, target) for target in targets]).amax(0)
-    figures = {"psnr": float(nearer.mean())}
+    figures = {"psnr": float(psnr_to(samples, image, flips).mean())}
+    targets = _targets(image, flips)
     for scale in (1, 2):
         made, real = (_shrink(images, scale) for images in (samples, targets))
         if min(made.shape[-2:]) >= PATCH:

@@ -303,6 +303,11 @@ class VAE(BaseModule):
         return made
 
     @torch.no_grad()
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One sample per image of the batch, its index as the seed; (B, C, H, W)."""
+        return self.generate(batch["index"].tolist())
+
+    @torch.no_grad()
     def generate(
         self,
         seeds: Sequence[int],

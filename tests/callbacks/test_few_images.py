@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.climber import Climber
 from helpers.evaluation_tools import Source
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from diffusion_lit.callbacks import FID, Interpolations, ReconstructionFID
+from diffusion_lit.callbacks import FID, ImagePSNR, Interpolations, LossByNoiseLevel, ReconstructionFID
+from diffusion_lit.callbacks.monitors import check_monitors
 from diffusion_lit.callbacks.progress import RunSummary
 from diffusion_lit.evaluation.features import Pixels
 
@@ -100,3 +103,51 @@ def test_a_long_name_stands_apart_from_its_figure(monkeypatch, tmp_path, capsys)
     summary._started_at = 0
     summary.on_fit_end(trainer, None)
     assert "fd_efficientnet_lite0_1k: 769" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_psnr_is_of_one_image_alone(flips):
+    data, logged = Source(labels=False), []
+    data.random_flip, image = flips, data.images["train"][0]
+    data.images["train"] = image.expand(3, -1, -1, -1)
+    near = (image.float() / 127.5 - 1).flip(-1)[None].expand(4, -1, -1, -1)
+    module = SimpleNamespace(generate=lambda seeds: near, log=lambda name, value, **options: logged.append(value))
+    trainer = SimpleNamespace(sanity_checking=False, datamodule=data)
+    ImagePSNR().on_validation_epoch_end(trainer, module)
+    assert (logged[0] > 60) == flips, "the mirrored image is a copy where training mirrored"
+    data.images["train"] = Source(labels=False).images["train"]
+    several = ImagePSNR()
+    with pytest.warns(UserWarning, match="trains without psnr") as told:
+        for _ in range(2):
+            several.on_validation_epoch_end(trainer, module)
+    assert len(logged) == len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("watcher", "val", "words"),
+    [
+        (EarlyStopping("val/loss"), 0, "EarlyStopping's monitor is 'val/loss'.* since no image is held out"),
+        (ModelCheckpoint(monitor="loss_by_sigma/1"), 0, "'loss_by_sigma/1'.* since no image is held out"),
+        (EarlyStopping("rfd_pixels_1k"), 1, "'rfd_pixels_1k', which this run does not log; it logs"),
+        (ModelCheckpoint(monitor="rfd_pixels_1k"), 3, "'rfd_pixels_1k', which this run does not log; .* rfd_pixels_3"),
+        (ModelCheckpoint(monitor="rfd_pixels_3"), 3, None),
+        (ModelCheckpoint(monitor="rfd_pixels_1k"), 1, None),  # told, and keeps no best one
+        (EarlyStopping("val/loss"), 1, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_monitor_of_what_few_images_have_not_is_refused_before_the_first_step(watcher, val, words):
+    trainer, module = trainer_of(train=9, val=val), Climber()
+    measuring = ReconstructionFID(Pixels())
+    trainer.callbacks, trainer.num_val_batches = [measuring, LossByNoiseLevel(), watcher], [val]
+    Climber.__module__, before = "lightning.climber", Climber.__module__
+    try:
+        check_monitors(trainer, module)  # as long as the data are not read
+        measuring._prepare(trainer, Halfway())
+        if words is None:
+            check_monitors(trainer, module, begun=True)
+        else:
+            with pytest.raises(ValueError, match=words):
+                check_monitors(trainer, module, begun=True)
+    finally:
+        Climber.__module__ = before

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from helpers.configs_tools import CONFIGS, write_images
 from helpers.evaluation_tools import Source
+from helpers.runs import stopped
 
 from diffusion_lit.commands.edit_options import ImageOptions
 from diffusion_lit.commands.evaluate_plan import Plan
@@ -44,3 +46,20 @@ def test_a_test_image_that_is_not_there(monkeypatch, count, index, words):
     monkeypatch.setattr("diffusion_lit.commands.edit_options.load_data", lambda *given, **options: source)
     with pytest.raises(ValueError, match=words):
         ImageOptions(ckpt_path="a.ckpt", data_index=index)._test_image(torch.nn.Identity())
+
+
+@pytest.mark.medium
+def test_an_empty_split_is_told_by_the_commands_that_need_it(lightning, capsys, tmp_path):
+    root = f"--data.init_args.root={write_images(tmp_path / 'images', count=3, size=20)}"
+    data = ["--data=datamodules.Landscapes", root, "--data.init_args.batch_size=1", "--data.init_args.image_size=16"]
+    data += [f"--data.init_args.cache_dir={tmp_path / 'cache'}"]
+    none = ["--data.init_args.val_fraction=0", "--data.init_args.test_fraction=0"]
+    run = ["--config", CONFIGS / "vae_digits.yaml", "--name=few", "--trainer.accelerator=cpu", "--trainer.callbacks=[]"]
+    run += ["--model.init_args.net.init_args.model_channels=8", "--trainer.enable_progress_bar=false", *data]
+    lightning("fit", *run, *none, "--trainer.max_steps=1", "--sample_grid.every=0")
+    run += ["--ckpt_path=runs/few"]
+    for command, split in (("validate", "val"), ("test", "test"), ("predict", "test")):
+        said = stopped(capsys, lightning, command, *run, *none)
+        assert f"The {split} split has no image, so that there is nothing to {command};" in said
+    lightning("predict", *run)
+    assert "1 sample is in runs/few/version_0/predict/" in capsys.readouterr().out
