@@ -65,7 +65,9 @@ def train_by_fit(place: Path, training: Training) -> tuple[dict[str, Tensor], di
         Clock.seconds = budget = 60 * (training.minutes or 0)
         Clock.seconds = budget / 4
         fit(PACE_STEPS)
-        planned, spent = planned_steps(Clock.latest.times, budget, track.replayed)
+        times = Clock.latest.times
+        spent = times[-1] - times[0]
+        planned = planned_steps(times[min(2, len(times) - 2) :], budget - spent, track.replayed)  # the first warm up
         Clock.seconds = budget - spent
     else:
         Clock.seconds = float("inf")
@@ -77,7 +79,7 @@ def train_by_fit(place: Path, training: Training) -> tuple[dict[str, Tensor], di
     state = read_training_state(training.state(place, LAST))
     _check_data(state, track, last)
     before = training.state(place, BEFORE)
-    facts = facts_of(clock, planned, spent, state["global_step"], batch)
+    facts = facts_of(clock, clock.planned, spent, state["global_step"], batch)
     facts["hashes"]["end"] = fingerprint({key: state.get(key) for key in TRAINED})
     facts["before"] = read_training_state(before)["global_step"] if before.exists() else None
     if not training.draws:

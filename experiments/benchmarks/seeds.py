@@ -60,7 +60,21 @@ def train(place: Path, training: Training) -> dict[str, Any]:
     if process.exitcode or not record.exists():
         raise TrainingFailed(f"{training.entry.name} ended with status {process.exitcode}; its message stands above.")
     found: dict[str, Any] = json.loads(record.read_text())
+    _tell_of_misfit(training, found)
     return found
+
+
+def _tell_of_misfit(training: Training, found: dict[str, Any]) -> None:
+    """Says so where a schedule turned out much shorter than the time, or was cut short by it."""
+    budget = 60 * (training.minutes or 0)
+    state = found["seconds"] / found["steps"] * training.track.replayed  # its length is a multiple of so many steps
+    if budget and (found["seconds"] + state < 0.9 * budget or found["steps"] < 0.95 * found["planned"]):
+        print(
+            f"Seed {training.seed} of {training.entry.name} took {found['seconds']:.0f} of its {budget:.0f} s for "
+            f"{found['steps']} of {found['planned']} planned steps: the pace changed after its schedule was planned. "
+            "Remove its folder and run the command again on a machine that does nothing else.",
+            file=sys.stderr,
+        )
 
 
 def alone() -> Lock:

@@ -6,9 +6,9 @@
 
 Each track locks data, time, device, seeds, number of samples and evaluations, and the measure (`tracks`). An entry is a
 config, or another library (`entries`). Its trainings run one after the other, each from scratch, and are told of the
-time: the length of the schedule is set from the pace of the first steps, whose time is taken off. Training alone is
-timed, from the first step on; saving a state every so many steps is in it. Interrupted, the command goes on with the
-seed that was not finished.
+time: the length of the schedule is set from the pace of the first steps, whose time is taken off, and, until the
+learning rate decays, from the pace of late. Training alone is timed, from the first step on; saving a state every so
+many steps is in it. Interrupted, the command goes on with the seed that was not finished.
 
 `receipt.json` holds the entry in full, the track and its hash, commit, versions, hardware, for each seed the images
 seen, the hashes of its weights and its figures, and a hash of all this. Beside it lie the states at the end and

@@ -4,6 +4,7 @@ Its order of data and its draws are functions of (seed, step), so that the same 
 bit, on like hardware. `fit_training` and `peer_training` do it, `seeds` in a process of its own.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from diffusion_lit.modules import Consistency, DiffusionModule, LatentConsistency, WarmupStableDecay
 from diffusion_lit.storage.hashing import key_of, weights_hash
 from experiments.benchmarks.entries import Entry
 from experiments.benchmarks.tracks import Track
@@ -57,11 +59,15 @@ class Training:
 class Clock(Callback):
     """Notes when training began and when each step ended, and ends it by the time or at a step.
 
+    Until the learning rate of a schedule decays (WSD), it is the same for each length of the run. So the length is
+    planned anew at each state, by the pace of late, for as long as nothing of what was done depended on it.
+
     Attributes:
         seconds: The time.
         stop: The step, or None.
         every: Steps between two states. In time it ends at a state after which the next would not be in time.
         latest: The one of the latest run.
+        planned: Length of the run in steps, once it is over.
     """
 
     seconds = float("inf")
@@ -71,6 +77,7 @@ class Clock(Callback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.planned = 0
         self.first: str | None = None  # hash of the weights after the step `every`
         Clock.latest = self
 
@@ -85,6 +92,27 @@ class Clock(Callback):
             self.first = weights_hash(pl_module.state_dict())
         if self.ends(step):
             trainer.should_stop = True
+        elif step % self.every == 0:
+            self._plan(trainer, pl_module)
+
+    def _plan(self, trainer: Any, module: Any) -> None:
+        """Fits the length of a run to the time that is left."""
+        left = self.times[0] + self.seconds - self.times[-1]
+        schedules = [one.scheduler for one in trainer.lr_scheduler_configs]
+        by_progress = not isinstance(module, DiffusionModule) or isinstance(module, Consistency | LatentConsistency)
+        if left == float("inf") or by_progress or not all(isinstance(one, WarmupStableDecay) for one in schedules):
+            return
+        stable, step = 1 - max((one.decay_fraction for one in schedules), default=0), trainer.global_step
+        if step < stable * trainer.max_steps:
+            earliest = math.ceil((step + 1) / stable / self.every) * self.every
+            total = max(step + planned_steps(self.times[len(self.times) // 2 :], left, self.every), earliest)
+            trainer.fit_loop.epoch_loop.max_steps = total
+            for one in schedules:
+                one.total_steps = total
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Notes how long the run was to be at last."""
+        self.planned = trainer.max_steps
 
     def ends(self, step: int) -> bool:
         """Notes the time of a step; True if it is the last."""
@@ -102,22 +130,17 @@ def facts_of(clock: Clock, planned: int, spent: float, step: int, batch: int) ->
     return {**made, "hashes": {"first": clock.first}}
 
 
-def planned_steps(times: list[float], budget: float, every: int) -> tuple[int, float]:
-    """The length of a schedule that fits into the time.
+def planned_steps(times: list[float], seconds: float, every: int) -> int:
+    """The number of steps that fit into a time.
 
     Args:
-        times: When the first steps began and when each ended, in seconds.
-        budget: Seconds, with theirs.
-        every: The length is a multiple of it, where one fits.
-
-    Returns:
-        Number of steps, and the seconds that the first steps took.
+        times: When steps before began and when each ended, in seconds; they set the pace.
+        seconds: The time.
+        every: The number is a multiple of it, where one fits.
     """
-    slow = min(2, len(times) - 2)  # the first steps, which warm up
-    pace = (times[-1] - times[slow]) / (len(times) - 1 - slow)
-    spent = times[-1] - times[0]
-    steps = max(1, int(0.98 * (budget - spent) / pace))
-    return (steps // every * every or steps), spent
+    pace = (times[-1] - times[0]) / (len(times) - 1)
+    steps = max(1, int(0.98 * seconds / pace))
+    return steps // every * every or steps
 
 
 def fingerprint(state: Any) -> str:

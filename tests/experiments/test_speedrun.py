@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from helpers.in_process import run_in_process
 from diffusion_lit.commands.main import main
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.evaluation.features import MissingWeights
+from diffusion_lit.modules import EDM, WarmupStableDecay
 from diffusion_lit.nets.classifier import ConvClassifier
 from experiments.benchmarks import seeds, speedrun, tracks, verification
 from experiments.benchmarks.contenders import installed
 from experiments.benchmarks.entries import Entry, read_entry
 from experiments.benchmarks.fit_training import own_part
 from experiments.benchmarks.tracks import TRACKS, Judge, LockedClassifier
-from experiments.benchmarks.trainings import GUIDED, UNGUIDED
+from experiments.benchmarks.trainings import GUIDED, UNGUIDED, Clock, Training
 from experiments.benchmarks.verification import verify_receipt
 from experiments.harness.configs import merge
 
@@ -42,6 +44,40 @@ def entry_file(tmp_path, **changes):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"config": "configs/edm_digits.yaml", "options": {**told, **changes}}))
     return str(path)
+
+
+@pytest.mark.parametrize(("slower", "since"), [(2.0, 0), (0.5, 0), (1.5, 150)])
+def test_a_schedule_that_decays_last_is_fitted_to_a_pace_that_changes(slower, since):
+    """A run planned for 1,000 steps of 0.1 s, whose steps take another time; replayed, its rates are the same."""
+    clock, optimizer = Clock(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = WarmupStableDecay(optimizer, warmup_steps=10, decay_fraction=0.4, total_steps=1000)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(max_steps=1000))
+    clock.seconds, clock.every, clock.times, clock.first = 100.0, 50, [0.0], "known"
+    trainer = SimpleNamespace(fit_loop=loop, lr_scheduler_configs=[SimpleNamespace(scheduler=schedule)])
+    trainer.should_stop, module = False, EDM(torch.nn.Linear(1, 1))
+    now, step, rates = 0.0, 0, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.benchmarks.trainings.time.perf_counter", lambda: now)
+        while not trainer.should_stop and step < loop.epoch_loop.max_steps:
+            now, step = now + 0.1 * (slower if step >= since else 1), step + 1
+            optimizer.step()
+            schedule.step()
+            rates.append(schedule.get_last_lr()[0])
+            trainer.global_step, trainer.max_steps = step, loop.epoch_loop.max_steps
+            clock.on_train_batch_end(trainer, module, None, None, 0)
+    assert step == schedule.total_steps and 0.9 * 100 < now <= 100
+    assert rates[-1] == 0 and rates[15] == 1
+    again = WarmupStableDecay(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 10, 0.4, step)
+    assert rates == [again.factor(one) for one in range(1, step + 1)]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(55.0, False), (40.0, True)])
+def test_time_that_a_schedule_left_over_is_told(track, tmp_path, monkeypatch, capsys, seconds, told):
+    facts = {"steps": 1000, "planned": 1000, "seconds": seconds}
+    monkeypatch.setattr(seeds, "_work", lambda place, training: (place / "record.json").write_text(json.dumps(facts)))
+    training = Training(read_entry("diffusion-lit", NAME), TRACKS[NAME], 0, minutes=1.0)
+    seeds.train(tmp_path / "seed_0", training)
+    assert ("took 40 of its 60 s" in capsys.readouterr().err) is told
 
 
 @pytest.mark.slow
