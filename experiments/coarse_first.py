@@ -28,7 +28,7 @@ from torch import Tensor
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.report.images import StepRecorder
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.words import article
@@ -140,11 +140,8 @@ def follow(study: Study, module: Any, path: Path, sampling: Sampling, bands: int
     setup = study.setup
     labels = None
     if module.num_classes:
-        data = load_data(path)
-        data.prepare_data()
-        data.setup()
         seeds = range(setup.seed, setup.seed + setup.num_samples)
-        labels = draw_labels(seeds, class_frequencies(data, module.num_classes))
+        labels = draw_labels(seeds, class_frequencies(prepared_data(path), module.num_classes))
     masks = band_masks(module.image_shape[-1], bands)
     found: dict[str, list[Tensor]] = {name: [] for name in ("band_errors", "tile_errors", "power", "detail", "x0")}
     shown, sigmas, steps = torch.empty(0), torch.empty(0), torch.empty(0)

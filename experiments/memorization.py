@@ -18,7 +18,7 @@ from torch import Tensor
 from datamodules import Subset
 from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
 from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_triples
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_data, load_module, prepared_data
 from diffusion_lit.report.memorization import pairs_image
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
@@ -49,9 +49,7 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
     evaluator = study.evaluator_on(first.data if isinstance(first, Subset) else first)
     rows = []
     for name, run in trained.items():
-        own = load_data(run.ckpt_path)
-        own.prepare_data()
-        own.setup()
+        own = prepared_data(run.ckpt_path)
         samples = draw(study, evaluator, run, own)
         training, held_out = own.reference_images("train"), own.reference_images("test")
         found = compare(samples.images, training, held_out, bool(own.random_flip), study.device)

@@ -23,7 +23,7 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
 from diffusion_lit.evaluation.features import Features
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.modules.posthoc import reconstruct
 from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.snapshots import Snapshots
@@ -63,9 +63,7 @@ def posthoc_ema(
     """
     snapshots = Snapshots(Path(ckpt_path).resolve().parent.parent / "averages")
     module: Any = load_module(ckpt_path).to(device)
-    data = load_data(ckpt_path)
-    data.prepare_data()
-    data.setup()
+    data = prepared_data(ckpt_path)
     measure = extractor or ClassifierFeatures()
     measure.load(data)
     evaluator = Evaluator.of(data, measure, num_samples)

@@ -29,7 +29,7 @@ from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reference import reference_of
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.report.images import titled_grid
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.versions import versions
@@ -93,9 +93,7 @@ def restoration(
     models = {"zero-shot": load_module(path)} | (
         {} if given is None else {"given": load_module(find_checkpoint(given))}
     )
-    data = load_data(path, root=root)
-    data.prepare_data()
-    data.setup()
+    data = prepared_data(path, root=root)
     measure = extractor or ClassifierFeatures()
     measure.load(data)
     reference = reference_of(data, "test", measure, batch_size)

@@ -21,7 +21,7 @@ from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.generation import GenerationJob, class_frequencies, draw_labels, draw_samples
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash
 from experiments.harness.command import command
@@ -77,9 +77,7 @@ def sampler_comparison(
     chosen = samplers or [name for name in SAMPLERS if name not in ALIASES and SAMPLERS[name].order]
     module: Any = load_module(ckpt_path).to(pick_device(device))
     settings = [setting for name in chosen for setting in settings_of(module.sampling, name, nfe, rtol)]
-    data = load_data(ckpt_path, root=data_root)
-    data.prepare_data()
-    data.setup()
+    data = prepared_data(ckpt_path, root=data_root)
     measure = make_extractor(extractor, extractor_weights, module.image_shape)
     measure.load(data)
     measure.to(module.device)

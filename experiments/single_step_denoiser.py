@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module, prepared_data
 from experiments.harness.evaluator import first_images
 from experiments.harness.runs import Trained
 from experiments.harness.study import Study, image_rows, main
@@ -55,9 +55,7 @@ def single_step_denoiser(
     first, last = epochs or ([4, 20] if small else [1, 5])
     ddpm_first, ddpm_last = ddpm_epochs or ([15, 60] if small else [5, 20])
     single = study.fit({"single step": keep(first, last)})["single step"]
-    data = load_data(single.ckpt_path)
-    data.prepare_data()
-    data.setup()
+    data = prepared_data(single.ckpt_path)
     steps = ddpm_last * (len(data.reference_images("train")) // int(study.value("data.init_args.batch_size")))
     decay = {
         "class_path": "torch.optim.lr_scheduler.ExponentialLR",

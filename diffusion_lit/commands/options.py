@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from diffusion_lit.modules.autoencoders import load_autoencoder
 from diffusion_lit.modules.guides import take_guide
 from diffusion_lit.modules.latent import LatentDiffusion
-from diffusion_lit.modules.load import load_data
+from diffusion_lit.modules.load import prepared_data
 from diffusion_lit.modules.prior import PriorSampling, mixture_of
 from diffusion_lit.modules.protocols import DataSet, Model, Settings
 from diffusion_lit.modules.vae import VAE
@@ -171,10 +171,7 @@ class DrawOptions(SamplingOptions):
     def _training_data(self) -> DataSet:
         """The data that the checkpoint was trained on, set up."""
         assert self.ckpt_path is not None
-        data = load_data(self.ckpt_path, root=self.data_root)
-        data.prepare_data()
-        data.setup("fit")
-        return data
+        return prepared_data(self.ckpt_path, "fit", root=self.data_root)
 
 
 @dataclass(frozen=True)

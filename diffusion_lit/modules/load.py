@@ -116,6 +116,24 @@ def load_data(path: str | Path, **overrides: Any) -> DataSet:
     return data
 
 
+def prepared_data(path: str | Path, stage: str | None = None, **overrides: Any) -> DataSet:
+    """Builds the data of a checkpoint as `load_data` does, and reads it.
+
+    Args:
+        path: The checkpoint file.
+        stage: What is read, as in `LightningDataModule.setup`; all splits by default.
+        overrides: As in `load_data`.
+
+    Raises:
+        ValueError: As `load_data`.
+        OSError: If the data is missing.
+    """
+    data = load_data(path, **overrides)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
 def give_held_out(module: Model, path: str | Path | None, root: str | None = None) -> None:
     """Gives a model that is given an image the test images of the data that it was trained on.
 
@@ -131,10 +149,7 @@ def give_held_out(module: Model, path: str | Path | None, root: str | None = Non
     given = as_given(module)
     if given is None or path is None:
         return
-    data = load_data(path, root=root)
-    data.prepare_data()
-    data.setup("test")
-    given.give(data, "test")
+    given.give(prepared_data(path, "test", root=root), "test")
 
 
 def _refuse_unknown(class_path: str, overrides: dict[str, Any], path: str | Path) -> None:

@@ -15,7 +15,7 @@ from diffusion_lit.commands.evaluate import evaluate
 from diffusion_lit.commands.evaluate_plan import Plan
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import kid_subset_size
-from diffusion_lit.modules.load import load_data
+from diffusion_lit.modules.load import prepared_data
 from diffusion_lit.modules.weights import read_state
 from experiments.harness.show import keep_json, markdown
 
@@ -64,10 +64,7 @@ def compare_with_command(
     Returns:
         A page with both figures and their difference.
     """
-    data = load_data(checkpoint)
-    data.prepare_data()
-    data.setup("fit")
-    real = torch.as_tensor(data.reference_images("train")[:count])
+    real = torch.as_tensor(prepared_data(checkpoint, "fit").reference_images("train")[:count])
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         weights = here / "inception.pth"

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_lit.commands.edit_options import decibels
 from diffusion_lit.diffusion import editing, keyed_seed
 from diffusion_lit.diffusion.images import from_uint8, to_uint8
-from diffusion_lit.modules.load import load_data, load_module
+from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash, key_of
 from experiments.harness.evaluator import first_images
@@ -49,8 +49,7 @@ def measured(ckpt_path: Path, root: str | None, count: int, device: str, folder:
     path = folder / "figures.json"
     if path.is_file() and json.loads(path.read_text())["key"] == key:
         return dict(json.loads(path.read_text()))
-    data = load_data(ckpt_path, root=root)
-    data.prepare_data()
+    data = prepared_data(ckpt_path, root=root)
     model = load_module(ckpt_path).to(pick_device(device))
     figures = {
         "key": key,
