@@ -101,7 +101,6 @@ def posthoc_ema(
         "kept": sorted({width for _, width, _ in snapshots.files}),
     }
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     keep_json(folder / "figures.json", figures)
     draw(figures, folder / "posthoc_ema.png")
     return figures

@@ -22,7 +22,7 @@ from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import titled_grid
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.versions import versions
-from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.hashing import file_record
 from diffusion_lit.storage.runs import find_checkpoint
 from experiments.harness.command import command
 from experiments.harness.show import keep_json
@@ -74,7 +74,7 @@ def read_digits(
     rows = [samples[start : start + min(per_class, 20)] for start in range(0, 10 * per_class, per_class)]
     titled_grid([list(row) for row in rows], [str(digit) for digit in range(10)]).save(folder / "grid.png")
     record = {
-        "checkpoint": {"file": str(path), "sha256": file_hash(path)},
+        "checkpoint": file_record(path),
         "samples": {"per_class": per_class, "seeds": [seed, seed + 10 * per_class - 1], "sampling": sampling.record()},
         "versions": versions(),
         "hardware": hardware(torch.device("cpu"), 1),

@@ -33,7 +33,7 @@ from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.report.images import titled_grid
 from diffusion_lit.runtime.hardware import hardware
 from diffusion_lit.runtime.versions import versions
-from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.hashing import file_record
 from diffusion_lit.storage.runs import find_checkpoint
 from experiments.harness.command import command
 from experiments.harness.evaluator import first_images
@@ -89,11 +89,10 @@ def restoration(
     check_count(2, num_images=num_images)
     check_count(batch_size=batch_size)
     check_number(least=0, noise=noise)
-    path = find_checkpoint(ckpt_path)
-    models = {"zero-shot": load_module(path)} | (
-        {} if given is None else {"given": load_module(find_checkpoint(given))}
-    )
-    data = prepared_data(path, root=root)
+    named = {"zero-shot": ckpt_path, "given": given}
+    files = {name: find_checkpoint(path) for name, path in named.items() if path is not None}
+    models = {name: load_module(path) for name, path in files.items()}
+    data = prepared_data(files["zero-shot"], root=root)
     measure = extractor or ClassifierFeatures()
     measure.load(data)
     reference = reference_of(data, "test", measure, batch_size)
@@ -104,7 +103,7 @@ def restoration(
     )
     y = measurement.apply(images)
     y = y + noise * SeededNoise(range(1_000_000, 1_000_000 + num_images))(y)
-    ways = ways_of(models, task, factor, blur_sigma, noise, cutoffs, methods, method_options or {}, resamplings)
+    ways = ways_of(models, task, blur_sigma, noise, cutoffs, methods, method_options or {}, resamplings)
     simple = interpolate(y, images.shape[2:], mode="bicubic") if task == "super_resolve" else y
     made = {"measured": simple}
     rows = [row_of("measured", simple, images, measure, reference.statistics, 0.0)]
@@ -120,14 +119,12 @@ def restoration(
         rows.append(row_of(name, made[name], images, measure, reference.statistics, seconds))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"zero-shot": path} | ({} if given is None else {"given": find_checkpoint(given)})
     figures = {
         "task": task,
         **({"factor": factor} if task == "super_resolve" else {"blur_sigma": blur_sigma}),
         "noise": noise,
         "num_images": num_images,
-        "checkpoints": {name: {"file": str(file), "sha256": file_hash(file)} for name, file in files.items()},
+        "checkpoints": {name: file_record(path) for name, path in files.items()},
         "extractor": measure.identity(),
         "versions": versions(),
         "hardware": hardware(torch.device("cpu"), 1),
@@ -143,7 +140,6 @@ def restoration(
 def ways_of(
     models: dict[str, Any],
     task: str,
-    factor: int,
     blur_sigma: float,
     noise: float,
     cutoffs: list[float] | None,

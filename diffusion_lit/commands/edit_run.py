@@ -27,8 +27,7 @@ from diffusion_lit.report.images import png_bytes
 from diffusion_lit.report.receipt_tables import plain_table
 from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.runtime.versions import versions
-from diffusion_lit.storage.exports import WEIGHTS, is_export
-from diffusion_lit.storage.hashing import file_hash
+from diffusion_lit.storage.hashing import file_record
 from diffusion_lit.storage.own_files import RECORD, own_files
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.words import article, counted
@@ -241,9 +240,7 @@ class Edit:
         identity: dict[str, Any] = {"class": type(model).__name__, "image_shape": list(model.image_shape)}
         if options.ckpt_path is None:
             return {**identity, "pretrained": options.pretrained}
-        path = Path(options.ckpt_path)
-        weights = path / WEIGHTS if is_export(path) else path
-        return {**identity, "file": str(path), "sha256": file_hash(weights)}
+        return {**identity, **file_record(Path(options.ckpt_path))}
 
     def _drawn(self) -> dict[str, Any]:
         """How the images were drawn, for the record."""

@@ -60,6 +60,11 @@ def file_hash(path: Path) -> str:
     return _HASHES.get(path, lambda: _hash(path))
 
 
+def file_record(path: Path) -> dict[str, Any]:
+    """What a record says of a file or an export: its `file` and its `sha256`."""
+    return {"file": str(path), "sha256": file_hash(path)}
+
+
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, sha256).hexdigest()
