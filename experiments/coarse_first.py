@@ -27,7 +27,6 @@ from torch import Tensor
 
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.diffusion.grids import evenly
-from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_module, prepared_data
 from diffusion_lit.report.images import StepRecorder
 from diffusion_lit.storage.hashing import file_hash
@@ -138,10 +137,7 @@ def follow(study: Study, module: Any, path: Path, sampling: Sampling, bands: int
         of the first ones x0_hat at `shown_steps`, `shown` (T, n, C, H, W).
     """
     setup = study.setup
-    labels = None
-    if module.num_classes:
-        seeds = range(setup.seed, setup.seed + setup.num_samples)
-        labels = draw_labels(seeds, class_frequencies(prepared_data(path), module.num_classes))
+    labels = study.labels(module, prepared_data(path)) if module.num_classes else None
     masks = band_masks(module.image_shape[-1], bands)
     found: dict[str, list[Tensor]] = {name: [] for name in ("band_errors", "tile_errors", "power", "detail", "x0")}
     shown, sigmas, steps = torch.empty(0), torch.empty(0), torch.empty(0)

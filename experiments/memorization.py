@@ -13,14 +13,11 @@ The training images that have a copy are those that were extracted, as in Carlin
 from typing import Any
 
 import matplotlib.pyplot as plt
-from torch import Tensor
 
 from datamodules import Subset
-from diffusion_lit.evaluation.generation import Samples, class_frequencies, draw_labels
-from diffusion_lit.evaluation.memorization import Neighbours, compare, worst_triples
+from diffusion_lit.evaluation.memorization import compare, worst_triples
 from diffusion_lit.modules.load import load_data, load_module, prepared_data
 from diffusion_lit.report.memorization import pairs_image
-from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
 from experiments.harness.study import QUIET, Study, main
 
@@ -50,7 +47,8 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
     rows = []
     for name, run in trained.items():
         own = prepared_data(run.ckpt_path)
-        samples = draw(study, evaluator, run, own)
+        labels = study.labels(load_module(run.ckpt_path), own)  # those that it saw
+        samples = study.draw(run, evaluator, labels=labels)
         training, held_out = own.reference_images("train"), own.reference_images("test")
         found = compare(samples.images, training, held_out, bool(own.random_flip), study.device)
         extracted = len(found.training[found.copies].unique())
@@ -71,7 +69,8 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
         pairs = pairs_image(worst_triples(found, samples.images, training, held_out))
         caption = f"Trained on {name}: sample, nearest training and nearest held-out image, two triples a row."
         study.images(f"pairs_{name.replace(',', '')}", pairs, caption)
-        study.tell(f"{name}: {told(found)}")
+        row = rows[-1]
+        study.tell(f"{name}: {row['copies']} copies, median ratio of distances {row['median distance ratio']:.3g}")
     study.table("copies", rows, "Copies among the samples, by the distance of pixels, and their quality.")
     study.figure("copies", draw_figure(rows), "Copies and extracted images against the size of the training set.")
     told_of = "; ".join(
@@ -90,14 +89,6 @@ def whole_data(study: Study) -> dict[str, Any]:
     return whole
 
 
-def draw(study: Study, evaluator: Evaluator, run: Trained, data: Any) -> Samples:
-    """Samples of a training, of the classes that it saw."""
-    seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
-    module: Any = load_module(run.ckpt_path)
-    labels: Tensor | None = draw_labels(seeds, class_frequencies(data, module.num_classes))
-    return study.draw(run, evaluator, labels=labels)
-
-
 def last_values(run: Trained, name: str, count: int = 10) -> float:
     """The mean of the last values that a training logged.
 
@@ -106,11 +97,6 @@ def last_values(run: Trained, name: str, count: int = 10) -> float:
     """
     values = list(run.curves[name][1])[-count:] if name in run.curves else []
     return float(sum(values) / len(values)) if values else float("nan")
-
-
-def told(found: Neighbours) -> str:
-    """What was found, in a few words."""
-    return f"{found.record['copies']} copies, median ratio of distances {found.record['median_ratio']:.3g}"
 
 
 def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:

@@ -15,10 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import CLI
-
 from diffusion_lit.report import Page
-from diffusion_lit.runtime.stopping import end
+from experiments.harness.command import command
 from experiments.harness.study import ROOT
 
 STUDIES = [
@@ -58,8 +56,8 @@ def studies(only: str | None = None, jobs: int = 2) -> None:
     failed = []
     for name in names:
         started = time.perf_counter()
-        command = [sys.executable, "-m", f"experiments.{name}", f"--jobs={jobs}"]
-        status = subprocess.run(command, cwd=Path.cwd()).returncode
+        words = [sys.executable, "-m", f"experiments.{name}", f"--jobs={jobs}"]
+        status = subprocess.run(words, cwd=Path.cwd()).returncode
         if status in (130, 143, -2, -15):
             raise SystemExit(130)
         if status:
@@ -112,12 +110,9 @@ def show(page: Page, folder: Path, record: dict[str, Any]) -> None:
 
 def _place(name: str) -> int:
     """Where a study stands in the order; other configs of it come after it, unknown ones last."""
-    known = [place for place, study in enumerate(STUDIES) if name.split("-")[0] == study]
-    return known[0] if known else len(STUDIES)
+    study = name.split("-")[0]
+    return STUDIES.index(study) if study in STUDIES else len(STUDIES)
 
 
 if __name__ == "__main__":
-    try:
-        CLI(studies, as_positional=False)
-    except Exception as error:
-        end(error, "studies")
+    command(studies)

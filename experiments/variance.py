@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.modules.load import load_module
+from experiments.harness.networks import data_of
 from experiments.harness.show import lines
 from experiments.harness.study import QUIET, Study, image_rows, main
 from experiments.noise_cutoff import real_images, sharpness
@@ -40,10 +40,9 @@ def variance(
         ckpt_path: A DDPM trained with `HybridLoss`; by default one is trained.
     """
     if ckpt_path is None:
-        channels = 2 * channels_of(study)
         options = {
             "model.init_args.loss": "diffusion_lit.diffusion.HybridLoss",
-            "model.init_args.net.init_args.out_channels": channels,
+            "model.init_args.net.init_args.out_channels": 2 * data_of(study).image_shape[0],
             "model.init_args.sampling.sampler_options": {"variance": "learned"},
         }
         ckpt_path = str(study.fit({"learned variance": options})["learned variance"].ckpt_path)
@@ -57,20 +56,18 @@ def variance(
     ways |= {
         f"posterior x {scale:g}": {"variance": "posterior", "variance_scale": scale} for scale in scales if scale > 1
     }
-    seeds = range(study.setup.seed, study.setup.seed + study.setup.num_samples)
-    labels = draw_labels(seeds, class_frequencies(evaluator.data, module.num_classes))
     real = real_images(evaluator)
     assert evaluator.reference.features is not None
     spread = diversity(evaluator.reference.features.features, evaluator.reference.labels)
     rows: list[dict[str, Any]] = []
     shown = {}
     for name, options in ways.items():
-        drawn = study.draw(ckpt_path, evaluator, default.replace(sampler_options=options), labels)
+        drawn = study.draw(ckpt_path, evaluator, default.replace(sampler_options=options))
         rows.append(
             {
                 "variance": name,
                 **evaluator.measure(drawn),
-                "diversity": diversity(drawn.features.features, labels) / spread,
+                "diversity": diversity(drawn.features.features, drawn.labels) / spread,
                 "sharpness": sharpness(drawn.images) / sharpness(real),
             }
         )
@@ -95,17 +92,6 @@ def variance(
         f"recall of {least['recall']:.2f}, '{most['variance']}' {most['sharpness']:.1f} times the real sharpness, "
         f"which is noise, and a precision of {most['precision']:.2f}."
     )
-
-
-def channels_of(study: Study) -> int:
-    """Number of channels of the images that a study's config trains on.
-
-    Returns:
-        1 for grey, 3 for colour.
-    """
-    grey = ("Digits", "MNIST", "FashionMNIST")
-    given = study.value("data.init_args.channels")
-    return int(given) if given else 1 if str(study.value("data.class_path")).rpartition(".")[2] in grey else 3
 
 
 def diversity(features: Tensor, labels: Tensor | None) -> float:

@@ -17,10 +17,15 @@ def build(study: Study, **changes: Any) -> nn.Module:
     Returns:
         The network, for the data's channels, size and classes.
     """
-    data = _instance(study.value("data"))
+    data = data_of(study)
     shape = data.image_shape
     told = {"in_channels": shape[0], "image_size": shape[-1], "num_classes": data.num_classes}
     return _instance(study.value("model.init_args.net"), **told, **changes)  # type: ignore[no-any-return]
+
+
+def data_of(study: Study) -> Any:
+    """The data set that a study's trainings would have, not prepared."""
+    return _instance(study.value("data"))
 
 
 def _instance(described: dict[str, Any], **changes: Any) -> Any:

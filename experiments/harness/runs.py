@@ -45,13 +45,11 @@ class Run:
         name: What tells it from the others; part of its folder's name.
         config: A YAML of `diffusion-lit fit`; see `find_config`.
         options: What differs from it, by the names of the command line: `{"trainer.max_steps": 400}`.
-        shown: The options to tell it by in tables and in TensorBoard; all by default.
     """
 
     name: str
     config: str
     options: dict[str, Any] = field(default_factory=dict)
-    shown: dict[str, Any] | None = None
 
     @cached_property
     def path(self) -> Path:

@@ -147,9 +147,7 @@ class Study:
         Raises:
             StudyFailed: If all of them failed.
         """
-        runs = [
-            Run(name, config or self.config, {**self.options, **options}, options) for name, options in variants.items()
-        ]
+        runs = [Run(name, config or self.config, {**self.options, **options}) for name, options in variants.items()]
         started = time.perf_counter()
         results = fit(runs, self.folder / "runs", self.setup.jobs, self.setup.gpus, self.tell)
         self._waited += time.perf_counter() - started
@@ -223,8 +221,7 @@ class Study:
         module: Any = load_module(path).to(self.device)
         setting = sampling or module.sampling
         count, seed = count or self.setup.num_samples, self.setup.seed
-        if labels is None:
-            labels = draw_labels(range(seed, seed + count), class_frequencies(evaluator.data, module.num_classes))
+        labels = self.labels(module, evaluator.data, count) if labels is None else labels
         record = {
             "checkpoint": file_hash(path),
             "sampling": setting.record(),
@@ -233,6 +230,20 @@ class Study:
         }
         job = GenerationJob(setting, count, seed, labels, record, self.folder / "samples", self.setup.batch_size, True)
         return draw_samples(job, module, evaluator.extractor)
+
+    def labels(self, module: Any, data: Any, count: int | None = None) -> Tensor | None:
+        """The class of each sample by a training set's frequencies.
+
+        Args:
+            module: What draws them.
+            data: The data set, set up.
+            count: Number of samples; that of the setup when omitted.
+
+        Returns:
+            int64 (count,), or None where the model knows no classes.
+        """
+        seeds = range(self.setup.seed, self.setup.seed + (count or self.setup.num_samples))
+        return draw_labels(seeds, class_frequencies(data, module.num_classes))
 
     def keep(self, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Other results that take time: computed once and kept beside the samples.
