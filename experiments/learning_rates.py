@@ -18,7 +18,8 @@ from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import StepRecorder
 from experiments.harness.runs import Trained
-from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
+from experiments.harness.show import lines
+from experiments.harness.study import QUIET, Study, image_rows, main
 
 DECAYS = ("none", "plateau", "exponential", "cosine")
 
@@ -61,7 +62,8 @@ def learning_rates(
         figure = detailed(study, run)
         study.figure(f"detailed_{name}", figure, f"From noise to image at learning rate {name}: x above x0_hat.")
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images, {steps:,} steps.")
-    study.figure("quality", bars(rows, evaluator), "The same as a figure.")
+    figure = lines(rows, "learning rate", {evaluator.metric: [evaluator.metric]}, evaluator)
+    study.figure("quality", figure, "The same as a figure.")
     best, worst = (pick(rows, key=lambda row: row[evaluator.metric]) for pick in (min, max))
     study.finding(
         f"After {steps:,} steps a learning rate of {best['learning rate']} is best with {evaluator.metric} "
@@ -132,18 +134,6 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
         rows[f"{index + 1}: x0_hat"] = torch.stack([recorder.x0_hat[step][index] for step in chosen])
     figure = image_rows(rows, [f"{recorder.sigmas[step]:.3g}" for step in chosen])
     figure.suptitle("noise level sigma")
-    return figure
-
-
-def bars(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
-    """The Fréchet distance of each training."""
-    figure, axes = plt.subplots(figsize=(1.5 + 1.3 * len(rows), 4), layout="constrained")
-    heights = axes.bar([row["learning rate"] for row in rows], [row[evaluator.metric] for row in rows])
-    axes.bar_label(heights, fmt="%.3g")
-    evaluator.draw_floor(axes)
-    axes.set(xlabel="learning rate", ylabel=evaluator.metric, yscale="log")
-    if evaluator.floor is not None:
-        axes.legend()
     return figure
 
 

@@ -18,7 +18,9 @@ from datamodules import Subset
 from diffusion_lit.evaluation.memorization import compare, worst_triples
 from diffusion_lit.modules.load import load_data, load_module, prepared_data
 from diffusion_lit.report.memorization import pairs_image
+from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
+from experiments.harness.show import lines
 from experiments.harness.study import QUIET, Study, main
 
 
@@ -72,7 +74,9 @@ def memorization(study: Study, counts: list[int | None] = [1, 16, 256, None]) ->
         row = rows[-1]
         study.tell(f"{name}: {row['copies']} copies, median ratio of distances {row['median distance ratio']:.3g}")
     study.table("copies", rows, "Copies among the samples, by the distance of pixels, and their quality.")
-    study.figure("copies", draw_figure(rows), "Copies and extracted images against the size of the training set.")
+    study.figure(
+        "copies", draw_figure(rows, evaluator), "Copies and extracted images against the size of the training set."
+    )
     told_of = "; ".join(
         f"trained on {row['training images']:,}, {row['share of copies']:.1%} of the samples are copies and "
         f"{row['extracted']:,} training images ({row['share extracted']:.1%}) were extracted"
@@ -99,25 +103,21 @@ def last_values(run: Trained, name: str, count: int = 10) -> float:
     return float(sum(values) / len(values)) if values else float("nan")
 
 
-def draw_figure(rows: list[dict[str, Any]]) -> plt.Figure:
+def draw_figure(rows: list[dict[str, Any]], evaluator: Evaluator) -> plt.Figure:
     """Copies and extracted images against the number of training images."""
-    figure, (shares, ratio, loss) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    counts = [row["training images"] for row in rows]
-    shares.plot(counts, [row["share of copies"] for row in rows], marker="o", label="samples that are copies")
-    shares.plot(counts, [row["share extracted"] for row in rows], marker="s", label="training images extracted")
-    shares.set(ylabel="share", ylim=(-0.03, 1.03))
-    ratio.plot(counts, [max(row["median distance ratio"], 1e-3) for row in rows], marker="o", label="samples")
+    seen = [{**row, "median distance ratio": max(row["median distance ratio"], 1e-3)} for row in rows]
+    panels = {
+        "share": ["share of copies", "share extracted"],
+        "median of d(training) / d(held out)": ["median distance ratio"],
+        "loss at the end of training": ["train/loss", "val/loss"],
+    }
+    figure = lines(seen, "training images", panels, evaluator, log=True)
+    shares, ratio, loss = figure.axes
+    shares.set_ylim(-0.03, 1.03)
     ratio.axhline(1, color="grey", linestyle="--", label="as near to held-out images")
-    ratio.set(ylabel="median of d(training) / d(held out)", yscale="log")
-    for name in ("train/loss", "val/loss"):
-        loss.plot(counts, [row[name] for row in rows], marker="o", label=name)
-    loss.set(ylabel="loss at the end of training", yscale="log")
-    for axes in (shares, ratio, loss):
-        axes.set(xscale="log", xlabel="training images")
-        axes.set_xticks(counts, [f"{count:,}" for count in counts])
-        axes.set_xticks([], minor=True)
-        axes.legend(fontsize=8)
-        axes.grid(True, alpha=0.3)
+    ratio.legend(fontsize=8)
+    ratio.set_yscale("log")
+    loss.set_yscale("log")
     return figure
 
 

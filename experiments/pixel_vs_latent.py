@@ -14,9 +14,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -35,7 +32,7 @@ from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.words import counted
 from experiments.harness.command import command
 from experiments.harness.evaluator import Evaluator
-from experiments.harness.show import markdown
+from experiments.harness.show import keep_figure, markdown
 
 DECAY = 0.4  # share of the time over which the learning rate falls to 0
 
@@ -277,8 +274,7 @@ def write(
         axes.grid(True, which="both", alpha=0.3)
     panels[0].set_ylabel(metric)
     panels[0].legend()
-    figure.savefig(folder / "figure.png", dpi=130)
-    plt.close(figure)
+    keep_figure(folder / "figure.png", figure)
     print(f"{markdown(models)}\n{markdown(rows)}")
     print(f"{folder}/figure.png, table.md, table.csv, samples_pixel.png and samples_latent.png")
 

@@ -13,11 +13,8 @@ against real ones at the same number.
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation import ClassifierFeatures, FeatureExtractor
@@ -29,7 +26,7 @@ from diffusion_lit.storage.checkpoints import read_checkpoint
 from diffusion_lit.storage.snapshots import Snapshots
 from experiments.harness.command import command
 from experiments.harness.evaluator import Evaluator
-from experiments.harness.show import keep_json
+from experiments.harness.show import keep_figure, keep_json, lines
 
 
 def posthoc_ema(
@@ -102,24 +99,22 @@ def posthoc_ema(
     }
     folder = Path(out)
     keep_json(folder / "figures.json", figures)
-    draw(figures, folder / "posthoc_ema.png")
+    keep_figure(folder / "posthoc_ema.png", draw(figures, evaluator))
     return figures
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
+def draw(figures: dict[str, Any], evaluator: Evaluator) -> Figure:
     """The distance over the width, a line for each training time."""
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for step in sorted({row["step"] for row in figures["rows"]}):
-        line = [(row["sigma_rel"], row["distance"]) for row in figures["rows"] if row["step"] == step]
-        axes.plot(*zip(*line, strict=True), marker="o", label=f"step {step}")
-    axes.axhline(figures["raw"], color="grey", linestyle="--", label="raw weights")
-    for width in figures["kept"]:
-        axes.axvline(width, color="lightgrey", zorder=0)
-    axes.set(xscale="log", xlabel="width sigma_rel of the average (grey lines: kept in training)")
-    axes.set_ylabel(f"{figures['metric']} at {figures['num_samples']:,} samples")
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    rows = [{**row, "step": f"step {row['step']}"} for row in figures["rows"]]
+    width = "width sigma_rel of the average (grey lines: kept in training)"
+    figure = lines(rows, "sigma_rel", {evaluator.metric: ["distance"]}, evaluator, by="step", xlabel=width, log=True)
+    axes = figure.axes[0]
+    axes.set_ylabel(f"{evaluator.metric} at {figures['num_samples']:,} samples")
+    axes.axhline(figures["raw"], color="black", linestyle=":", label="raw weights")
+    for kept in figures["kept"]:
+        axes.axvline(kept, color="lightgrey", zorder=0)
+    axes.legend(fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":

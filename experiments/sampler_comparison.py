@@ -10,11 +10,6 @@ sampler of two calls a step gets half the steps. Interrupted, it goes on where i
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import NullLocator, ScalarFormatter
 from tqdm import tqdm
 
 from diffusion_lit.diffusion.generate import Sampling
@@ -26,7 +21,7 @@ from diffusion_lit.runtime.hardware import pick_device
 from diffusion_lit.storage.hashing import file_hash
 from experiments.harness.command import command
 from experiments.harness.evaluator import Evaluator
-from experiments.harness.show import keep_table
+from experiments.harness.show import keep_figure, keep_table, lines
 
 ALIASES = ("ddim", "euler_ancestral")  # ddim with eta 0 is euler, with eta 1 euler_ancestral is ddpm
 
@@ -76,7 +71,7 @@ def sampler_comparison(
     """
     chosen = samplers or [name for name in SAMPLERS if name not in ALIASES and SAMPLERS[name].order]
     module: Any = load_module(ckpt_path).to(pick_device(device))
-    settings = [setting for name in chosen for setting in settings_of(module.sampling, name, nfe, rtol)]
+    settings = [setting for name in chosen for setting in settings_of(module.sampling, name, sorted(nfe), rtol)]
     data = prepared_data(ckpt_path, root=data_root)
     measure = make_extractor(extractor, extractor_weights, module.image_shape)
     measure.load(data)
@@ -133,28 +128,13 @@ def write(points: list[Point], evaluator: Evaluator, count: int, folder: Path) -
     """
     floor = evaluator.floor
     real = [] if floor is None else [{"sampler": f"{floor[1]:,} real images", "distance": floor[0]}]
-    keep_table(folder / "table", [point._asdict() for point in points], real)
-    figure, (quality, cost) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for index, name in enumerate(dict.fromkeys(point.sampler for point in points)):
-        own = sorted((point for point in points if point.sampler == name), key=lambda point: point.nfe)
-        style: dict[str, Any] = {"marker": "osD^vP*X<>"[index % 10], "label": name, "color": f"C{index}"}
-        quality.plot([point.nfe for point in own], [point.distance for point in own], **style)
-        cost.plot([point.nfe for point in own], [point.milliseconds for point in own], **style)
-    evaluator.draw_floor(quality)
-    quality.set_ylabel(f"{evaluator.metric}, {count:,} samples")
-    cost.set_ylabel("milliseconds per sample")
-    quality.legend(fontsize=8)
-    ticks = sorted({round(point.nfe) for point in points})
-    for axes in (quality, cost):
-        axes.set(xscale="log", yscale="log", xlabel="denoiser calls per sample (NFE)")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
-        axes.tick_params(axis="y", which="minor", labelsize=7)
-        axes.grid(True, which="both", alpha=0.3)
-    figure.savefig(folder / "figure.png", dpi=130)
-    plt.close(figure)
+    rows = [point._asdict() for point in points]
+    keep_table(folder / "table", rows, real)
+    panels = {evaluator.metric: ["distance"], "milliseconds per sample": ["milliseconds"]}
+    figure = lines(rows, "nfe", panels, evaluator, by="sampler", xlabel="denoiser calls per sample (NFE)", log=True)
+    figure.axes[0].set_ylabel(f"{evaluator.metric}, {count:,} samples")
+    figure.axes[1].set_yscale("log")
+    keep_figure(folder / "figure.png", figure)
     print(f"\n{folder}/figure.png, table.md and table.csv")
 
 

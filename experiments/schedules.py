@@ -26,7 +26,8 @@ from diffusion_lit.diffusion.schedules import (
 )
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.nets.layers import Conditioning
-from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
+from experiments.harness.show import lines
+from experiments.harness.study import QUIET, Study, image_rows, main
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": LinearSchedule,
@@ -90,25 +91,26 @@ def schedules(
     for name, run in trained.items():
         module: Any = load_module(run.ckpt_path)
         schedule, _, steps = name.partition(", ")
-        row: dict[str, Any] = {"schedule": schedule, "steps": int(steps)}
         for way, count in ((f"{few} of them", few), ("all steps", int(steps))):
             drawn = study.draw(run, evaluator, module.sampling.replace(num_steps=count))
-            row |= {f"{key}, {way}": value for key, value in evaluator.measure(drawn).items() if key != "precision"}
+            rows.append({"schedule": schedule, "steps": int(steps), "sampled over": way, **evaluator.measure(drawn)})
             shown[name] = drawn.images[:12]
-        rows.append(row)
     study.table("quality", rows, f"{study.setup.num_samples:,} samples of each against the training images.")
-    study.figure("quality", quality(rows, evaluator, few), "Quality against the number of steps that a schedule has.")
+    metric = evaluator.metric
+    named = [{**row, "way": f"{row['schedule']}, over {row['sampled over']}"} for row in rows]
+    figure = lines(named, "steps", {metric: [metric], "recall": ["recall"]}, evaluator, by="way")
+    study.figure("quality", figure, "Quality against the number of steps that a schedule has.")
     study.figure("samples", image_rows(shown), "Samples of the same seeds, over all steps of each schedule.")
-    metric = f"{evaluator.metric}, all steps"
-    best, worst = (pick(rows, key=lambda row: row[metric]) for pick in (min, max))
+    whole = [row for row in rows if row["sampled over"] == "all steps"]
+    best, worst = (pick(whole, key=lambda row: row[metric]) for pick in (min, max))
     means = {
         name: sum(values) / len(values)
         for name in compared
-        if (values := [row[metric] for row in rows if row["schedule"] == name])
+        if (values := [row[metric] for row in whole if row["schedule"] == name])
     }
     means_told = " and ".join(f"{value:.3g} with the {name} schedule" for name, value in means.items())
     study.finding(
-        f"Over all steps {evaluator.metric} is {means_told} on average, between {best[metric]:.3g} "
+        f"Over all steps {metric} is {means_told} on average, between {best[metric]:.3g} "
         f"({best['schedule']}, {best['steps']:,} steps) and {worst[metric]:.3g} ({worst['schedule']}, "
         f"{worst['steps']:,} steps)."
     )
@@ -149,25 +151,6 @@ def embeddings(features: int = 128, total: int = 1000) -> plt.Figure:
     likeness.set(xlabel="time t", ylabel="cosine similarity of embeddings", ylim=(-0.2, 1.05))
     likeness.legend(loc="lower center", ncols=3)
     likeness.grid(True, alpha=0.3)
-    return figure
-
-
-def quality(rows: list[dict[str, Any]], evaluator: Evaluator, few: int) -> plt.Figure:
-    """The Fréchet distance and recall against the number of steps, a line for each schedule and way of sampling."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, measure in zip(panels, (evaluator.metric, "recall"), strict=True):
-        for index, name in enumerate(dict.fromkeys(row["schedule"] for row in rows)):
-            own = [row for row in rows if row["schedule"] == name]
-            for way, style in (("all steps", "-"), (f"{few} of them", ":")):
-                values = [row[f"{measure}, {way}"] for row in own]
-                label = f"{name}, sampled over {way}"
-                axes.plot([row["steps"] for row in own], values, style, marker="o", color=f"C{index}", label=label)
-        axes.set(xlabel="steps T of the schedule", ylabel=measure, xticks=sorted({row["steps"] for row in rows}))
-        axes.set_ylim(bottom=0)
-        axes.grid(True, alpha=0.3)
-    panels[1].set_ylim(top=1.02)
-    evaluator.draw_floor(panels[0])
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -42,8 +42,8 @@ from experiments.benchmarks.seeds import machine_of, seed_of
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.harness.command import command
-from experiments.harness.show import keep_json, markdown
-from experiments.harness.study import DPI, image_rows, split
+from experiments.harness.show import image_rows, keep_figure, keep_json, markdown
+from experiments.harness.study import split
 
 PEERS = ("denoising-diffusion-pytorch", "smalldiffusion", "diffusers")
 UNGUIDED = f"{OURS}, without guidance"
@@ -119,7 +119,7 @@ def time_to_quality(
                 records.append({**told, "hardware": machine, **made, "distance": distance})
                 shown.setdefault(title, torch.from_numpy(drawn[kind][:SHOWN]).permute(0, 3, 1, 2))
                 print(f"{title}, seed {seed}: {judge.metric} {distance:.2f}")
-    image_rows(shown).savefig(folder / "samples.png", dpi=DPI, bbox_inches="tight")
+    keep_figure(folder / "samples.png", image_rows(shown))
     text = table(records, judge.floor, judge.metric)
     (folder / "time_to_quality.md").write_text(text)
     keep_json(folder / "time_to_quality.json", records)

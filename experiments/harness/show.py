@@ -4,9 +4,13 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
@@ -16,6 +20,8 @@ from torch import Tensor
 from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.atomic import atomic
+
+DPI = 130  # of figures
 
 
 def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
@@ -72,11 +78,12 @@ def lines(
     )
     ticks = list(dict.fromkeys(row[x] for row in rows))
     for axes, (label, columns) in zip(grid[0], panels.items(), strict=True):
-        for group in dict.fromkeys(row[by] if by else "" for row in rows):
+        groups = dict.fromkeys(row[by] if by else "" for row in rows)
+        for group, marker in zip(groups, cycle("osD^vP*X<>"), strict=False):
             own = [row for row in rows if not by or row[by] == group]
             for column in columns:
                 named = group or (column if len(columns) > 1 else "samples")
-                axes.plot([row[x] for row in own], [row[column] for row in own], marker="o", label=named)
+                axes.plot([row[x] for row in own], [row[column] for row in own], marker=marker, label=named)
         axes.set(xlabel=xlabel or x, ylabel=label)
         if label == evaluator.metric:
             axes.set_yscale("log")
@@ -94,6 +101,12 @@ def lines(
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=8)
     return figure
+
+
+def keep_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as an image, and closes it."""
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    plt.close(figure)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

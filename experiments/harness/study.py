@@ -31,10 +31,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
@@ -57,12 +53,11 @@ from diffusion_lit.storage.tensors import read_tensors, write_tensors
 from experiments.harness.configs import merge, read_config
 from experiments.harness.evaluator import Evaluator, choose_extractor
 from experiments.harness.runs import Failed, Run, Trained, fit
-from experiments.harness.show import image_rows, keep_json, keep_table, markdown
+from experiments.harness.show import image_rows, keep_figure, keep_json, keep_table, markdown
 
 __all__ = ["QUIET", "Evaluator", "Setup", "Study", "StudyFailed", "image_rows", "main", "markdown", "split"]
 
 ROOT = Path("runs/studies")
-DPI = 130  # of figures
 QUIET = {"trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}  # the study draws and measures itself
 
 
@@ -282,8 +277,7 @@ class Study:
             The PNG file.
         """
         path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI, bbox_inches="tight")
-        plt.close(figure)
+        keep_figure(path, figure)
         self.shown.append(("image", name, path, caption))
         return path
 

@@ -300,8 +300,10 @@ def test_schedules(here):
     args = ["--num_samples=8", "--extractor=pixels", "--num_steps=[24]", "--few=3"]
     study = main(schedules, CONFIG, TINY, args=args)
     rows = check(study, ["schedules", "embeddings", "quality", "samples"], ["quality"])["quality"]
-    assert [(row["schedule"], row["steps"]) for row in rows] == [("linear", "24"), ("cosine", "24")]
-    assert f"{float(rows[0]['fd_pixels, all steps']):.3g} with the linear schedule" in study.findings[0]
+    assert [(row["schedule"], row["steps"], row["sampled over"]) for row in rows] == [
+        (name, "24", way) for name in ("linear", "cosine") for way in ("3 of them", "all steps")
+    ]
+    assert f"{float(rows[1]['fd_pixels']):.3g} with the linear schedule" in study.findings[0]
 
 
 def test_schedules_refuses_what_is_none(here, capsys):
