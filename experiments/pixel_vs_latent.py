@@ -152,7 +152,7 @@ def pixel_vs_latent(
     measure = make_extractor(extractor, extractor_weights, source.image_shape)
     measure.load(source)
     measure.to(pixel.module.device)
-    evaluator = Evaluator.of(source, measure, num_samples)
+    evaluator = Evaluator(source, measure, num_samples)
     points = [
         point for one in (pixel, latent) for point in sample(one, evaluator, num_steps, num_samples, seed, folder)
     ]

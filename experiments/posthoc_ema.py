@@ -63,7 +63,7 @@ def posthoc_ema(
     data = prepared_data(ckpt_path)
     measure = extractor or ClassifierFeatures()
     measure.load(data)
-    evaluator = Evaluator.of(data, measure, num_samples)
+    evaluator = Evaluator(data, measure, num_samples)
     seeds = range(seed, seed + num_samples)
     labels = draw_labels(seeds, class_frequencies(data, module.num_classes))
     sampling = module.sampling.replace(num_steps=num_steps)

@@ -23,19 +23,19 @@ from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
-import torch
 import yaml
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.configs import find_config
+from diffusion_lit.evaluation.features import Features
 from diffusion_lit.report.facts import magnitude
 from diffusion_lit.storage.atomic import atomic
 from experiments.benchmarks.entries import Entry
-from experiments.benchmarks.seeds import TrainingFailed, train_once
+from experiments.benchmarks.seeds import TrainingFailed, samples_in, train_once
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.harness.configs import merge, read_config
+from experiments.harness.evaluator import BATCH
 from experiments.harness.halving import BASE, SIGNIFICANT, Result, Round, combined, plan, survivors
 from experiments.harness.runs import Run, Trained
 from experiments.harness.study import Study, main
@@ -194,9 +194,8 @@ class Runner:
             self.study.tell(f"{name} failed and left the race; its message stands above.")
             self.spent += time.perf_counter() - begun
             return {}
-        with np.load(place / "samples.npz") as kept:
-            images = torch.from_numpy(kept[GUIDED]).permute(0, 3, 1, 2)
-        figures = self.judge.blocks(images, BLOCKS)
+        features = self.judge.extractor.extract(samples_in(place)[GUIDED], BATCH).features
+        figures = [self.judge.distance(Features(block)) for block in features.chunk(BLOCKS)]
         if not record.exists():
             record.write_text(f"{time.perf_counter() - begun}")
         self.spent += float(record.read_text())
@@ -246,10 +245,7 @@ def report(runner: Runner, history: list[dict[str, Result]]) -> None:
     )
     study.figure("race", drawing(history, metric), "More time for fewer variants from round to round.")
     for kind, one in {"winner": best, "config": base}.items():
-        with np.load(one.place / "samples.npz") as kept:
-            study.images(
-                f"samples_{kind}", torch.from_numpy(kept[GUIDED][:40]).permute(0, 3, 1, 2), f"Samples of {one.name}."
-            )
+        study.images(f"samples_{kind}", samples_in(one.place)[GUIDED][:40], f"Samples of {one.name}.")
 
 
 def write_winner(runner: Runner, best: Result) -> None:

@@ -76,7 +76,7 @@ def sampler_comparison(
     measure = make_extractor(extractor, extractor_weights, module.image_shape)
     measure.load(data)
     measure.to(module.device)
-    evaluator = Evaluator.of(data, measure, num_samples)
+    evaluator = Evaluator(data, measure, num_samples)
     labels = draw_labels(range(seed, seed + num_samples), class_frequencies(data, module.num_classes))
 
     folder = Path(out)

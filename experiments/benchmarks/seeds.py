@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.report.images import grid_image
@@ -134,10 +135,15 @@ def train_once(place: Path, training: Training) -> dict[str, Any]:
     return facts
 
 
+def samples_in(place: Path) -> dict[str, Tensor]:
+    """The samples in the folder of a training, uint8 (N, C, H, W) by their kind."""
+    with np.load(place / "samples.npz") as kept:
+        return {kind: torch.from_numpy(kept[kind]).permute(0, 3, 1, 2) for kind in kept.files}
+
+
 def figures_of(place: Path, judge: Judge) -> dict[str, float]:
     """The figures of the samples in a folder, by their kind."""
-    with np.load(place / "samples.npz") as kept:
-        return {kind: judge.measure(torch.from_numpy(kept[kind]).permute(0, 3, 1, 2)) for kind in kept.files}
+    return {kind: judge.distance(images) for kind, images in samples_in(place).items()}
 
 
 def summary_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

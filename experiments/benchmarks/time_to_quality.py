@@ -29,8 +29,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from diffusion_lit.checks import check_count, check_number
@@ -38,7 +36,7 @@ from diffusion_lit.report.facts import magnitude
 from diffusion_lit.runtime.hardware import device_type
 from experiments.benchmarks.contenders import OURS, installed
 from experiments.benchmarks.entries import Entry, read_entry
-from experiments.benchmarks.seeds import machine_of, seed_of
+from experiments.benchmarks.seeds import machine_of, samples_in, seed_of
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.harness.command import command
@@ -112,12 +110,12 @@ def time_to_quality(
             place = folder / f"{name}_{seed}"
             entry = take_part(name, nfe, batch_size, split(options or [])[1])
             made = seed_of(place, Training(entry, track, seed, root, minutes), judge)
-            drawn = np.load(place / "samples.npz")
+            drawn = samples_in(place)
             for kind, distance in made["figures"].items():
                 title = name if kind == GUIDED else f"{name}, {kind}"
                 told = {"contender": title, "seed": seed, "minutes": minutes, "nfe": nfe, "num_samples": num_samples}
                 records.append({**told, "hardware": machine, **made, "distance": distance})
-                shown.setdefault(title, torch.from_numpy(drawn[kind][:SHOWN]).permute(0, 3, 1, 2))
+                shown.setdefault(title, drawn[kind][:SHOWN])
                 print(f"{title}, seed {seed}: {judge.metric} {distance:.2f}")
     keep_figure(folder / "samples.png", image_rows(shown))
     text = table(records, judge.floor, judge.metric)

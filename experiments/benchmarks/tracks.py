@@ -17,20 +17,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
-from diffusion_lit.evaluation.features import FeatureExtractor, MissingWeights
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, kernel_distance
-from diffusion_lit.evaluation.reference import features_of, real_pairs, reference_of
+from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
+from diffusion_lit.evaluation.metrics import Statistics, kernel_distance
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.runtime.hardware import use_threads
 from diffusion_lit.storage.hashing import key_of
-from experiments.harness.evaluator import choose_extractor
+from experiments.harness.evaluator import Evaluator, choose_extractor
 
 SPEEDRUNS = Path(__file__).parent / "speedruns"
-BATCH = 250  # images that are measured at a time
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ class LockedClassifier(ClassifierFeatures):
         self._network = network.eval().requires_grad_(False)
 
 
-class Judge:
+class Judge(Evaluator):
     """Measures samples as a track prescribes.
 
     Args:
@@ -194,46 +191,20 @@ class Judge:
 
     def __init__(self, track: Track, data: Any, weights: str | None = None) -> None:
         self.track = track
-        self.extractor = track.make_extractor(data, weights)
-        self.reference = reference_of(data, "train", self.extractor, BATCH)
-        held_out = features_of(data, "val", self.extractor, BATCH) if len(data.split("val").images) else None
-        pairs = real_pairs(self.reference, held_out, track.num_samples)
-        self.floor: tuple[float, int] | None = None  # figure of real images, and their number
-        if pairs:
-            features = None if pairs[0].reference is None else pairs[0].reference.features
-            self.floor = self._figure(pairs[0].drawn.features, features, pairs[0].rest), len(pairs[0].drawn)
+        held_out = len(data.split("val").images)
+        super().__init__(data, track.make_extractor(data, weights), track.num_samples, held_out)
 
     @property
     def metric(self) -> str:
         """Name of the figure, such as `fd_classifier`."""
         return f"{self.track.metric}_{self.extractor.name}"
 
-    def measure(self, images: Tensor) -> float:
-        """The figure of samples.
-
-        Args:
-            images: uint8 (N, C, H, W).
-        """
-        features = self.extractor.extract(images, BATCH).features
-        real = self.reference.features
-        return self._figure(features, None if real is None else real.features, self.reference.statistics)
-
-    def blocks(self, images: Tensor, count: int) -> list[float]:
-        """The figure of each of several disjoint blocks of samples.
-
-        Args:
-            images: uint8 (N, C, H, W).
-            count: Number of blocks.
-        """
-        features = self.extractor.extract(images, BATCH).features
-        real = None if self.reference.features is None else self.reference.features.features
-        return [self._figure(block, real, self.reference.statistics) for block in features.chunk(count)]
-
-    def _figure(self, features: Tensor, real: Tensor | None, statistics: Statistics) -> float:
+    def between(self, drawn: Features, real: Statistics, features: Features | None) -> float:
+        """The track's distance of samples to real images."""
         if self.track.metric == "fd":
-            return frechet_distance(Statistics.of(features), statistics)
-        assert real is not None
-        return kernel_distance(features, real)
+            return super().between(drawn, real, features)
+        assert features is not None
+        return kernel_distance(drawn.features, features.features)
 
 
 DIGITS: dict[str, Any] = {

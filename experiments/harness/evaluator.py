@@ -1,7 +1,6 @@
 """Measures the samples of a study, with the code of `diffusion-lit evaluate`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features, Missin
 from diffusion_lit.evaluation.generation import Samples
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.neighbours import PRECISION_NEIGHBOURS, neighbour_figures
-from diffusion_lit.evaluation.reference import Reference, features_of, real_against_real, reference_of
+from diffusion_lit.evaluation.reference import features_of, real_pairs, reference_of
 from diffusion_lit.modules.data_classifier import training_labels
 from diffusion_lit.words import counted
 
+BATCH = 250  # images that are measured at a time
 MOST_NEIGHBOURS = 5000  # the distances between all images of a large set would take minutes, for each figure
 
 
@@ -39,29 +39,29 @@ class Thumbnails(FeatureExtractor):
         return Features(adaptive_avg_pool2d(images.float() / 255, side).flatten(1))
 
 
-@dataclass(frozen=True)
 class Evaluator:
-    """Measures samples: a feature extractor and the reference images.
+    """Measures samples: a feature extractor and the reference images, from the cache or computed now.
 
     Args:
         data: The data set, set up.
         extractor: The loaded extractor.
+        count: Number of samples.
+        held_out: Most held-out images that the floor is taken of; `count` by default.
+
+    Attributes:
         reference: Features of the training images.
-        floor: The Fréchet distance of real images to real ones, and at what number; None where there are too few.
+        floor: The distance of real images to real ones, and at what number; None where there are too few.
     """
 
-    data: Any
-    extractor: FeatureExtractor
-    reference: Reference
-    floor: tuple[float, int] | None
-
-    @staticmethod
-    def of(data: Any, extractor: FeatureExtractor, count: int) -> "Evaluator":
-        """The evaluator of a data set, from the cache or computed now."""
-        reference = reference_of(data, "train", extractor, 250)
-        spare = len(data.reference_images("val"))
-        held_out = features_of(data, "val", extractor, 250, count) if spare else None
-        return Evaluator(data, extractor, reference, real_against_real(reference, held_out, count))
+    def __init__(self, data: Any, extractor: FeatureExtractor, count: int, held_out: int | None = None) -> None:
+        self.data, self.extractor = data, extractor
+        self.reference = reference_of(data, "train", extractor, BATCH)
+        some = len(data.reference_images("val")) > 0
+        spare = features_of(data, "val", extractor, BATCH, held_out or count) if some else None
+        pairs = real_pairs(self.reference, spare, count)
+        self.floor: tuple[float, int] | None = None
+        if pairs:
+            self.floor = self.between(pairs[0].drawn, pairs[0].rest, pairs[0].reference), len(pairs[0].drawn)
 
     @property
     def metric(self) -> str:
@@ -82,7 +82,7 @@ class Evaluator:
             ValueError: If there are 3 samples or training images at the most.
         """
         if isinstance(samples, Tensor):
-            samples = self.extractor.extract(samples, 250)
+            samples = self.extractor.extract(samples, BATCH)
         features = samples.features if isinstance(samples, Samples) else samples
         assert self.reference.features is not None
         real = self.reference.features.features
@@ -95,9 +95,14 @@ class Evaluator:
         found = neighbour_figures(features.features, real[torch.arange(count) * len(real) // count])
         return {self.metric: self.distance(features), "precision": found["precision"], "recall": found["recall"]}
 
-    def distance(self, features: Features) -> float:
-        """The Fréchet distance of samples to the training images."""
-        return frechet_distance(Statistics.of(features.features), self.reference.statistics)
+    def distance(self, samples: Features | Tensor) -> float:
+        """The distance of samples, their features or uint8 images (N, C, H, W), to the training images."""
+        features = self.extractor.extract(samples, BATCH) if isinstance(samples, Tensor) else samples
+        return self.between(features, self.reference.statistics, self.reference.features)
+
+    def between(self, drawn: Features, real: Statistics, features: Features | None) -> float:
+        """The Fréchet distance of samples to real images, by their statistics; a subclass may need their features."""
+        return frechet_distance(Statistics.of(drawn.features), real)
 
     def draw_floor(self, axes: Any) -> None:
         """Marks the distance of real images in a plot of the Fréchet distance."""

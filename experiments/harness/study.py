@@ -190,7 +190,7 @@ class Study:
         data.prepare_data()
         data.setup()
         extractor = choose_extractor(data, self.setup.extractor, self.setup.extractor_weights, self.tell)
-        return Evaluator.of(data, extractor.to(self.device), self.setup.num_samples)
+        return Evaluator(data, extractor.to(self.device), self.setup.num_samples)
 
     def draw(
         self,
