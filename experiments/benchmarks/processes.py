@@ -5,8 +5,6 @@ import os
 import resource
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,38 +15,9 @@ from datamodules import ImageDataModule
 from datamodules.loaders import Split
 from experiments.benchmarks.contenders import OURS, BenchmarkJob, our_net
 from experiments.benchmarks.peers import Draw, autocast, peer
+from experiments.benchmarks.stopwatch import Stopwatch
 
 IMAGES = 4096
-
-
-@dataclass
-class Slice:
-    """Cost of some work: seconds, CPU seconds, page faults, and the number of images."""
-
-    seconds: float
-    cpu: float
-    faults: int
-    images: int
-
-
-class Stopwatch:
-    """Measures the time of this process from the stopwatch's construction."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._wait()
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-        self._faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-    def read(self, images: int) -> Slice:
-        """What has passed."""
-        self._wait()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self._faults
-        return Slice(time.perf_counter() - self._wall, time.process_time() - self._cpu, faults, images)
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 def memory(device: str) -> int:

@@ -11,7 +11,6 @@ about 5M parameters and with one that does nothing, and guidance beside one forw
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,6 +36,7 @@ from diffusion_lit.diffusion import (
 from diffusion_lit.nets import UNet
 from diffusion_lit.report.facts import count_parameters
 from diffusion_lit.runtime.hardware import hardware, keep_freed_memory
+from experiments.benchmarks.stopwatch import Slice, Stopwatch
 from experiments.benchmarks.turns import Finished, Recorder, Rounds, Turns
 from experiments.harness.command import command
 from experiments.harness.show import keep_json, markdown
@@ -85,10 +85,10 @@ def profile_step(
     recorder = Recorder()
     turns = Turns(rounds, steps, recorder)
     fit(config, options or [], turns)
-    unit = 0 if turns.device == "cuda" else 1  # of the clock, or of the CPU
-    ratios = torch.tensor([mine[unit] / bare[unit] - 1 for mine, bare in zip(turns.fit, turns.bare, strict=True)])
+    mine, bare = ([_spent(one, turns.device) for one in some] for some in (turns.fit, turns.bare))
+    ratios = torch.tensor(mine) / torch.tensor(bare) - 1
     low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    total = sum(wall for wall, _ in turns.fit)
+    total = sum(one.seconds for one in turns.fit)
     report = {
         "config": config,
         "hardware": hardware(torch.device(turns.device), 1),
@@ -222,18 +222,20 @@ def beside_network(device: str, repeats: int, samples: int, steps: int, channels
 
 
 def _timed(work: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median seconds: wall clock on a GPU, CPU time elsewhere, which other programs do not affect."""
+    """Median of `_spent`."""
     taken = []
-    clock = time.perf_counter if device == "cuda" else time.process_time
     if repeats > 1:
         work()
     for _ in range(repeats):
-        start = clock()
+        watch = Stopwatch(device)
         work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append(clock() - start)
+        taken.append(_spent(watch.read(), device))
     return statistics.median(taken)
+
+
+def _spent(one: Slice, device: str) -> float:
+    """Seconds: of the clock on a GPU, of the CPU elsewhere, which other programs do not affect."""
+    return one.seconds if device == "cuda" else one.cpu
 
 
 def text(report: dict[str, Any]) -> str:

@@ -27,7 +27,8 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.runtime.hardware import bf16_pays, device_type, hardware, keep_freed_memory, use_threads
 from diffusion_lit.runtime.versions import versions
 from experiments.benchmarks.contenders import OURS, BenchmarkJob, installed, nearest, title_of
-from experiments.benchmarks.processes import Contender, Slice, Stopwatch
+from experiments.benchmarks.processes import Contender
+from experiments.benchmarks.stopwatch import Slice, Stopwatch
 from experiments.harness.command import command
 from experiments.harness.show import keep_json, markdown
 
@@ -206,7 +207,7 @@ def _rate(work: Callable[[], Tensor], operations: int, device: str, repeats: int
     for _ in range(repeats):
         watch = Stopwatch(device)
         work()
-        best = min(best, watch.read(0).seconds)
+        best = min(best, watch.read().seconds)
     gc.collect()
     return operations / best
 

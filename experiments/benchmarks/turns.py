@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import Profiler
 
+from experiments.benchmarks.stopwatch import Slice, Stopwatch
+
 WARM_UP = 3
 
 
@@ -68,12 +70,12 @@ class Turns:
 
     def __init__(self, rounds: int, steps: int, recorder: Recorder) -> None:
         self.rounds, self.steps, self.recorder = rounds, steps, recorder
-        self.fit: list[tuple[float, float]] = []  # seconds of the clock and of the CPU
-        self.bare: list[tuple[float, float]] = []
+        self.fit: list[Slice] = []
+        self.bare: list[Slice] = []
         self.device = "cpu"
         self._loop: Iterator[None] | None = None
         self._count = 0
-        self._since = (0.0, 0.0)
+        self._watch = Stopwatch("cpu")
 
     def step(self, trainer: Any, module: Any) -> None:
         """Called at the start of each step of `fit`.
@@ -90,25 +92,16 @@ class Turns:
         if self._count <= WARM_UP or (self._count - WARM_UP - 1) % self.steps:
             return
         if self._count > WARM_UP + 1:
-            self.fit.append(self._spent())
+            self.fit.append(self._watch.read())
         self.recorder.running = False
         if len(self.fit) == self.rounds:
             raise Finished
-        self._since = self._now()
+        self._watch = Stopwatch(self.device)
         for _ in range(self.steps):
             next(self._loop)
-        self.bare.append(self._spent())
+        self.bare.append(self._watch.read())
         self.recorder.running = True
-        self._since = self._now()
-
-    def _now(self) -> tuple[float, float]:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
-
-    def _spent(self) -> tuple[float, float]:
-        wall, cpu = self._now()
-        return wall - self._since[0], cpu - self._since[1]
+        self._watch = Stopwatch(self.device)
 
 
 def bare_loop(trainer: Any, module: Any) -> Iterator[None]:

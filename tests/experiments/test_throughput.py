@@ -8,7 +8,7 @@ from torch import nn
 
 from experiments.benchmarks import contenders, peers, processes, throughput
 from experiments.benchmarks.contenders import OURS, BenchmarkJob, Cost
-from experiments.benchmarks.processes import Slice
+from experiments.benchmarks.stopwatch import Slice
 
 PEERS = contenders.installed()[1:]
 
