@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.modules.load import load_module
@@ -60,7 +61,8 @@ def learning_rates(
         rows.append({"learning rate": name, "val/loss": loss, **evaluator.measure(drawn), "seconds": run.seconds})
         study.images(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")
         figure = detailed(study, run)
-        study.figure(f"detailed_{name}", figure, f"From noise to image at learning rate {name}: x above x0_hat.")
+        caption = f"From noise to image at learning rate {name}: x above x0_hat, under the noise level sigma."
+        study.figure(f"detailed_{name}", figure, caption)
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images, {steps:,} steps.")
     figure = lines(rows, "learning rate", {evaluator.metric: [evaluator.metric]}, evaluator)
     study.figure("quality", figure, "The same as a figure.")
@@ -116,7 +118,7 @@ def losses(trained: dict[str, Trained]) -> plt.Figure:
     return figure
 
 
-def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> plt.Figure:
+def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> Image.Image:
     """Some steps of a few samples, evenly spread, with the noise level of each.
 
     Returns:
@@ -132,9 +134,7 @@ def detailed(study: Study, run: Trained, count: int = 3, columns: int = 10) -> p
         scaled = [recorder.x[step][index] / (1 + recorder.sigmas[step] ** 2) ** 0.5 for step in chosen]
         rows[f"{index + 1}: x"] = torch.stack(scaled)
         rows[f"{index + 1}: x0_hat"] = torch.stack([recorder.x0_hat[step][index] for step in chosen])
-    figure = image_rows(rows, [f"{recorder.sigmas[step]:.3g}" for step in chosen])
-    figure.suptitle("noise level sigma")
-    return figure
+    return image_rows(rows, [f"{recorder.sigmas[step]:.3g}" for step in chosen])
 
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ def denoise(study: Study, denoisers: dict[str, Denoise], clean: Tensor, noise: T
     for name, function in denoisers.items():
         restored = [function(x[None], strength) for x, strength in zip(rows["noisy"], columns, strict=True)]
         rows[name] = torch.cat(restored)
-    figure = image_rows(rows, [f"{strength:.1f}" for strength in columns], width=8)
-    figure.suptitle("noise, for pixels in [0, 1]")
-    study.figure("out_of_distribution_images", figure, "One held-out image under noise of every strength.")
+    sheet = image_rows(rows, [f"{strength:.1f}" for strength in columns])
+    caption = "One held-out image under noise of every strength, for pixels in [0, 1]."
+    study.figure("out_of_distribution_images", sheet, caption)
     return errors
 
 

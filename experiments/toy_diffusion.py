@@ -49,17 +49,15 @@ def toy_diffusion(study: Study, num_steps: list[int] = [1, 2, 5, 10, 40]) -> Non
 
     names = [f"{amount:.2f}" for amount in AMOUNTS.tolist()]
     forward = {f"image {row + 1}": mix(real[row], noise[row], AMOUNTS) for row in range(4)}
-    figure = image_rows(forward, names)
-    figure.suptitle("amount of noise t")
-    study.figure("forward", figure, "The forward process: (1 - t) x0 + t n for four held-out images.")
+    caption = "The forward process: (1 - t) x0 + t n for four held-out images, under the amount of noise t."
+    study.figure("forward", image_rows(forward, names), caption)
 
     with torch.no_grad():
         inputs = torch.cat([mix(real[row : row + 1], noise[row : row + 1], AMOUNTS[row]) for row in range(9)])
         outputs = module.denoiser(inputs / (1 - AMOUNTS)[:, None, None, None], flow_time_to_sigma(AMOUNTS))
     rows = {"image": real, "input": inputs, "output": outputs}
-    figure = image_rows(rows, names)
-    figure.suptitle("amount of noise t, which the network is not told")
-    study.figure("denoiser", figure, "What the denoiser is given, and what it makes of it in one call.")
+    caption = "What the denoiser is given, and what it makes of it in one call; it is not told the amount of noise t."
+    study.figure("denoiser", image_rows(rows, names), caption)
     errors = (outputs - real).square().flatten(1).mean(1)
 
     recorder = StepRecorder(keep=8)

@@ -40,7 +40,7 @@ from experiments.benchmarks.seeds import machine_of, samples_in, seed_of
 from experiments.benchmarks.tracks import Judge, Track
 from experiments.benchmarks.trainings import GUIDED, Training
 from experiments.harness.command import command
-from experiments.harness.show import image_rows, keep_figure, keep_json, markdown
+from experiments.harness.show import image_rows, keep_json, markdown
 from experiments.harness.study import split
 
 PEERS = ("denoising-diffusion-pytorch", "smalldiffusion", "diffusers")
@@ -117,7 +117,7 @@ def time_to_quality(
                 records.append({**told, "hardware": machine, **made, "distance": distance})
                 shown.setdefault(title, drawn[kind][:SHOWN])
                 print(f"{title}, seed {seed}: {judge.metric} {distance:.2f}")
-    keep_figure(folder / "samples.png", image_rows(shown))
+    image_rows(shown).save(folder / "samples.png")
     text = table(records, judge.floor, judge.metric)
     (folder / "time_to_quality.md").write_text(text)
     keep_json(folder / "time_to_quality.json", records)

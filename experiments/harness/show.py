@@ -15,41 +15,25 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
+from PIL import Image
 from torch import Tensor
 
 from diffusion_lit.diffusion.images import from_uint8
-from diffusion_lit.report.images import grid_image
+from diffusion_lit.report.images import titled_grid
 from diffusion_lit.storage.atomic import atomic
 
 DPI = 130  # of figures
 
 
-def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] | None = None, width: float = 10) -> Figure:
+def image_rows(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image.Image:
     """Rows of images with a name before each.
 
     Args:
-        rows: Images (N, C, H, W) by the row's name, uint8 or float in [-1, 1]; as many in each row.
-        columns: Titles of the N columns.
-        width: Width of the figure in inches.
+        rows: Images (N, C, H, W) by the row's name, uint8 or float in [-1, 1].
+        columns: Titles of the columns.
     """
-    count = len(next(iter(rows.values())))
-    figure: Figure
-    figure, panels = plt.subplots(
-        len(rows), 1, figsize=(width, 0.25 + len(rows) * 0.8 * width / count), layout="constrained", squeeze=False
-    )
-    for axes, (name, images) in zip(panels[:, 0], rows.items(), strict=True):
-        row = grid_image(from_uint8(images) if images.dtype == torch.uint8 else images, count)
-        axes.imshow(row, cmap="gray", interpolation="nearest")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        axes.set_yticks([])
-        axes.set_xticks([])
-        axes.spines[:].set_visible(False)
-    if columns is not None:
-        top = panels[0, 0]
-        top.xaxis.tick_top()
-        top.set_xticks([(index + 0.5) * row.width / count for index in range(count)], columns)
-        top.tick_params(length=0)
-    return figure
+    scaled = (from_uint8(images) if images.dtype == torch.uint8 else images for images in rows.values())
+    return titled_grid([list(images) for images in scaled], list(rows), columns)
 
 
 def lines(

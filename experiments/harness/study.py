@@ -265,19 +265,22 @@ class Study:
         """Puts a paragraph on the page."""
         self.shown.append(("text", "", paragraph, ""))
 
-    def figure(self, name: str, figure: Figure, caption: str) -> Path:
+    def figure(self, name: str, figure: Figure | Image.Image, caption: str) -> Path:
         """Keeps a figure.
 
         Args:
             name: Its file's name without ending.
-            figure: Drawn with matplotlib.
+            figure: Drawn with matplotlib, or an image as it is.
             caption: A sentence on what it shows.
 
         Returns:
             The PNG file.
         """
         path = self.folder / f"{name}.png"
-        keep_figure(path, figure)
+        if isinstance(figure, Figure):
+            keep_figure(path, figure)
+        else:
+            figure.save(path)
         self.shown.append(("image", name, path, caption))
         return path
 
@@ -299,10 +302,7 @@ class Study:
         if isinstance(images, Tensor):
             scaled = from_uint8(images) if images.dtype == torch.uint8 else images
             images = titled_grid(list(scaled.split(columns)), names)
-        path = self.folder / f"{name}.png"
-        images.save(path)
-        self.shown.append(("image", name, path, caption))
-        return path
+        return self.figure(name, images, caption)
 
     def table(self, name: str, rows: list[dict[str, Any]], caption: str = "") -> None:
         """Keeps a table as CSV and Markdown, and prints it.

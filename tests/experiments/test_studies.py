@@ -8,6 +8,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from diffusion_lit.commands.configs import find_config
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.preconditioning import X0Preconditioning
+from diffusion_lit.report.images import grid_image
 from experiments import studies, sweep
 from experiments.benchmarks.entries import read_entry
 from experiments.harness import runs
@@ -375,10 +377,12 @@ def test_diversity_is_the_spread_within_classes():
 
 def test_rows_of_images_and_tables():
     images = torch.rand(3, 3, 8, 8) * 2 - 1
-    figure = image_rows({"a": images, "b": (images * 127.5 + 127.5).to(torch.uint8)}, ["x", "y", "z"])
-    first, second = figure.axes
-    assert [label.get_text() for label in first.get_xticklabels()] == ["x", "y", "z"]
-    assert first.get_ylabel() == "a" and second.get_ylabel() == "b"
+    sheet = image_rows({"a": images, "b": (images * 127.5 + 127.5).to(torch.uint8)}, ["x", "y", "z"])
+    body = np.asarray(grid_image(torch.cat([images, images]), 3)).astype(int)
+    height, width = body.shape[:2]
+    assert sheet.width > width and sheet.height > height  # names to the left, titles above
+    assert abs(np.asarray(sheet)[-height:, -width:].astype(int) - body).max() <= 1
+    assert np.asarray(sheet)[:-height].min() < 100 < 200 < np.asarray(sheet)[-height:, :4].min()
     told = markdown([{"a": "x", "b": 1.23456}, {"a": "y", "b": None}])
     assert told == "| a | b |\n| --- | ---: |\n| x | 1.235 |\n| y |  |\n"
 
