@@ -23,7 +23,7 @@ from diffusion_lit.modules.load import load_module
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
 from experiments.harness.show import lines
-from experiments.harness.study import Study, image_rows, main
+from experiments.harness.study import QUIET, Study, image_rows, main
 from experiments.sampler_comparison import settings_of
 
 SHOWN = 10  # images of each row
@@ -142,5 +142,4 @@ def sentence(rows: list[dict[str, Any]], evaluator: Evaluator) -> str:
 
 
 if __name__ == "__main__":
-    SMALL = {"trainer.max_steps": 900, "trainer.callbacks": [], "sample_grid.every": 0, "trajectory.every": 0}
-    main(few_steps, "configs/edm_digits.yaml", SMALL, num_samples=300)
+    main(few_steps, "configs/edm_digits.yaml", {**QUIET, "trainer.max_steps": 900}, num_samples=300)

@@ -241,7 +241,7 @@ def peak(check: Check) -> float:
     return 3 * 2 * batch * 32 * 32 * width * width * 9 / seconds
 
 
-def train_step(check: Check, net: Any, batch: int, channels_last: bool, call: Callable[[Any, Any, Any], Any]) -> float:
+def train_step(check: Check, net: Any, batch: int, channels_last: bool) -> float:
     """Images per second of a training step in bf16 autocast with fused AdamW."""
     import torch
 
@@ -252,7 +252,7 @@ def train_step(check: Check, net: Any, batch: int, channels_last: bool, call: Ca
 
     def step() -> None:
         with torch.autocast(check.device, torch.bfloat16):
-            loss = call(net, x, t).float().square().mean()
+            loss = net(x, t).float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -260,28 +260,16 @@ def train_step(check: Check, net: Any, batch: int, channels_last: bool, call: Ca
     return batch / clock(check, step, 10 if check.gpu else 1)
 
 
-def ours(net: Any, x: Any, t: Any) -> Any:
-    """Calls this project's networks."""
-    return net(x, t)
-
-
-def theirs(net: Any, x: Any, t: Any) -> Any:
-    """Calls diffusers' networks."""
-    return net(x, 1000 * t).sample
-
-
 def speed(check: Check) -> str:
     """The DDPM++ network's images per second and share of the measured peak, eager and compiled."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
+    from diffusion_lit.callbacks.cost import network_cost
     from diffusion_lit.nets.presets import DDPMpp
 
     net = DDPMpp(in_channels=3, image_size=32, channel_mult=(2, 2, 2) if check.gpu else (1,))
-    with FlopCounterMode(display=False) as counter:
-        ours(net, torch.zeros(1, 3, 32, 32), torch.zeros(1)).sum().backward()
     torch.backends.cudnn.benchmark = True  # as `fit` has it
-    flop, top = counter.get_total_flops(), peak(check)
+    flop, top = network_cost(net, (3, 32, 32)).training, peak(check)
     figures: dict[str, Any] = {"peak_tflops": top / 1e12, "gflop_per_image": flop / 1e9, "images_per_s": {}}
     check.figures["speed"] = figures
     plans = [(64, True, False), (512, True, False), (512, False, False), (512, True, True)]
@@ -296,7 +284,7 @@ def speed(check: Check) -> str:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            found = train_step(check, probe, batch, nhwc, ours)
+            found = train_step(check, probe, batch, nhwc)
         except torch.OutOfMemoryError:
             print(f"         {name}: out of memory")
             continue
@@ -310,23 +298,22 @@ def speed(check: Check) -> str:
 
 def beside_diffusers(check: Check) -> str:
     """The UNet2DModel of diffusers under the same bf16 autocast: as it is built (eager, NCHW), and both compiled."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     if missing := lacking("diffusers>=0.42")[-1:]:
         raise Skip(f"pip install {missing[0]}")
     from diffusers import UNet2DModel
 
+    from diffusion_lit.callbacks.cost import network_cost
+    from experiments.benchmarks.contenders import Called
+
     width = 160 if check.gpu else 32
     blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
               "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
-    net = UNet2DModel(32, 3, 3, block_out_channels=[width, 2 * width, 2 * width], layers_per_block=3, **blocks)
-    with FlopCounterMode(display=False) as counter:
-        theirs(net, torch.zeros(1, 3, 32, 32), torch.zeros(1)).sum().backward()
-    flop, batch = counter.get_total_flops(), 512 if check.gpu else 2
-    plain = train_step(check, copy.deepcopy(net), batch, False, theirs)
+    unet = UNet2DModel(32, 3, 3, block_out_channels=[width, 2 * width, 2 * width], layers_per_block=3, **blocks)
+    net = Called("diffusers", unet)
+    flop, batch = network_cost(net, (3, 32, 32)).training, 512 if check.gpu else 2
+    plain = train_step(check, copy.deepcopy(net), batch, False)
     net.compile(backend="inductor" if check.gpu else "eager", dynamic=False)
-    compiled = train_step(check, net, batch, True, theirs)
+    compiled = train_step(check, net, batch, True)
     rates = {"defaults": plain * flop, "compiled": compiled * flop}
     check.figures["diffusers"] = {"gflop_per_image": flop / 1e9, "images_per_s": [plain, compiled]}
     speeds = check.figures.get("speed", {})

@@ -184,5 +184,5 @@ def filled(model: Any, data: Any, count: int = 4) -> dict[str, bool]:
 
 def mean_db(made: Tensor, images: Tensor) -> tuple[float, float]:
     """Mean and least PSNR of images against their originals."""
-    values = [decibels(x[None], image[None])[0] for x, image in zip(made, images, strict=True)]
+    values = decibels(made, images)
     return sum(values) / len(values), min(values)
