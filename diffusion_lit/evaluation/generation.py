@@ -7,7 +7,8 @@ determines them. A shard that is there under the same record is not made again, 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,16 +172,8 @@ def _make_shard(
 ) -> dict[str, Tensor]:
     """Generates a shard's samples and their features, in batches."""
     started = time.perf_counter()
-    forwards = [0]
-
-    def count(net: Any, args: tuple[Tensor, ...], made: Tensor) -> None:
-        forwards[0] += len(args[0])
-
-    guide = guide_beside(module)
-    nets = (module.net, *([] if guide is None else [guide.denoiser.net]))
-    hooks = [net.register_forward_hook(count) for net in nets]
     features, images, clipped = [], [], []
-    try:
+    with counted_forwards(module) as forwards:
         for start in range(rows.start, rows.stop, job.batch_size):
             batch = range(start, min(start + job.batch_size, rows.stop))
             seeds = [job.seed + index for index in batch]
@@ -195,9 +188,6 @@ def _make_shard(
                 save_pngs(pixels, batch, job.save_to)
             if progress is not None:
                 progress(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
     made = {
         **Features.cat(features).tensors(),
         "seeds": torch.arange(rows.start, rows.stop) + job.seed,
@@ -206,6 +196,28 @@ def _make_shard(
         "seconds": torch.tensor([time.perf_counter() - started], dtype=torch.float64),
     }
     return made | ({"images": torch.cat(images)} if images else {})
+
+
+@contextmanager
+def counted_forwards(module: Model) -> Iterator[list[int]]:
+    """Within this context, the first of the list is on how many images the networks were evaluated.
+
+    Args:
+        module: The model, whose guide counts too.
+    """
+    forwards = [0]
+
+    def count(net: Any, args: tuple[Tensor, ...], made: Tensor) -> None:
+        forwards[0] += len(args[0])
+
+    guide = guide_beside(module)
+    nets = (module.net, *([] if guide is None else [guide.denoiser.net]))
+    hooks = [net.register_forward_hook(count) for net in nets]
+    try:
+        yield forwards
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save_pngs(images: Tensor, indices: Sequence[int], folder: Path) -> None:

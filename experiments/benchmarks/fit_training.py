@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
+from diffusion_lit.evaluation.generation import class_frequencies, counted_forwards, draw_labels
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.storage.checkpoints import read_training_state
 from experiments.benchmarks.entries import Entry
@@ -135,41 +135,15 @@ def draw_samples(path: Path, training: Training) -> tuple[dict[str, Tensor], dic
         settings[UNGUIDED] = module.sampling.replace(cfg_scale=1.0, num_steps=2 * module.sampling.num_steps)
     drawn, used, first = {}, {}, 10**6 * training.seed
     for title, sampling in settings.items():
-        parts, count = [], Evaluations(module)
-        for start in range(0, track.num_samples, CHUNK):
-            seeds = [first + row for row in range(start, min(start + CHUNK, track.num_samples))]
-            with count:
+        parts = []
+        with counted_forwards(module) as forwards:
+            for start in range(0, track.num_samples, CHUNK):
+                seeds = [first + row for row in range(start, min(start + CHUNK, track.num_samples))]
                 parts.append(module.generate(seeds, draw_labels(seeds, frequencies), sampling).cpu())
-            if count.images > track.evaluations * len(seeds) and start == 0:
-                raise ValueError(
-                    f"{training.entry.name} evaluates its network {count.images / len(seeds):g} times per image "
-                    f"{title}, and the track allows {track.evaluations}; set model.init_args.sampling.num_steps."
-                )
-        drawn[title], used[title] = torch.cat(parts), round(count.images / track.num_samples)
+                if forwards[0] > track.evaluations * len(seeds) and start == 0:
+                    raise ValueError(
+                        f"{training.entry.name} evaluates its network {forwards[0] / len(seeds):g} times per image "
+                        f"{title}, and the track allows {track.evaluations}; set model.init_args.sampling.num_steps."
+                    )
+        drawn[title], used[title] = torch.cat(parts), round(forwards[0] / track.num_samples)
     return drawn, used
-
-
-class Evaluations:
-    """Counts the inputs of the denoisers' networks within its context.
-
-    Args:
-        module: The model.
-
-    Attributes:
-        images: Number of images that any of them was evaluated on.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.images = 0
-        inner = getattr(module, "denoiser", module)
-        self._net = getattr(inner, "net", inner)
-
-    def __enter__(self) -> "Evaluations":
-        self._handle = self._net.register_forward_pre_hook(self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _note(self, net: nn.Module, given: tuple[Any, ...]) -> None:
-        self.images += len(given[0])
