@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.diffusion.cold import RESTORERS, ColdSampling
-from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
+from diffusion_lit.diffusion.images import from_uint8, psnr, to_uint8
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.modules.quality import ssim
 from diffusion_lit.storage.hashing import file_hash
-from experiments.harness.evaluator import Evaluator
+from experiments.harness.evaluator import Evaluator, spread_images
 from experiments.harness.runs import Trained
 from experiments.harness.show import image_rows, lines
 from experiments.harness.study import QUIET, Study, main
@@ -47,9 +47,8 @@ def cold_diffusion(
     """
     trained = study.fit(dict(variant(words.strip()) for words in degradations.split(",")))
     evaluator = study.evaluator(trained)
-    images = evaluator.data.reference_images("test")
-    count = min(study.setup.num_samples, len(images))
-    originals = take(images, torch.arange(count) * len(images) // count)
+    originals = spread_images(evaluator.data, "test", study.setup.num_samples)
+    count = len(originals)
     goal = Statistics.of(evaluator.extractor.extract(originals, 250).features)
 
     def measure(made: Tensor) -> dict[str, float]:

@@ -32,9 +32,8 @@ from diffusion_lit.modules.guides import take_guide
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.storage.hashing import file_hash
-from experiments.harness.evaluator import Evaluator
+from experiments.harness.evaluator import Evaluator, spread_images
 from experiments.harness.study import QUIET, Study, main
-from experiments.noise_cutoff import real_images
 
 COLUMNS = 4  # images of a class in a grid
 
@@ -115,7 +114,7 @@ def guidance_scale(
         reader.load(evaluator.data)
     labels = torch.arange(study.setup.num_samples) % module.num_classes
     plain = module.sampling.replace(cfg_scale=1.0, num_steps=num_steps)
-    real = float(from_uint8(real_images(evaluator)).abs().mean())
+    real = float(from_uint8(spread_images(evaluator.data)).abs().mean())
 
     ways = [Way(f"scale {scale:g}", plain.replace(cfg_scale=scale), scale=scale) for scale in scales]
     ways.append(

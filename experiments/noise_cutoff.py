@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from diffusion_lit.diffusion.images import from_uint8, take
+from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.modules.load import load_module
+from experiments.harness.evaluator import spread_images
 from experiments.harness.show import lines
-from experiments.harness.study import QUIET, Evaluator, Study, image_rows, main
-
-MOST = 2000  # real images that sharpness is taken over
+from experiments.harness.study import QUIET, Study, image_rows, main
 
 
 def noise_cutoff(
@@ -44,7 +43,7 @@ def noise_cutoff(
     module: Any = load_module(path)
     evaluator = study.evaluator(path)
     default = module.sampling.replace(sampler="ddpm", num_steps=num_steps, grid="trailing")
-    real = real_images(evaluator)
+    real = spread_images(evaluator.data)
     scale = sharpness(real)
     rows, shown = [], {}
     for cut in cuts:
@@ -91,17 +90,6 @@ def sharpness(images: Tensor) -> float:
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     pixels = from_uint8(images).flatten(0, 1)[:, None]
     return float(conv2d(pixels, kernel).square().mean())
-
-
-def real_images(evaluator: Evaluator) -> Tensor:
-    """Training images to compare with.
-
-    Returns:
-        At most `MOST` of them, evenly spread, uint8 (N, C, H, W).
-    """
-    images = evaluator.data.reference_images("train")
-    count = min(MOST, len(images))
-    return take(images, torch.arange(count) * len(images) // count)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.modules.load import load_module
+from experiments.harness.evaluator import spread_images
 from experiments.harness.networks import data_of
 from experiments.harness.show import lines
 from experiments.harness.study import QUIET, Study, image_rows, main
-from experiments.noise_cutoff import real_images, sharpness
+from experiments.noise_cutoff import sharpness
 
 
 def variance(
@@ -56,7 +57,7 @@ def variance(
     ways |= {
         f"posterior x {scale:g}": {"variance": "posterior", "variance_scale": scale} for scale in scales if scale > 1
     }
-    real = real_images(evaluator)
+    real = spread_images(evaluator.data)
     assert evaluator.reference.features is not None
     spread = diversity(evaluator.reference.features.features, evaluator.reference.labels)
     rows: list[dict[str, Any]] = []

@@ -27,6 +27,13 @@ def first_images(data: Any, split: str, count: int) -> Tensor:
     return from_uint8(take(images, torch.arange(min(count, len(images)))))
 
 
+def spread_images(data: Any, split: str = "train", count: int = 2000) -> Tensor:
+    """At most `count` images of a split, evenly spread, uint8 (N, C, H, W)."""
+    images = data.reference_images(split)
+    count = min(count, len(images))
+    return take(images, torch.arange(count) * len(images) // count)
+
+
 class Thumbnails(FeatureExtractor):
     """Colours and layout alone: images shrunk to at most 8x8, for data without classes where Inception is missing."""
 
