@@ -155,10 +155,6 @@ class Runner:
             }
         }
 
-    def entry(self, name: str, options: dict[str, Any]) -> Entry:
-        """A variant as an entry of the speedrun."""
-        return Entry(name, self.config, {**self.shared, **options})
-
     def round(self, field: dict[str, dict[str, Any]], current: Round) -> dict[str, Result] | None:
         """Trains and measures all that take part.
 
@@ -180,9 +176,10 @@ class Runner:
     def trained(self, name: str, options: dict[str, Any], minutes: float, seed: int) -> dict[str, Any] | None:
         """A training with its figures, `{}` where it failed, None where the hours are over."""
         track = replace(self.track, minutes=minutes)
-        training = Training(self.entry(name, options), track, seed, None, minutes, unguided=False)
+        entry = Entry(name, self.config, {**self.shared, **options})
+        training = Training(entry, track, seed, None, minutes, unguided=False)
         plain = "".join(letter if letter.isalnum() or letter in "=.,-" else "_" for letter in name)
-        place = self.study.folder / "runs" / f"{plain}-{training.entry.key[:8]}" / f"{minutes:.4g}_minutes_{seed}"
+        place = self.study.folder / "runs" / f"{plain}-{entry.key[:8]}" / f"{minutes:.4g}_minutes_{seed}"
         record = place / "wall.txt"
         if not record.exists() and self.spent > 3600 * self.hours:
             return None

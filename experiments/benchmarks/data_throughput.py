@@ -26,6 +26,7 @@ from torchvision import datasets, transforms
 from datamodules import ImageDataModule, ImageFolder
 from datamodules.loaders import Split
 from experiments.harness.command import command
+from experiments.harness.networks import step_cost
 from experiments.harness.show import markdown
 
 BATCH = 128
@@ -158,13 +159,7 @@ def train_rate(seconds: float) -> float:
     """Images per second at which this machine's CPU trains a small U-Net on 3x32x32 images."""
     from diffusion_lit.nets import UNet
 
-    net = UNet(model_channels=32)
-    images, noise = torch.randn(16, 3, 32, 32), torch.zeros(16)
-    start, count = time.perf_counter(), 0
-    while count < 2 or time.perf_counter() - start < seconds:
-        net(images, noise).square().mean().backward()
-        count += 1
-    return 16 * count / (time.perf_counter() - start)
+    return 16_000 / step_cost(UNet(model_channels=32), 16, seconds)["ms per step"]
 
 
 def table(rows: Sequence[Row], trained: float) -> str:
