@@ -60,9 +60,8 @@ def learning_rates(
         loss = run.metrics["val/loss"]
         rows.append({"learning rate": name, "val/loss": loss, **evaluator.measure(drawn), "seconds": run.seconds})
         study.images(f"summary_{name}", drawn.images[:40], f"Samples at learning rate {name}.")
-        figure = detailed(study, run)
         caption = f"From noise to image at learning rate {name}: x above x0_hat, under the noise level sigma."
-        study.figure(f"detailed_{name}", figure, caption)
+        study.figure(f"detailed_{name}", detailed(study, run), caption)
     study.table("quality", rows, f"{study.setup.num_samples:,} samples against the training images, {steps:,} steps.")
     figure = lines(rows, "learning rate", {evaluator.metric: [evaluator.metric]}, evaluator)
     study.figure("quality", figure, "The same as a figure.")

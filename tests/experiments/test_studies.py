@@ -92,7 +92,7 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr(runs.Children, "run", run)
-    monkeypatch.setattr("experiments.harness.study.DPI", 40)
+    monkeypatch.setattr("experiments.harness.show.DPI", 40)
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

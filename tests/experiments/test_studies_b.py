@@ -44,7 +44,7 @@ def study(tmp_path, monkeypatch):
     """Runs a study in an empty folder, its trainings in this process, measured by pixels."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("experiments.harness.study.DPI", 40)
+    monkeypatch.setattr("experiments.harness.show.DPI", 40)
     trained = []
 
     def here(self, command, **options):
