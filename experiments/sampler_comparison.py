@@ -128,12 +128,16 @@ def write(points: list[Point], evaluator: Evaluator, count: int, folder: Path) -
     """
     floor = evaluator.floor
     real = [] if floor is None else [{"sampler": f"{floor[1]:,} real images", "distance": floor[0]}]
-    rows = [point._asdict() for point in points]
-    keep_table(folder / "table", rows, real)
+    keep_table(folder / "table", [point._asdict() for point in points], real)
+    rows = [{**point._asdict(), "nfe": round(point.nfe)} for point in points]
     panels = {evaluator.metric: ["distance"], "milliseconds per sample": ["milliseconds"]}
     figure = lines(rows, "nfe", panels, evaluator, by="sampler", xlabel="denoiser calls per sample (NFE)", log=True)
-    figure.axes[0].set_ylabel(f"{evaluator.metric}, {count:,} samples")
-    figure.axes[1].set_yscale("log")
+    quality, cost = figure.axes
+    quality.set_ylabel(f"{evaluator.metric}, {count:,} samples")
+    cost.set_yscale("log")
+    for axes in (quality, cost):
+        axes.legend().remove()
+    figure.legend(*quality.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     keep_figure(folder / "figure.png", figure)
     print(f"\n{folder}/figure.png, table.md and table.csv")
 

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def lines(
     ticks = list(dict.fromkeys(row[x] for row in rows))
     for axes, (label, columns) in zip(grid[0], panels.items(), strict=True):
         groups = dict.fromkeys(row[by] if by else "" for row in rows)
-        for group, marker in zip(groups, cycle("osD^vP*X<>"), strict=False):
+        for group, marker in zip(groups, cycle("osD^vP*X<>h"), strict=False):
             own = [row for row in rows if not by or row[by] == group]
             for column in columns:
                 named = group or (column if len(columns) > 1 else "samples")
@@ -74,6 +74,9 @@ def lines(
             for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 formatted(ScalarFormatter())
             evaluator.draw_floor(axes)
+            low, high = axes.get_ylim()
+            if high > 10 * low:  # where there is no room for a number at each tick
+                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         elif {"precision", "recall"}.issuperset(columns):
             axes.set_ylim(0, 1.02)
         if log:
