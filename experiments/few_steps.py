@@ -18,7 +18,7 @@ import torch
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.images import from_uint8
 from diffusion_lit.evaluation.generation import Samples
-from diffusion_lit.evaluation.metrics import kernel_distance
+from diffusion_lit.evaluation.metrics import kernel_distance, kernel_name
 from diffusion_lit.modules.load import load_module
 from experiments.harness.evaluator import Evaluator
 from experiments.harness.runs import Trained
@@ -122,7 +122,7 @@ def measure(study: Study, run: Trained, evaluator: Evaluator, setting: Sampling)
     assert evaluator.reference.features is not None
     figures = evaluator.measure(drawn)
     kernel = kernel_distance(drawn.features.features, evaluator.reference.features.features)
-    return {**figures, evaluator.metric.replace("fd_", "kd_").replace("fid_", "kid_"): kernel}, drawn
+    return {**figures, kernel_name(evaluator.extractor.name): kernel}, drawn
 
 
 def sentence(rows: list[dict[str, Any]], evaluator: Evaluator) -> str:
