@@ -122,7 +122,9 @@ class Study:
         self.folder = Path(self.setup.out) if self.setup.out else ROOT / self.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = pick_device(self.setup.device)
-        self.shown: list[tuple[str, str, Any, str]] = []  # kind, name, content, caption
+        self.shown: list[Callable[[Page], None]] = []  # what puts texts, figures and tables on the page, in their order
+        self.figures: list[dict[str, str]] = []
+        self.tables: dict[str, list[dict[str, Any]]] = {}
         self.findings: list[str] = []
         self.trained: dict[str, Trained] = {}
         self.failed: list[Failed] = []
@@ -263,7 +265,7 @@ class Study:
 
     def text(self, paragraph: str) -> None:
         """Puts a paragraph on the page."""
-        self.shown.append(("text", "", paragraph, ""))
+        self.shown.append(lambda page: page.text(paragraph))
 
     def figure(self, name: str, figure: Figure | Image.Image, caption: str) -> Path:
         """Keeps a figure.
@@ -281,7 +283,8 @@ class Study:
             keep_figure(path, figure)
         else:
             figure.save(path)
-        self.shown.append(("image", name, path, caption))
+        self.figures.append({"file": path.name, "caption": caption})
+        self.shown.append(lambda page: page.image(path, caption))
         return path
 
     def images(
@@ -313,7 +316,9 @@ class Study:
             caption: A sentence on what it shows.
         """
         keep_table(self.folder / name, rows)
-        self.shown.append(("table", name, rows, caption))
+        self.tables[name] = rows
+        cells = [list(row.values()) for row in rows]
+        self.shown.append(lambda page: page.table(list(rows[0]), cells, caption))
 
     def finding(self, sentence: str) -> None:
         """States what was found, in one sentence with its numbers."""
@@ -338,13 +343,8 @@ class Study:
         page.text(self.about)
         page.command(self.command)
         page.text(f"{cost}; {here['device']}, {here['processor']}, {here['threads']} threads.")
-        for kind, _, content, caption in self.shown:
-            if kind == "text":
-                page.text(content)
-            elif kind == "image":
-                page.image(content, caption)
-            else:
-                page.table(list(content[0]), [list(row.values()) for row in content], caption)
+        for show in self.shown:
+            show(page)
         for failed in self.failed:
             page.text(f"The training {failed.run.name} failed: {failed.reason}")
         record = {
@@ -358,10 +358,8 @@ class Study:
             "seconds": seconds,
             "hardware": here,
             "commit": commit(),
-            "figures": [
-                {"file": path.name, "caption": caption} for kind, _, path, caption in self.shown if kind == "image"
-            ],
-            "tables": {name: rows for kind, name, rows, _ in self.shown if kind == "table"},
+            "figures": self.figures,
+            "tables": self.tables,
             "runs": {name: str(run.folder) for name, run in self.trained.items()},
             "failed": {failed.run.name: failed.reason for failed in self.failed},
         }
