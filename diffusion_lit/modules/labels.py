@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusion_lit.diffusion.samplers import SAMPLERS
 from diffusion_lit.modules.given import GivenImages, as_given
 from diffusion_lit.modules.protocols import Model, Settings
+from diffusion_lit.words import counted
 
 
 def parse_labels(labels: str | None, count: int, num_classes: int, names: Sequence[str] = ()) -> Tensor | None:
@@ -26,7 +27,7 @@ def parse_labels(labels: str | None, count: int, num_classes: int, names: Sequen
         the other, the first ones one more where it does not divide; a list is repeated.
 
     Raises:
-        ValueError: If the text is no list of classes of the model.
+        ValueError: If the text is no list of classes of the model, or names more of them than there are samples.
     """
     if labels is None:
         return None
@@ -36,6 +37,11 @@ def parse_labels(labels: str | None, count: int, num_classes: int, names: Sequen
         each, more = divmod(count, num_classes)
         return torch.arange(num_classes).repeat_interleave(each + (torch.arange(num_classes) < more).long())
     classes = class_indices(labels, num_classes, names)
+    if count < len(classes):
+        raise ValueError(
+            f"--labels names {len(classes)} classes for {counted(count, 'sample')}; give --num_samples {len(classes)}, "
+            "or fewer classes."
+        )
     return torch.tensor([classes[index % len(classes)] for index in range(count)])
 
 

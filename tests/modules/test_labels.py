@@ -19,6 +19,8 @@ def test_all_classes_come_equally_often(count, classes):
     assert labels == sorted(labels)
     assert parse_labels("3,3,7", 5, 10).tolist() == [3, 3, 7, 3, 3]
     assert parse_labels(None, 5, 10) is None
+    with pytest.raises(ValueError, match="3 classes for 2 samples.*--num_samples 3"):
+        parse_labels("3,3,7", 2, 10)
 
 
 def model(num_classes=10, label_dropout=0.1, prompts=None):
