@@ -11,6 +11,13 @@ def counted(number: int, noun: str, verb: str = "", verbs: str = "") -> str:
     return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'} {verbs}".strip()
 
 
+def short_count(number: int) -> str:
+    """A number as it stands in a metric's name, exact: 5000 as `5k`."""
+    if number % 1_000_000 == 0:
+        return f"{number // 1_000_000}m"
+    return f"{number // 1000}k" if number % 1000 == 0 else str(number)
+
+
 def article(what: object) -> str:
     """A name, or that of an object's class, behind `a` or `an`: `an EDM`, `a VAE`, `a UNet`, `an ImageFolder`."""
     name = what if isinstance(what, str) else (what if isinstance(what, type) else type(what)).__name__

@@ -114,10 +114,7 @@ def right_answers(
         values[name] = {
             count: [
                 compute_metrics(
-                    evaluator.extractor,
-                    some[torch.randperm(len(some), generator=generator)[:count]],
-                    reference.features,
-                    reference.statistics,
+                    evaluator.extractor, some[torch.randperm(len(some), generator=generator)[:count]], reference
                 )
                 for _ in range(draws)
             ]

@@ -20,13 +20,13 @@ from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance, short_count, too_few
-from diffusion_lit.evaluation.reference import Reference, features_of, real_against_real, reference_of
+from diffusion_lit.evaluation.metrics import Reference, Statistics, frechet_distance, too_few
+from diffusion_lit.evaluation.reference import real_against_real, reference_of
 from diffusion_lit.modules.protocols import Generates, HasImages, ImageSource, is_model
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.internals import average_of, data_of
 from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
-from diffusion_lit.words import counted
+from diffusion_lit.words import counted, short_count
 
 
 class FID(Callback):
@@ -205,7 +205,7 @@ class FID(Callback):
             other: Features | None = None
             if len(data.reference_images(held_out)) > 0:
                 most = limit or self.num_samples
-                other = features_of(data, held_out, self.extractor, self.batch_size, most, bar.update)
+                other = reference_of(data, held_out, self.extractor, self.batch_size, most, bar.update).features
         self._floor = real_against_real(self._reference, other, self.num_samples)
         if self._floor is None:
             rank_zero_info(f"Measuring {self.tag}; there are too few images for its real-against-real floor.")

@@ -11,13 +11,13 @@ from diffusion_lit.callbacks.samples import MOST, DrawingCallback
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.evaluation.features import FeatureExtractor
-from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.protocols import HasImages, Interpolates, Reconstructs
 from diffusion_lit.report.images import grid_image
 from diffusion_lit.report.reconstructions import difference
 from diffusion_lit.runtime.internals import data_of
 from diffusion_lit.runtime.ranks import rank_zero_alone
+from diffusion_lit.words import short_count
 
 
 class Reconstructions(DrawingCallback):

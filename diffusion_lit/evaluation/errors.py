@@ -24,7 +24,7 @@ from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.kernels import gaussian_mmd, kernel_distance_variance
 from diffusion_lit.evaluation.metrics import (
     KID_SUBSETS,
-    Statistics,
+    Reference,
     inception_score,
     kernel_name,
     kid_subset_size,
@@ -40,24 +40,21 @@ FEWEST = 12  # minimum number of images of a side
 Figure = Callable[[Tensor, Tensor], dict[str, float]]
 
 
-def standard_errors(
-    extractor: FeatureExtractor, generated: Features, reference: Features | None, statistics: Statistics
-) -> dict[str, float]:
+def standard_errors(extractor: FeatureExtractor, generated: Features, reference: Reference) -> dict[str, float]:
     """Standard deviations of the figures of `compute_metrics` over draws of the samples and of the reference.
 
     Args:
         extractor: What made the features; its name goes into the figures' names.
         generated: Features of the generated images.
-        reference: Features of the reference, or None where only its statistics are known, which then count as exact.
-        statistics: The reference's statistics.
+        reference: What they are compared with; where only its statistics are known, these count as exact.
 
     Returns:
         A number by each figure's name; nothing where there are too few images.
     """
-    x, name = generated.features, extractor.name
-    if len(x) < FEWEST or (reference is not None and len(reference) < FEWEST):
+    x, name, real = generated.features, extractor.name, reference.features
+    if len(x) < FEWEST or (real is not None and len(real) < FEWEST):
         return {}
-    whole = FrechetTo(statistics.mu, statistics.sigma) if reference is None else None
+    whole = FrechetTo(reference.statistics.mu, reference.statistics.sigma) if real is None else None
     metric = extractor.metric
 
     def frechet(a: Tensor, b: Tensor) -> dict[str, float]:
@@ -66,11 +63,11 @@ def standard_errors(
     def infinity(a: Tensor, b: Tensor) -> dict[str, float]:
         return {f"{metric}_infinity": (whole or FrechetTo.of(b)).infinity(a)}
 
-    y = x[:0] if reference is None else reference.features
+    y = x[:0] if real is None else real.features
     found = _subsampled(frechet, x, y, MOST)
     if len(x) >= LEAST:
         found |= _subsampled(infinity, x, y, MOST_EXTRAPOLATED, HALF)
-    if reference is not None:
+    if real is not None:
         variance = kernel_distance_variance(x, y, kid_subset_size(len(x), len(y)), KID_SUBSETS)
         found[kernel_name(name)] = math.sqrt(max(0.0, variance))
         near = _subsampled(neighbour_figures, x, y, MOST_NEIGHBOURS)

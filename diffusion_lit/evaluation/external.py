@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
-from diffusion_lit.evaluation.metrics import Statistics
-from diffusion_lit.evaluation.reference import Reference
+from diffusion_lit.evaluation.metrics import Reference, Statistics
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.tensors import read_record, read_tensors
 
@@ -84,16 +83,16 @@ def _foreign(
 ) -> Reference:
     """A reference of the field's."""
     features: Features | None = None
+    statistics: Statistics | None = None
     if "arr_0" in arrays:
         features = extractor.extract(_images(path, arrays["arr_0"], image_shape), batch_size, progress)
-    record = {"file": path.name, "sha256": file_hash(path), "arrays": sorted(arrays)}
+    record: dict[str, Any] = {"file": path.name, "sha256": file_hash(path), "arrays": sorted(arrays)}
     if "mu" in arrays and "sigma" in arrays and extractor.name == "inception":
         statistics = _statistics(path, arrays["mu"], arrays["sigma"])
-        count = None
         record["used"] = "mu and sigma for fid_inception" + (", arr_0 for the rest" if features is not None else "")
+        record["count"] = None
     elif features is not None:
-        statistics, count = Statistics.of(features.features), len(features)
-        record["used"] = "arr_0"
+        record |= {"used": "arr_0", "count": len(features)}
     elif "mu" in arrays and "sigma" in arrays:
         raise ValueError(
             f"{path} holds mean and covariance of Inception's features, and the extractor is {extractor.name}; use "
@@ -101,7 +100,7 @@ def _foreign(
         )
     else:
         raise ValueError(f"{path} holds neither mu and sigma nor arr_0 and is no reference.")
-    return Reference(statistics, features, count, None, {**record, "count": count})
+    return Reference(features, statistics, record=record)
 
 
 def _images(path: Path, array: Any, image_shape: tuple[int, int, int]) -> Tensor:
@@ -152,4 +151,4 @@ def _own(path: Path, extractor: FeatureExtractor, image_shape: tuple[int, int, i
         raise ValueError(f"{path} is damaged; leave --reference out to compute it anew.")
     features = Features(tensors["features"], tensors.get("logits"))
     record = {"file": path.name, "sha256": file_hash(path), **record}
-    return Reference(Statistics.of(features.features), features, len(features), None, record)
+    return Reference(features, record=record)

@@ -17,6 +17,7 @@ from diffusion_lit.evaluation.memorization import compare, held_out_split, worst
 from diffusion_lit.evaluation.metrics import (
     ISC_SPLITS,
     KID_SUBSETS,
+    Reference,
     Statistics,
     compute_metrics,
     frechet_distance,
@@ -26,7 +27,7 @@ from diffusion_lit.evaluation.metrics import (
 )
 from diffusion_lit.evaluation.monge import DIRECTIONS
 from diffusion_lit.evaluation.neighbours import NEIGHBOURS, PRECISION_NEIGHBOURS
-from diffusion_lit.evaluation.reference import Reference, features_of, real_pairs, reference_of
+from diffusion_lit.evaluation.reference import real_pairs, reference_of
 from diffusion_lit.evaluation.single_image import single_image_metrics
 from diffusion_lit.modules.protocols import DataSet, ImageSource, Interpolates, Model
 
@@ -69,10 +70,11 @@ def read_references(
                 reference = reference_from_file(Path(name), extractor, image_shape, plan.batch_size, bar.update)
             else:
                 reference = reference_of(data, name, extractor, plan.batch_size, progress=bar.update)
+            _ = reference.statistics  # or refuses a single image, before the held-out ones are read
             other = other_split(data, name)
             held_out = None
             if other is not None:
-                held_out = features_of(data, other, extractor, plan.batch_size, plan.total, bar.update)
+                held_out = reference_of(data, other, extractor, plan.batch_size, plan.total, bar.update).features
             found[name] = _reported(plan, extractor, reference, held_out, other)
     return found
 
@@ -118,9 +120,9 @@ def _reported(
             warnings.append(warning)
     pairs = real_pairs(reference, held_out, plan.num_samples, plan.num_blocks)
     if pairs:
-        count = len(pairs[0].drawn)
-        figures = [compute_metrics(extractor, pair.drawn, pair.reference, pair.rest) for pair in pairs]
-        errors = standard_errors(extractor, pairs[0].drawn, pairs[0].reference, pairs[0].rest)
+        count = len(pairs[0][0])
+        figures = [compute_metrics(extractor, drawn, rest) for drawn, rest in pairs]
+        errors = standard_errors(extractor, *pairs[0])
         summary["floor"] = {"count": count, "held_out": other, "figures": summarise(figures, errors)}
         if count != plan.num_samples:
             warnings.append(
@@ -188,9 +190,8 @@ def measure(
         samples.features[block * plan.num_samples : (block + 1) * plan.num_samples] for block in range(plan.num_blocks)
     ]
     for name, one in references.items():
-        reference = one.reference
-        figures = [compute_metrics(extractor, block, reference.features, reference.statistics) for block in blocks]
-        errors = standard_errors(extractor, blocks[0], reference.features, reference.statistics)
+        figures = [compute_metrics(extractor, block, one.reference) for block in blocks]
+        errors = standard_errors(extractor, blocks[0], one.reference)
         result["references"][name] = {"figures": summarise(figures, errors)}
     if plan.per_class:
         result["per_class"], said = per_class(samples, module, extractor, references)
@@ -266,14 +267,9 @@ def memorization(
     training, held_out = data.reference_images("train"), data.reference_images(split)
     count = min(MOST_COMPARED, len(samples.images))
     images = samples.images[:count]
-    spaces = {
-        extractor.name: compare(
-            samples.features.features[:count],
-            features_of(data, "train", extractor, plan.batch_size).features,
-            features_of(data, split, extractor, plan.batch_size).features,
-            device=device,
-        )
-    }
+    known, new = (reference_of(data, one, extractor, plan.batch_size).features for one in ("train", split))
+    assert known is not None and new is not None
+    spaces = {extractor.name: compare(samples.features.features[:count], known.features, new.features, device=device)}
     if extractor.name != "pixels":
         spaces["pixels"] = compare(images, training, held_out, data.random_flip, device)
     setting = f"{job.sampling.sampler}_{job.sampling.num_steps}_{job.sampling.cfg_scale:g}"

@@ -9,7 +9,8 @@ taken in float64.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,52 @@ class Statistics:
             raise ValueError("Some features are not finite: the model or the extractor makes NaN; look at its images.")
         made = fid_features_to_statistics(features.double())
         return Statistics(made["mu"], np.atleast_2d(made["sigma"]))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with.
+
+    Args:
+        features: The features of real images, or None where only their statistics are known.
+        known: Statistics that are not to be taken from the features, such as those of a file.
+        labels: Classes int64 (N,) of the images, or None.
+        record: All that determines it, for receipts.
+    """
+
+    features: Features | None
+    known: Statistics | None = None
+    labels: Tensor | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance of the features.
+
+        Raises:
+            ValueError: If there are fewer than 2 images.
+        """
+        if self.known is not None:
+            return self.known
+        if self.features is None:
+            raise ValueError("Give the reference's features or its statistics.")
+        if "split" in self.record:
+            check_split(self.record["split"], len(self.features), least=2)
+        return Statistics.of(self.features.features)
+
+    @property
+    def count(self) -> int | None:
+        """Number of the images that the statistics are of; None where nobody says it."""
+        return None if self.known is not None or self.features is None else len(self.features)
+
+
+def check_split(split: str, count: int, least: int) -> None:
+    """Refuses a split of too few images."""
+    if count < least:
+        raise ValueError(
+            f"The split {split} has {counted(count, 'image')}, too few to compare with; take another split, or hold "
+            "out more images."
+        )
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
@@ -135,19 +182,13 @@ def inception_score(logits: Tensor) -> float:
     return float(isc_features_to_metric(logits, splits, True, SUBSET_SEED)["inception_score_mean"])
 
 
-def compute_metrics(
-    extractor: FeatureExtractor,
-    generated: Features,
-    reference: Features | None,
-    statistics: Statistics | None = None,
-) -> dict[str, float]:
+def compute_metrics(extractor: FeatureExtractor, generated: Features, reference: Reference) -> dict[str, float]:
     """All figures of one set of generated images.
 
     Args:
         extractor: What made the features; its name goes into the figures' names.
         generated: Features of the generated images.
-        reference: Features of the reference, or None where only its statistics are known.
-        statistics: The reference's statistics; taken from `reference` when omitted.
+        reference: What they are compared with.
 
     Returns:
         Figures by name: the Fréchet distance, and as far as there is what they need its extrapolation to infinitely
@@ -157,22 +198,18 @@ def compute_metrics(
     Raises:
         ValueError: If neither the reference's features nor its statistics are given, or a figure is not finite.
     """
-    if statistics is None:
-        if reference is None:
-            raise ValueError("Give the reference's features or its statistics.")
-        statistics = Statistics.of(reference.features)
-    name = extractor.name
+    name, real, statistics = extractor.name, reference.features, reference.statistics
     figures = {extractor.metric: frechet_distance(Statistics.of(generated.features), statistics)}
     if len(generated) >= LEAST:
         to_reference = FrechetTo(statistics.mu, statistics.sigma)
         figures[f"{extractor.metric}_infinity"] = to_reference.infinity(generated.features)
-    if reference is not None:
-        figures[kernel_name(name)] = kernel_distance(generated.features, reference.features)
-        near = neighbour_figures(generated.features, reference.features, reference.radii)
+    if real is not None:
+        figures[kernel_name(name)] = kernel_distance(generated.features, real.features)
+        near = neighbour_figures(generated.features, real.features, real.radii)
         figures |= {f"{figure}_{name}": value for figure, value in near.items()}
-        figures[f"mind_{name}"] = monge_distance(generated.features, reference.features)
+        figures[f"mind_{name}"] = monge_distance(generated.features, real.features)
         if extractor.mmd_sigma is not None:
-            figures[f"mmd_{name}"] = gaussian_mmd(generated.features, reference.features, extractor.mmd_sigma)
+            figures[f"mmd_{name}"] = gaussian_mmd(generated.features, real.features, extractor.mmd_sigma)
     if generated.logits is not None:
         figures[f"isc_{name}"] = inception_score(generated.logits)
     return check_figures(figures)
@@ -221,20 +258,6 @@ def too_few(count: int, dimension: int) -> str | None:
         "most, and the Fréchet distance is biased upwards by much; compare it only at the same number, and look at "
         "the kernel distance."
     )
-
-
-def short_count(count: int) -> str:
-    """A number of images as it stands in a metric's name: 5000 as `5k`.
-
-    Args:
-        count: At least 1.
-
-    Returns:
-        Its short form, exact.
-    """
-    if count % 1_000_000 == 0:
-        return f"{count // 1_000_000}m"
-    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:

@@ -18,8 +18,7 @@ from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
 from diffusion_lit.evaluation.efficientnet import EfficientNetLite0
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
 from diffusion_lit.evaluation.measure import ReportedReference, other_split
-from diffusion_lit.evaluation.metrics import Statistics, check_figures, frechet_distance, summarise
-from diffusion_lit.evaluation.reference import Reference
+from diffusion_lit.evaluation.metrics import Reference, Statistics, check_figures, frechet_distance, summarise
 from diffusion_lit.modules.data_classifier import classifier_of, training_labels
 from diffusion_lit.modules.perceptual import EfficientNetDistance, FeatureDistance, StageDistance
 from diffusion_lit.modules.protocols import ImageSource, Model, Reconstructs

@@ -5,10 +5,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.facts import begun_from
 from diffusion_lit.report.receipt_tables import guidance_name, setting_name, tables
-from diffusion_lit.words import counted
+from diffusion_lit.words import counted, short_count
 
 
 def attributed(warnings: dict[str, list[str]]) -> list[str]:

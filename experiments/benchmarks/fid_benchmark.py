@@ -22,10 +22,10 @@ from typing import Any
 
 from diffusion_lit.commands.evaluate import evaluate
 from diffusion_lit.commands.evaluate_plan import Plan
-from diffusion_lit.evaluation.metrics import short_count
 from diffusion_lit.report.receipt_tables import setting_name, shown
 from diffusion_lit.storage.hashing import file_hash
 from diffusion_lit.storage.runs import find_last
+from diffusion_lit.words import short_count
 from experiments.benchmarks.parity import compare_with_command
 from experiments.harness.command import command
 from experiments.harness.runs import COMMAND

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.classifiers import ClassifierFeatures
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
-from diffusion_lit.evaluation.metrics import Statistics, kernel_distance
+from diffusion_lit.evaluation.metrics import Reference, kernel_distance
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.runtime.hardware import use_threads
 from diffusion_lit.storage.hashing import key_of
@@ -199,12 +199,12 @@ class Judge(Evaluator):
         """Name of the figure, such as `fd_classifier`."""
         return f"{self.track.metric}_{self.extractor.name}"
 
-    def between(self, drawn: Features, real: Statistics, features: Features | None) -> float:
+    def between(self, drawn: Features, real: Reference) -> float:
         """The track's distance of samples to real images."""
         if self.track.metric == "fd":
-            return super().between(drawn, real, features)
-        assert features is not None
-        return kernel_distance(drawn.features, features.features)
+            return super().between(drawn, real)
+        assert real.features is not None
+        return kernel_distance(drawn.features, real.features.features)
 
 
 DIGITS: dict[str, Any] = {

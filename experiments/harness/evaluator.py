@@ -11,9 +11,9 @@ from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.evaluation.generation import Samples
-from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
+from diffusion_lit.evaluation.metrics import Reference, Statistics, frechet_distance
 from diffusion_lit.evaluation.neighbours import PRECISION_NEIGHBOURS, neighbour_figures
-from diffusion_lit.evaluation.reference import features_of, real_pairs, reference_of
+from diffusion_lit.evaluation.reference import real_pairs, reference_of
 from diffusion_lit.modules.data_classifier import training_labels
 from diffusion_lit.words import counted
 
@@ -63,12 +63,14 @@ class Evaluator:
     def __init__(self, data: Any, extractor: FeatureExtractor, count: int, held_out: int | None = None) -> None:
         self.data, self.extractor = data, extractor
         self.reference = reference_of(data, "train", extractor, BATCH)
+        _ = self.reference.statistics  # or refuses a single image, before the held-out ones are read
         some = len(data.reference_images("val")) > 0
-        spare = features_of(data, "val", extractor, BATCH, held_out or count) if some else None
+        spare = reference_of(data, "val", extractor, BATCH, held_out or count).features if some else None
         pairs = real_pairs(self.reference, spare, count)
         self.floor: tuple[float, int] | None = None
         if pairs:
-            self.floor = self.between(pairs[0].drawn, pairs[0].rest, pairs[0].reference), len(pairs[0].drawn)
+            drawn, rest = pairs[0]
+            self.floor = self.between(drawn, rest), len(drawn)
 
     @property
     def metric(self) -> str:
@@ -105,11 +107,11 @@ class Evaluator:
     def distance(self, samples: Features | Tensor) -> float:
         """The distance of samples, their features or uint8 images (N, C, H, W), to the training images."""
         features = self.extractor.extract(samples, BATCH) if isinstance(samples, Tensor) else samples
-        return self.between(features, self.reference.statistics, self.reference.features)
+        return self.between(features, self.reference)
 
-    def between(self, drawn: Features, real: Statistics, features: Features | None) -> float:
-        """The Fréchet distance of samples to real images, by their statistics; a subclass may need their features."""
-        return frechet_distance(Statistics.of(drawn.features), real)
+    def between(self, drawn: Features, real: Reference) -> float:
+        """The Fréchet distance of samples to real images; a subclass may have another."""
+        return frechet_distance(Statistics.of(drawn.features), real.statistics)
 
     def draw_floor(self, axes: Any) -> None:
         """Marks the distance of real images in a plot of the Fréchet distance."""

@@ -16,7 +16,7 @@ from diffusion_lit.evaluation.errors import standard_errors
 from diffusion_lit.evaluation.extrapolation import POINTS, FrechetTo
 from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.kernels import gaussian_mmd, kernel_distance_variance
-from diffusion_lit.evaluation.metrics import Statistics, compute_metrics, frechet_distance, summarise
+from diffusion_lit.evaluation.metrics import Reference, Statistics, compute_metrics, frechet_distance, summarise
 from diffusion_lit.evaluation.monge import monge_distance
 from diffusion_lit.evaluation.neighbours import neighbour_figures
 from diffusion_lit.report.receipt_tables import shown
@@ -54,7 +54,7 @@ def test_density_and_coverage_of_one_distribution_are_as_the_lemmas_say():
 def test_few_images_have_the_figures_for_which_they_suffice(n):
     """Precision and recall look at 3 neighbours, density and coverage at 5."""
     real, made = normal(0, n, 2), normal(1, 40, 2)
-    figures = compute_metrics(Pixels(), Features(made), Features(real))
+    figures = compute_metrics(Pixels(), Features(made), Reference(Features(real)))
     near = {name.removesuffix("_pixels") for name in figures} & {"precision", "recall", "density", "coverage"}
     assert near == {*(("precision", "recall") if n > 3 else ()), *(("density", "coverage") if n > 5 else ())}
     if n > 3:
@@ -144,9 +144,11 @@ def test_errors_are_the_scatter_over_draws_of_both_sides():
     """Figures of unlike distributions; those of nearest neighbours and of the Fréchet distance by subsampling."""
     extractor = Pixels()
     extractor.mmd_sigma = 10.0
-    pairs = [(Features(normal(2 * i, 120, 6, shift=0.4)), Features(normal(2 * i + 1, 150, 6))) for i in range(40)]
+    pairs = [
+        (Features(normal(2 * i, 120, 6, shift=0.4)), Reference(Features(normal(2 * i + 1, 150, 6)))) for i in range(40)
+    ]
     figures = [compute_metrics(extractor, made, real) for made, real in pairs]
-    errors = [standard_errors(extractor, made, real, Statistics.of(real.features)) for made, real in pairs[:6]]
+    errors = [standard_errors(extractor, made, real) for made, real in pairs[:6]]
     assert (
         errors[0].keys()
         == figures[0].keys()
@@ -162,13 +164,13 @@ def test_errors_are_the_scatter_over_draws_of_both_sides():
 
 def test_an_error_counts_the_reference_where_blocks_do_not():
     """Many samples against few real images: the blocks agree, and the figure is no better known for it."""
-    real = normal(1, 40, 6)
+    real = Reference(Features(normal(1, 40, 6)))
     blocks = [Features(normal(seed, 400, 6)) for seed in range(2, 6)]
-    figures = [compute_metrics(Pixels(), block, Features(real)) for block in blocks]
-    summary = summarise(figures, standard_errors(Pixels(), blocks[0], Features(real), Statistics.of(real)))
+    figures = [compute_metrics(Pixels(), block, real) for block in blocks]
+    summary = summarise(figures, standard_errors(Pixels(), blocks[0], real))
     distance = summary["kd_pixels"]
     assert distance["error"] > 2 * distance["std"]
     assert shown(distance, "kd_pixels").split(" (")[0].endswith(f"± {distance['error']:.2g}")
-    assert standard_errors(Pixels(), blocks[0][:3], Features(real), Statistics.of(real)) == {}
-    alone = standard_errors(Pixels(), blocks[0], None, Statistics.of(real))
+    assert standard_errors(Pixels(), blocks[0][:3], real) == {}
+    alone = standard_errors(Pixels(), blocks[0], Reference(None, real.statistics))
     assert alone.keys() == {"fd_pixels", "fd_pixels_infinity"}

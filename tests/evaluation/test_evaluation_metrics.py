@@ -14,15 +14,16 @@ from diffusion_lit.evaluation import neighbours
 from diffusion_lit.evaluation.features import Features, Pixels
 from diffusion_lit.evaluation.generation import save_pngs
 from diffusion_lit.evaluation.metrics import (
+    Reference,
     Statistics,
     compute_metrics,
     frechet_distance,
     inception_score,
     mean_and_deviation,
-    short_count,
     too_few,
 )
 from diffusion_lit.evaluation.neighbours import neighbour_figures
+from diffusion_lit.words import short_count
 from experiments.benchmarks.parity import random_inception
 
 NAMES = {
@@ -99,8 +100,9 @@ def test_precision_and_recall_are_torch_fidelitys(count, scale):
 
 def test_the_neighbours_of_a_reference_are_looked_for_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    real, blocks = Features(torch.randn(300, 4, generator=generator)), torch.randn(3, 50, 4, generator=generator)
-    alone = [compute_metrics(Pixels(), Features(block), Features(real.features)) for block in blocks]
+    rows, blocks = torch.randn(300, 4, generator=generator), torch.randn(3, 50, 4, generator=generator)
+    real = Reference(Features(rows))
+    alone = [compute_metrics(Pixels(), Features(block), Reference(Features(rows))) for block in blocks]
     pairs, cdist = [], torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda *sides: pairs.append(tuple(map(len, sides))) or cdist(*sides))
     assert [compute_metrics(Pixels(), Features(block), real) for block in blocks] == alone
@@ -143,7 +145,7 @@ def test_figures_are_those_of_torch_fidelity_on_the_same_png_files(tmp_path, wei
         save_pngs(images, range(len(images)), tmp_path / name)
     extractor = Tiny(str(weights))
     extractor.load()
-    ours = compute_metrics(extractor, extractor.extract(generated, 32), extractor.extract(real, 64))
+    ours = compute_metrics(extractor, extractor.extract(generated, 32), Reference(extractor.extract(real, 64)))
     theirs = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "generated"),
         input2=str(tmp_path / "real"),
@@ -180,16 +182,16 @@ def test_frechet_distance_is_that_of_torchmetrics():
 def test_figures_carry_the_name_of_the_extractor_and_only_what_there_is():
     images = make_images(20)[0]
     features = Pixels().extract(images)
-    full = compute_metrics(Pixels(), features, features)
+    full = compute_metrics(Pixels(), features, Reference(features))
     others = {f"{name}_pixels" for name in ("precision", "recall", "density", "coverage", "mind")}
     assert set(full) == {"fd_pixels", "kd_pixels", *others}
     assert abs(full["fd_pixels"]) < 1e-4
-    statistics = Statistics.of(features.features)
-    assert set(compute_metrics(Pixels(), features, None, statistics)) == {"fd_pixels"}
+    alone = Reference(None, Statistics.of(features.features))
+    assert set(compute_metrics(Pixels(), features, alone)) == {"fd_pixels"}
     logits = Features(features.features, torch.zeros(20, 3))
-    assert set(compute_metrics(Pixels(), logits, None, statistics)) == {"fd_pixels", "isc_pixels"}
+    assert set(compute_metrics(Pixels(), logits, alone)) == {"fd_pixels", "isc_pixels"}
     with pytest.raises(ValueError, match="features or its statistics"):
-        compute_metrics(Pixels(), features, None)
+        compute_metrics(Pixels(), features, Reference(None))
 
 
 def test_small_numbers_are_told():
@@ -214,7 +216,7 @@ def test_inception_parity_with_torch_fidelity_and_torchmetrics(tmp_path):
         save_pngs(images, range(len(images)), tmp_path / name)
     extractor = Inception(str(path))
     extractor.load()
-    ours = compute_metrics(extractor, extractor.extract(generated, 7), extractor.extract(real, 16))
+    ours = compute_metrics(extractor, extractor.extract(generated, 7), Reference(extractor.extract(real, 16)))
     theirs = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "generated"),
         input2=str(tmp_path / "real"),

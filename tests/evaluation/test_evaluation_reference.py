@@ -1,5 +1,7 @@
 """References: a cache that serves only what was asked for, files of others, and the real-against-real floor."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from helpers.evaluation_tools import Source, Tiny, make_images, tiny_weights
 
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import Features, Pixels
-from diffusion_lit.evaluation.measure import other_split
-from diffusion_lit.evaluation.metrics import Statistics
-from diffusion_lit.evaluation.reference import Reference, features_of, real_against_real, real_pairs, reference_of
+from diffusion_lit.evaluation.measure import other_split, read_references
+from diffusion_lit.evaluation.metrics import Reference, Statistics
+from diffusion_lit.evaluation.reference import real_against_real, real_pairs, reference_of
 from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import read_tensors, write_tensors
 
@@ -181,28 +183,28 @@ def test_a_file_of_this_project_is_refused_where_it_belongs_to_something_else(ca
 
 def reference(count, seed=0):
     features = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
-    return Reference(Statistics.of(features), Features(features), count, None, {})
+    return Reference(Features(features))
 
 
 def test_the_floor_is_of_disjoint_real_images_at_the_same_number():
     real = reference(500)
     held_out = reference(300, seed=1).features
     pairs = real_pairs(real, held_out, 100, blocks=3)
-    drawn = torch.cat([pair.drawn.features for pair in pairs])
+    drawn = torch.cat([some.features for some, _ in pairs])
     assert len(pairs) == 3
     assert len(drawn.unique(dim=0)) == 300  # the blocks are disjoint, and all held out
-    assert all(pair.reference is real.features for pair in pairs)
+    assert all(rest is real for _, rest in pairs)
 
     pairs = real_pairs(real, held_out, 400, blocks=3)  # more than are held out: some of both against all others
     assert len(pairs) == 2
-    for pair in pairs:
-        both = torch.cat([pair.drawn.features, pair.reference.features])
-        assert (len(pair.drawn), len(pair.reference)) == (400, 400)
+    for some, rest in pairs:
+        both = torch.cat([some.features, rest.features.features])
+        assert (len(some), rest.count) == (400, 400)
         assert len(both.unique(dim=0)) == 800
 
-    (pair,) = real_pairs(real, held_out, 700, blocks=3)  # too many for either: what there is
-    assert len(pair.drawn) == 300
-    assert real_pairs(Reference(real.statistics, None, None, None, {}), None, 10) == []
+    ((some, _),) = real_pairs(real, held_out, 700, blocks=3)  # too many for either: what there is
+    assert len(some) == 300
+    assert real_pairs(Reference(None, real.statistics), None, 10) == []
 
 
 def test_the_floor_falls_with_the_number_and_is_far_below_another_distribution():
@@ -212,14 +214,19 @@ def test_the_floor_falls_with_the_number_and_is_far_below_another_distribution()
     assert 0 < low < 0.01 < high
 
 
-def test_a_split_of_one_image_has_features_and_is_no_reference():
+def test_a_split_of_one_image_has_features_and_no_statistics():
     source = Source(train=60, test=1)
-    assert len(features_of(source, "test", Pixels())) == 1
+    alone = reference_of(source, "test", Pixels())
+    assert alone.count == 1
     with pytest.raises(ValueError, match=r"split test has 1 image.*another split"):
-        reference_of(source, "test", Pixels())
+        _ = alone.statistics
+    extractor, plan = Counting(), SimpleNamespace(reference="test", batch_size=64, total=60)
+    with pytest.raises(ValueError, match=r"split test has 1 image.*another split"):
+        read_references(plan, source, extractor, source.image_shape)
+    assert extractor.asked == 0  # the one image is in the cache, and the held-out ones were not read
     source.images["test"] = source.images["test"][:0]
     with pytest.raises(ValueError, match=r"split test has 0 images"):
-        features_of(source, "test", Pixels())
+        reference_of(source, "test", Pixels())
     assert other_split(source, "train") is None
     assert other_split(Source(train=60, test=1), "train") == "test"
     assert other_split(Source(train=60, test=1), "val") == "train"  # rather than a single image

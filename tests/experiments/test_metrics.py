@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from diffusion_lit.evaluation.features import Features, Pixels
-from diffusion_lit.evaluation.metrics import Statistics
+from diffusion_lit.evaluation.metrics import Reference
 from experiments.metrics import needed, right_answers
 
 
@@ -14,9 +14,7 @@ def normal(seed, count, shift=0.0, scale=1.0):
 
 
 def test_figures_are_right_where_the_difference_is_theirs_and_even_where_there_is_none():
-    real = normal(0, 300)
-    reference = SimpleNamespace(features=real, statistics=Statistics.of(real.features))
-    evaluator = SimpleNamespace(extractor=Pixels(), reference=reference)
+    evaluator = SimpleNamespace(extractor=Pixels(), reference=Reference(normal(0, 300)))
     features = {
         "better": normal(1, 150),
         "as good": normal(2, 150),
