@@ -6,9 +6,10 @@ Disjoint blocks of held-out images are encoded to the means of their latents and
     unrelated    the same figures for another image of the block: the scale of the figure
 
 The perceptual distance is that of `modules.perceptual` in the extractor's own classifier, or another of the data, where
-there are labels to train one on; without labels in EfficientNet-Lite0, where that is the extractor.
+there are classes to train one on; without them in EfficientNet-Lite0, where that is the extractor.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from diffusion_lit.evaluation.efficientnet import EfficientNetLite0
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
 from diffusion_lit.evaluation.measure import ReportedReference, other_split
 from diffusion_lit.evaluation.metrics import Reference, Statistics, check_figures, frechet_distance, summarise
-from diffusion_lit.modules.data_classifier import classifier_of, training_labels
+from diffusion_lit.modules.data_classifier import MissingWeights, classifier_of
 from diffusion_lit.modules.perceptual import EfficientNetDistance, FeatureDistance, StageDistance
 from diffusion_lit.modules.protocols import ImageSource, Model, Reconstructs
 from diffusion_lit.modules.quality import ssim
@@ -163,10 +164,11 @@ def nearness(made: Tensor, real: Tensor, distance: FeatureDistance | None, devic
 
 
 def perceptual_distance(data: ImageSource, extractor: FeatureExtractor, device: torch.device) -> FeatureDistance | None:
-    """The perceptual distance that receipts give, or None where the data has no labels and the extractor no such."""
+    """The perceptual distance that receipts give, or None where the data has no classes and the extractor no such."""
     network = extractor.network if isinstance(extractor.network, ConvClassifier) else None
-    if network is None and training_labels(data) is not None:
-        network = classifier_of(data)
+    if network is None:
+        with suppress(MissingWeights):
+            network = classifier_of(data)
     if network is not None:
         return StageDistance(network).to(device).eval()
     if isinstance(extractor, EfficientNetLite0) and extractor.network is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_lit.checks import check_number
-from diffusion_lit.modules.data_classifier import classifier_from_checkpoint, classifier_of, training_labels
+from diffusion_lit.modules.data_classifier import MissingWeights, classifier_from_checkpoint, classifier_of
 from diffusion_lit.modules.efficientnet import efficientnet_lite0, stages
 from diffusion_lit.modules.latent_space import Frozen
 from diffusion_lit.modules.protocols import ImageSource
@@ -108,13 +108,13 @@ class ClassifierPerceptual(Perceptual):
         """
         if self.ckpt_path is not None:
             return StageDistance(classifier_from_checkpoint(Path(self.ckpt_path)))
-        labels = training_labels(data)
-        if labels is None or bool((labels == labels[0]).all()):
+        try:
+            return StageDistance(classifier_of(data, OWN_KEY))
+        except MissingWeights as error:
             raise ValueError(
                 "ClassifierPerceptual looks through a classifier of the data, which has no classes to tell apart; take "
                 "EfficientNetPerceptual or LPIPS, or give a classifier's ckpt_path."
-            )
-        return StageDistance(classifier_of(data, OWN_KEY))
+            ) from error
 
 
 class EfficientNetPerceptual(Perceptual):

@@ -121,10 +121,11 @@ def test_a_perceptual_loss_looks_through_its_resolutions():
 
 
 @installed
-def test_receipts_of_data_without_labels_measure_reconstructions_by_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("labels", [None, torch.zeros(4, dtype=torch.int64)], ids=["none", "one"])
+def test_receipts_of_data_without_classes_measure_reconstructions_by_it(labels, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path))
     extractor = EfficientNetLite0()
     extractor.load()
-    unlabelled = SimpleNamespace(reference_labels=lambda split: None)
-    assert isinstance(perceptual_distance(unlabelled, extractor, torch.device("cpu")), EfficientNetDistance)
-    assert perceptual_distance(unlabelled, Pixels(), torch.device("cpu")) is None
+    data = SimpleNamespace(reference_labels=lambda split: labels)
+    assert isinstance(perceptual_distance(data, extractor, torch.device("cpu")), EfficientNetDistance)
+    assert perceptual_distance(data, Pixels(), torch.device("cpu")) is None
