@@ -8,8 +8,8 @@ from torch import Tensor
 from diffusion_lit.commands.evaluate_plan import Plan
 from diffusion_lit.diffusion.generate import Sampling
 from diffusion_lit.diffusion.models import PixelModel
-from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import GenerationJob, class_frequencies, draw_labels
+from diffusion_lit.evaluation.measure import Evaluation
 from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.labels import parse_labels
 from diffusion_lit.modules.load import load_data
@@ -51,27 +51,18 @@ def prepare_data(plan: Plan, module: Model, first: bool) -> DataSet:
     return data
 
 
-def make_job(
-    plan: Plan,
-    module: Model,
-    data: DataSet,
-    extractor: FeatureExtractor,
-    setting: Settings,
-    settings: int,
-    single: bool,
-) -> GenerationJob:
+def make_job(evaluation: Evaluation, setting: Settings, settings: int, single: bool) -> GenerationJob:
     """The samples of one setting.
 
     Args:
-        plan: The options.
-        module: The model.
-        data: The data.
-        extractor: The loaded extractor.
+        evaluation: The evaluation.
         setting: How samples are drawn.
         settings: Number of settings.
         single: Whether the model was trained on one image.
     """
-    labels, rule = choose_labels(plan, module, data)
+    plan: Plan = evaluation.plan
+    module = evaluation.module
+    labels, rule = choose_labels(evaluation)
     record = {
         "format": FORMAT,
         "checkpoint": plan.model_hash(module),
@@ -80,7 +71,7 @@ def make_job(
         "labels": rule,
         **({} if (given := as_given(module)) is None else {"given": given.told()}),
         "image_shape": list(module.image_shape),
-        "extractor": extractor.identity(),
+        "extractor": evaluation.extractor.identity(),
     }
     save_to = None
     if plan.save_samples is not None:
@@ -90,19 +81,21 @@ def make_job(
     return GenerationJob(setting, plan.total, plan.seed, labels, record, plan.folder, plan.batch_size, keep, save_to)
 
 
-def choose_labels(plan: Plan, module: Model, data: DataSet) -> tuple[Tensor | None, str]:
+def choose_labels(evaluation: Evaluation) -> tuple[Tensor | None, str]:
     """The class of every sample, and a description of how it was chosen.
 
     Returns:
         Classes int64 (total,) or None, and the rule.
     """
+    plan: Plan = evaluation.plan
+    module = evaluation.module
     given = "all" if plan.prompts else plan.labels
     labels = parse_labels(given, plan.num_samples, module.num_classes, module.class_names)
     if labels is not None:
         return labels.repeat(plan.num_blocks), f"as given, {given}, in each block of {plan.num_samples}"
     if module.prompts is not None:
         return None, "none: the null prompt"
-    frequencies = class_frequencies(data, module.num_classes)
+    frequencies = class_frequencies(evaluation.data, module.num_classes)
     if frequencies is None:
         return None, "none: the model is unconditional"
     shares = ", ".join(f"{share:.6g}" for share in frequencies.tolist())

@@ -17,7 +17,7 @@ from diffusion_lit.evaluation.bits_per_dim import check_likelihood, check_test_i
 from diffusion_lit.evaluation.choose import make_extractor
 from diffusion_lit.evaluation.features import FeatureExtractor
 from diffusion_lit.evaluation.generation import GenerationJob, gather_shards, generate_shards
-from diffusion_lit.evaluation.measure import ReportedReference, measure, read_references
+from diffusion_lit.evaluation.measure import Evaluation, ReportedReference
 from diffusion_lit.evaluation.memorization import held_out_split
 from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
 from diffusion_lit.evaluation.single_image import is_single
@@ -80,21 +80,19 @@ def evaluate(fabric: Fabric, plan: Plan) -> list[str]:
     if (given := as_given(module)) is not None:
         given.give(data, "test")
     module.to(fabric.device)
-    extractor.to(fabric.device)
+    evaluation = Evaluation(plan, module, data, extractor.to(fabric.device), fabric.device)
     single = is_single(data.reference_images("train"))
     if plan.memorization and not single:
         held_out_split(data)  # or refuses
     if plan.likelihood:
         check_test_images(data)
-    jobs = [make_job(plan, module, data, extractor, setting, len(settings), single) for setting in settings]
-    references: dict[str, ReportedReference] = {}
-    if fabric.is_global_zero and not single:
-        references = read_references(plan, data, extractor, module.image_shape)
-    draw(fabric, plan, module, data, extractor, jobs)
+    jobs = [make_job(evaluation, setting, len(settings), single) for setting in settings]
+    references = evaluation.references() if fabric.is_global_zero and not single else {}
+    draw(fabric, evaluation, jobs)
     if not fabric.is_global_zero:
         return []
-    report = header(plan, module, data, extractor, references)
-    seconds = add_results(report, plan, jobs, module, data, extractor, references, fabric)
+    report = header(evaluation, references)
+    seconds = add_results(report, evaluation, jobs, references)
     report["run"] = {
         "started": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 1),
@@ -121,45 +119,33 @@ def checked_settings(plan: Plan, module: Model) -> list[Settings]:
     return settings
 
 
-def draw(
-    fabric: Fabric,
-    plan: Plan,
-    module: Model,
-    data: DataSet,
-    extractor: FeatureExtractor,
-    jobs: list[GenerationJob],
-) -> None:
+def draw(fabric: Fabric, evaluation: Evaluation, jobs: list[GenerationJob]) -> None:
     """Makes this rank's shards of all samples and likelihoods, and waits for the other ranks."""
-    share = sum(len(rows) for job in jobs for rows in job.shards()[fabric.global_rank :: fabric.world_size])
+    module, extractor, (rank, world) = evaluation.module, evaluation.extractor, (fabric.global_rank, fabric.world_size)
+    share = sum(len(rows) for job in jobs for rows in job.shards()[rank::world])
     with tqdm(total=share, desc="sampling", unit="img", disable=not fabric.is_global_zero) as bar:
         for job in jobs:
-            generate_shards(job, module, extractor, fabric.global_rank, fabric.world_size, bar.update)
-    if plan.likelihood:
-        likelihood_shards(plan, module, data, fabric.global_rank, fabric.world_size)
+            generate_shards(job, module, extractor, rank, world, bar.update)
+    if evaluation.plan.likelihood:
+        likelihood_shards(evaluation, rank, world)
     meet("the samples of other ranks")
 
 
 def add_results(
-    report: dict[str, Any],
-    plan: Plan,
-    jobs: list[GenerationJob],
-    module: Model,
-    data: DataSet,
-    extractor: FeatureExtractor,
-    references: dict[str, ReportedReference],
-    fabric: Fabric,
+    report: dict[str, Any], evaluation: Evaluation, jobs: list[GenerationJob], references: dict[str, ReportedReference]
 ) -> float:
     """Puts the figures of all settings into a report, and draws its images; on rank 0.
 
     Returns:
         Seconds that sampling took, all ranks together.
     """
+    plan: Plan = evaluation.plan
     seconds = 0.0
     said: dict[str, list[str]] = {}
     for job in jobs:
         samples = gather_shards(job)
         seconds += samples.seconds
-        result, warnings, images = measure(plan, job, samples, module, data, extractor, references, fabric.device)
+        result, warnings, images = evaluation.measure(job, samples, references)
         report["results"].append(result)
         said[setting_name(result)] = warnings
         for name, triples in images.items():
@@ -167,22 +153,22 @@ def add_results(
             pairs_image(triples).save(plan.path.with_name(name))
     report["warnings"] += attributed(said)
     if plan.likelihood:
-        report["likelihood"] = gather_bits(plan, module, data)
-    if references and reconstructs(plan, module):
-        panel = add_reconstructions(report, plan, module, data, extractor, references)
+        report["likelihood"] = gather_bits(evaluation)
+    if references and reconstructs(plan, evaluation.module):
+        panel = add_reconstructions(report, evaluation, references)
         if panel is not None:
             differences_image(panel).save(plan.path.with_name(report["reconstruction"]["images"]))
     return seconds
 
 
-def header(
-    plan: Plan, module: Model, data: DataSet, extractor: FeatureExtractor, references: dict[str, ReportedReference]
-) -> dict[str, Any]:
+def header(evaluation: Evaluation, references: dict[str, ReportedReference]) -> dict[str, Any]:
     """The report without its results.
 
     Returns:
         Plain values: all that would change a figure.
     """
+    plan: Plan = evaluation.plan
+    module, data, extractor = evaluation.module, evaluation.data, evaluation.extractor
     checkpoint = {} if plan.ckpt_path is None else read_checkpoint(plan.ckpt_path)
     weights = "as trained: the checkpoint keeps no average" if checkpoint else "as published"
     if "current_model_state" in checkpoint:
@@ -212,7 +198,7 @@ def header(
             "num_samples": plan.num_samples,
             "num_blocks": plan.num_blocks,
             "seeds": [plan.seed, plan.seed + plan.total - 1],
-            "labels": choose_labels(plan, module, data)[1],
+            "labels": choose_labels(evaluation)[1],
             **({} if (given := as_given(module)) is None else {"given": given.told()}),
             "precision": "float32 weights and sampling, uint8 images, float32 features, float64 statistics",
             "float32": float32_arithmetic(),

@@ -12,6 +12,7 @@ from diffusion_lit.diffusion.likelihood import Likelihood
 from diffusion_lit.diffusion.models import PixelModel
 from diffusion_lit.diffusion.rng import SeededNoise
 from diffusion_lit.diffusion.wrappers import Conditioned
+from diffusion_lit.evaluation.measure import Evaluation
 from diffusion_lit.evaluation.metrics import check_figures, mean_and_deviation
 from diffusion_lit.modules.protocols import ImageSource, Model
 from diffusion_lit.storage.hashing import key_of
@@ -29,25 +30,29 @@ def _solver(module: PixelModel) -> Likelihood:
     return Likelihood(sigma_min=float(low), sigma_max=float(high), prior_std=prior)
 
 
-def _record(plan: Any, module: PixelModel, data: ImageSource) -> dict[str, Any]:
+def _record(evaluation: Evaluation) -> dict[str, Any]:
     """All that determines the figure."""
+    module = check_likelihood(evaluation.module)
     return {
-        "checkpoint": plan.model_hash(module),
+        "checkpoint": evaluation.plan.model_hash(module),
         "split": SPLIT,
-        "fingerprint": data.fingerprint(SPLIT),
+        "fingerprint": evaluation.data.fingerprint(SPLIT),
         "labels": "each image's own class" if module.num_classes else "none",
         "solver": {**vars(_solver(module)), "trace": "Hutchinson, one draw of signs"},
-        "seed": plan.seed,
+        "seed": evaluation.plan.seed,
     }
 
 
-def _parts(plan: Any, data: ImageSource) -> list[range]:
-    count = min(plan.likelihood_images, len(data.reference_images(SPLIT)))
-    return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-
-
-def _path(plan: Any, record: dict[str, Any], rows: range) -> Path:
-    return Path(plan.folder) / f"likelihood_{key_of(record)[:16]}" / f"part_{rows.start:08d}.safetensors"
+def _parts(evaluation: Evaluation, record: dict[str, Any]) -> list[tuple[range, Path, dict[str, Any]]]:
+    """The rows of each part, its file, and all that determines it."""
+    plan = evaluation.plan
+    folder = Path(plan.folder) / f"likelihood_{key_of(record)[:16]}"
+    count = min(plan.likelihood_images, len(evaluation.data.reference_images(SPLIT)))
+    found = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    return [
+        (rows, folder / f"part_{rows.start:08d}.safetensors", {**record, "start": rows.start, "stop": rows.stop})
+        for rows in found
+    ]
 
 
 def check_likelihood(module: Model) -> PixelModel:
@@ -85,42 +90,33 @@ def check_test_images(data: ImageSource) -> None:
         )
 
 
-def likelihood_shards(plan: Any, module: Model, data: ImageSource, rank: int, world: int) -> None:
+def likelihood_shards(evaluation: Evaluation, rank: int, world: int) -> None:
     """Computes this rank's parts; existing ones are reused.
 
     Args:
-        plan: The options of the evaluation.
-        module: The model, on the device that shall do the work.
-        data: The data, set up.
+        evaluation: The evaluation.
         rank: This process.
         world: Number of processes.
 
     Raises:
         ValueError: As `check_likelihood`.
     """
-    module = check_likelihood(module)
-    record, device = _record(plan, module, data), next(module.parameters()).device
+    module, data, device = check_likelihood(evaluation.module), evaluation.data, evaluation.device
     images, labels = data.reference_images(SPLIT), data.reference_labels(SPLIT)
-    mine = _parts(plan, data)[rank::world]
-    for rows in tqdm(mine, desc="likelihood", unit=f"{CHUNK} images", disable=rank > 0):
-        path, own = _path(plan, record, rows), {**record, "start": rows.start, "stop": rows.stop}
-        if read_tensors(path, own) is None:
+    mine = _parts(evaluation, _record(evaluation))[rank::world]
+    for rows, path, record in tqdm(mine, desc="likelihood", unit=f"{CHUNK} images", disable=rank > 0):
+        if read_tensors(path, record) is None:
             batch = torch.as_tensor(images[rows.start : rows.stop]).to(device)
             label = None
             if module.num_classes and labels is not None:
                 label = labels[rows.start : rows.stop].to(device)
-            noise = SeededNoise([plan.seed + index for index in rows])
+            noise = SeededNoise([evaluation.plan.seed + index for index in rows])
             bits = _solver(module).bits_per_dim(Conditioned(module.denoiser, label), batch, noise=noise)
-            write_tensors(path, {"bits": bits.double()}, own)
+            write_tensors(path, {"bits": bits.double()}, record)
 
 
-def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
+def gather_bits(evaluation: Evaluation) -> dict[str, Any]:
     """Joins the parts of all ranks.
-
-    Args:
-        plan: The options of the evaluation.
-        module: The model.
-        data: The data, set up.
 
     Returns:
         Mean and standard error (None for one image) of the bits per dimension with their record.
@@ -128,13 +124,14 @@ def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
     Raises:
         ValueError: If a part is missing.
     """
-    assert isinstance(module, PixelModel)
-    record = _record(plan, module, data)
+    whole = _record(evaluation)
     found: list[Tensor] = []
-    for rows in _parts(plan, data):
-        part = read_tensors(_path(plan, record, rows), {**record, "start": rows.start, "stop": rows.stop})
+    for _, path, record in _parts(evaluation, whole):
+        part = read_tensors(path, record)
         if part is None:
-            raise ValueError(f"A part of the likelihood is missing under {plan.folder}; run the same command again.")
+            raise ValueError(
+                f"A part of the likelihood is missing under {evaluation.plan.folder}; run the same command again."
+            )
         found.append(part["bits"])
     bits = torch.cat(found)
     mean, deviation = mean_and_deviation(bits.tolist())
@@ -143,5 +140,5 @@ def gather_bits(plan: Any, module: Model, data: ImageSource) -> dict[str, Any]:
         "bits_per_dim": mean,
         "standard_error": None if deviation is None else deviation / len(bits) ** 0.5,
         "count": len(bits),
-        **record,
+        **whole,
     }

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from diffusion_lit.diffusion.images import from_uint8, psnr, take, to_uint8
 from diffusion_lit.evaluation.efficientnet import EfficientNetLite0
-from diffusion_lit.evaluation.features import FeatureExtractor, Features, full_precision
-from diffusion_lit.evaluation.measure import ReportedReference, other_split
+from diffusion_lit.evaluation.features import FeatureExtractor, full_precision
+from diffusion_lit.evaluation.measure import Evaluation, ReportedReference, other_split
 from diffusion_lit.evaluation.metrics import Reference, Statistics, check_figures, frechet_distance, summarise
 from diffusion_lit.modules.data_classifier import MissingWeights, classifier_of
 from diffusion_lit.modules.perceptual import EfficientNetDistance, FeatureDistance, StageDistance
-from diffusion_lit.modules.protocols import ImageSource, Model, Reconstructs
+from diffusion_lit.modules.protocols import ImageSource, Reconstructs
 from diffusion_lit.modules.quality import ssim
 from diffusion_lit.modules.vae import VAE
 from diffusion_lit.nets.classifier import ConvClassifier
@@ -48,21 +48,13 @@ def reconstructs(plan: Any, module: object) -> bool:
 
 
 def add_reconstructions(
-    report: dict[str, Any],
-    plan: Any,
-    module: Model,
-    data: ImageSource,
-    extractor: FeatureExtractor,
-    references: dict[str, ReportedReference],
+    report: dict[str, Any], evaluation: Evaluation, references: dict[str, ReportedReference]
 ) -> Tensor | None:
     """Adds reconstructions, measured against the first reference, to a report, or a warning why they cannot be.
 
     Args:
         report: The report.
-        plan: The options of the evaluation.
-        module: A model with `reconstruct`.
-        data: The data, set up.
-        extractor: The loaded extractor.
+        evaluation: The evaluation of a model with `reconstruct`.
         references: The references by name, at least one.
 
     Returns:
@@ -71,6 +63,7 @@ def add_reconstructions(
     Raises:
         ValueError: If they cannot be measured and were asked for.
     """
+    plan, data = evaluation.plan, evaluation.data
     name, one = next(iter(references.items()))
     split = other_split(data, name)
     least = 2 * plan.num_blocks
@@ -85,39 +78,27 @@ def add_reconstructions(
             raise ValueError(problem)
         report["warnings"].append(problem)
         return None
-    assert isinstance(module, Reconstructs)
-    device = next(module.parameters()).device
-    entry, panel = measure_reconstructions(plan, module, data, extractor, one.reference, split, device)
+    entry, panel = measure_reconstructions(evaluation, one.reference, split)
     report["reconstruction"] = {"reference": name, **entry, "images": f"{plan.path.stem}.reconstructions.png"}
     return panel
 
 
-def measure_reconstructions(
-    plan: Any,
-    module: Reconstructs,
-    data: ImageSource,
-    extractor: FeatureExtractor,
-    reference: Reference,
-    split: str,
-    device: torch.device,
-) -> tuple[dict[str, Any], Tensor]:
+def measure_reconstructions(evaluation: Evaluation, reference: Reference, split: str) -> tuple[dict[str, Any], Tensor]:
     """Reconstructs held-out images and measures them.
 
     Args:
-        plan: The options of the evaluation.
-        module: A model with `reconstruct`, on the device.
-        data: The data, set up.
-        extractor: The loaded extractor.
+        evaluation: The evaluation of a model with `reconstruct`.
         reference: What the Fréchet distance is taken to.
         split: Split of the held-out images.
-        device: Where to compute.
 
     Returns:
         The report's entry, and images (n, 2, C, H, W) in [-1, 1] beside their reconstructions for a panel.
     """
-    images = data.reference_images(split)
+    plan, module, extractor, device = evaluation.plan, evaluation.module, evaluation.extractor, evaluation.device
+    assert isinstance(module, Reconstructs)
+    images = evaluation.data.reference_images(split)
     size = min(plan.num_samples, len(images) // plan.num_blocks)
-    distance = perceptual_distance(data, extractor, device)
+    distance = perceptual_distance(evaluation.data, extractor, device)
     found: dict[str, list[dict[str, float]]] = {"reconstructions": [], "floor": [], "unrelated": []}
     shown: Tensor | None = None
     for block in range(plan.num_blocks):
@@ -126,8 +107,8 @@ def measure_reconstructions(
         made = torch.cat([_restore(module, part.to(device)) for part in torch.split(real, BATCH)])
         for name, others in (("reconstructions", made), ("floor", real), ("unrelated", real.roll(1, 0))):
             figures = nearness(others, real, distance, device)
-            features = _features(extractor, others)
-            figures[f"r{extractor.metric}"] = frechet_distance(Statistics.of(features.features), reference.statistics)
+            features = extractor.extract(others, BATCH).features
+            figures[f"r{extractor.metric}"] = frechet_distance(Statistics.of(features), reference.statistics)
             found[name].append(check_figures(figures))
         if shown is None:
             shown = from_uint8(torch.stack([real[:SHOWN], made[:SHOWN]], 1))
@@ -180,7 +161,3 @@ def perceptual_distance(data: ImageSource, extractor: FeatureExtractor, device: 
 def _restore(module: Reconstructs, images: Tensor) -> Tensor:
     """Reconstructions of uint8 images, uint8 on the CPU."""
     return to_uint8(module.reconstruct(from_uint8(images))).cpu()
-
-
-def _features(extractor: FeatureExtractor, images: Tensor) -> Features:
-    return extractor.extract(images, BATCH)

@@ -8,6 +8,7 @@ import torch
 from helpers.evaluation_tools import Source
 
 from diffusion_lit.evaluation.features import Pixels
+from diffusion_lit.evaluation.measure import Evaluation, ReportedReference
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.evaluation.reconstruction import measure_reconstructions
 from diffusion_lit.evaluation.reference import reference_of
@@ -20,8 +21,8 @@ def measured(reconstruct, monkeypatch, tmp_path, labels=False):
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path))
     data = Source(train=80, test=70, labels=labels)
     reference = reference_of(data, "train", Pixels())
-    module = SimpleNamespace(reconstruct=reconstruct)
-    return data, reference, *measure_reconstructions(PLAN, module, data, Pixels(), reference, "test", "cpu")
+    evaluation = Evaluation(PLAN, SimpleNamespace(reconstruct=reconstruct), data, Pixels(), torch.device("cpu"))
+    return data, reference, *measure_reconstructions(evaluation, reference, "test")
 
 
 def test_a_perfect_autoencoder_gets_the_floor(monkeypatch, tmp_path):
@@ -50,17 +51,17 @@ def test_a_known_error_gets_its_decibels_and_its_distance(monkeypatch, tmp_path)
 
 
 def test_too_few_held_out_images_are_told(monkeypatch, tmp_path):
-    from diffusion_lit.evaluation.measure import ReportedReference
     from diffusion_lit.evaluation.reconstruction import add_reconstructions, reconstructs
 
     monkeypatch.setenv("DIFFUSION_LIT_CACHE", str(tmp_path))
     data, report = Source(train=80, test=5, labels=False), {"warnings": []}
     references = {"train": ReportedReference(reference_of(data, "train", Pixels()), {})}
     plan = SimpleNamespace(num_samples=20, num_blocks=3, reconstruction=None)
-    assert add_reconstructions(report, plan, None, data, Pixels(), references) is None
+    evaluation = Evaluation(plan, None, data, Pixels(), torch.device("cpu"))
+    assert add_reconstructions(report, evaluation, references) is None
     assert "5 images are held out" in report["warnings"][0] and "at least 6" in report["warnings"][0]
     plan.reconstruction = True
     with pytest.raises(ValueError, match="5 images are held out"):
-        add_reconstructions(report, plan, None, data, Pixels(), references)
+        add_reconstructions(report, evaluation, references)
     with pytest.raises(ValueError, match="gives no images back"):
         reconstructs(plan, SimpleNamespace())

@@ -9,7 +9,7 @@ from helpers.evaluation_tools import Source, Tiny, make_images, tiny_weights
 
 from diffusion_lit.evaluation.external import is_file, reference_from_file
 from diffusion_lit.evaluation.features import Features, Pixels
-from diffusion_lit.evaluation.measure import other_split, read_references
+from diffusion_lit.evaluation.measure import Evaluation, other_split
 from diffusion_lit.evaluation.metrics import Reference, Statistics
 from diffusion_lit.evaluation.reference import real_against_real, real_pairs, reference_of
 from diffusion_lit.storage.hashing import key_of
@@ -221,8 +221,9 @@ def test_a_split_of_one_image_has_features_and_no_statistics():
     with pytest.raises(ValueError, match=r"split test has 1 image.*another split"):
         _ = alone.statistics
     extractor, plan = Counting(), SimpleNamespace(reference="test", batch_size=64, total=60)
+    evaluation = Evaluation(plan, SimpleNamespace(image_shape=source.image_shape), source, extractor, None)
     with pytest.raises(ValueError, match=r"split test has 1 image.*another split"):
-        read_references(plan, source, extractor, source.image_shape)
+        evaluation.references()
     assert extractor.asked == 0  # the one image is in the cache, and the held-out ones were not read
     source.images["test"] = source.images["test"][:0]
     with pytest.raises(ValueError, match=r"split test has 0 images"):
