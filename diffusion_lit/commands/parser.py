@@ -1,6 +1,7 @@
 """The parser of `fit`, `validate`, `test` and `predict`: errors of one sentence, and defaults of a part's own class."""
 
 import sys
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
@@ -48,6 +49,26 @@ def class_at(path: str) -> type:
     return found if isinstance(found, type) else type(path, (), {})
 
 
+@dataclass
+class RunOptions:
+    """Options of the run.
+
+    Args:
+        name: Name of the run, whose results go to runs/NAME/version_N; the config's file name by default.
+        compile: Compiles the network, and nothing else; --model.compile says the same.
+        channels_last: Keeps feature maps in the layout NHWC; by default on CUDA and, in float32, on x86 CPUs.
+        init_from: Starts from the weights of another run as far as they fit: a checkpoint, runs/NAME, an export's
+            folder or a snapshot of averages. Optimizer, schedule and step begin anew.
+        init_weights: Which of its weights: average (EMA) or raw.
+    """
+
+    name: str | None = None
+    compile: bool = False
+    channels_last: bool | None = None
+    init_from: str | None = None
+    init_weights: str = "average"
+
+
 class Parser(LightningArgumentParser):
     """LightningCLI's parser with errors of a sentence instead of a page of usage."""
 
@@ -71,35 +92,5 @@ class Parser(LightningArgumentParser):
 
     def add_run_options(self) -> None:
         """Adds the options that are of the run, and of no part of it."""
-        self.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="Name of the run, whose results go to runs/NAME/version_N; the config's file name by default.",
-        )
-        self.add_argument(
-            "--compile",
-            type=bool,
-            default=False,
-            help="Compiles the network, and nothing else; --model.compile says the same.",
-        )
-        self.add_argument(
-            "--channels_last",
-            type=bool | None,
-            default=None,
-            help="Keeps feature maps in the layout NHWC; by default on CUDA and, in float32, on x86 CPUs.",
-        )
-        self.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="Starts from the weights of another run as far as they fit: a checkpoint, runs/NAME, an export's "
-            "folder or a snapshot of averages. Optimizer, schedule and step begin anew.",
-        )
-        self.add_argument(
-            "--init_weights",
-            type=str,
-            default="average",
-            help="Which of its weights: average (EMA) or raw.",
-        )
+        self.add_class_arguments(RunOptions, instantiate=False)
         self.add_argument("--trust", type=str | None, default=None, help=TRUST_HELP)  # `main` has taken it
