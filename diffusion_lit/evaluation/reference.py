@@ -15,8 +15,6 @@ from diffusion_lit.diffusion.rng import keyed_generator
 from diffusion_lit.evaluation.features import FeatureExtractor, Features
 from diffusion_lit.evaluation.metrics import Reference, Statistics, check_split, frechet_distance
 from diffusion_lit.modules.protocols import ImageSource
-from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.tensors import kept_tensors
 
 FORMAT = 1
@@ -69,9 +67,8 @@ def reference_of(
         "extractor": extractor.identity(),
         "torch_fidelity": version("torch-fidelity"),
     }
-    path = cache_folder() / "references" / f"{key_of(record)[:32]}.safetensors"
-    kept = kept_tensors(path, record, lambda: extractor.extract(images, batch_size, progress).tensors())
-    return Reference(Features(kept["features"], kept.get("logits")), labels=labels, record=record)
+    kept = kept_tensors("references", record, lambda: extractor.extract(images, batch_size, progress).tensors())
+    return Reference(Features(**kept), labels=labels, record=record)
 
 
 def real_pairs(

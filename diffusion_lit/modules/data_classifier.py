@@ -18,9 +18,7 @@ from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
 from diffusion_lit.modules.protocols import ImageSource, ReadsSplits
 from diffusion_lit.nets.classifier import ConvClassifier
-from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.checkpoints import read_checkpoint
-from diffusion_lit.storage.hashing import key_of
 from diffusion_lit.storage.size import no_larger_than
 from diffusion_lit.storage.tensors import kept_tensors
 from diffusion_lit.words import counted
@@ -105,13 +103,12 @@ def classifier_of(data: ImageSource, key: str = MEASURING) -> ConvClassifier:
     record = {"recipe": RECIPE, "network": network.config, "fingerprint": data.fingerprint("train")}
     if key != MEASURING:
         record["key"] = key
-    path = cache_folder() / "classifiers" / f"{key_of(record)[:32]}.safetensors"
 
     def trained() -> dict[str, Tensor]:
         train_classifier(network, data.reference_images("train"), labels, key)
         return network.state_dict()
 
-    network.load_state_dict(kept_tensors(path, record, trained))
+    network.load_state_dict(kept_tensors("classifiers", record, trained))
     return network.eval().requires_grad_(False)
 
 

@@ -26,8 +26,7 @@ from diffusion_lit.diffusion.rng import SeededNoise, keyed_generator
 from diffusion_lit.modules.latent_space import latent_shape
 from diffusion_lit.modules.protocols import ImageSource
 from diffusion_lit.nets.bottlenecks import GaussianBottleneck
-from diffusion_lit.storage.cache import cache_folder
-from diffusion_lit.storage.hashing import key_of, weights_hash
+from diffusion_lit.storage.hashing import weights_hash
 from diffusion_lit.storage.tensors import kept_tensors
 from diffusion_lit.words import counted
 
@@ -230,5 +229,4 @@ def mixture_of(
         mixture = fit_mixture(torch.cat(parts), components)
         return {"weights": mixture.weights, "means": mixture.means, "factors": mixture.factors}
 
-    path = cache_folder() / "priors" / f"{key_of(fitted)[:32]}.safetensors"
-    return GaussianMixturePrior(**kept_tensors(path, fitted, fit), fitted=fitted)
+    return GaussianMixturePrior(**kept_tensors("priors", fitted, fit), fitted=fitted)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffusion_lit.storage.atomic import atomic
-from diffusion_lit.storage.hashing import canonical
+from diffusion_lit.storage.cache import cache_folder
+from diffusion_lit.storage.hashing import canonical, key_of
 from diffusion_lit.storage.verified import decode, encode
 
 _IN_MEMORY: dict[str, dict[str, Tensor]] = {}  # what could not be written, by its record
@@ -58,14 +59,15 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
         return None
 
 
-def kept_tensors(path: Path, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def kept_tensors(kind: str, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors from the cache, or computed and stored: in the cache, or in memory if that is not writable.
 
     Args:
-        path: The .safetensors file in the cache.
+        kind: Their folder in the cache, in which the file is called after the hash of the record.
         record: What determines them.
         make: Makes them.
     """
+    path = cache_folder() / kind / f"{key_of(record)[:32]}.safetensors"
     found = read_tensors(path, record) or _IN_MEMORY.get(canonical(record))
     if found is None:
         found = make()
