@@ -17,7 +17,7 @@ from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.report.given import given_sheet
-from diffusion_lit.report.images import StepRecorder, png_bytes, save_gif, titled_grid
+from diffusion_lit.report.images import StepRecorder, gif_bytes, png_bytes, titled_grid
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
 
@@ -189,7 +189,7 @@ class Trajectory(DrawingCallback):
         if not recorder.x or not trainer.is_global_zero:
             return
         frames = recorder.frames(columns=4)
-        self.write(trainer, "trajectory/animation", "trajectory", frames[-1], save_gif(frames, None))
+        self.write(trainer, "trajectory/animation", "trajectory", frames[-1], gif_bytes(frames))
         self.write(trainer, "trajectory/strip", "trajectory", recorder.strip(self.columns, self.count))
 
 

@@ -16,7 +16,7 @@ from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.protocols import Model, Settings
 from diffusion_lit.report.given import given_sheet
-from diffusion_lit.report.images import StepRecorder, save_gif, titled_grid
+from diffusion_lit.report.images import StepRecorder, gif_bytes, titled_grid
 from diffusion_lit.storage.sample_archive import SampleArchive
 from diffusion_lit.words import counted
 
@@ -165,7 +165,7 @@ class SampleJob:
         preview.image().save(self.folder / "grid.png")
         if recorder is not None and recorder.x:
             recorder.strip(spread=True).save(self.folder / "trajectory.png")
-            save_gif(recorder.frames(columns=4), self.folder / "trajectory.gif")
+            (self.folder / "trajectory.gif").write_bytes(gif_bytes(recorder.frames(columns=4)))
             for index, gif in zip(recorded, recorder.animations(self.scale), strict=True):
                 (self.folder / f"trajectory_{index}.gif").write_bytes(gif)
         given = as_given(self.module)
@@ -223,12 +223,11 @@ class Preview:
             if index in self.wanted:
                 self.samples[index] = image.clone()
 
-    def examples(self, seed: int, most: int = 8) -> tuple[list[str], list[int]]:
-        """One sample of each class with the classes' names, or the first samples without classes.
+    def examples(self, seed: int) -> tuple[list[str], list[int]]:
+        """One sample of each class with the classes' names, or the first 8 samples without classes.
 
         Args:
             seed: Seed of sample 0.
-            most: At most this many if there are no classes.
 
         Returns:
             Names, and the samples' indices.
@@ -236,7 +235,7 @@ class Preview:
         if self.names:
             named = [(name, row[0]) for name, row in zip(self.names, self.rows, strict=True) if name]
             return [name for name, _ in named], [index for _, index in named]
-        first = sorted(self.wanted)[:most]
+        first = sorted(self.wanted)[:8]
         return [f"seed {seed + index}" for index in first], first
 
     def image(self) -> Image.Image:

@@ -61,18 +61,17 @@ class FrechetTo:
         spread = float(x.square().sum()) + self.trace - 2 * float(values.sqrt().sum())
         return float((mean - self.mu).square().sum()) + spread
 
-    def infinity(self, features: Tensor, points: int = POINTS) -> float:
+    def infinity(self, features: Tensor) -> float:
         """The distance extrapolated to infinitely many samples.
 
         Args:
             features: Features (N, d), in the order of their draw.
-            points: Number of subsets.
 
         Returns:
             The intercept of the line, which may lie slightly below 0.
         """
         count = len(features)
-        sizes = [max(2, count * (10 + 90 * point // (points - 1)) // 100) for point in range(points)]
+        sizes = [max(2, count * (10 + 90 * point // (POINTS - 1)) // 100) for point in range(POINTS)]
         generator = keyed_generator("extrapolation")
         values = [self(features[torch.randperm(count, generator=generator)[:size]]) for size in sizes]
         return float(np.polyfit(1 / np.array(sizes), np.array(values), 1)[1])

@@ -146,13 +146,12 @@ class PriorSampling:
         return {**settings, **self.prior.record()}
 
 
-def fit_mixture(latents: Tensor, components: int = COMPONENTS, seed: int = 0) -> GaussianMixturePrior:
+def fit_mixture(latents: Tensor, components: int = COMPONENTS) -> GaussianMixturePrior:
     """Fits a Gaussian mixture by expectation-maximisation.
 
     Args:
         latents: Flattened latents (N, D).
         components: Number K of Gaussians.
-        seed: Of the start, k-means++.
 
     Returns:
         The mixture, float32.
@@ -171,10 +170,7 @@ def fit_mixture(latents: Tensor, components: int = COMPONENTS, seed: int = 0) ->
 
     from sklearn.mixture import GaussianMixture
 
-    model = GaussianMixture(
-        components, covariance_type="full", reg_covar=RIDGE, max_iter=ITERATIONS, init_params="k-means++",
-        random_state=seed,
-    )  # fmt: skip
+    model = GaussianMixture(components, reg_covar=RIDGE, max_iter=ITERATIONS, init_params="k-means++", random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it went on to the last iteration
         model.fit(latents.float().numpy())  # in float64 it takes twice as long
@@ -185,16 +181,12 @@ def fit_mixture(latents: Tensor, components: int = COMPONENTS, seed: int = 0) ->
 
 
 @torch.no_grad()
-def mixture_of(
-    net: Any, data: ImageSource, components: int = COMPONENTS, batch_size: int = 256
-) -> GaussianMixturePrior:
+def mixture_of(net: Any, data: ImageSource) -> GaussianMixturePrior:
     """The mixture of an autoencoder's latents of training images, from the cache or fitted now.
 
     Args:
         net: The autoencoder, in eval mode.
         data: The data set, set up; up to 20,000 images, evenly spread over its training split, are used.
-        components: Number of Gaussians.
-        batch_size: Images encoded at a time.
 
     Returns:
         The mixture.
@@ -212,7 +204,7 @@ def mixture_of(
     count = min(MOST_FITTED, len(images))
     fitted = {
         "kind": f"Gaussian mixture, full covariances, ridge {RIDGE}, at most {ITERATIONS} iterations from k-means++",
-        "components": components,
+        "components": COMPONENTS,
         "images": count,
         "autoencoder_sha256": weights_hash(net.state_dict()),
         "fingerprint": data.fingerprint("train"),
@@ -222,11 +214,11 @@ def mixture_of(
     def fit() -> dict[str, Tensor]:
         rows, parts = torch.arange(count) * len(images) // count, []
         generator = keyed_generator("mixture")
-        for chunk in torch.split(rows, batch_size):
+        for chunk in torch.split(rows, 256):
             posterior = net.encode(from_uint8(take(images, chunk).to(device)))
             noise = torch.randn(posterior.mean.shape, generator=generator)
             parts.append(posterior.sample(noise.to(device)).flatten(1).cpu())
-        mixture = fit_mixture(torch.cat(parts), components)
+        mixture = fit_mixture(torch.cat(parts))
         return {"weights": mixture.weights, "means": mixture.means, "factors": mixture.factors}
 
     return GaussianMixturePrior(**kept_tensors("priors", fitted, fit), fitted=fitted)

@@ -17,6 +17,8 @@ from torchvision.utils import make_grid
 from diffusion_lit.diffusion.grids import evenly
 from diffusion_lit.diffusion.images import to_uint8
 
+FRAMES = 60  # steps that an animation shows at most
+
 
 def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
     """Lays images out in rows.
@@ -38,10 +40,7 @@ def grid_image(images: Tensor, columns: int, scale: int | None = None) -> Image.
 
 
 def titled_grid(
-    rows: Sequence[Sequence[Tensor]],
-    names: Sequence[str] = (),
-    headings: Sequence[str] = (),
-    scale: int | None = None,
+    rows: Sequence[Sequence[Tensor]], names: Sequence[str] = (), headings: Sequence[str] = ()
 ) -> Image.Image:
     """Lays images out in rows that have names, under headings; pixel for pixel, as `grid_image`.
 
@@ -49,7 +48,6 @@ def titled_grid(
         rows: Images (C, H, W) in [-1, 1] of one size; where a row is shorter than others, its last cells stay blank.
         names: What stands left of each row; none by default.
         headings: What stands above each column; none by default.
-        scale: Whole factor by which pixels are enlarged; by default small images grow to about 64 pixels a side.
 
     Returns:
         The figure, in black on white around the images.
@@ -57,7 +55,7 @@ def titled_grid(
     columns = max(len(row) for row in rows)
     blank = torch.ones_like(rows[0][0])
     cells = [image for row in rows for image in [*row, *[blank] * (columns - len(row))]]
-    body = grid_image(torch.stack(cells), columns, scale)
+    body = grid_image(torch.stack(cells), columns)
     if not any(names) and not any(headings):
         return body
     gap, size = 6, 12
@@ -79,15 +77,14 @@ def titled_grid(
     return figure
 
 
-def wrapped(text: str, width: int, most: int = 3) -> str:
+def wrapped(text: str, width: int) -> str:
     """Breaks a heading into lines, so that it does not run into the next one.
 
     Args:
-        text: The heading, perhaps of several lines.
+        text: The heading, perhaps of several lines, each of which becomes at most 3; dots mark what is left out.
         width: Characters of a line.
-        most: Most lines that each of its lines becomes; dots mark what is left out.
     """
-    lines = (textwrap.wrap(line, width, max_lines=most, placeholder=" ...") for line in text.split("\n"))
+    lines = (textwrap.wrap(line, width, max_lines=3, placeholder=" ...") for line in text.split("\n"))
     return "\n".join("\n".join(line) for line in lines)
 
 
@@ -131,24 +128,17 @@ def labelled_grid(rows: Sequence[Sequence[Cell]], columns: Sequence[str], names:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path | None, seconds: float = 4.0) -> bytes:
-    """Encodes an animated GIF that loops and rests on its last frame.
-
-    Args:
-        frames: Images of one size.
-        path: Where to write it; nowhere when None.
-        seconds: Length of the animation without the rest.
+def gif_bytes(frames: Sequence[Image.Image]) -> bytes:
+    """Encodes images of one size as an animated GIF of 4 seconds that loops and rests on its last frame.
 
     Returns:
-        The GIF's bytes.
+        The bytes of the file.
     """
-    durations = [max(20, int(1000 * seconds / len(frames)))] * len(frames)
+    durations = [max(20, 4000 // len(frames))] * len(frames)
     durations[-1] += 1500
     buffer = io.BytesIO()
     palette = [frame.convert("RGB").quantize(256) if frame.mode != "L" else frame for frame in frames]
     palette[0].save(buffer, "GIF", save_all=True, append_images=palette[1:], duration=durations, loop=0)
-    if path is not None:
-        path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
 
 
@@ -163,7 +153,7 @@ def animation(images: Sequence[Tensor], scale: int | None = None) -> bytes:
         The GIF's bytes.
     """
     scale = scale or max(1, 256 // images[0].shape[-1])
-    return save_gif([grid_image(image[None], columns=1, scale=scale) for image in images], None)
+    return gif_bytes([grid_image(image[None], columns=1, scale=scale) for image in images])
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -224,30 +214,28 @@ class StepRecorder:
         headings = [f"sigma {self.sigmas[step]:.3g}" for step in steps]
         return titled_grid(rows, ["x", "x0_hat"] * (len(rows) // 2), headings)
 
-    def frames(self, columns: int, most: int = 60) -> list[Image.Image]:
+    def frames(self, columns: int) -> list[Image.Image]:
         """One grid per step: the noisy images turn into samples.
 
         Args:
             columns: Images per row.
-            most: Most steps to show.
 
         Returns:
-            The frames, the last of them the finished predictions.
+            The frames, at most 60 and the finished predictions.
         """
-        grids = [grid_image(self._visible(step), columns) for step in self._spread(most)]
+        grids = [grid_image(self._visible(step), columns) for step in self._spread(FRAMES)]
         return [*grids, grid_image(self.x0_hat[-1], columns)]
 
-    def animations(self, scale: int | None = None, most: int = 60) -> list[bytes]:
+    def animations(self, scale: int | None = None) -> list[bytes]:
         """An animated GIF of each image kept, from noise to image.
 
         Args:
             scale: Whole factor by which pixels are enlarged; by default small images grow to about 256 pixels a side.
-            most: Most steps to show.
 
         Returns:
             The GIF's bytes, image by image.
         """
-        steps = [self._visible(step) for step in self._spread(most)]
+        steps = [self._visible(step) for step in self._spread(FRAMES)]
         return [animation([*(x[index] for x in steps), last], scale) for index, last in enumerate(self.x0_hat[-1])]
 
     def _visible(self, step: int) -> Tensor:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusion_lit.report import Page
-from diffusion_lit.report.images import save_gif
+from diffusion_lit.report.images import gif_bytes
 from diffusion_lit.report.receipt_page import attributed
 
 NASTY = "<script>alert('a & b')</script> \"quoted\" é \ud800 \x00 </style>"
@@ -48,7 +48,7 @@ def test_images_of_every_kind_are_held_by_the_page_itself(tmp_path):
     grey = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
     grey.save(tmp_path / "tiny.png")
     frames = [Image.fromarray(rng.integers(0, 256, (300, 250), dtype=np.uint8)) for _ in range(3)]
-    save_gif(frames, tmp_path / "moving.gif")
+    (tmp_path / "moving.gif").write_bytes(gif_bytes(frames))
     page = Page("Images")
     page.images([(tmp_path / "tiny.png", ""), (str(tmp_path / "moving.gif"), "moves"), (grey, "tiny")])
     page.image(curve(), "a curve")
