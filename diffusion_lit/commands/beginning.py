@@ -6,6 +6,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
+from diffusion_lit.commands.configs import keys_given
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.labels import class_names_of
 from diffusion_lit.modules.warm_start import Source, start_from
@@ -33,12 +34,13 @@ def source_of(config: Namespace, command: str, run: Path) -> Source | None:
         if weights != "average":
             raise ValueError(f"--init_weights {weights} is of the checkpoint that --init_from names; give that too.")
         return None
+    typed = "init_from" in keys_given([], sys.argv)[-1]  # on the command line, and not in a configuration
     if command != "fit":
-        if _typed():
+        if typed:
             raise ValueError(f"--init_from {given} starts a training, and `diffusion-lit {command}` does not train.")
         return None
     if config.get("ckpt_path") is not None:
-        if _typed():
+        if typed:
             raise ValueError(
                 f"--init_from {given} starts a new run from weights, and --ckpt_path {config.ckpt_path} goes on with "
                 "one from all of its state; give one of them."
@@ -47,11 +49,6 @@ def source_of(config: Namespace, command: str, run: Path) -> Source | None:
     path = find_checkpoint(given, run)
     config.init_from = str(path)
     return Source.read(path, weights)
-
-
-def _typed() -> bool:
-    """Whether the option was given on the command line rather than in a configuration."""
-    return any(word.partition("=")[0] == "--init_from" for word in sys.argv)
 
 
 def begin(module: LightningModule, data: object, source: Source) -> list[str]:

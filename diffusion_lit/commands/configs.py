@@ -3,10 +3,12 @@
 An installation holds them as `diffusion_lit/configs`, a clone as its top-level folder `configs`.
 """
 
+import contextlib
 import difflib
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -99,6 +101,24 @@ def with_configs_found(args: list[str]) -> list[str]:
 def _found(name: str) -> str:
     inline = "\n" in name or ": " in name or name.startswith("{")
     return name if inline else str(find_config(name))
+
+
+def keys_given(files: list[Any], words: list[str]) -> list[set[str]]:
+    """What a user has set: the keys of each configuration file, `trainer.max_steps` for one of a part, in order.
+
+    Args:
+        files: The files; one that cannot be read is left out.
+        words: The command line, which wins over them.
+
+    Returns:
+        The keys of each file, and last those of the command line.
+    """
+    given = []
+    for file in files:
+        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # of no mapping
+            content = yaml.safe_load(Path(str(file)).read_text())
+            given.append({*content.keys(), *(f"trainer.{name}" for name in content.get("trainer") or {})})
+    return [*given, {word.partition("=")[0].removeprefix("--") for word in words}]
 
 
 def configs(copy: str | None = None, out: str = ".") -> None:

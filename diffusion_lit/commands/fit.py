@@ -48,11 +48,11 @@ from diffusion_lit.callbacks.loop import RunLoop
 from diffusion_lit.callbacks.monitors import MonitorCheck, check_monitors
 from diffusion_lit.callbacks.resume import TRAINER, Resume
 from diffusion_lit.commands.beginning import begin, source_of
-from diffusion_lit.commands.configs import configs_folder, with_configs_found
+from diffusion_lit.commands.configs import configs_folder, keys_given, with_configs_found
 from diffusion_lit.commands.nulls import refuse_null_arguments, refuse_nulls
 from diffusion_lit.commands.parser import Parser, class_at, start_anew
 from diffusion_lit.commands.place import Place, SaveRecipe, is_rank_zero, length_said_last
-from diffusion_lit.commands.resuming import Resumed, differing_lines, line, names_seed, say
+from diffusion_lit.commands.resuming import Resumed, differing_lines, line, say
 from diffusion_lit.commands.trainer_settings import check_numbers, refuse_precision, refuse_sharding
 from diffusion_lit.modules.base import BaseModule
 from diffusion_lit.modules.guides import expect_guide
@@ -119,7 +119,7 @@ class CLI(LightningCLI):
         with class_change(start_anew):
             super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
-        length_said_last(config.trainer, config.get("config") or [], sys.argv[1:])
+        length_said_last(config.trainer, keys_given(config.get("config") or [], sys.argv))
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint and reads its record; unlike Lightning's, it leaves the configuration alone."""
@@ -158,7 +158,7 @@ class CLI(LightningCLI):
         now = config.get("seed_everything")
         if self.config["subcommand"] != "fit" or recorded is None or now == recorded:
             return
-        typed = names_seed(sys.argv, config.get("config") or [])
+        typed = any("seed_everything" in names for names in keys_given(config.get("config") or [], sys.argv))
         if not typed:
             config.seed_everything = recorded
         say(line("seed_everything", recorded, now, "this run's" if typed else "the checkpoint's"))

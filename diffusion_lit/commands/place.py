@@ -190,27 +190,20 @@ def wandb_id(folder: Path) -> str | None:
     return max(((match[1], match[2]) for match in found if match), default=("", None))[1]
 
 
-def length_said_last(trainer: Namespace, files: list[Any], words: list[str]) -> None:
+def length_said_last(trainer: Namespace, given: list[set[str]]) -> None:
     """Of `max_steps` and `max_epochs`, the one that was given last counts, and the other is reset.
 
     Both count if one file, or the command line, gives both.
 
     Args:
         trainer: The trainer's configuration, changed in place.
-        files: The config files, the last one winning.
-        words: The command line, which wins over them.
+        given: From `keys_given`.
     """
-    said: list[set[str]] = []
-    for file in files:
-        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
-            content = yaml.safe_load(Path(str(file)).read_text())
-            said.append(set((content.get("trainer") or {}).keys()))
-    said.append({match[1] for word in words if (match := re.match(r"--trainer\.(max_steps|max_epochs)(=|$)", word))})
-    for names in reversed(said):
-        if "max_steps" in names or "max_epochs" in names:
-            if "max_steps" not in names and (trainer.max_epochs or -1) > 0:
+    for names in reversed(given):
+        if names & {"trainer.max_steps", "trainer.max_epochs"}:
+            if "trainer.max_steps" not in names and (trainer.max_epochs or -1) > 0:
                 trainer.max_steps = -1
-            if "max_epochs" not in names and (trainer.max_steps or -1) > 0:
+            if "trainer.max_epochs" not in names and (trainer.max_steps or -1) > 0:
                 trainer.max_epochs = -1
             return
 

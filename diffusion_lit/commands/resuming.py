@@ -1,7 +1,5 @@
 """Messages of `fit` when a run is resumed: settings that differ from the checkpoint's, and state that does not fit."""
 
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,22 +111,6 @@ def _short(class_path: str) -> str:
 def _same_class(one: str, other: str) -> bool:
     """Whether two full names mean one class, as `torch.optim.Adam` and `torch.optim.adam.Adam` do; imports nothing."""
     return (one.partition(".")[0], _short(one)) == (other.partition(".")[0], _short(other))
-
-
-def names_seed(typed: Sequence[str], configs: Iterable[Any]) -> bool:
-    """Whether the user gave a seed.
-
-    Args:
-        typed: The command line.
-        configs: Configuration files that were given.
-
-    Returns:
-        Whether it stands in one of them.
-    """
-    if any(arg.partition("=")[0] == "--seed_everything" for arg in typed):
-        return True
-    texts = [Path(str(file)).read_text() for file in configs if Path(str(file)).is_file()]
-    return any(re.search(r"^seed_everything\s*:", text, re.MULTILINE) for text in texts)
 
 
 def say(*lines: str) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from diffusion_lit.callbacks import EMA, LastCheckpoint, SampleGrid, Throughput, Trajectory
 from diffusion_lit.callbacks.loop import RunLoop
+from diffusion_lit.commands.configs import keys_given
 from diffusion_lit.commands.place import length_said_last
 from diffusion_lit.modules.load import load_module
 from diffusion_lit.runtime.run_folder import lock_run
@@ -285,7 +286,7 @@ def test_of_steps_and_epochs_the_one_said_last_counts(tmp_path, files, words, li
         paths.append(tmp_path / f"{index}.yaml")
         paths[-1].write_text(yaml.safe_dump({"trainer": content}))
     trainer = Namespace(max_steps=9, max_epochs=5)
-    length_said_last(trainer, paths, words)
+    length_said_last(trainer, keys_given(paths, words))
     assert (trainer.max_steps, trainer.max_epochs) == limits
 
 
