@@ -25,7 +25,7 @@ from diffusion_lit.evaluation.reference import real_against_real, reference_of
 from diffusion_lit.modules.protocols import Generates, HasImages, ImageSource, is_model
 from diffusion_lit.runtime import watchdog
 from diffusion_lit.runtime.internals import average_of, data_of
-from diffusion_lit.runtime.ranks import gather, rank_zero_alone, rank_zero_first
+from diffusion_lit.runtime.ranks import rank_zero_alone, rank_zero_first, share_rows
 from diffusion_lit.words import counted, short_count
 
 
@@ -85,14 +85,6 @@ class FID(Callback):
         """Whether it is measured, known from the start of training on."""
         return self._available
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Loads the extractor and the reference, or says why there is no such metric."""
-        self._prepare(trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for `diffusion-lit validate`."""
-        self._prepare(trainer, pl_module)
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures where it is due."""
         if trainer.sanity_checking or not self._available or not self._due(trainer):
@@ -111,7 +103,7 @@ class FID(Callback):
         made = self._generated(trainer, pl_module)
         value = torch.zeros((), device=pl_module.device)
         if self._reference is not None:
-            value += frechet_distance(Statistics.of(made.features), self._reference.statistics)
+            value += frechet_distance(Statistics.of(made), self._reference.statistics)
         return trainer.strategy.broadcast(value)
 
     def draw(self, trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:
@@ -154,8 +146,8 @@ class FID(Callback):
             return True
         return ends(trainer) or trainer.current_epoch - self._measured_epoch >= self.every_n_epochs
 
-    def _prepare(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Loads the extractor, on rank 0 first, which alone keeps the reference. Called on all ranks."""
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Loads extractor and reference, which rank 0 alone keeps, or says why there is no such metric."""
         if self._prepared:
             return
         self._prepared = True
@@ -172,6 +164,8 @@ class FID(Callback):
             return
         rank_zero_alone(partial(self._measure_reference, trainer, pl_module, data), "the features of real images")
         self._floor = trainer.strategy.broadcast(self._floor)
+
+    on_validation_start = on_fit_start  # of `diffusion-lit validate`
 
     def _load(self, data: ImageSource) -> str | None:
         """Loads the extractor, or says why it cannot be had."""
@@ -216,21 +210,18 @@ class FID(Callback):
         if warning and not trainer.fast_dev_run:
             rank_zero_warn(f"{self.tag}: {warning}")
 
-    def _generated(self, trainer: Trainer, pl_module: LightningModule) -> Features:
-        """Features of all samples in the order of their seeds; rank r draws samples r, r + world, ..."""
-        world, rank = trainer.world_size, trainer.global_rank
+    def _generated(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """Features of all samples in the order of their seeds, of which each rank draws a part."""
         self.extractor.to(pl_module.device)
-        mine = torch.arange(rank, self.num_samples, world)
-        parts = []
-        for rows in torch.split(mine, self.batch_size):
-            parts.append(self.extractor.features(to_uint8(self.draw(trainer, pl_module, rows))).features)
-            watchdog.beat()
-        features = torch.cat(parts)
-        if world == 1:
-            return Features(features)
-        whole = torch.zeros(-(-self.num_samples // world), features.shape[1], device=pl_module.device)
-        whole[: len(mine)] = features.to(whole)
-        return Features(gather(whole).transpose(0, 1).flatten(0, 1)[: self.num_samples].cpu())
+
+        def some(rows: range) -> Tensor:
+            parts = []
+            for part in torch.arange(rows.start, rows.stop).split(self.batch_size):
+                parts.append(self.extractor.features(to_uint8(self.draw(trainer, pl_module, part))).features)
+                watchdog.beat()
+            return torch.cat(parts)
+
+        return share_rows(pl_module, self.num_samples, some)
 
 
 def too_few_images(trainer: Trainer, data: HasImages, split: str) -> str | None:

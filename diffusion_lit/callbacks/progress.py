@@ -30,20 +30,11 @@ class Throughput(Callback):
         self._since = 0.0
         self._images = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock; a run that is resumed begins no epoch."""
-        self._restart()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._restart()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restarts the clock."""
-        self._restart()
-
-    def _restart(self) -> None:
+    def _restart(self, *args: Any, **kwargs: Any) -> None:
+        """Starts the clock anew."""
         self._since, self._images = time.perf_counter(), 0
+
+    on_train_start = on_train_epoch_start = on_validation_end = _restart  # a run that is resumed begins no epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: dict[str, Tensor], batch_idx: int
@@ -177,11 +168,8 @@ def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
         trainer: The trainer, its optimizers made.
         pl_module: The module.
     """
-    figures = (
-        ""
-        if trainer.precision == "32-true" or not isinstance(trainer.precision_plugin, TrainInBf16)
-        else (", figures in 32-true")
-    )
+    mixed = trainer.precision != "32-true" and isinstance(trainer.precision_plugin, TrainInBf16)
+    figures = ", figures in 32-true" if mixed else ""
     optimizers = [bare(optimizer) for optimizer in trainer.optimizers]
     kinds = [f"{'fused ' if one.param_groups[0].get('fused') else ''}{type(one).__name__}" for one in optimizers]
     ranks = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
@@ -256,10 +244,7 @@ def nothing_trained(trainer: Trainer) -> str:
     if 0 <= trainer.max_steps <= step:
         why, more = f"step {step:,}, and trainer.max_steps is {trainer.max_steps:,}", "trainer.max_steps"
     elif 0 <= (trainer.max_epochs or -1) <= epochs:
-        why, more = (
-            f"epoch {epochs:,}, and trainer.max_epochs is {trainer.max_epochs:,}",
-            "trainer.max_epochs",
-        )
+        why, more = f"epoch {epochs:,}, and trainer.max_epochs is {trainer.max_epochs:,}", "trainer.max_epochs"
     else:
         why, more = f"step {step:,}, and its limits allow none", "the limits"
     return f"Nothing was trained: the run stood at {why}. To go on, raise {more}."

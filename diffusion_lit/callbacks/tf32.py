@@ -1,5 +1,7 @@
 """TF32 for what is trained, full float32 for what is measured."""
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffusion_lit.runtime.precision import use_tf32
@@ -21,18 +23,11 @@ class TF32(Callback):
         """Lets training use it."""
         use_tf32(self.training)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches it off."""
+    def _off(self, *args: Any, **kwargs: Any) -> None:
         use_tf32(False)
+
+    on_validation_start = on_train_end = on_exception = _off
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets training use it again."""
         use_tf32(self.training and trainer.state.fn == "fit")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches it off."""
-        use_tf32(False)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Switches it off."""
-        use_tf32(False)

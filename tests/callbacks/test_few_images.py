@@ -73,7 +73,7 @@ def test_a_set_of_one_image_has_no_interpolations(monkeypatch):
 def test_one_held_out_image_is_enough_for_a_run_with_fid(val, floor):
     callback = FID(Pixels(), num_samples=4)
     trainer = trainer_of(train=20, val=val)
-    callback._prepare(trainer, Halfway())
+    callback.on_fit_start(trainer, Halfway())
     assert callback._available and callback._reference.count == 20
     assert (callback._floor is not None) == floor
     assert callback.measure(trainer, Halfway()) > 0
@@ -90,7 +90,7 @@ def test_one_held_out_image_is_enough_for_a_run_with_fid(val, floor):
 )
 def test_what_is_too_small_for_a_distance_trains_without_it(callback, splits, world, words):
     with pytest.warns(UserWarning, match="trains without") as told:
-        callback._prepare(trainer_of(world, **splits), Halfway())
+        callback.on_fit_start(trainer_of(world, **splits), Halfway())
     assert all(word in str(told[0].message) for word in words)
     assert not callback._available
 
@@ -143,7 +143,7 @@ def test_a_monitor_of_what_few_images_have_not_is_refused_before_the_first_step(
     Climber.__module__, before = "lightning.climber", Climber.__module__
     try:
         check_monitors(trainer, module)  # as long as the data are not read
-        measuring._prepare(trainer, Halfway())
+        measuring.on_fit_start(trainer, Halfway())
         if words is None:
             check_monitors(trainer, module, begun=True)
         else:

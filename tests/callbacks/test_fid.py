@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from diffusion_lit.callbacks import EMA, FID
 from diffusion_lit.diffusion import Sampling
 from diffusion_lit.diffusion.images import to_uint8
-from diffusion_lit.evaluation.features import Features, MissingWeights, Pixels
+from diffusion_lit.evaluation.features import MissingWeights, Pixels
 from diffusion_lit.evaluation.generation import class_frequencies, draw_labels
 from diffusion_lit.evaluation.metrics import Statistics, frechet_distance
 from diffusion_lit.modules import EDM
@@ -201,29 +201,28 @@ def test_a_rank_draws_its_share_and_all_get_the_same_figure(tmp_path):
     assert figures[2] == pytest.approx(figures[1], rel=1e-5)
 
 
-def test_the_samples_of_a_rank_are_every_world_th(monkeypatch):
+def test_a_rank_draws_a_part_of_the_samples_each_of_its_own_class(monkeypatch):
     class Rank:
         world_size, global_rank = 3, 1
         datamodule = Data()
 
     class Model:
-        device, num_classes, seen = torch.device("cpu"), 2, []
+        device, num_classes, seen, trainer = torch.device("cpu"), 2, [], Rank()
 
         def generate(self, seeds, labels):
             self.seen += list(zip(seeds, labels.tolist(), strict=True))
             return torch.zeros(len(seeds), 3, 8, 8)
 
     others = lambda whole: torch.stack([whole - 1, whole, whole + 1])  # noqa: E731
-    monkeypatch.setattr("diffusion_lit.callbacks.fid.gather", others)
+    monkeypatch.setattr("diffusion_lit.runtime.ranks.gather", others)
     model = Model()
-    made = FID(Pixels(), num_samples=10, batch_size=2, seed=100)._generated(Rank(), model)
-    assert [seed for seed, _ in model.seen] == [101, 104, 107]
+    made = FID(Pixels(), num_samples=10, batch_size=3, seed=100)._generated(model.trainer, model)
+    assert [seed for seed, _ in model.seen] == [104, 105, 106, 107]
     labels = draw_labels(range(100, 110), class_frequencies(Rank.datamodule, 2))
-    assert [label for _, label in model.seen] == labels[1::3].tolist()
-    assert isinstance(made, Features)
-    assert made.features.shape == (10, 192)
+    assert [label for _, label in model.seen] == labels[4:8].tolist()
+    assert made.shape == (10, 192)
     grey = Pixels().features(to_uint8(torch.zeros(1, 3, 8, 8))).features[0, 0]
-    assert (made.features[:, 0] - torch.tensor([-1, 0, 1] * 3 + [-1]) - grey).abs()[[0, 1, 2, 5, 8]].max() < 1e-6
+    assert (made[:, 0] - torch.tensor([-1] * 4 + [0] * 4 + [1] * 2) - grey).abs().max() < 1e-6
 
 
 def test_numbers_that_cannot_be_measured_are_refused():
