@@ -36,7 +36,7 @@ from diffusion_lit.runtime.stopping import RunStopped
 from diffusion_lit.runtime.watchdog import SAME
 from diffusion_lit.storage.checkpoint_io import SafeCheckpointIO
 
-NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -111,7 +111,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_new(trainer)
             self._validation_due = False
         if asked and asked in NAMES:
-            raise self._farewell(trainer, asked)
+            raise RunStopped(f"Stopped by {NAMES[asked]}. {self._where(trainer)}", 128 + asked)
         if asked:
             self._signal = None
             self._requeue(asked, None)
@@ -221,10 +221,10 @@ class LastCheckpoint(ModelCheckpoint):
             return
         self._heard = now
         if not first:
-            raise RunStopped(f"Stopped at once by a second {NAMES[number]}.", 128 + number)  # type: ignore[index]
+            raise RunStopped(f"Stopped at once by a second {NAMES[number]}.", 128 + number)
         if self._trainer.validating and self._trainer.world_size == 1:
-            raise RunStopped(f"Stopped by {NAMES[number]}.", 128 + number)  # type: ignore[index]
-        rank_zero_info(f"\n{NAMES[number]}: saving at the end of this step; once more to stop at once.")  # type: ignore[index]
+            raise RunStopped(f"Stopped by {NAMES[number]}.", 128 + number)
+        rank_zero_info(f"\n{NAMES[number]}: saving at the end of this step; once more to stop at once.")
 
     def _asked(self, trainer: Trainer) -> tuple[int, bool]:
         """The signal that any rank received, 0 for none, and whether a save is overdue; the same on all ranks."""
@@ -246,10 +246,6 @@ class LastCheckpoint(ModelCheckpoint):
             rank_zero_info(f"{self._where(trainer)} The validation that was going on is made up for when it goes on.")
         else:
             super().on_exception(trainer, pl_module, exception)
-
-    def _farewell(self, trainer: Trainer, number: int) -> RunStopped:
-        """The message of a run that is stopped."""
-        return RunStopped(f"Stopped by {NAMES[number]}. {self._where(trainer)}", 128 + number)  # type: ignore[index]
 
     def _where(self, trainer: Trainer) -> str:
         """A sentence on where the state was saved."""

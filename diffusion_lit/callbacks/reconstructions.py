@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from diffusion_lit.callbacks.fid import FID, too_few_images
-from diffusion_lit.callbacks.samples import MOST, DrawingCallback
+from diffusion_lit.callbacks.samples import MOST, DrawingCallback, check_size
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.evaluation.features import FeatureExtractor
@@ -62,8 +62,7 @@ class Interpolations(DrawingCallback):
         super().__init__(every)
         check_count(rows=rows)
         check_count(2, columns=columns)
-        if rows * columns > MOST:
-            raise ValueError(f"{rows} rows of {columns} columns are too many; give at most {MOST:,} images in all.")
+        check_size(type(self).__name__, rows, columns)
         self.rows = rows
         self.columns = columns
 

@@ -62,20 +62,6 @@ class DrawingCallback(WritesToRunFolder):
         """Draws and shows the samples; called on all ranks, which share the work."""
         raise NotImplementedError
 
-    def draw(self, module: "DiffusionModule", count: int, recorder: StepRecorder | None = None) -> Tensor:
-        """The first `count` samples, of classes 0, 1, 2, ... in turn where there are classes.
-
-        Args:
-            module: The model.
-            count: Number of samples.
-            recorder: Keeps each step where given.
-
-        Returns:
-            Samples (count, C, H, W) in [-1, 1].
-        """
-        labels = torch.arange(count) % module.num_classes if module.num_classes else None
-        return self.samples(module, labels, count, recorder)
-
     def samples(
         self, module: "DiffusionModule", labels: Tensor | None, count: int, recorder: StepRecorder | None = None
     ) -> Tensor:
@@ -142,11 +128,7 @@ class SampleGrid(DrawingCallback):
     def __init__(self, rows: int = 8, columns: int = 8, every: int = 1, seed: int = 0) -> None:
         super().__init__(every, seed)
         check_count(rows=rows, columns=columns)
-        if rows * columns > MOST:
-            raise ValueError(
-                f"sample_grid has {rows} rows of {columns} columns, which are too many; give at most {MOST:,} images "
-                "in all."
-            )
+        check_size("sample_grid", rows, columns)
         self.rows = rows
         self.columns = columns
 
@@ -184,13 +166,23 @@ class Trajectory(DrawingCallback):
 
     def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
         """Draws the strip and the animation, of a model that samples step by step."""
-        recorder = StepRecorder(keep=max(self.count, 16))
-        self.draw(module, max(self.count, 16), recorder)
+        count = max(self.count, 16)
+        labels = torch.arange(count) % module.num_classes if module.num_classes else None
+        recorder = StepRecorder(keep=count)
+        self.samples(module, labels, count, recorder)
         if not recorder.x or not trainer.is_global_zero:
             return
         frames = recorder.frames(columns=4)
         self.write(trainer, "trajectory/animation", "trajectory", frames[-1], gif_bytes(frames))
         self.write(trainer, "trajectory/strip", "trajectory", recorder.strip(self.columns, self.count))
+
+
+def check_size(name: str, rows: int, columns: int) -> None:
+    """Refuses a grid of too many images."""
+    if rows * columns > MOST:
+        raise ValueError(
+            f"{name} has {rows} rows of {columns} columns, which are too many; give at most {MOST:,} images in all."
+        )
 
 
 def gather_steps(module: LightningModule, steps: list[Tensor], count: int) -> list[Tensor]:

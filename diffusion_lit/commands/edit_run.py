@@ -16,6 +16,7 @@ from typing import Any, TypedDict, get_type_hints
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.commands.edit_options import ImageOptions, Options
@@ -212,7 +213,7 @@ class Edit:
         files: dict[str, Image.Image | bytes] = {"figure.png": made.figure, **made.animations}
         for name, images in made.images.items():
             for index, image in enumerate(images):
-                files[f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"] = _as_image(image)
+                files[f"{name}.png" if len(images) == 1 else f"{name}_{index}.png"] = to_pil_image(to_uint8(image))
         record = {
             "task": task,
             "model": self._identity(),
@@ -284,9 +285,3 @@ def task(make: Callable[..., Edited], settings: Settings | None = models_own) ->
     options = Parameter("options", Parameter.POSITIONAL_OR_KEYWORD, annotation=get_type_hints(kind)["options"])
     command.__signature__ = Signature([options, *own])  # type: ignore[attr-defined]
     return command
-
-
-def _as_image(image: Tensor) -> Image.Image:
-    """An image (C, H, W) in [-1, 1] pixel for pixel: grey for one channel, RGB for three."""
-    pixels = to_uint8(image)
-    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())

@@ -14,6 +14,7 @@ from diffusion_lit.report.receipt_tables import plain_table, tables
 from diffusion_lit.runtime.ranks import fabric as ranks_of
 from diffusion_lit.runtime.ranks import one_process, several
 
+help_notes = sampler_table  # below the help
 WIDEST = 100  # characters of a table in a terminal; a wider one is laid on its side, where that is narrower
 
 
@@ -67,8 +68,3 @@ def summary(report: dict[str, Any], written: list[str]) -> str:
 
 def _width(text: str) -> int:
     return max(map(len, text.splitlines()))
-
-
-def help_notes() -> str:
-    """The notes below the help: the table of samplers."""
-    return sampler_table()

@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules  # noqa: F401 (the classes that checkpoints and configs name)
 import diffusion_lit.modules
@@ -341,7 +340,7 @@ def run(args: list[str], cli: type[CLI] = CLI) -> CLI:
     except RecursionError:
         raise  # `main` looks for what is nested too deeply
     except Exception as error:
-        end(error, silent=isinstance(error, RunStopped) and bool(getattr(rank_zero_only, "rank", None)))
+        end(error, silent=isinstance(error, RunStopped) and not is_rank_zero())
     finally:
         watchdog.rest()
         Place.leave_empty()

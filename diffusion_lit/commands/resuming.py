@@ -113,7 +113,8 @@ def _same_class(one: str, other: str) -> bool:
     return (one.partition(".")[0], _short(one)) == (other.partition(".")[0], _short(other))
 
 
+@rank_zero_only
 def say(*lines: str) -> None:
     """Prints lines, on rank 0."""
-    if getattr(rank_zero_only, "rank", None) in (None, 0) and lines:
+    if lines:
         print("\n".join(lines))

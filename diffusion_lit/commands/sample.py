@@ -16,6 +16,8 @@ from diffusion_lit.runtime.ranks import fabric, several
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.words import article, counted
 
+help_notes = sampler_table  # below the help
+
 
 def sample(
     options: StepsOptions,
@@ -119,8 +121,3 @@ def take_size(module: Model, size: str) -> None:
     if as_given(module) is not None:
         raise ValueError(f"--size is {size}, but the model draws images as large as those it is given; leave it out.")
     module.draw_size(int(sides[0]), int(sides[1]))
-
-
-def help_notes() -> str:
-    """The notes below the help: the table of samplers."""
-    return sampler_table()

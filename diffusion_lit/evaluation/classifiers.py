@@ -30,14 +30,14 @@ class ClassifierFeatures(FeatureExtractor):
 
     def load(self, data: ImageSource | None = None) -> None:
         """Reads the checkpoint, or finds or trains the data set's own classifier."""
-        if self._network is not None:
+        if self.network is not None:
             return
         if self.ckpt_path is not None:
-            self._network = classifier_from_checkpoint(Path(self.ckpt_path))
+            self.network = classifier_from_checkpoint(Path(self.ckpt_path))
         elif data is None:
             raise MissingWeights("The classifier has neither a checkpoint nor data to train on; give it ckpt_path.")
         else:
-            self._network = classifier_of(data)
+            self.network = classifier_of(data)
 
     def compute(self, images: Tensor) -> Features:
         """Features and logits.

@@ -37,8 +37,8 @@ class EfficientNetLite0(FeatureExtractor):
 
     def load(self, data: ImageSource | None = None) -> None:
         """Reads the weights and builds the network."""
-        if self._network is None:
-            self._network = efficientnet_lite0(self.feature_extractor_weights_path, f"the extractor {self.name}")
+        if self.network is None:
+            self.network = efficientnet_lite0(self.feature_extractor_weights_path, f"the extractor {self.name}")
 
     def compute(self, images: Tensor) -> Features:
         """Features (N, 1280)."""

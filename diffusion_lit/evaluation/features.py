@@ -75,12 +75,13 @@ class FeatureExtractor(ABC):
         name: Part of the name of every figure that is computed with it.
         transform: What is done to an image before the network sees it, in words, for receipts.
         mmd_sigma: Width of the Gaussian kernel on features of length 1, where such a distance is usual.
+        network: The loaded network; None before it is loaded, or where there is none.
     """
 
     mmd_sigma: float | None = None
     name: str
     transform: str
-    _network: nn.Module | None = None
+    network: nn.Module | None = None
 
     def load(self, data: ImageSource | None = None) -> None:  # noqa: B027 (an extractor without weights has nothing to do)
         """Gets the weights, once; further calls do nothing, nor does one of an extractor that has none.
@@ -91,11 +92,6 @@ class FeatureExtractor(ABC):
         Raises:
             MissingWeights: If the weights cannot be had.
         """
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The loaded network; None before it is loaded, or where there is none."""
-        return self._network
 
     def loaded(self, images: Tensor) -> Any:
         """The network, for grey or colour images.

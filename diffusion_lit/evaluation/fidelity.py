@@ -39,7 +39,7 @@ class TorchFidelityExtractor(FeatureExtractor):
 
     def load(self, data: ImageSource | None = None) -> None:
         """Reads the weights and builds the network."""
-        if self._network is not None:
+        if self.network is not None:
             return
         given = self.feature_extractor_weights_path
         what = f"the extractor {self.name}"
@@ -51,7 +51,7 @@ class TorchFidelityExtractor(FeatureExtractor):
         except (RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(f"The weights {given or 'published'} do not fit {what}: {reason}") from error
-        self._network = network.requires_grad_(False).eval()
+        self.network = network.requires_grad_(False).eval()
 
     @abstractmethod
     def published(self) -> dict[str, Tensor]:
@@ -76,6 +76,16 @@ class TorchFidelityExtractor(FeatureExtractor):
             )
         return network
 
+    def _around(self, kind: Any, model: nn.Module) -> Any:
+        """An extractor of torch-fidelity with a model, without its constructor, which would read a file by itself."""
+        from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+        network = kind.__new__(kind)
+        FeatureExtractorBase.__init__(network, self.registered, list(self.layers))
+        network.feature_extractor_internal_dtype = torch.float32
+        network.model = model
+        return network
+
     def compute(self, images: Tensor) -> Features:
         """Features, and logits where the network has them."""
         made = self.loaded(images)(images.expand(-1, 3, -1, -1))
@@ -84,7 +94,7 @@ class TorchFidelityExtractor(FeatureExtractor):
     @property
     def transform(self) -> str:  # type: ignore[override]
         """What is done to an image."""
-        size = getattr(self._network, "resolution", getattr(self._network, "INPUT_IMAGE_SIZE", "?"))
+        size = getattr(self.network, "resolution", getattr(self.network, "INPUT_IMAGE_SIZE", "?"))
         return f"torch-fidelity {version('torch-fidelity')} {self.registered}: TF1 bilinear to {size}, no antialiasing"
 
 
@@ -172,17 +182,12 @@ class CLIP(TorchFidelityExtractor):
         return state
 
     def build(self, state: dict[str, Tensor]) -> nn.Module:
-        """Fills torch-fidelity's extractor, whose constructor would read a file by itself."""
-        from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+        """Builds the network and fills it."""
         from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP, build_model
 
-        network: Any = FeatureExtractorCLIP.__new__(FeatureExtractorCLIP)
-        FeatureExtractorBase.__init__(network, self.registered, list(self.layers))
-        network.feature_extractor_internal_dtype = torch.float32
-        network.model = build_model(dict(state), torch.float32)
+        network = self._around(FeatureExtractorCLIP, build_model(dict(state), torch.float32))
         network.resolution = network.model.visual.input_resolution
-        built: nn.Module = network
-        return built
+        return network
 
 
 class DINOv2(TorchFidelityExtractor):
@@ -217,7 +222,6 @@ class DINOv2(TorchFidelityExtractor):
 
     def build(self, state: dict[str, Tensor]) -> nn.Module:
         """Builds the network without weights and loads the clean ones."""
-        from torch_fidelity.feature_extractor_base import FeatureExtractorBase
         from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
         try:
@@ -229,12 +233,7 @@ class DINOv2(TorchFidelityExtractor):
                 f"'{self.model_name}')\", and copy that folder."
             ) from error
         model.load_state_dict(state)
-        network: Any = FeatureExtractorDinoV2.__new__(FeatureExtractorDinoV2)
-        FeatureExtractorBase.__init__(network, self.registered, list(self.layers))
-        network.feature_extractor_internal_dtype = torch.float32
-        network.model = model.float()
-        built: nn.Module = network
-        return built
+        return self._around(FeatureExtractorDinoV2, model.float())
 
 
 def _known(name: str, table: Any) -> Any:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.images import to_uint8
@@ -235,8 +235,7 @@ def save_pngs(images: Tensor, indices: Sequence[int], folder: Path) -> None:
         raise ValueError(f"Images of {images.shape[1]} channels cannot be written as PNG; leave --save_samples out.")
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in zip(indices, images, strict=True):
-        array = image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy()
-        Image.fromarray(array).save(folder / f"{index:06d}.png")
+        to_pil_image(image).save(folder / f"{index:06d}.png")
 
 
 def class_frequencies(data: ImageSource, num_classes: int) -> Tensor | None:

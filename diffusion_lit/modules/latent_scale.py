@@ -1,6 +1,6 @@
 """The scale of the latents of a training set: sums over all images, which ranks share, and what follows from them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def encode_all(
         Float64 sums of mean and of std^2 + mean^2 per channel, shape (chunks, 2, c), 0 where another rank has them; to
         be added over ranks.
     """
-    jobs = list(_chunks(len(images), 2 if mirrored else 1))
+    jobs = [(copy, start) for copy in range(2 if mirrored else 1) for start in range(0, len(images), CHUNK)]
     sums = torch.zeros(len(jobs), 2, space.shape[0], dtype=torch.float64)
     world, rank = ranks
     for number in range(rank, len(jobs), world):
@@ -67,10 +67,3 @@ def scale_of(sums: Tensor, latents: int, positions: int) -> tuple[Tensor, Tensor
     """
     first, second = sums.sum(0) / (latents * positions)
     return first, (second - first.square()).clamp(min=0).sqrt()
-
-
-def _chunks(count: int, copies: int) -> Iterator[tuple[int, int]]:
-    """Copy and first row of each chunk."""
-    for copy in range(copies):
-        for start in range(0, count, CHUNK):
-            yield copy, start

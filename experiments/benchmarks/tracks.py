@@ -177,7 +177,7 @@ class LockedClassifier(ClassifierFeatures):
         with safe_open(self.path, framework="pt") as file:  # type: ignore[no-untyped-call]
             network = ConvClassifier(**json.loads(file.metadata()["config"]))
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        self._network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
 
 
 class Judge(Evaluator):
