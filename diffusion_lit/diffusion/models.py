@@ -15,7 +15,7 @@ from torch.nn.functional import max_pool2d
 from diffusion_lit.checks import check_count
 from diffusion_lit.diffusion.conditions import ImageCondition
 from diffusion_lit.diffusion.denoiser import Denoiser
-from diffusion_lit.diffusion.generate import Sampling, StepCallback
+from diffusion_lit.diffusion.generate import Sampling, StepCallback, refuse_clipping
 
 
 @contextmanager
@@ -158,7 +158,12 @@ class LatentModel(PixelModel):
         callback: StepCallback | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Draws one image per seed; see `PixelModel.generate`. The callback sees decoded images."""
+        """Draws one image per seed; see `PixelModel.generate`. The callback sees decoded images.
+
+        Raises:
+            ValueError: As there, or if predictions are to be clipped, which latents cannot be.
+        """
+        refuse_clipping(sampling or self.sampling)
         decoded = None if callback is None else self._decoded(callback)
         return super().generate(seeds, labels, sampling, decoded, condition)
 

@@ -6,7 +6,6 @@ average and precision; `modules.latent_cache` keeps latents on disk, so that tra
 holds the autoencoder, its hash and the scale of the latents, which is all that sampling needs.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,7 +20,7 @@ from diffusion_lit.diffusion import (
     Preconditioning,
     Sampling,
 )
-from diffusion_lit.diffusion.generate import StepCallback, refuse_clipping
+from diffusion_lit.diffusion.generate import refuse_clipping
 from diffusion_lit.diffusion.models import LatentModel
 from diffusion_lit.diffusion.rng import run_seed
 from diffusion_lit.modules.autoencoders import load_autoencoder
@@ -204,22 +203,6 @@ class LatentDiffusion(LatentModel, DiffusionModule):
     def interpolate(self, first: Tensor, last: Tensor, shares: Tensor) -> Tensor:
         """Decoded linear interpolations of latents; see `modules.latent_space.interpolate`."""
         return interpolate(self.encode, self.decode, first, last, shares)
-
-    def generate(
-        self,
-        seeds: Sequence[int],
-        labels: Tensor | None = None,
-        sampling: Sampling | None = None,
-        callback: StepCallback | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Draws one image per seed; see `LatentModel.generate`.
-
-        Raises:
-            ValueError: As there, or if predictions are to be clipped, which latents cannot be.
-        """
-        refuse_clipping(sampling or self.sampling)
-        return super().generate(seeds, labels, sampling, callback, condition)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the autoencoder, its hash and the scale of the latents."""

@@ -143,6 +143,13 @@ class LatentSpace(Frozen):
         return (z - mean) / std
 
     @torch.no_grad()
+    def _decode(self, z: Tensor) -> Tensor:
+        """Images of latents as the autoencoder gives them."""
+        net = self.on(z.device)
+        with torch.autocast(z.device.type, enabled=False):
+            images: Tensor = net.decode(z.to(DTYPES[self.precision]))
+        return images.float()
+
     def decode(self, u: Tensor) -> Tensor:
         """Images of standardised latents.
 
@@ -153,12 +160,8 @@ class LatentSpace(Frozen):
             Images (B, C, H, W), float32, in [-1, 1] up to overshoot.
         """
         mean, std = self._scale(u)
-        net = self.on(u.device)
-        with torch.autocast(u.device.type, enabled=False):
-            images: Tensor = net.decode((u * std + mean).to(DTYPES[self.precision])).float()
-        return images
+        return self._decode(u * std + mean)
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images, encoded to the mean of their latents and decoded: the best that a model of the latents can reach.
 
@@ -168,10 +171,7 @@ class LatentSpace(Frozen):
         Returns:
             The same shape, float32.
         """
-        net = self.on(images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            made: Tensor = net.decode(net.encode(images.to(DTYPES[self.precision])).mean.to(DTYPES[self.precision]))
-        return made.float()
+        return self._decode(self.encode(images).mean)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to rebuild it, as tensors and plain values."""
