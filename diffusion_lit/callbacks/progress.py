@@ -183,6 +183,13 @@ def hardware_lines(trainer: Trainer, pl_module: LightningModule) -> list[str]:
     ]
 
 
+def lengths(trainer: Trainer) -> list[tuple[Any, str, int]]:
+    """The schedules of a fixed number of steps, each with the name of this number and the number."""
+    schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    named = [(one, "total_steps" if getattr(one, "total_steps", None) else "T_max") for one in schedules]
+    return [(one, name, steps) for one, name in named if (steps := getattr(one, name, None))]
+
+
 def time_budget(trainer: Trainer) -> list[str]:
     """What a budget of time means for the learning rate.
 
@@ -194,11 +201,7 @@ def time_budget(trainer: Trainer) -> list[str]:
     """
     timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
     told = []
-    for config in trainer.lr_scheduler_configs if timers else []:
-        schedule: Any = config.scheduler
-        steps = getattr(schedule, "total_steps", None) or getattr(schedule, "T_max", None)
-        if not steps:
-            continue
+    for schedule, _, steps in lengths(trainer) if timers else []:
         start = round(steps * (1 - getattr(schedule, "decay_fraction", 1)))
         told.append(
             f"--trainer.max_time may end the run before its learning rate has decayed: it does from step {start:,} to "
@@ -219,11 +222,8 @@ def other_length(trainer: Trainer) -> list[str]:
     """
     run = trainer.estimated_stepping_batches
     told = []
-    for config in trainer.lr_scheduler_configs if run != float("inf") else []:
-        schedule: Any = config.scheduler
-        name = "total_steps" if getattr(schedule, "total_steps", None) else "T_max"
-        steps = getattr(schedule, name, None)
-        if not steps or steps == run or getattr(schedule, "decay_fraction", 1) == 0:
+    for schedule, name, steps in lengths(trainer) if run != float("inf") else []:
+        if steps == run or getattr(schedule, "decay_fraction", 1) == 0:
             continue
         means = "does not come to its end" if steps > run else "ends, or rises again, before the run does"
         told.append(

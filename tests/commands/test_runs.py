@@ -278,6 +278,7 @@ def test_epochs_alone_are_epochs(lightning, saves):
         ([{"max_steps": 9}], ["--trainer.max_epochs=5", "--trainer.max_steps=9"], (9, 5)),
         ([{"max_steps": 9, "max_epochs": 5}], [], (9, 5)),
         ([{"devices": 1}], [], (9, 5)),
+        ([{"max_epochs": 5}, 7], [], (-1, 5)),  # what is no mapping says nothing
     ],
 )
 def test_of_steps_and_epochs_the_one_said_last_counts(tmp_path, files, words, limits):
