@@ -5,14 +5,16 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.commands.edit_options import seed_names
 from diffusion_lit.commands.edit_run import Edit, Edited
 from diffusion_lit.diffusion import editing
 from diffusion_lit.diffusion.grids import evenly
+from diffusion_lit.diffusion.images import to_uint8
 from diffusion_lit.modules.labels import check_guidance
-from diffusion_lit.report.images import Cell, animation, grid_image, labelled_grid
+from diffusion_lit.report.images import Cell, animation, labelled_grid
 
 
 def anagram(
@@ -69,8 +71,7 @@ def hybrid(edit: Edit, blur_sigma: float | None = None, kernel_size: int | None 
         sampling=sampling,
     ).cpu()
     far, near = edit.names(pair)
-    sizes = [_sizes(x[None], model.image_shape[1]) for x in made]
-    figure = _headed(sizes, f"{near} from near, {far} from afar", seed_names(seeds))
+    figure = _sizes(made, f"{near} from near, {far} from afar", seed_names(seeds))
     facts = {"far": far, "near": near, "blur_sigma": blur_sigma, "kernel_size": kernel_size, "seeds": list(seeds)}
     return Edited(figure, {"result": made}, facts)
 
@@ -126,51 +127,29 @@ def guidance(
     return Edited(figure, images, {"cfg_scales": cfg_scales, "labels": names, "seeds": seeds})
 
 
-def _sizes(images: Tensor, side: int) -> Image.Image:
+def _sizes(images: Tensor, title: str, headings: Sequence[str]) -> Image.Image:
     """Each image large, and below it ever smaller, as if from further away.
 
     Args:
         images: Images (B, C, H, W) in [-1, 1].
-        side: Their height.
+        title: What they show, above all.
+        headings: What stands above each.
 
     Returns:
         A column per image; each size is half of the one above.
     """
-    large = max(side, 192)
-    row = grid_image(images, columns=len(images), scale=1)
-    column = side + 1  # a pixel of border
-    sheets = [row.crop((i * column + 1, 1, (i + 1) * column, side + 1)) for i in range(len(images))]
+    large, gap, top, font = max(images.shape[-2], 192), 8, 44, ImageFont.load_default(13)
     sizes = [large // 2**k for k in range(4) if large // 2**k >= 8]
-    gap = 8
-    canvas = Image.new("RGB", (len(images) * (large + gap) + gap, sum(sizes) + gap * (len(sizes) + 1)), "white")
-    for index, sheet in enumerate(sheets):
-        top = gap
+    width = max(len(images) * (large + 2 * gap), round(font.getlength(title)) + 16)
+    canvas = Image.new("RGB", (width, top + sum(sizes) + gap * (len(sizes) + 1)), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((gap, 4), title, "black", font)
+    for index, (image, heading) in enumerate(zip(images, headings, strict=True)):
+        left, height = gap + index * (large + 2 * gap), top + gap
+        pen.text((left, 24), heading, "black", font)
         for size in sizes:
             # Enlarged as blocks or smoothly would show the blocks, so that the near image could not be seen.
-            resized = sheet.resize((size, size), Image.Resampling.BICUBIC)
-            canvas.paste(resized, (gap + index * (large + gap) + (large - size) // 2, top))
-            top += size + gap
-    return canvas
-
-
-def _headed(images: Sequence[Image.Image], title: str, headings: Sequence[str]) -> Image.Image:
-    """Puts images of one size side by side, a heading above each and a title above all.
-
-    Args:
-        images: The images.
-        title: What they show.
-        headings: One for each.
-
-    Returns:
-        The figure.
-    """
-    top, font = 44, ImageFont.load_default(13)
-    width = max(sum(image.width for image in images), round(font.getlength(title)) + 16)
-    canvas = Image.new("RGB", (width, images[0].height + top), "white")
-    pen, left = ImageDraw.Draw(canvas), 0
-    pen.text((8, 4), title, "black", font)
-    for image, heading in zip(images, headings, strict=True):
-        pen.text((left + 8, 24), heading, "black", font)
-        canvas.paste(image, (left, top))
-        left += image.width
+            resized = to_pil_image(to_uint8(image)).resize((size, size), Image.Resampling.BICUBIC)
+            canvas.paste(resized, (left + (large - size) // 2, height))
+            height += size + gap
     return canvas
