@@ -3,7 +3,7 @@
 Seeds and labels are fixed, so that the images of different epochs compare.
 """
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,15 +14,13 @@ from torch import Tensor
 from diffusion_lit.callbacks.intervals import ends
 from diffusion_lit.callbacks.loggers import show_image
 from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.modules.base import DiffusionModule
 from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.protocols import is_model
 from diffusion_lit.report.given import given_sheet
 from diffusion_lit.report.images import StepRecorder, gif_bytes, png_bytes, titled_grid
 from diffusion_lit.runtime.ranks import rank_zero_alone, share_rows
 from diffusion_lit.runtime.run_folder import WritesToRunFolder, run_folder
-
-if TYPE_CHECKING:
-    from diffusion_lit.modules.base import DiffusionModule
 
 MOST = 1024  # images that a callback draws at once: more are a slip of the keyboard
 
@@ -48,7 +46,7 @@ class DrawingCallback(WritesToRunFolder):
         self.validations += 1
         ended = trainer.state.fn == "fit" and ends(trainer)
         if self.every and (self.validations % self.every == 0 or ended):
-            self.show(trainer, cast("DiffusionModule", pl_module))
+            self.show(trainer, cast(DiffusionModule, pl_module))
 
     def state_dict(self) -> dict[str, int]:
         """The number of validations seen, which a resumed run counts on from."""
@@ -58,12 +56,12 @@ class DrawingCallback(WritesToRunFolder):
         """Restores the count."""
         self.validations = state_dict["validations"]
 
-    def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
+    def show(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Draws and shows the samples; called on all ranks, which share the work."""
         raise NotImplementedError
 
     def samples(
-        self, module: "DiffusionModule", labels: Tensor | None, count: int, recorder: StepRecorder | None = None
+        self, module: DiffusionModule, labels: Tensor | None, count: int, recorder: StepRecorder | None = None
     ) -> Tensor:
         """The first `count` samples, drawn by all ranks together.
 
@@ -132,7 +130,7 @@ class SampleGrid(DrawingCallback):
         self.rows = rows
         self.columns = columns
 
-    def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
+    def show(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Draws the grid."""
         rows = min(module.num_classes, 10) or self.rows
         labels = torch.arange(rows).repeat_interleave(self.columns) if module.num_classes else None
@@ -164,7 +162,7 @@ class Trajectory(DrawingCallback):
         self.count = count
         self.columns = columns
 
-    def show(self, trainer: Trainer, module: "DiffusionModule") -> None:
+    def show(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Draws the strip and the animation, of a model that samples step by step."""
         count = max(self.count, 16)
         labels = torch.arange(count) % module.num_classes if module.num_classes else None

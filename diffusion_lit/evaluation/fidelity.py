@@ -15,6 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_fidelity import feature_extractor_clip as clip
+from torch_fidelity import feature_extractor_dinov2 as dinov2
+from torch_fidelity import feature_extractor_inceptionv3 as inception
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.utils import create_feature_extractor
+from torchvision.models import VGG16_Weights
 
 from diffusion_lit.evaluation.features import FeatureExtractor, Features, MissingWeights
 from diffusion_lit.modules.protocols import ImageSource
@@ -66,8 +72,6 @@ class TorchFidelityExtractor(FeatureExtractor):
         Returns:
             The network.
         """
-        from torch_fidelity.utils import create_feature_extractor
-
         with tempfile.TemporaryDirectory() as folder:
             clean = os.path.join(folder, "weights.pth")
             torch.save(state, clean)
@@ -78,8 +82,6 @@ class TorchFidelityExtractor(FeatureExtractor):
 
     def _around(self, kind: Any, model: nn.Module) -> Any:
         """An extractor of torch-fidelity with a model, without its constructor, which would read a file by itself."""
-        from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
         network = kind.__new__(kind)
         FeatureExtractorBase.__init__(network, self.registered, list(self.layers))
         network.feature_extractor_internal_dtype = torch.float32
@@ -113,17 +115,13 @@ class Inception(TorchFidelityExtractor):
     @staticmethod
     def is_here() -> bool:
         """Whether the published weights lie in PyTorch's cache."""
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-        name: str = URL_INCEPTION_V3.rsplit("/", 1)[1]
+        name: str = inception.URL_INCEPTION_V3.rsplit("/", 1)[1]
         return (hub_folder() / name).is_file()
 
     def published(self) -> dict[str, Tensor]:
         """The weights that the field's FID uses, 95 MB."""
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-        name = URL_INCEPTION_V3.rsplit("/", 1)[1]
-        return read_state(fetch(URL_INCEPTION_V3, name, "6726825d", "Inception", OPTION), "Inception")
+        url = inception.URL_INCEPTION_V3
+        return read_state(fetch(url, url.rsplit("/", 1)[1], "6726825d", "Inception", OPTION), "Inception")
 
 
 class VGG(TorchFidelityExtractor):
@@ -140,8 +138,6 @@ class VGG(TorchFidelityExtractor):
 
     def published(self) -> dict[str, Tensor]:
         """The weights of torchvision, 528 MB."""
-        from torchvision.models import VGG16_Weights
-
         url = VGG16_Weights.IMAGENET1K_V1.url
         name = url.rsplit("/", 1)[1]
         return read_state(fetch(url, name, name.rsplit("-", 1)[1][:8], "VGG-16", OPTION), "VGG-16")
@@ -164,18 +160,14 @@ class CLIP(TorchFidelityExtractor):
 
     def __init__(self, variant: str = "vit-b-32", feature_extractor_weights_path: str | None = None) -> None:
         super().__init__(feature_extractor_weights_path)
-        from torch_fidelity.feature_extractor_clip import MODEL_METADATA
-
         self.registered = f"clip-{variant}"
         self.name = f"clip_{variant}".replace("-", "_")
-        _known(self.registered, MODEL_METADATA)
+        _known(self.registered, clip.MODEL_METADATA)
 
     def published(self) -> dict[str, Tensor]:
         """OpenAI's weights, a TorchScript archive, which is opened only when its hash is the published one."""
-        from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
-
-        digest = MODEL_METADATA[self.registered]["hash"]
-        path = fetch(MODEL_URLS[self.registered], f"{self.registered}-{digest}.pt", digest, "CLIP", OPTION)
+        digest = clip.MODEL_METADATA[self.registered]["hash"]
+        path = fetch(clip.MODEL_URLS[self.registered], f"{self.registered}-{digest}.pt", digest, "CLIP", OPTION)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state: dict[str, Tensor] = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
@@ -183,9 +175,7 @@ class CLIP(TorchFidelityExtractor):
 
     def build(self, state: dict[str, Tensor]) -> nn.Module:
         """Builds the network and fills it."""
-        from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP, build_model
-
-        network = self._around(FeatureExtractorCLIP, build_model(dict(state), torch.float32))
+        network = self._around(clip.FeatureExtractorCLIP, clip.build_model(dict(state), torch.float32))
         network.resolution = network.model.visual.input_resolution
         return network
 
@@ -208,11 +198,9 @@ class DINOv2(TorchFidelityExtractor):
 
     def __init__(self, variant: str = "vit-l-14", feature_extractor_weights_path: str | None = None) -> None:
         super().__init__(feature_extractor_weights_path)
-        from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA
-
         self.registered = f"dinov2-{variant}"
         self.name = f"dinov2_{variant}".replace("-", "_")
-        self.model_name = _known(self.registered, MODEL_METADATA)
+        self.model_name = _known(self.registered, dinov2.MODEL_METADATA)
 
     def published(self) -> dict[str, Tensor]:
         """Meta's weights."""
@@ -222,8 +210,6 @@ class DINOv2(TorchFidelityExtractor):
 
     def build(self, state: dict[str, Tensor]) -> nn.Module:
         """Builds the network without weights and loads the clean ones."""
-        from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
-
         try:
             model = torch.hub.load("facebookresearch/dinov2", self.model_name, pretrained=False, trust_repo=True)  # type: ignore[no-untyped-call]
         except OSError as error:
@@ -233,7 +219,7 @@ class DINOv2(TorchFidelityExtractor):
                 f"'{self.model_name}')\", and copy that folder."
             ) from error
         model.load_state_dict(state)
-        return self._around(FeatureExtractorDinoV2, model.float())
+        return self._around(dinov2.FeatureExtractorDinoV2, model.float())
 
 
 def _known(name: str, table: Any) -> Any:
