@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion_lit.diffusion.images import from_uint8, take
 from diffusion_lit.diffusion.rng import keyed_generator, keyed_seed
+from diffusion_lit.modules.autoencoders import part_of
 from diffusion_lit.modules.protocols import ImageSource, ReadsSplits
 from diffusion_lit.nets.classifier import ConvClassifier
 from diffusion_lit.storage.checkpoints import read_checkpoint
@@ -57,11 +58,10 @@ def classifier_from_checkpoint(path: Path) -> ConvClassifier:
     checkpoint = read_checkpoint(path)
     if "classifier" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of a Classifier; give one of configs/classifier_NAME.yaml.")
-    state = {name.removeprefix("net."): value for name, value in checkpoint["state_dict"].items()}
     try:
         with no_larger_than(checkpoint["state_dict"]):
             network = ConvClassifier(**checkpoint["classifier"])
-        network.load_state_dict(state)
+        network.load_state_dict(part_of(checkpoint["state_dict"], "net"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The classifier in {path} cannot be built: {error}.") from error
     return network.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from diffusion_lit.diffusion.denoiser import Denoiser
 from diffusion_lit.diffusion.guidance import Guide
 from diffusion_lit.diffusion.models import PixelModel
+from diffusion_lit.modules.autoencoders import part_of
 from diffusion_lit.modules.labels import class_names_of
 from diffusion_lit.modules.latent import LatentDiffusion
 from diffusion_lit.modules.load import HELD, load_module
@@ -98,14 +99,13 @@ def _of_checkpoint(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, A
 def _of_snapshot(model: PixelModel, path: Path) -> tuple[Denoiser, dict[str, Any]]:
     """The model's own network with the weights of a snapshot, and what a checkpoint keeps of it."""
     state, denoiser = Source.read(path).state, deepcopy(model.denoiser)
-    prefix, own = "denoiser.", denoiser.state_dict()
-    theirs = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    own, theirs = denoiser.state_dict(), part_of(state, "denoiser")
     trained = dict(denoiser.named_parameters())
     odd = [name for name, value in own.items() if name not in theirs or theirs[name].shape != value.shape]
     odd = [name for name in odd if name in trained or name in theirs]
     if odd:
         raise ValueError(
-            f"The snapshot {path} is of another network than the model: {prefix}{odd[0]} does not fit. Guide by the "
+            f"The snapshot {path} is of another network than the model: denoiser.{odd[0]} does not fit. Guide by the "
             "checkpoint of its run, which says what network it is."
         )
     denoiser.load_state_dict({name: theirs.get(name, value) for name, value in own.items()})
