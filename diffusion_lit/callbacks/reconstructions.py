@@ -112,16 +112,7 @@ class ReconstructionFID(FID):
         return name.startswith(f"r{self.extractor.metric}_")
 
     def draw(self, trainer: Trainer, module: LightningModule, rows: Tensor) -> Tensor:
-        """Reconstructs some of the held-out images.
-
-        Args:
-            trainer: The trainer.
-            module: The model.
-            rows: Which of the `num_samples`.
-
-        Returns:
-            Reconstructions (B, C, H, W) in [-1, 1].
-        """
+        """Reconstructions of some of the held-out images; see `FID.draw`."""
         assert isinstance(module, Reconstructs)
         return module.reconstruct(real_images(trainer, self.num_samples, self.held_out, rows).to(module.device))
 
