@@ -108,7 +108,7 @@ class Edit:
             ValueError: If guidance is asked for that does nothing.
         """
         options, settings = self.options, self.settings or models_own
-        sampling = options.applied(settings(self.model))
+        (sampling,) = options.settings(settings(self.model))
         labelled = bool(options.prompts) or options.labels is not None
         check_guidance(self.model, sampling, labelled, **options.guidance)
         return sampling

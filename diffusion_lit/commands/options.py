@@ -45,6 +45,8 @@ class SamplingOptions:
         guidance_rescale: Share in [0, 1] of the rescaling of guided predictions.
     """
 
+    lists: ClassVar[dict[str, Any]] = {}  # the options that are lists, and what each is a list of
+
     cfg_scale: float | None = None
     guide_ckpt: str | None = None
     guide_scale: float | None = None
@@ -65,19 +67,21 @@ class SamplingOptions:
         names = ("cfg_scale", "guidance_interval", "guidance_rescale", "guide_scale")
         return {name: getattr(self, name) for name in names}
 
-    def applied(self, default: S) -> S:
-        """The settings with what is given in place.
+    def settings(self, default: S) -> list[S]:
+        """The settings with what is given in place, one for each combination of the options that are lists.
 
         Args:
             default: The model's own.
 
         Returns:
-            The settings.
+            At least one.
 
         Raises:
-            ValueError: If they do not fit together.
+            ValueError: If a list cannot be read, or settings do not fit together.
         """
-        return default.replace(**{option.name: getattr(self, option.name) for option in fields(SamplingOptions)})
+        fixed = {one.name: getattr(self, one.name) for one in fields(SamplingOptions) if one.name not in self.lists}
+        values = [dict.fromkeys(_words(name, getattr(self, name), kind)) for name, kind in self.lists.items()]
+        return [default.replace(**dict(zip(self.lists, each, strict=True)), **fixed) for each in product(*values)]
 
 
 @dataclass(frozen=True)
@@ -175,30 +179,7 @@ class DrawOptions(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class ListOptions(DrawOptions):
-    """As `DrawOptions`, with options that are lists, every combination of which is drawn."""
-
-    lists: ClassVar[dict[str, Any]] = {}  # the options and what each is a list of
-
-    def settings(self, default: S) -> list[S]:
-        """The settings, one for each combination.
-
-        Args:
-            default: The model's own.
-
-        Returns:
-            At least one.
-
-        Raises:
-            ValueError: If a list cannot be read, or settings do not fit together.
-        """
-        fixed = {one.name: getattr(self, one.name) for one in fields(SamplingOptions) if one.name not in self.lists}
-        values = [dict.fromkeys(_words(name, getattr(self, name), kind)) for name, kind in self.lists.items()]
-        return [default.replace(**dict(zip(self.lists, each, strict=True)), **fixed) for each in product(*values)]
-
-
-@dataclass(frozen=True)
-class StepsOptions(ListOptions):
+class StepsOptions(DrawOptions):
     """As `DrawOptions`, with a list of steps, each of which is drawn.
 
     Args:
@@ -210,7 +191,7 @@ class StepsOptions(ListOptions):
 
 
 @dataclass(frozen=True)
-class SweepOptions(ListOptions):
+class SweepOptions(DrawOptions):
     """As `DrawOptions`, with lists of samplers, steps and strengths of guidance, every combination of which is drawn.
 
     Args:
