@@ -11,8 +11,7 @@ from diffusion_lit.commands.evaluate_run import run
 from diffusion_lit.diffusion.samplers import sampler_table
 from diffusion_lit.report.receipt_page import likelihood_sentence
 from diffusion_lit.report.receipt_tables import plain_table, tables
-from diffusion_lit.runtime.ranks import fabric as ranks_of
-from diffusion_lit.runtime.ranks import one_process, several
+from diffusion_lit.runtime.ranks import fabric
 
 help_notes = sampler_table  # below the help
 WIDEST = 100  # characters of a table in a terminal; a wider one is laid on its side, where that is narrower
@@ -37,7 +36,7 @@ def evaluate(plan: Plan, devices: int = 1, strategy: str = "auto", json: bool = 
         ValueError: If the checkpoint, data, extractor and options do not fit together, or weights are missing.
     """
     check_count(devices=devices)
-    ranks = ranks_of(devices, plan.device, strategy) if several(devices) else one_process(plan.device)
+    ranks = fabric(devices, plan.device, strategy)
     written = ranks.launch(partial(run, plan=plan))
     if ranks.is_global_zero and written:
         text = Path(written[0]).read_text()

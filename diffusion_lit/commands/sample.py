@@ -11,8 +11,7 @@ from diffusion_lit.modules.given import as_given
 from diffusion_lit.modules.labels import check_guidance, parse_labels
 from diffusion_lit.modules.load import give_held_out
 from diffusion_lit.modules.protocols import Model
-from diffusion_lit.runtime.hardware import pick_device
-from diffusion_lit.runtime.ranks import fabric, several
+from diffusion_lit.runtime.ranks import fabric
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.words import article, counted
 
@@ -96,11 +95,7 @@ def sample(
         )
         for setting in settings
     ]
-    if several(devices):
-        fabric(devices, options.device, strategy).launch(lambda ranks: draw_all(jobs, Path(out), ranks))
-    else:
-        module.to(pick_device(options.device))
-        draw_all(jobs, Path(out))
+    fabric(devices, options.device, strategy).launch(lambda ranks: draw_all(jobs, Path(out), ranks))
 
 
 def take_size(module: Model, size: str) -> None:

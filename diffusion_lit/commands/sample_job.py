@@ -25,7 +25,7 @@ SHOWN = 10  # samples of given.png
 RECORDED = 16  # samples whose steps are kept for --trajectory
 
 
-def draw_all(jobs: "Sequence[SampleJob]", folder: Path, ranks: Fabric | None = None) -> None:
+def draw_all(jobs: "Sequence[SampleJob]", folder: Path, ranks: Fabric) -> None:
     """Does jobs one after another, and shows those of several numbers of steps side by side.
 
     Args:
@@ -35,7 +35,7 @@ def draw_all(jobs: "Sequence[SampleJob]", folder: Path, ranks: Fabric | None = N
     """
     previews = [job.run(ranks) for job in jobs]
     table = folder / "table.png"
-    if ranks is None or ranks.is_global_zero:
+    if ranks.is_global_zero:
         table.unlink(missing_ok=True)
     shown = [preview for preview in previews if preview is not None]
     if len(shown) > 1:
@@ -71,8 +71,8 @@ class SampleJob:
     folder: Path
     scale: int | None = None
 
-    def run(self, ranks: Fabric | None = None) -> "Preview | None":
-        """Draws all samples, each batch written as it comes; on rank 0 alone where there are several.
+    def run(self, ranks: Fabric) -> "Preview | None":
+        """Draws all samples, each batch written as it comes, by rank 0.
 
         Args:
             ranks: The processes that share the work; they draw batches in turn, whichever draws which sample.
@@ -80,12 +80,11 @@ class SampleJob:
         Returns:
             Some of the samples; nothing on other ranks than 0.
         """
-        if ranks is not None:
-            self.module.to(ranks.device)
-            if not ranks.is_global_zero:
-                for _ in self.batches(ranks):
-                    pass
-                return None
+        self.module.to(ranks.device)
+        if not ranks.is_global_zero:
+            for _ in self.batches(ranks):
+                pass
+            return None
         channels, height, width = self.module.image_shape
         labels = None if self.classes is None else self.classes.numpy()
         recorder = StepRecorder(self.recorded(ranks)) if self.trajectory else None
@@ -103,17 +102,15 @@ class SampleJob:
         self.write(preview, recorder, self.recorded(ranks))
         return preview
 
-    def recorded(self, ranks: Fabric | None) -> list[int]:
+    def recorded(self, ranks: Fabric) -> list[int]:
         """The samples of the first batch whose steps are kept, evenly spread, so that they are of several classes."""
         size = self._batch(ranks)
         return evenly(0, size - 1, min(RECORDED, size))
 
-    def _batch(self, ranks: Fabric | None) -> int:
-        return min(self.batch_size, -(-self.count // (1 if ranks is None else ranks.world_size)))
+    def _batch(self, ranks: Fabric) -> int:
+        return min(self.batch_size, -(-self.count // ranks.world_size))
 
-    def batches(
-        self, ranks: Fabric | None = None, recorder: StepRecorder | None = None
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def batches(self, ranks: Fabric, recorder: StepRecorder | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Draws batch after batch, in the order of the samples.
 
         Args:
@@ -126,18 +123,15 @@ class SampleJob:
         Raises:
             ValueError: On all ranks, if a value is not finite.
         """
-        world, rank = (1, 0) if ranks is None else (ranks.world_size, ranks.global_rank)
+        world, rank = ranks.world_size, ranks.global_rank
         size = self._batch(ranks)
         for start in tqdm(range(0, self.count, size * world), desc="sampling", unit="batch", disable=rank > 0):
             first = min(start + rank * size, self.count)
             rows = range(first, min(first + size, self.count))
-            drawn = self.draw(rows, recorder if first == 0 else None) if rows else None
-            if ranks is not None:
-                whole = torch.zeros(size, *self.module.image_shape, device=ranks.device)
-                if drawn is not None:
-                    whole[: len(rows)] = drawn.to(whole)
-                drawn = cast(Tensor, ranks.all_gather(whole)).flatten(0, -4)[: self.count - start]
-            assert drawn is not None
+            whole = torch.zeros(size, *self.module.image_shape, device=ranks.device)
+            if rows:
+                whole[: len(rows)] = self.draw(rows, recorder if first == 0 else None)
+            drawn = cast(Tensor, ranks.all_gather(whole)).flatten(0, -4)[: self.count - start]
             yield start, drawn.cpu(), to_uint8(drawn)
 
     def draw(self, rows: range, recorder: StepRecorder | None) -> Tensor:

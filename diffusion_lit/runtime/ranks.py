@@ -29,24 +29,12 @@ HEARING = 5.0  # seconds that rank 0, failing, gives the others to hear of it
 T = TypeVar("T")
 
 
-def several(devices: int) -> bool:
-    """Whether there are several processes, by options or started by torchrun or SLURM.
-
-    Args:
-        devices: Number of processes asked for.
-
-    Returns:
-        Whether a Fabric is needed.
-    """
-    return devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric:
-    """Processes that share the work, not yet started.
+    """Processes that share the work, not yet started; this one alone where there are no others.
 
     Args:
-        devices: Number of processes, one per device.
-        device: `auto`, `cpu`, or `cuda`, which may be called `gpu`.
+        devices: Number of processes, one per device; as many as torchrun or SLURM has started.
+        device: `auto`, `cpu`, or `cuda`, which may be called `gpu`; of one process `cuda:1`, ... too.
         strategy: How they are started: `ddp`, or `ddp_fork` within another Python program.
 
     Returns:
@@ -55,6 +43,9 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
     Raises:
         ValueError: If a choice is unknown, or there are fewer devices.
     """
+    if devices == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        found = pick_device("cuda" if device == "gpu" else device)
+        return Fabric(accelerator=found.type, devices=1 if found.type == "cpu" else [found.index or 0])
     accelerators = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
     if device not in accelerators:
         raise ValueError(f"device is {device!r}, but several devices are asked for; choose auto, cpu or cuda.")
@@ -75,19 +66,6 @@ def fabric(devices: int, device: str = "auto", strategy: str = "auto") -> Fabric
         )
     except RuntimeError as error:  # Lightning's MisconfigurationException is one
         raise ValueError(f"{devices} processes on {device} cannot be started here: {error}") from error
-
-
-def one_process(device: str = "auto") -> Fabric:
-    """This process alone.
-
-    Args:
-        device: `auto`, `cpu`, `cuda` (which may be called `gpu`), `cuda:1`, ...
-
-    Raises:
-        ValueError: If this machine has no such device.
-    """
-    found = pick_device("cuda" if device == "gpu" else device)
-    return Fabric(accelerator=found.type, devices=1 if found.type == "cpu" else [found.index or 0])
 
 
 def rank_zero_alone(work: Callable[[], T], what: str) -> T | None:
