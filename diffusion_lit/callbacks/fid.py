@@ -216,7 +216,7 @@ class FID(Callback):
 
         def some(rows: range) -> Tensor:
             parts = []
-            for part in torch.arange(rows.start, rows.stop).split(self.batch_size):
+            for part in torch.split(torch.arange(rows.start, rows.stop), self.batch_size):
                 parts.append(self.extractor.features(to_uint8(self.draw(trainer, pl_module, part))).features)
                 watchdog.beat()
             return torch.cat(parts)

@@ -163,7 +163,7 @@ class SaveRecipe(SaveConfigCallback):
 
 def is_rank_zero() -> bool:
     """Whether this process is rank 0, as far as it can be known before the trainer is built."""
-    return rank_zero_only.rank == 0
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def keep_csv(path: Path) -> None:

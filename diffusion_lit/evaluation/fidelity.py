@@ -80,12 +80,12 @@ class TorchFidelityExtractor(FeatureExtractor):
             )
         return network
 
-    def _around(self, kind: Any, model: nn.Module) -> Any:
+    def _around(self, kind: Any, **attributes: Any) -> nn.Module:
         """An extractor of torch-fidelity with a model, without its constructor, which would read a file by itself."""
-        network = kind.__new__(kind)
+        network: nn.Module = kind.__new__(kind)
         FeatureExtractorBase.__init__(network, self.registered, list(self.layers))
-        network.feature_extractor_internal_dtype = torch.float32
-        network.model = model
+        for name, value in {"feature_extractor_internal_dtype": torch.float32, **attributes}.items():
+            setattr(network, name, value)
         return network
 
     def compute(self, images: Tensor) -> Features:
@@ -175,9 +175,8 @@ class CLIP(TorchFidelityExtractor):
 
     def build(self, state: dict[str, Tensor]) -> nn.Module:
         """Builds the network and fills it."""
-        network = self._around(clip.FeatureExtractorCLIP, clip.build_model(dict(state), torch.float32))
-        network.resolution = network.model.visual.input_resolution
-        return network
+        model = clip.build_model(dict(state), torch.float32)
+        return self._around(clip.FeatureExtractorCLIP, model=model, resolution=model.visual.input_resolution)
 
 
 class DINOv2(TorchFidelityExtractor):
@@ -219,7 +218,7 @@ class DINOv2(TorchFidelityExtractor):
                 f"'{self.model_name}')\", and copy that folder."
             ) from error
         model.load_state_dict(state)
-        return self._around(dinov2.FeatureExtractorDinoV2, model.float())
+        return self._around(dinov2.FeatureExtractorDinoV2, model=model.float())
 
 
 def _known(name: str, table: Any) -> Any:
