@@ -13,6 +13,7 @@ from helpers.runs import stopped
 from PIL import Image
 
 from diffusion_lit import editing, load_module
+from diffusion_lit.commands.edit_draw import _sizes
 from diffusion_lit.commands.edit_options import ImageOptions, inverted
 from diffusion_lit.diffusion.analytic import GaussianMixtureDenoiser
 from diffusion_lit.diffusion.generate import Sampling
@@ -157,3 +158,15 @@ def test_prompts_stand_against_steps(lightning, tmp_path):
     table = Image.open("o/table.png")
     assert table.width > 3 * 64 + 80 and 2 * 64 < table.height < 3 * 64  # two rows beside their names
     assert np.load("o/steps_3/samples.npz")["arr_0"].shape[0] == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_hybrid_is_shown_pixel_for_pixel_and_ever_smaller(channels):
+    images = torch.rand(2, channels, 256, 256) * 2 - 1
+    figure = np.asarray(_sizes(images, "3 from near, 8 from afar", ["seed 0", "seed 1"]))
+    for index, image in enumerate(to_uint8(images)):
+        left = 8 + index * 272  # 256 pixels and a border of 8 on each side
+        assert (figure[52:308, left : left + 256] == image.permute(1, 2, 0).numpy()).all()
+        assert (figure[316:444, left : left + 64] == 255).all()  # half the size, in the middle
+        assert (figure[316:444, left + 64 : left + 192] < 255).any()
+    assert figure.shape == (44 + 8 * 5 + 256 + 128 + 64 + 32, 544, 3)
