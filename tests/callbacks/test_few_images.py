@@ -22,7 +22,7 @@ def own_cache(tmp_path, monkeypatch):
 class Halfway(torch.nn.Module):
     """Interpolates pixels, reconstructs and generates."""
 
-    device, num_classes = torch.device("cpu"), 0
+    device, num_classes, trainer = torch.device("cpu"), 0, None
 
     def interpolate(self, first, second, shares):
         assert len(first), "a batch of no image"
