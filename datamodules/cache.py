@@ -14,6 +14,7 @@ memory.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -277,14 +278,8 @@ def _compact(path: Path, kept: list[int], row: int) -> tuple[str, int]:
 
 def _kept_pools(pools: Mapping[str, Sequence[Image]], kept: list[int]) -> dict[str, tuple[int, int]]:
     """The rows of each pool after some images were left out."""
-    rows, start, first = {}, 0, 0
-    numbers = np.array(kept)
-    for pool, images in pools.items():
-        start += len(images)
-        last = int(np.searchsorted(numbers, start))
-        rows[pool] = (first, last)
-        first = last
-    return rows
+    ends = np.searchsorted(kept, np.cumsum([len(images) for images in pools.values()])).tolist()
+    return dict(zip(pools, itertools.pairwise([0, *ends]), strict=True))
 
 
 def _summary(skipped: Sequence[Skip], place: Path | None) -> str:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class CelebA(ImageDataModule):
                 missing.append(Skip(name, f"is in the partition but not in {listing.label}"))
         if not any(pools.values()):
             raise ValueError(f"{listing.label} has none of the images of {self._list(PARTITION)}.")
-        listing = Listing(listing.root, [], listing.skipped + missing, listing.label, listing.archive)
+        listing = replace(listing, images=[], skipped=listing.skipped + missing)
         cache = prepare(listing, pools, self.transform, self.cache_dir, self.strict, self.cache_processes)
         kinds = describe_classes(self.class_names)
         rank_zero_info(f"{counted(len(cache.names), 'image')} of {listing.label}, {kinds}.")

@@ -5,7 +5,8 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from datamodules.sources import Image, Listing, Skip, printable
 from diffusion_lit.words import counted
@@ -93,8 +94,7 @@ def lay_out(listing: Listing, use_labels: bool = True) -> Layout:
             where = "beside the folders of the classes" if none else "in the folder of no training class"
             skipped.append(Skip(image.name, f"lies {where}"))
         pools[pool] = [image for image in images if layout.class_of(image.name) in names]
-    listing = Listing(listing.root, listing.images, skipped, listing.label, listing.archive)
-    return Layout(listing, pools, names, prefix, split, note)
+    return Layout(replace(listing, skipped=skipped), pools, names, prefix, split, note)
 
 
 def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
@@ -165,8 +165,6 @@ def _common(images: Sequence[Image]) -> str:
     """The folders that all names begin with."""
     if not images:
         return ""
-    first, last = images[0].name.split("/")[:-1], images[-1].name.split("/")[:-1]  # sorted: all others lie between
-    shared = 0
-    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
-        shared += 1
-    return "".join(part + "/" for part in first[:shared])
+    first, last = (image.name.split("/")[:-1] for image in (images[0], images[-1]))  # sorted: all others lie between
+    shared = takewhile(lambda parts: parts[0] == parts[1], zip(first, last, strict=False))
+    return "".join(f"{part}/" for part, _ in shared)

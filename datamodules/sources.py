@@ -8,13 +8,12 @@ that cycles end.
 import glob
 import io
 import os
-import re
 import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -55,6 +54,7 @@ class Listing:
         skipped: What could not be listed.
         label: What messages call the source.
         archive: The opened zip, where the root is one.
+        process: The process that the zip's position belongs to.
     """
 
     root: Path
@@ -62,6 +62,7 @@ class Listing:
     skipped: list[Skip] = field(default_factory=list)
     label: str = ""
     archive: zipfile.ZipFile | None = None
+    process: int = field(default_factory=os.getpid)
 
     def open(self, name: str) -> IO[bytes]:
         """Opens an image.
@@ -78,6 +79,8 @@ class Listing:
         try:
             if self.archive is None:
                 return (self.root / name).open("rb")
+            if self.process != os.getpid():  # a fork, which needs a position of its own
+                self.archive.fp, self.process = self.root.open("rb"), os.getpid()
             info = self.archive.getinfo(name)
             if info.file_size > MAX_MEMBER:
                 raise BadImageError(f"unpacks to {info.file_size} bytes, which no image has")
@@ -91,16 +94,12 @@ class Listing:
         except Exception as error:  # zipfile raises many kinds at damaged, encrypted or exotic members
             raise BadImageError(f"cannot be unpacked ({' '.join(str(error).split())})") from error
 
-    def reopen(self) -> None:
-        """Gives a forked process a file position of its own in the zip."""
-        if self.archive is not None:
-            self.archive.fp = self.root.open("rb")
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "archive": self.archive is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, archive=zipfile.ZipFile(state["root"]) if state["archive"] else None)
+        archive = zipfile.ZipFile(state["root"]) if state["archive"] else None
+        self.__dict__.update(state, archive=archive, process=os.getpid())
 
 
 def printable(name: str) -> str:
@@ -161,39 +160,34 @@ def walk(folder: Path, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_resul
     Yields:
         The name relative to the folder, and what the system says of the file.
     """
-    waiting, seen = [""], set()
-    while waiting:
-        prefix = waiting.pop()
-        try:
-            place = (folder / prefix).stat()
-            if (place.st_dev, place.st_ino) in seen:
-                continue
-            seen.add((place.st_dev, place.st_ino))
-            with os.scandir(folder / prefix) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            skipped.append(Skip(prefix.rstrip("/") or str(folder), f"cannot be listed ({_why(error)})"))
+    seen: set[tuple[int, int]] = set()
+
+    def name_of(place: str) -> str:
+        name = os.path.relpath(place, folder)
+        return "" if name == "." else name
+
+    def refused(error: OSError) -> None:
+        skipped.append(Skip(name_of(error.filename) or str(folder), f"cannot be listed ({_why(error)})"))
+
+    for place, below, names in os.walk(folder, onerror=refused, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
             continue
-        below = []
-        skipped += _unreadable(prefix, [entry.name for entry in entries])
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            name = prefix + entry.name
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not _is_hidden(name))
+        prefix = os.path.join(name_of(place), "")
+        skipped += _unreadable(prefix, names)
+        for name in sorted(prefix + name for name in names if is_image(name)):
             try:
-                status = entry.stat()
+                status = (folder / name).stat()
             except OSError as error:
-                if is_image(name):
-                    skipped.append(Skip(name, f"cannot be found ({_why(error)})"))
+                skipped.append(Skip(name, f"cannot be found ({_why(error)})"))
                 continue
-            if stat.S_ISDIR(status.st_mode):
-                below.append(name + "/")
-            elif is_image(name):
-                if stat.S_ISREG(status.st_mode):
-                    yield name, status
-                else:
-                    skipped.append(Skip(name, "is no regular file"))
-        waiting += reversed(below)
+            if stat.S_ISREG(status.st_mode):
+                yield name, status
+            else:
+                skipped.append(Skip(name, "is no regular file"))
 
 
 def _unreadable(folder: str, names: Sequence[str]) -> list[Skip]:
@@ -226,16 +220,14 @@ def _list_zip(path: Path) -> Listing:
         raise may_not_read(path) from error
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path} is neither a folder nor a whole zip ({error}); {GIVE}.") from error
-    images = {
-        info.filename: Image(info.filename, info.file_size, info.CRC)
-        for info in archive.infolist()
-        if is_image(info.filename) and not info.is_dir() and not _is_hidden(info.filename)
-    }
+    members = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
+    images: dict[str, Image] = {}
     folders: dict[str, list[str]] = {}
-    for info in archive.infolist():
-        if not info.is_dir() and not _is_hidden(info.filename):
-            folder, _, name = info.filename.rpartition("/")
-            folders.setdefault(folder and folder + "/", []).append(name)
+    for info in members:
+        folder, slash, name = info.filename.rpartition("/")
+        folders.setdefault(folder + slash, []).append(name)
+        if is_image(name):
+            images[info.filename] = Image(info.filename, info.file_size, info.CRC)
     skipped = [skip for folder, names in sorted(folders.items()) for skip in _unreadable(folder, names)]
     return Listing(path, sorted(images.values()), skipped, printable(str(path)), archive)
 
@@ -258,13 +250,12 @@ def _matches(pattern: str, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_r
     head, deep, _ = pattern.partition("**")  # glob's own "**" would follow links in a circle
     if deep:
         head = head.rpartition("/")[0]
-        expression = re.compile(_expression(pattern))
     for found in sorted(glob.glob(head)):
         path = Path(found)
         if path.is_dir():
             for name, status in walk(path, skipped):
                 full = str(path / name)
-                if not deep or expression.match(full):
+                if not deep or _matches_parts(full.split("/"), pattern.split("/")):
                     yield full, status
         elif not deep and is_image(found):
             try:
@@ -273,20 +264,13 @@ def _matches(pattern: str, skipped: list[Skip]) -> Iterator[tuple[str, os.stat_r
                 skipped.append(Skip(found, f"cannot be found ({_why(error)})"))
 
 
-def _expression(pattern: str) -> str:
-    """A glob as a regular expression over whole paths; its last "**" takes files, the others folders."""
-    parts = pattern.split("/")
-    pieces = []
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        if part == "**":
-            pieces.append(".*" if last else "(?:[^/]+/)*")
-        else:
-            inner = (
-                translate(part).removeprefix("(?s:").removesuffix(")\\Z").removesuffix(")\\z").replace(".*", "[^/]*")
-            )
-            pieces.append(inner.replace(".*", "[^/]*") + ("" if last else "/"))
-    return "(?s:" + "".join(pieces) + ")\\Z"
+def _matches_parts(names: Sequence[str], globs: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob, of which "**" is any number of parts."""
+    if not globs:
+        return not names
+    if globs[0] == "**":
+        return any(_matches_parts(names[start:], globs[1:]) for start in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], globs[0]) and _matches_parts(names[1:], globs[1:])
 
 
 def _is_hidden(name: str) -> bool:

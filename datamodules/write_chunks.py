@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,44 +37,32 @@ WRITTEN = struct.Struct("<QQi")  # row, hash and class of an image
 TOLD = 5  # skipped images that are named
 
 
-class Encode:
+def encode(listing: Listing, transform: Transform, notes: str, what: tuple[int, str, int]) -> dict[str, Any] | None:
     """Decodes an image into the item that litdata writes, and notes what was written and what was not.
 
     Args:
         listing: Where the images lie.
         transform: What to make of each.
         notes: Folder of the notes, a file for each process.
+        what: The row, the name and the class of an image.
+
+    Returns:
+        Its pixels (C, size, size), uint8, and its class; None where it cannot be used.
     """
 
-    def __init__(self, listing: Listing, transform: Transform, notes: str) -> None:
-        self.listing, self.transform, self.notes = listing, transform, notes
-        self.process = os.getpid()
-
-    def __call__(self, what: tuple[int, str, int]) -> dict[str, Any] | None:
-        """An item.
-
-        Args:
-            what: The row, the name and the class of an image.
-
-        Returns:
-            Its pixels (C, size, size), uint8, and its class; None where it cannot be used.
-        """
-        row, name, label = what
-        if self.process != os.getpid():
-            self.listing.reopen()
-            self.process = os.getpid()
-        try:
-            with self.listing.open(name) as file:
-                pixels = decode(file, self.transform)
-        except (BadImageError, OSError) as error:
-            self._note("skipped", f"{printable(name)} {error}\n".encode("utf-8", "surrogateescape"))
-            return None
-        self._note("written", WRITTEN.pack(row, hash_of(pixels.tobytes()), label))
-        return {"image": pixels, "label": label}
-
-    def _note(self, kind: str, line: bytes) -> None:
-        with open(os.path.join(self.notes, f"{kind}.{os.getpid()}"), "ab") as file:
+    def note(kind: str, line: bytes) -> None:
+        with open(os.path.join(notes, f"{kind}.{os.getpid()}"), "ab") as file:
             file.write(line)
+
+    row, name, label = what
+    try:
+        with listing.open(name) as file:
+            pixels = decode(file, transform)
+    except (BadImageError, OSError) as error:
+        note("skipped", f"{printable(name)} {error}\n".encode("utf-8", "surrogateescape"))
+        return None
+    note("written", WRITTEN.pack(row, hash_of(pixels.tobytes()), label))
+    return {"image": pixels, "label": label}
 
 
 def write_chunks(
@@ -206,7 +195,7 @@ def _optimize(
         raise ModuleNotFoundError("Chunks are written by litdata; pip install 'diffusion-lit[streaming]'.") from error
     with tempfile.TemporaryDirectory() as notes:
         litdata.optimize(
-            Encode(listing, transform, notes),
+            partial(encode, listing, transform, notes),
             [(row, name, label) for row, (name, label) in enumerate(images)],
             output,
             chunk_size=per_chunk,

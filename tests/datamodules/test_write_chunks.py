@@ -9,7 +9,7 @@ import torch
 from helpers.configs_tools import write_images
 
 from datamodules import ImageFolder, Streamed
-from datamodules.write_chunks import Encode, write_chunks
+from datamodules.write_chunks import encode, write_chunks
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_an_image_is_written_once_with_its_note(tmp_path):
 
     listing = list_images(str(write_images(tmp_path / "photos", count=2, size=10)))
     (tmp_path / "notes").mkdir()
-    encode = Encode(listing, Transform(8), str(tmp_path / "notes"))
-    item = encode((5, listing.images[0].name, 1))
+    notes = str(tmp_path / "notes")
+    item = encode(listing, Transform(8), notes, (5, listing.images[0].name, 1))
     assert item["image"].shape == (3, 8, 8) and item["image"].dtype == np.uint8 and item["label"] == 1
-    assert encode((6, "absent.png", 0)) is None
+    assert encode(listing, Transform(8), notes, (6, "absent.png", 0)) is None
     names = sorted(path.name.partition(".")[0] for path in (tmp_path / "notes").iterdir())
     assert names == ["skipped", "written"]
