@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import first_line
+from diffusion_lit.words import first_line
 
 FORMAT = 1
 ITEM = np.dtype([("hash", "<u8"), ("label", "<i4")])  # of items.dat

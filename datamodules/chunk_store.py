@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamodules.catalogue import ITEM, WRITE, BadChunkError, Catalogue
-from datamodules.files import first_line
 from diffusion_lit.runtime.lock import Lock
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.room import try_folder
+from diffusion_lit.words import first_line
 
 KINDS = ["numpy", "int"]  # of litdata's items: pixels and class
 SCHEMES = ("s3://", "gs://", "r2://", "azure://", "hf://", "local:")

@@ -5,7 +5,6 @@ import hashlib
 import os
 import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +15,14 @@ from torch import Tensor
 from torchvision import datasets
 
 from datamodules.base import NOT_THERE, ImageDataModule, held_out
-from datamodules.files import download, first_line, may_not_read
+from datamodules.files import download, may_not_read
 from datamodules.folder import ImageFolder
 from datamodules.layout import hash_at
 from datamodules.loaders import Split
 from datamodules.pickles import read_pickle
 from diffusion_lit.checks import check_count
-from diffusion_lit.words import article, counted
+from diffusion_lit.storage.folders import scratch_of
+from diffusion_lit.words import article, counted, first_line
 
 SOURCE = datasets.CIFAR10
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -237,7 +237,8 @@ def _md5(path: Path) -> str:
 def _unpack(archive: Path, place: Path) -> None:
     """Unpacks the official archive; the folder appears whole or not at all."""
     wanted = [name for name, _ in FILES["train"] + FILES["test"]]
-    scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=place.parent))
+    scratch = scratch_of(place)
+    scratch.mkdir()
     try:
         with tarfile.open(archive) as tar:
             for name in wanted:
@@ -246,7 +247,6 @@ def _unpack(archive: Path, place: Path) -> None:
                     raise ValueError(f"{archive} holds no file {place.name}/{name}; get the archive anew.")
                 with member, (scratch / name).open("wb") as file:
                     shutil.copyfileobj(member, file)
-        scratch.chmod(0o755)
         os.replace(scratch, place)
     except (tarfile.TarError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({first_line(error)}); remove it and get it anew.") from error

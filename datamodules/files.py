@@ -8,6 +8,8 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 from torchvision.datasets.utils import download_url
 
+from diffusion_lit.words import first_line
+
 
 def download(urls: Sequence[str], name: str, checksum: str, folder: Path) -> Path:
     """Downloads one file from the first address that has it.
@@ -33,15 +35,6 @@ def download(urls: Sequence[str], name: str, checksum: str, folder: Path) -> Pat
                 os.replace(Path(scratch) / name, folder / name)
                 return folder / name
     raise RuntimeError("; ".join(errors))
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line.
-
-    Returns:
-        The first line of its message, or the name of its class.
-    """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def may_not_read(path: Path) -> PermissionError:

@@ -8,16 +8,17 @@ from torch.nn.functional import pad
 from torchvision import datasets
 
 from datamodules.base import NOT_THERE, ImageDataModule, held_out
-from datamodules.files import download, first_line
+from datamodules.files import download
 from datamodules.idx import find_idx, read_idx
 from datamodules.loaders import Split
 from diffusion_lit.checks import check_count
-from diffusion_lit.words import counted
+from diffusion_lit.words import counted, first_line
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+NAMES = [name for part in FILES.values() for name in part]
 SIDE = 28
 
 
@@ -134,19 +135,13 @@ class MNIST(ImageDataModule):
 
     def _folder(self) -> Path | None:
         """The folder that holds all four files, or None."""
-        names = [name for part in FILES.values() for name in part]
         for folder in self.folders:
-            if all(find_idx(folder, name) is not None for name in names):
+            if all(find_idx(folder, name) is not None for name in NAMES):
                 return folder
         return None
 
     def _missing(self, why: str) -> str:
-        names = [name for part in FILES.values() for name in part]
-        fewest = min(
-            ([name for name in names if find_idx(folder, name) is None] for folder in self.folders),
-            key=len,
-            default=names,
-        )
+        fewest = min(([name for name in NAMES if find_idx(folder, name) is None] for folder in self.folders), key=len)
         return (
             f"{type(self).__name__} needs {', '.join(fewest)} (or with .gz), which are in none of "
             f"{', '.join(str(folder) for folder in self.folders)}, and {why}; point root at a folder of the "

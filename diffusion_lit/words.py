@@ -28,3 +28,8 @@ def article(what: object) -> str:
 def few(names: Sequence[str], most: int = 6) -> str:
     """The first of some names in one line, and how many more there are; `none` for none."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from diffusion_lit.words import article
+from diffusion_lit.words import article, first_line
 
 ROOT_FILES = ("model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
 PART_FILES = (
@@ -157,8 +157,7 @@ def load_part(kind: Any, folder: Path, **options: Any) -> Any:
             str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} cannot be loaded as {article(kind)}: {reason}") from error
+        raise ValueError(f"{folder} cannot be loaded as {article(kind)}: {first_line(error)}") from error
     missing = sorted(str(key) for key in report["missing_keys"])
     if missing:
         raise ValueError(f"The weights in {folder} lack {missing[0]} and {len(missing) - 1} more; get them anew.")

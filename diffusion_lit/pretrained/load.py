@@ -13,7 +13,6 @@ from diffusion_lit.pretrained.models import (
     Cascade,
     PretrainedLatentModel,
     PretrainedModel,
-    Shape,
     Upsampler,
     make_denoiser,
 )
@@ -84,9 +83,11 @@ def load_pretrained(
     scheduler = read_scheduler(model)
     latent = (model / "vae").is_dir()
     embeddings = _embeddings(model, unet_class, list(prompts), negative_prompt, name)
-    shape, learned, channels = _shape(model, config, scheduler)
+    channels = int(config.get("in_channels") or 0)
+    learned = _learned(config, channels, scheduler, model)
+    shape = (channels, *_size(config, model))
     unet = load_part(getattr(library("diffusers"), unet_class), part_of(model, "unet"), low_cpu_mem_usage=False)
-    net = _network(unet, channels, config, embeddings)
+    net = _network(unet, (1 + learned) * channels, config, embeddings)
     denoiser = make_denoiser(net, make_scaling(scheduler), learned)
     sampling = make_sampling(scheduler, *_defaults(scheduler, embeddings is not None, latent))
     known = None if embeddings is None else list(prompts)
@@ -217,13 +218,6 @@ def _learned(config: dict[str, Any], channels: int, scheduler: dict[str, Any], m
             f"{given} channels, which is the prediction alone; a learned variance takes {2 * channels}."
         )
     return learned
-
-
-def _shape(model: Path, config: dict[str, Any], scheduler: dict[str, Any]) -> tuple[Shape, bool, int]:
-    """Shape (C, H, W) of what is denoised, whether the variance is learned, and the channels that are read."""
-    channels = int(config.get("in_channels") or 0)
-    learned = _learned(config, channels, scheduler, model)
-    return (channels, *_size(config, model)), learned, (1 + learned) * channels
 
 
 def _network(unet: nn.Module, channels: int, config: dict[str, Any], embeddings: Tensor | None) -> PlainNet:

@@ -19,7 +19,7 @@ from diffusion_lit.pretrained.files import library, load_part, read_json, refuse
 from diffusion_lit.storage.atomic import atomic
 from diffusion_lit.storage.cache import cache_folder
 from diffusion_lit.storage.verified import decode, encode
-from diffusion_lit.words import article
+from diffusion_lit.words import article, first_line
 
 IF_TOKENS = 77  # what IF's encoder was trained to read, whatever its tokenizer allows
 VERSION = "v1"
@@ -97,8 +97,9 @@ def _encode(model: Path, texts: Sequence[str]) -> list[Tensor]:
             str(model / "tokenizer"), local_files_only=True
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{model / 'tokenizer'} cannot be loaded as {article(tokenizer_kind)}: {reason}") from error
+        raise ValueError(
+            f"{model / 'tokenizer'} cannot be loaded as {article(tokenizer_kind)}: {first_line(error)}"
+        ) from error
     encoder = load_part(getattr(transformers, kind), model / "text_encoder", dtype=torch.float32)
     with torch.no_grad():
         embeddings = [encode(tokenizer, encoder, text).contiguous() for text in texts]
