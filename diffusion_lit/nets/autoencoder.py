@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_lit.checks import check_count, check_counts, check_number
+from diffusion_lit.checks import check_count, check_number
 from diffusion_lit.nets.bottlenecks import Bottleneck, Codes, GaussianBottleneck
 from diffusion_lit.nets.bottlenecks import Posterior as Posterior
-from diffusion_lit.nets.checks import require_image, require_image_size
+from diffusion_lit.nets.checks import arguments_in, require_image, require_level_sizes
 from diffusion_lit.nets.layers import Attention, GroupNorm, downsample, initialise, upsample
 from diffusion_lit.nets.unet import ResBlock
 
@@ -104,6 +104,11 @@ class Autoencoder(nn.Module):
         bottleneck: Bottleneck | None = None,
     ) -> None:
         super().__init__()
+        self.config = arguments_in(locals())
+        self.config |= {
+            "channel_mult": list(channel_mult),
+            "bottleneck": None if bottleneck is None else part(bottleneck),
+        }
         check_count(
             in_channels=in_channels,
             image_size=image_size,
@@ -113,29 +118,12 @@ class Autoencoder(nn.Module):
             patch_size=patch_size,
             head_channels=head_channels,
         )
-        check_counts("channel_mult", channel_mult, empty=False)
         check_number(least=0, below=1, dropout=dropout)
         self.in_channels = in_channels
         self.image_size = image_size
         self.latent_channels = latent_channels
         self.patch_size = patch_size
-        self.factor = patch_size * 2 ** (len(channel_mult) - 1)
-        require_image_size(
-            image_size, self.factor, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult"
-        )
-        self.config: dict[str, Any] = {
-            "in_channels": in_channels,
-            "image_size": image_size,
-            "latent_channels": latent_channels,
-            "model_channels": model_channels,
-            "channel_mult": list(channel_mult),
-            "num_blocks": num_blocks,
-            "patch_size": patch_size,
-            "attention": attention,
-            "head_channels": head_channels,
-            "dropout": dropout,
-            "bottleneck": None if bottleneck is None else part(bottleneck),
-        }
+        self.factor = require_level_sizes(image_size, patch_size, channel_mult)
         self.bottleneck = bottleneck or GaussianBottleneck()
         self.bottleneck.attach(latent_channels)
 

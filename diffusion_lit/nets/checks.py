@@ -1,7 +1,16 @@
 """Checks of a network's arguments and images; each raises a ValueError of one sentence."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from diffusion_lit.checks import check_counts
+
+
+def arguments_in(names: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor out of its `locals()`, taken before it sets any other name."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
 def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -30,6 +39,14 @@ def require_image_size(image_size: int, multiple: int, because: str) -> None:
             f"image_size={image_size} is not a multiple of {multiple} ({because}): "
             f"take images of {nearest}, or change these."
         )
+
+
+def require_level_sizes(image_size: int, patch_size: int, channel_mult: tuple[int, ...]) -> int:
+    """Return what a stem of patches and halvings between levels divide an image by; refuse a size that they do not."""
+    check_counts("channel_mult", channel_mult, empty=False)
+    multiple: int = patch_size * 2 ** (len(channel_mult) - 1)
+    require_image_size(image_size, multiple, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult")
+    return multiple
 
 
 def require_image(x: Tensor, channels: int, multiple: int) -> None:

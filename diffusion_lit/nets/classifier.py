@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.nets.checks import arguments_in
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -48,6 +49,7 @@ class ConvClassifier(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.config = arguments_in(locals())
         check_count(2, num_classes=num_classes, hint="; use data with labels")
         check_count(4, image_size=image_size)
         check_count(in_channels=in_channels, width=width, blocks=blocks, feature_dim=feature_dim)
@@ -56,15 +58,6 @@ class ConvClassifier(nn.Module):
         self.image_size = image_size
         self.num_classes = num_classes
         self.feature_dim = feature_dim
-        self.config = {
-            "in_channels": in_channels,
-            "image_size": image_size,
-            "num_classes": num_classes,
-            "width": width,
-            "blocks": blocks,
-            "feature_dim": feature_dim,
-            "dropout": dropout,
-        }
         layers: list[nn.Module] = [_conv(in_channels, width, kernel=5, stride=2 if image_size >= 16 else 1)]
         for stage in (1, 2):
             channels = width * 2**stage

@@ -221,23 +221,7 @@ class DiT(nn.Module):
         *,
         until: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy images.
-
-        Args:
-            x: Images, shape (B, in_channels, H, W), H and W multiples of `patch_size`.
-            noise: c_noise, shape (B,).
-            label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
-            augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
-            until: c_noise of the second noise level, shape (B,), for a network that takes it; None for the first one.
-            condition: Condition images, shape (B, condition_channels, H, W); None for the null condition, zeros.
-
-        Returns:
-            The prediction, shape (B, out_channels, H, W).
-
-        Raises:
-            ValueError: The patches do not divide the image's size, the channels differ, or a condition is given that
-                the network was built without.
-        """
+        """Predict (B, out_channels, H, W) from noisy images; see `UNet.forward`. `patch_size` divides H and W."""
         require_image(x, self.in_channels, self.patch_size)
         x = with_condition(x, condition, self.condition_channels)
         height, width = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size

@@ -26,6 +26,7 @@ from diffusion_lit.nets.layers import attention, no_autocast
 
 SILU = 0.596  # root mean square of silu(x), x standard normal
 TINY = 1e-4
+BALANCE = 0.3  # share of a residual branch in the sum with its input
 
 
 def unit(x: Tensor, dims: Iterable[int]) -> Tensor:
@@ -93,13 +94,11 @@ class MPAttention(nn.Module):
     Args:
         channels: Channels of the feature map.
         head_channels: Most channels of a head; each has the largest divisor of `channels` within this.
-        balance: Share of the attention's result in the sum.
     """
 
-    def __init__(self, channels: int, head_channels: int = 64, balance: float = 0.3) -> None:
+    def __init__(self, channels: int, head_channels: int = 64) -> None:
         super().__init__()
         self.heads = next(n for n in range(1, channels + 1) if channels % n == 0 and channels // n <= head_channels)
-        self.balance = balance
         self.qkv = MPConv(channels, 3 * channels, 1)
         self.proj = MPConv(channels, channels, 1)
 
@@ -109,7 +108,7 @@ class MPAttention(nn.Module):
         parts = rearrange(self.qkv(x), "b (t n d) h w -> t b n (h w) d", t=3, n=self.heads)
         q, k, v = unit(parts, (-1,)).unbind(0)
         y = rearrange(attention(q, k, v), "b n (h w) d -> b (n d) h w", h=height)
-        return mp_sum(x, self.proj(y), self.balance)
+        return mp_sum(x, self.proj(y), BALANCE)
 
 
 class MPConditioning(nn.Module):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lit.checks import check_count, check_counts, check_number
-from diffusion_lit.nets.checks import require_image, require_image_size, require_levels
+from diffusion_lit.checks import check_count, check_number
+from diffusion_lit.nets.checks import require_image, require_level_sizes, require_levels
 from diffusion_lit.nets.layers import Resample, recomputed
-from diffusion_lit.nets.magnitude import MPAttention, MPConditioning, MPConv, mp_cat, mp_silu, mp_sum, unit
+from diffusion_lit.nets.magnitude import BALANCE, MPAttention, MPConditioning, MPConv, mp_cat, mp_silu, mp_sum, unit
 
 LARGEST = 256.0  # of an activation, for half precision
 
@@ -34,7 +34,6 @@ class MPBlock(nn.Module):
         resample: Resampling before the block.
         attention: Attention after it.
         dropout: Probability of dropping an activation before the second convolution.
-        balance: Share of the convolutions' result in the sum.
     """
 
     def __init__(
@@ -46,10 +45,9 @@ class MPBlock(nn.Module):
         resample: Resample | None = None,
         attention: MPAttention | None = None,
         dropout: float = 0.0,
-        balance: float = 0.3,
     ) -> None:
         super().__init__()
-        self.down, self.balance = down, balance
+        self.down = down
         self.resample, self.attention = resample, attention
         self.gain = nn.Parameter(torch.zeros(()))
         self.affine = MPConv(emb_channels, out_channels)
@@ -68,7 +66,7 @@ class MPBlock(nn.Module):
         y = self.conv0(mp_silu(x))
         gain = self.affine(emb, self.gain) + 1
         y = self.conv1(self.dropout(mp_silu(y * gain[:, :, None, None].to(y.dtype))))
-        x = mp_sum(short, y, self.balance)
+        x = mp_sum(short, y, BALANCE)
         x = x if self.attention is None else self.attention(x)
         return x.clamp(-LARGEST, LARGEST)
 
@@ -120,16 +118,12 @@ class MPUNet(nn.Module):
         check_count(in_channels=in_channels, image_size=image_size, out_channels=out_channels)
         check_count(num_blocks=num_blocks, patch_size=patch_size, head_channels=head_channels)
         check_count(4, model_channels=model_channels)
-        check_counts("channel_mult", channel_mult, empty=False)
         check_count(0, num_classes=num_classes, augment_dim=augment_dim)
         check_number(least=0, below=1, dropout=dropout)
         self.in_channels, self.out_channels, self.image_size = in_channels, out_channels, image_size
         self.num_classes, self.augment_dim, self.patch_size = num_classes, augment_dim, patch_size
         self.activation_checkpointing = activation_checkpointing
-        self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
-        require_image_size(
-            image_size, self.size_multiple, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult"
-        )
+        self.size_multiple = require_level_sizes(image_size, patch_size, channel_mult)
         widths = [model_channels * mult for mult in channel_mult]
         sizes = [image_size // patch_size // 2**level for level in range(len(widths))]
         attends = require_levels("attention_resolutions", attention_resolutions, sizes)
@@ -170,21 +164,7 @@ class MPUNet(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """Predict from noisy images.
-
-        Args:
-            x: Images of unit variance, shape (B, in_channels, H, W), H and W multiples of `size_multiple`.
-            noise: c_noise, shape (B,).
-            label: Class indices int64, shape (B,), values 0 to num_classes; None for the null class.
-            augment: Augmentation labels, shape (B, augment_dim); None for images that were not augmented.
-
-        Returns:
-            The prediction, shape (B, out_channels, H, W).
-
-        Raises:
-            ValueError: The levels do not divide the image's size, the channels differ, or a condition is given that
-                the network was built without.
-        """
+        """Predict (B, out_channels, H, W) from noisy images of unit variance; see `UNet.forward`."""
         require_image(x, self.in_channels, self.size_multiple)
         emb = self.conditioning(noise, label, augment)
         x = F.pixel_unshuffle(x, self.patch_size)

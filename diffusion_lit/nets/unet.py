@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusion_lit.checks import check_count, check_counts, check_number, check_numbers
-from diffusion_lit.nets.checks import require_image, require_image_size, require_levels, require_one_of, with_condition
+from diffusion_lit.checks import check_count, check_number, check_numbers
+from diffusion_lit.nets.checks import require_image, require_level_sizes, require_levels, require_one_of, with_condition
 from diffusion_lit.nets.layers import (
     Attention,
     Conditioning,
@@ -190,7 +190,6 @@ class UNet(nn.Module):
             patch_size=patch_size,
             head_channels=head_channels,
         )
-        check_counts("channel_mult", channel_mult, empty=False)
         check_count(0, num_classes=num_classes, augment_dim=augment_dim, condition_channels=condition_channels)
         check_number(least=0, below=1, dropout=dropout)
         check_number(above=0, skip_scale=skip_scale)
@@ -204,10 +203,7 @@ class UNet(nn.Module):
         self.augment_dim = augment_dim
         self.condition_channels = condition_channels
         self.patch_size = patch_size
-        self.size_multiple = patch_size * 2 ** (len(channel_mult) - 1)
-        require_image_size(
-            image_size, self.size_multiple, f"patch_size={patch_size} and {len(channel_mult)} levels of channel_mult"
-        )
+        self.size_multiple = require_level_sizes(image_size, patch_size, channel_mult)
 
         informed = noise_embedding != "none" or num_classes > 0 or augment_dim > 0 or takes_until
         emb_channels = 4 * model_channels if informed else 0
@@ -221,6 +217,11 @@ class UNet(nn.Module):
 
         def block(cin: int, cout: int, resample: Resample | None = None) -> ResBlock:
             return ResBlock(cin, cout, emb_channels, dropout, adaptive_scale, skip_scale, resample)
+
+        def resampling(channels: int, direction: Literal["down", "up"]) -> nn.Module:
+            if resample == "block":
+                return Stage(block(channels, channels, Resample(direction, resample_filter)))
+            return (downsample if direction == "down" else upsample)(channels, resample, resample_filter)
 
         def attention(channels: int, size: int) -> nn.Module | None:
             if size in full:
@@ -241,11 +242,7 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList()
         for level, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             if level:
-                if resample == "block":
-                    down: nn.Module = Stage(block(channels, channels, Resample("down", resample_filter)))
-                else:
-                    down = downsample(channels, resample, resample_filter)
-                self.encoder.append(down)
+                self.encoder.append(resampling(channels, "down"))
                 skips.append(channels)
             for _ in range(num_blocks):
                 self.encoder.append(Stage(block(channels, width), attention(width, size)))
@@ -269,11 +266,7 @@ class UNet(nn.Module):
                 self.takes_skip.append(True)
                 channels = widths[level]
             if level:
-                if resample == "block":
-                    up: nn.Module = Stage(block(channels, channels, Resample("up", resample_filter)))
-                else:
-                    up = upsample(channels, resample, resample_filter)
-                self.decoder.append(up)
+                self.decoder.append(resampling(channels, "up"))
                 self.takes_skip.append(False)
         self.norm = GroupNorm(channels)
         self.out = zero_init(nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1))
