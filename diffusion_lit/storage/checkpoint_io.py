@@ -29,13 +29,7 @@ class SafeCheckpointIO(CheckpointIO):
         self.whole: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint, or says that it could not.
-
-        Args:
-            checkpoint: Its contents.
-            path: Its name.
-            storage_options: None; there are none.
-        """
+        """Writes a checkpoint, or says that it could not."""
         try:
             with atomic(path) as file:
                 _save(checkpoint, file)
@@ -50,13 +44,7 @@ class SafeCheckpointIO(CheckpointIO):
         self.failure, self.whole = None, str(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint without executing anything that it holds.
-
-        Args:
-            path: The file.
-            map_location: Ignored: the contents go to the CPU and from there where they belong.
-            weights_only: Ignored: it is always so.
-        """
+        """Reads a checkpoint to the CPU, always without executing anything that it holds; the options are ignored."""
         from diffusion_lit.storage.checkpoints import read_training_state
 
         if Path(path).name == ".temp.ckpt":  # bare weights, handed back by forked ranks

@@ -63,11 +63,11 @@ def sweep(place: Path) -> None:
     for left in place.parent.glob(f".{place.name}.*"):
         named = pattern.fullmatch(left.name)
         ours = named is not None and named[1] == _host()
-        if (named is not None and ours and not is_alive(int(named[2]))) or (not ours and _age(left) > ABANDONED):
+        if (named is not None and ours and not _is_alive(int(named[2]))) or (not ours and _age(left) > ABANDONED):
             _remove(left)
 
 
-def is_alive(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     """Whether a process of this host runs; in doubt it does."""
     try:
         os.kill(process, 0)

@@ -7,11 +7,10 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusion_lit.storage.folders import is_alive
+from diffusion_lit.storage.folders import scratch_of, sweep
 from diffusion_lit.storage.room import try_folder
 
 RECORD = "record.json"
@@ -31,8 +30,9 @@ def own_files(folder: Path) -> Iterator[Path]:
         OSError: If something cannot be written; the results of the run before are as they were.
     """
     try_folder(folder)
-    _sweep(folder)
-    fresh = Path(tempfile.mkdtemp(prefix=f".new-{os.getpid()}-", dir=folder))
+    sweep(folder / RECORD)
+    fresh = scratch_of(folder / RECORD)
+    fresh.mkdir()
     try:
         yield fresh
         names = {path.name for path in fresh.iterdir()}
@@ -57,11 +57,3 @@ def recorded(folder: Path) -> set[str]:
         }
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what killed runs left unfinished."""
-    for left in folder.glob(".new-*-*"):
-        process = left.name.split("-")[1]
-        if not (process.isdecimal() and is_alive(int(process))):
-            shutil.rmtree(left, ignore_errors=True)

@@ -66,7 +66,7 @@ def find_last(run: Path, name: str = "last") -> Path:
     """The last, or the best, checkpoint of a run's newest version that has one.
 
     Args:
-        run: The run's folder, `runs/NAME`.
+        run: The run's folder, `runs/NAME`, or that of one version of it.
         name: `last` or `best`.
 
     Returns:
@@ -75,13 +75,13 @@ def find_last(run: Path, name: str = "last") -> Path:
     Raises:
         ValueError: If no version holds such a checkpoint.
     """
-    for folder in versions(run):
+    for folder in versions(run) or [run]:
         found = folder / "checkpoints" / f"{name}.ckpt"
         if found.is_file():
             return found
     raise ValueError(
-        f"There is nothing to continue: no version under {run} holds checkpoints/{name}.ckpt; name a file or another "
-        f"run instead of {name}, or start without a checkpoint."
+        f"There is nothing to continue or to draw with: no version under {run} holds checkpoints/{name}.ckpt; name a "
+        f"file or another run instead of {name}, or start without a checkpoint."
     )
 
 
@@ -103,10 +103,10 @@ def find_checkpoint(given: str | Path, run: Path | None = None) -> Path:
     path = Path(given)
     if path.name in NAMES and not path.exists():
         if path.parent != Path():
-            return _of_folder(path.parent, path.name)
+            return find_last(path.parent, path.name)
         return _newest(path.name) if run is None else find_last(run, path.name)
     if path.is_dir() and (versions(path) or (path / "checkpoints").is_dir()):
-        return _of_folder(path, "last")
+        return find_last(path)
     return path
 
 
@@ -120,16 +120,6 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder if checkpoint.parent.name == "checkpoints" and folder.name.startswith("version_") else None
 
 
-def _of_folder(folder: Path, name: str) -> Path:
-    """The last or best checkpoint of a run, or of one version of it."""
-    if versions(folder):
-        return find_last(folder, name)
-    found = folder / "checkpoints" / f"{name}.ckpt"
-    if not found.is_file():
-        raise ValueError(f"{folder} holds no checkpoints/{name}.ckpt; give a run that does, or a file.")
-    return found
-
-
 def _newest(name: str) -> Path:
     """The last or best checkpoint of the run that was trained last."""
     found = list(RUNS.rglob("version_*/checkpoints/last.ckpt"))
@@ -138,4 +128,4 @@ def _newest(name: str) -> Path:
             f"There is no run below {RUNS}/ with a {name} checkpoint; train one (`diffusion-lit fit`) or give a file."
         )
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    return _of_folder(newest.parent.parent, name)
+    return find_last(newest.parent.parent, name)

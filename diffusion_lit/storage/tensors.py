@@ -48,15 +48,11 @@ def read_tensors(path: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
     Returns:
         The tensors by name, or None where the file is missing, damaged or belongs to another record.
     """
-    if not path.exists():
-        return None
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            if (file.metadata() or {}).get("record") != canonical(record):
-                return None
-        return decode(path)[0]
-    except Exception:  # a truncated or foreign file is a miss, whatever the reader raises
+        tensors, texts = decode(path)
+    except (OSError, ValueError):  # missing, truncated or foreign
         return None
+    return tensors if texts.get("record") == canonical(record) else None
 
 
 def kept_tensors(kind: str, record: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -77,6 +77,9 @@ def find_class(path: Any) -> type:
     Raises:
         Untrusted: If it is not one that a file may name, or there is none; no foreign module is imported then.
     """
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     parts = path.split(".") if isinstance(path, str) else []
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise Untrusted(f"{path!r} is no path of a class, such as diffusion_lit.nets.UNet")
@@ -90,9 +93,10 @@ def find_class(path: Any) -> type:
         raise Untrusted(f"{path} is not to be had here: {error}") from error
     if not isinstance(found, type):
         raise Untrusted(f"{path} is no class, or there is none of that name")
-    if not _may_be_named(found):
+    ours = _within(found.__module__, (*ROOMS, *trusted()))
+    if not ours and not (_within(found.__module__, OPTIMIZERS) and issubclass(found, Optimizer | LRScheduler)):
         raise Untrusted(_refusal(path, found.__module__))
-    if _is_base(found):
+    if found in (Optimizer, LRScheduler):
         raise Untrusted(f"{path} is the base of torch's optimizers or schedules and none itself; AdamW is one")
     return found
 
@@ -112,23 +116,6 @@ def naming(what: str) -> Iterator[None]:
 
 def _within(module: str, roots: Iterable[str]) -> bool:
     return any(module == root or module.startswith(f"{root}.") for root in roots)
-
-
-def _may_be_named(found: type) -> bool:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
-    if _within(found.__module__, (*ROOMS, *trusted())):
-        return True
-    return _within(found.__module__, OPTIMIZERS) and issubclass(found, Optimizer | LRScheduler)
-
-
-def _is_base(found: type) -> bool:
-    """Whether a class is what optimizers or schedules are made from, without a step or a learning rate of its own."""
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
-    return found in (Optimizer, LRScheduler)
 
 
 def _refusal(path: str, module: str) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from diffusion_lit.runtime.lock import Busy, Lock
 from diffusion_lit.storage import tensors as store
+from diffusion_lit.storage.folders import scratch_of
 from diffusion_lit.storage.own_files import RECORD, own_files
 from diffusion_lit.storage.room import try_folder
 from diffusion_lit.storage.sample_archive import SampleArchive
@@ -105,10 +106,11 @@ def test_a_record_names_no_file_of_another_folder(tmp_path):
 
 def test_what_a_killed_run_left_is_swept_away(tmp_path):
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    (tmp_path / f".new-{int(done.stdout)}-abc").mkdir()
-    (tmp_path / f".new-{os.getpid()}-abc").mkdir()  # of a process that is alive
+    alive = scratch_of(tmp_path / RECORD)
+    alive.mkdir()
+    alive.with_name(alive.name.replace(f".{os.getpid()}.", f".{int(done.stdout)}.")).mkdir()
     write(tmp_path, "figure.png")
-    assert sorted(os.listdir(tmp_path)) == [f".new-{os.getpid()}-abc", "figure.png", RECORD]
+    assert sorted(os.listdir(tmp_path)) == [alive.name, "figure.png", RECORD]
 
 
 def hold(path, seconds):
