@@ -26,6 +26,7 @@ NOT_THERE = (
     "a checkpoint named that folder, so that nothing is downloaded or unpacked into it unless --data_root names it"
 )
 READERS = 4  # threads that read ahead from a slow disk
+CHUNK = 8192  # images that are copied to a device at once
 DEVICE_SHARE = 0.25  # of the device's free memory that a data set may take by default
 
 
@@ -105,11 +106,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads what the stage needs.
-
-        Args:
-            stage: "fit", "validate", "test" or "predict"; None for all.
-        """
+        """Reads the splits that a stage of the trainer needs; all without one."""
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
         for split in needed.get(stage or "", SPLITS):
             self.split(split)
@@ -145,7 +142,7 @@ class ImageDataModule(LightningDataModule, ABC):
         parts = [self.split(name).own for name in split.split("+")]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in parts])
+        return torch.cat([_in_memory(part) for part in parts])
 
     def reference_labels(self, split: str) -> Tensor | None:
         """The classes of a split.
@@ -442,11 +439,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return images.nbytes <= DEVICE_SHARE * free
 
     def teardown(self, stage: str | None = None) -> None:
-        """Frees the training device.
-
-        Args:
-            stage: The stage that ended.
-        """
+        """Frees the training device."""
         self._moved.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -471,12 +464,13 @@ def held_out(count: int, val_size: int) -> dict[str, Tensor]:
     return {"val": order[:size].sort().values, "train": order[size:].sort().values}
 
 
-def _to_device(images: Array, device: torch.device, rows: int = 8192) -> Tensor:
+def _in_memory(images: Array) -> Tensor:
+    return images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+
+
+def _to_device(images: Array, device: torch.device) -> Tensor:
     """Copies an array to a device in chunks, so that one on disk need not fit in memory."""
     moved = torch.empty(tuple(images.shape), dtype=torch.uint8, device=device)
-    for start in range(0, len(images), rows):
-        piece = images[start : start + rows]
-        moved[start : start + rows] = (
-            piece.to(device) if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))
-        )
+    for start in range(0, len(images), CHUNK):
+        moved[start : start + CHUNK] = _in_memory(images[start : start + CHUNK])
     return moved

@@ -112,18 +112,7 @@ class Unpickler(pickle.Unpickler):
     """An unpickler that knows how numpy arrays are rebuilt and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Looks a name up among those admitted.
-
-        Args:
-            module: Module that the pickle names.
-            name: Name in it.
-
-        Returns:
-            What stands for it.
-
-        Raises:
-            ForbiddenError: If it is not admitted.
-        """
+        """What stands for a name in a pickle; a `ForbiddenError` if the name is not admitted."""
         if (module, name) not in ADMITTED:
             raise ForbiddenError(f"{module}.{name}")
         return ADMITTED[module, name]
