@@ -121,9 +121,9 @@ def test_samples_do_not_depend_on_ranks_or_batch_size(lightning, trained, sample
 
 
 def test_more_ranks_than_samples(lightning, trained):
-    more = ["--devices=3", "--strategy=ddp_fork", "--num_samples=2", "--trajectory"]
+    more = ["--devices=3", "--strategy=ddp_fork", "--num_samples=2", "--labels=0,1", "--trajectory"]
     images, _ = drawn(lightning, trained, "few", "--num_steps=2", *more)
-    alone, _ = drawn(lightning, trained, "alone", "--num_steps=2", "--num_samples=2", "--trajectory")
+    alone, _ = drawn(lightning, trained, "alone", "--num_steps=2", "--num_samples=2", "--labels=0,1", "--trajectory")
     assert len(images) == 2
     assert np.abs(images - alone).max() <= 1
     assert Path("few/trajectory.png").is_file()
