@@ -18,6 +18,9 @@ def figures(receipt):
     if "read as intended" in receipt:
         read = (receipt[name] for name in ("read as intended", "held-out digits read"))
         return [f"{100 * share:.1f}%" for share in read] + [f"{receipt['recall by samples']:.2f}"]
+    if "track" in receipt:
+        means = (value["mean"] for value in receipt["summary"].values())
+        return [f"{value:.2f}" for value in (*means, *(run["figures"]["as configured"] for run in receipt["runs"]))]
     if "rows" in receipt:
         return [f"{row[name]:.2f}" for row in receipt["rows"] for name in ("psnr", receipt["metric"])]
     if "single_image" in receipt["results"][0]:
